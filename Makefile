@@ -1,0 +1,90 @@
+# `make` lists what there is. Every target that needs Python makes its own environment first, so a fresh clone needs
+# only make and Python 3.11 or newer.
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+VENV ?= .venv
+VENV_LOWEST ?= .venv-lowest
+# Test processes and the threads of each: tiny models run fastest on one thread, side by side.
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo "$$python" && break; done)
+
+BIN := $(VENV)/bin
+MODEL_FILES := $(wildcard modeling_llm2slm/configuration_*.py modeling_llm2slm/modeling_*.py modeling_llm2slm/processing_*.py)
+PYTEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(1)/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+.PHONY: help
+help: ## List the targets
+	@echo "usage: make TARGET"
+	@echo
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{ printf "  %-14s %s\n", $$1, $$2 }'
+
+.PHONY: demo
+demo: $(VENV)/.installed-demo ## Train a small model behind a frozen large one and watch it translate (no download of models or data)
+	$(BIN)/python -m demo
+
+.PHONY: test
+test: $(VENV)/.installed-test ## Run the tests, but for the slow ones
+	$(call PYTEST,$(VENV)) -m "not slow"
+
+.PHONY: test-slow
+test-slow: $(VENV)/.installed-test ## Run the slow tests
+	$(call PYTEST,$(VENV)) -m slow
+
+.PHONY: test-lowest
+test-lowest: $(VENV_LOWEST)/.installed ## Run the tests on the lowest declared version of every direct dependency
+	$(call PYTEST,$(VENV_LOWEST)) -m "not slow"
+
+.PHONY: quality
+quality: types ## Check style, types, model conventions and spelling; change nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python .ci/check_model_files.py $(MODEL_FILES)
+	$(BIN)/codespell
+
+.PHONY: types
+types: $(VENV)/.installed-quality ## Check types only
+	@mkdir -p build/types/modeling_llm2slm
+	@ln -sfn $(addprefix $(CURDIR)/,configuration conversion) build/types/modeling_llm2slm/
+	$(BIN)/mypy
+
+.PHONY: style
+style: $(VENV)/.installed-quality ## Mend what can be mended by machine
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: dev
+dev: $(VENV)/.installed-dev ## Install everything a developer needs, pre-commit hooks included
+	$(BIN)/pre-commit install
+
+.PHONY: build
+build: $(VENV)/bin/python ## Build the wheel into dist/
+	@rm -rf build/bdist.* build/lib
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist
+
+.PHONY: clean
+clean: ## Remove the environments, caches and everything that was built; runs/ stays
+	rm -rf $(VENV) $(VENV_LOWEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python $(VENV_LOWEST)/bin/python:
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "No Python 3.11 or newer was found: install one, or name it with make PYTHON=/path/to/python3." >&2; exit 1; }
+	@rm -rf $(@:/bin/python=)
+	@"$(PYTHON)" -m venv $(@:/bin/python=) || { rm -rf $(@:/bin/python=); \
+		echo "$(PYTHON) lacks the venv module: install it (on Debian: apt install python3-venv)." >&2; exit 1; }
+
+# One environment for all targets; each adds what it needs, once.
+$(VENV)/.installed-%: $(VENV)/bin/python setup.cfg pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$*]"
+	@touch $@
+
+$(VENV_LOWEST)/.installed: $(VENV_LOWEST)/bin/python setup.cfg pyproject.toml .ci/lowest_versions.py
+	$< .ci/lowest_versions.py setup.cfg > $(VENV_LOWEST)/lowest.txt
+	$< -m pip install --quiet --disable-pip-version-check -c $(VENV_LOWEST)/lowest.txt -e ".[test]"
+	@touch $@

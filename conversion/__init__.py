@@ -1,0 +1,1 @@
+"""Everything that turns one form of a checkpoint into another."""
