@@ -1,0 +1,27 @@
+"""
+LLM-to-SLM for transformers: a large frozen language model reads the prompt once, a small one writes the answer.
+
+Importing this package registers config, model and processor with transformers' Auto classes.
+"""
+
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoProcessor
+
+from .configuration_llm2slm import LLM2SLMConfig
+from .data_collator_llm2slm import DataCollatorForLLM2SLM
+from .lora import lora_config
+from .modeling_llm2slm import LLM2SLMForConditionalGeneration, PromptStates
+from .processing_llm2slm import LLM2SLMProcessor
+
+
+AutoConfig.register(LLM2SLMConfig.model_type, LLM2SLMConfig)
+AutoModelForSeq2SeqLM.register(LLM2SLMConfig, LLM2SLMForConditionalGeneration)
+AutoProcessor.register(LLM2SLMConfig, LLM2SLMProcessor)
+
+__all__ = [
+    "DataCollatorForLLM2SLM",
+    "LLM2SLMConfig",
+    "LLM2SLMForConditionalGeneration",
+    "LLM2SLMProcessor",
+    "PromptStates",
+    "lora_config",
+]

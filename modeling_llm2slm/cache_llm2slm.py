@@ -1,0 +1,69 @@
+# Copyright 2026 The modeling-llm2slm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The cache of an LLM-to-SLM model, and the masks and positions that go with it."""
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+
+
+class LLM2SLMCache(EncoderDecoderCache):
+    """
+    The SLM's cache as `generate()` and callers see it: it counts answer tokens only. The SLM itself works on
+    `self_attention_cache`, which begins with the `prompt_length` positions of the prompt.
+    """
+
+    def __init__(self, slm_cache: Cache):
+        super().__init__(slm_cache, DynamicCache())
+        self.prompt_length = 0  # N once the SLM has read the prompt
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.self_attention_cache.get_seq_length(layer_idx) - self.prompt_length
+
+    def reset(self) -> None:
+        super().reset()
+        self.prompt_length = 0
+
+
+def as_llm2slm_cache(cache: Cache | None) -> LLM2SLMCache | None:
+    """Any empty cache as one that tells prompt and answer apart."""
+    if cache is None or isinstance(cache, LLM2SLMCache):
+        return cache
+    slm_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    if slm_cache.get_seq_length() > 0:
+        raise ValueError(
+            "`past_key_values` holds tokens of another model. Pass one that this model returned, or an empty one."
+        )
+    return LLM2SLMCache(slm_cache)
+
+
+def mask_and_positions(
+    prompt_mask: torch.Tensor, answer_mask: torch.Tensor | None, answer_length: int, cache: LLM2SLMCache | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The SLM's mask over prompt, cached answer and `answer_length` new tokens (up to the end of a static cache), and the
+    positions of what it reads now: of the new tokens, and of the prompt if that is not cached yet. Padding has none.
+    """
+    cache = cache if cache is not None and cache.prompt_length > 0 else None
+    if answer_mask is None:
+        past_length = int(cache.get_seq_length()) if cache is not None else 0
+        answer_mask = prompt_mask.new_ones(prompt_mask.shape[0], past_length + answer_length)
+    mask = torch.cat([prompt_mask, answer_mask.to(prompt_mask)], dim=-1)
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    if cache is not None:
+        position_ids = position_ids[:, -answer_length:]
+        if cache.is_compileable:
+            rest = cache.self_attention_cache.get_max_length() - mask.shape[1]
+            mask = nn.functional.pad(mask, (0, rest), value=1)  # causality hides what is not written yet
+    return mask, position_ids

@@ -1,0 +1,214 @@
+# Copyright 2026 The modeling-llm2slm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Configuration of an LLM-to-SLM model: the large model's, the small model's, and how the two meet."""
+
+import copy
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, GPT2Config, PreTrainedConfig, T5Config
+
+
+FUSIONS = ("add", "replace")
+
+
+@strict
+class LLM2SLMConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`LLM2SLMForConditionalGeneration`]: a large frozen LLM reads the prompt once, a projector maps
+    what it read into the embedding space of a small language model (SLM), and the SLM writes the answer
+    (Bergner et al., arXiv 2402.16844).
+
+    Token ids, `vocab_size` and `hidden_size` are those of the SLM, the side that writes. An id left out is taken from
+    the SLM's config: the start id is its `decoder_start_token_id`, else `bos_token_id`, else `eos_token_id`; the pad
+    id is its `pad_token_id`, else `eos_token_id`.
+
+    Args:
+        encoder (`PreTrainedConfig` or `dict`, *optional*, defaults to `T5Config()`):
+            The LLM's config. Of an encoder-decoder LLM only the encoder is used.
+        decoder (`PreTrainedConfig` or `dict`, *optional*, defaults to `GPT2Config()`):
+            The SLM's config.
+        fusion (`str`, *optional*, defaults to `"add"`):
+            What the SLM reads in place of the prompt (paper section 3.2): `"replace"`, the projected LLM states;
+            `"add"`, these plus an embedding of the prompt's tokens.
+        shared_tokenizer (`bool`, *optional*, defaults to `False`):
+            Whether LLM and SLM have the same tokenizer. With `fusion="add"` the SLM's own embedding of the prompt is
+            then added; otherwise the LLM's (frozen) embedding followed by a trained linear map.
+        encoder_layer (`int`, *optional*):
+            The LLM's states are `hidden_states[encoder_layer]` of the full LLM, and no layer above is built.
+            `None`: its `last_hidden_state`.
+        freeze_llm (`bool`, *optional*, defaults to `True`):
+            Whether the LLM is frozen: no gradient, no dropout, not even in `train()`.
+        encoder_dtype (`str`, *optional*):
+            The LLM's own dtype where it differs from the rest, for instance `"bfloat16"`. It holds on every load,
+            whatever `dtype=` is given for the rest.
+        pad_token_id (`int`, *optional*): Pads answers.
+        decoder_start_token_id (`int`, *optional*): Stands before every answer.
+        eos_token_id (`int` or `list[int]`, *optional*): Ends an answer.
+
+    Raises:
+        ValueError: If a value does not exist or does not fit; the message names the fix.
+
+    Example:
+
+    ```python
+    >>> from transformers import GPT2Config, T5Config
+    >>> from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
+
+    >>> config = LLM2SLMConfig(encoder=T5Config(d_model=512), decoder=GPT2Config(), fusion="add")
+    >>> model = LLM2SLMForConditionalGeneration(config)
+    ```
+    """
+
+    model_type = "llm2slm"
+    sub_configs: ClassVar[dict[str, Any]] = {"encoder": AutoConfig, "decoder": AutoConfig}
+
+    encoder: Any = None
+    decoder: Any = None
+    fusion: str = "add"
+    shared_tokenizer: bool = False
+    encoder_layer: int | None = None
+    freeze_llm: bool = True
+    encoder_dtype: str | None = None
+    pad_token_id: int | None = None
+    decoder_start_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    is_encoder_decoder: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.encoder = _as_config(self.encoder, "encoder", default=T5Config)
+        self.decoder = _as_config(self.decoder, "decoder", default=GPT2Config)
+        self._take_ids_from_slm()
+        self._check_values()
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def own_fields(cls) -> set[str]:
+        """Names of what is configured here, apart from the two configs and the LLM's dtype."""
+        return set(cls.__annotations__) - {"sub_configs", "encoder", "decoder", "encoder_dtype", "is_encoder_decoder"}
+
+    @property
+    def vocab_size(self) -> int:
+        """`int`: Size of the SLM's vocabulary, the one answers are written in."""
+        return self.decoder.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """`int`: Width of the SLM, `d_slm`."""
+        return self.decoder.hidden_size
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The SLM's config, from which sizes of caches and vocabularies are read; with `encoder=True` the LLM's."""
+        return self.encoder if encoder and not decoder else self.decoder
+
+    def has_room(self, prompt_length: int, answer_length: int) -> bool:
+        """Whether a decoder-only SLM has positions for prompt and answer (with its start token, without its last)."""
+        limit = getattr(self.decoder, "max_position_embeddings", None)
+        return self.decoder.is_encoder_decoder or limit is None or prompt_length + answer_length <= limit
+
+    def check_length(self, prompt_length: int, answer_length: int) -> None:
+        """Raise `ValueError`, with both lengths and the fix, where [`~LLM2SLMConfig.has_room`] is `False`."""
+        if self.has_room(prompt_length, answer_length):
+            return
+        raise ValueError(
+            f"The prompt has {prompt_length} tokens and the answer up to {answer_length}, together "
+            f"{prompt_length + answer_length}, but the SLM has {self.decoder.max_position_embeddings} positions for "
+            "both. Shorten the prompt (`prompt_max_length` of the processor) or the answer (`max_new_tokens`, "
+            "`answer_max_length`), or use an SLM with more positions."
+        )
+
+    def _take_ids_from_slm(self) -> None:
+        slm = self.decoder
+        eos = _first_set(self.eos_token_id, getattr(slm, "eos_token_id", None))
+        first_eos = eos[0] if isinstance(eos, list) else eos
+        ids = {
+            "eos_token_id": eos,
+            "pad_token_id": _first_set(self.pad_token_id, getattr(slm, "pad_token_id", None), first_eos),
+            "decoder_start_token_id": _first_set(
+                self.decoder_start_token_id,
+                getattr(slm, "decoder_start_token_id", None),
+                getattr(slm, "bos_token_id", None),
+                first_eos,
+            ),
+        }
+        for name, value in ids.items():
+            if value is None:
+                raise ValueError(
+                    f"`{name}` is not set and the SLM's config ({slm.model_type}) has no id to take its place. "
+                    f"Pass `{name}=...`, an id of the SLM's tokenizer."
+                )
+            for token_id in value if isinstance(value, list) else [value]:
+                if not 0 <= token_id < slm.vocab_size:
+                    raise ValueError(
+                        f"`{name}` is {token_id}, but the SLM's vocabulary has ids from 0 to {slm.vocab_size - 1}. "
+                        f"Pass an id of the SLM's tokenizer as `{name}=...`."
+                    )
+            setattr(self, name, value)
+
+    def _check_values(self) -> None:
+        if self.fusion not in FUSIONS:
+            raise ValueError(f"`fusion` is {self.fusion!r}, but it must be one of {', '.join(map(repr, FUSIONS))}.")
+        _check_sizes(self.encoder, "encoder")
+        _check_sizes(self.decoder, "decoder")
+        layers = self.encoder.num_hidden_layers
+        if self.encoder_layer is not None and self.encoder_layer not in range(layers + 1):
+            raise ValueError(
+                f"`encoder_layer` is {self.encoder_layer!r}, but the LLM ({self.encoder.model_type}) has {layers} "
+                f"layers. Use 0 (the embeddings) to {layers}, or None for its last hidden state."
+            )
+        positions = getattr(self.decoder, "max_position_embeddings", None)
+        if not self.decoder.is_encoder_decoder and positions is not None and positions < 2:
+            raise ValueError(
+                f"The SLM has {positions} positions, but prompt and answer share them and need at least 2. "
+                "Raise its `max_position_embeddings`."
+            )
+
+
+def _first_set(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _as_config(config: PreTrainedConfig | dict | None, name: str, default: type[PreTrainedConfig]) -> PreTrainedConfig:
+    if config is None:
+        return default()
+    if isinstance(config, PreTrainedConfig):
+        return copy.deepcopy(
+            config
+        )  # models write into the config they are built from, and the caller's may serve two
+    if not isinstance(config, dict):
+        raise TypeError(f"`{name}` must be a config object, a dict or None, not {type(config).__name__}.")
+    values = dict(config)
+    model_type = values.pop("model_type", None)
+    if model_type is None:
+        raise ValueError(f'`{name}` is a dict without "model_type". Add it, for instance "model_type": "t5".')
+    return AutoConfig.for_model(model_type, **values)
+
+
+def _check_sizes(config: PreTrainedConfig, name: str) -> None:
+    hidden_size = getattr(config, "hidden_size", None)
+    if not isinstance(hidden_size, int) or hidden_size < 1:
+        raise ValueError(
+            f"`{name}` ({config.model_type}) has hidden size {hidden_size!r}, but a positive one is needed. Pass the "
+            "config of a text model; of a multimodal model, its `text_config`."
+        )
+    heads = getattr(config, "num_attention_heads", None)
+    own_head_size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
+    if heads and own_head_size is None and hidden_size % heads:
+        raise ValueError(
+            f"`{name}` ({config.model_type}) has hidden size {hidden_size}, which its {heads} attention heads do not "
+            "divide. Change one of the two."
+        )
+
+
+__all__ = ["LLM2SLMConfig"]

@@ -1,0 +1,640 @@
+# Copyright 2026 The modeling-llm2slm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+LLM-to-SLM (Bergner et al., arXiv 2402.16844): a large frozen language model reads the prompt once, a small projector
+maps what it read into the embedding space of a small language model (SLM), and the SLM writes the answer.
+
+The file follows the forward pass: projector, encoder (all that turns a prompt into what the SLM reads), whole model.
+Shapes: batch B, prompt length N, answer length M, widths d_llm and d_slm.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
+from transformers.utils.generic import can_return_tuple
+
+from .cache_llm2slm import LLM2SLMCache, as_llm2slm_cache, mask_and_positions
+from .configuration_llm2slm import LLM2SLMConfig
+from .parts_llm2slm import build_llm, keep_layers, llm_class, load_part, slm_class
+
+
+@dataclass
+class PromptStates(ModelOutput):
+    """
+    A prompt as the SLM reads it: what `encode_prompt` returns and `encoder_outputs=` takes, as often as wanted.
+
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(B, N, d_slm)`):
+            For a decoder-only SLM the prompt embeddings P, any padding moved before the prompt; for an
+            encoder-decoder SLM the output of the SLM's own encoder.
+        attention_mask (`torch.LongTensor` of shape `(B, N)`):
+            1 where `last_hidden_state` holds a prompt token, 0 on padding.
+        hidden_states (`tuple(torch.Tensor)`, *optional*): The LLM's, if asked for, in the layout of its input.
+        attentions (`tuple(torch.Tensor)`, *optional*): The LLM's, if asked for, in the layout of its input.
+    """
+
+    # `generate()` expands tensors in the output of `get_encoder()` for beams, so the mask travels with the states.
+    last_hidden_state: torch.Tensor = None  # type: ignore[assignment]
+    attention_mask: torch.Tensor = None  # type: ignore[assignment]
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class LLM2SLMProjector(nn.Module):
+    """Z = W2 act(W1 H + b1) + b2: from LLM states `(B, N, d_llm)` to the SLM's embedding space `(B, N, d_slm)`."""
+
+    def __init__(self, config: LLM2SLMConfig):
+        super().__init__()
+        self.linear_1 = nn.Linear(config.encoder.hidden_size, config.hidden_size)
+        self.act = ACT2FN["relu"]
+        self.linear_2 = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.linear_1(hidden_states.to(self.linear_1.weight.dtype))
+        return self.linear_2(self.act(hidden_states))
+
+
+class LLM2SLMPreTrainedModel(PreTrainedModel):
+    """What the encoder and the whole model share."""
+
+    config: LLM2SLMConfig
+    config_class = LLM2SLMConfig
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    # Each part checks the attention implementation it is asked for; without these an explicit one is refused here.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+
+class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
+    """
+    Everything that turns a prompt into what the SLM reads: the (frozen) LLM, the projector and, for `fusion="add"`
+    with two tokenizers, the linear map from the LLM's embedding to the SLM's.
+
+    A `PreTrainedModel` of its own, as transformers collects tied weights, fp32 modules and modules not to split from
+    children that are `PreTrainedModel`s.
+    """
+
+    def __init__(self, config: LLM2SLMConfig, llm: PreTrainedModel | None = None):
+        super().__init__(config)
+        self.llm = llm if llm is not None else build_llm(config)
+        # T5's encoder has unexpected "decoder" keys dropped in silence on load; in this model they are the SLM's.
+        self.llm._keys_to_ignore_on_load_unexpected = set()
+        config.encoder = self.llm.config  # one object: a change of attention implementation or dtype reaches both
+        self.projector = LLM2SLMProjector(config)
+        self.prompt_embedding: nn.Linear | None = None
+        # CODEPATH: fusion "add" of two tokenizers; with a shared one the SLM's embedding serves, "replace" needs none.
+        if config.fusion == "add" and not config.shared_tokenizer:
+            embedding_size = self.llm.get_input_embeddings().embedding_dim
+            self.prompt_embedding = nn.Linear(embedding_size, config.hidden_size, bias=False)
+        self.post_init()
+
+    def bind(self, slm: PreTrainedModel) -> "LLM2SLMEncoder":
+        """Use the embedding (and the encoder, if it has one) of `slm`, without registering it here a second time."""
+        object.__setattr__(self, "slm", slm)
+        return self
+
+    def train(self, mode: bool = True) -> "LLM2SLMEncoder":
+        """As of every module, but a frozen LLM stays frozen and without dropout."""
+        super().train(mode)
+        # CODEPATH: freeze_llm=True. A load makes all parameters trainable again, but ends in `eval()`, and so here.
+        if self.config.freeze_llm:
+            self.llm.eval().requires_grad_(False)
+        return self
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        llm_hidden_states: torch.Tensor | None = None,
+        answer_length: int = 1,
+        **kwargs: Any,
+    ) -> PromptStates:
+        """Prompt token ids `(B, N)`, or LLM states `(B, N, d_llm)` computed before, to what the SLM reads."""
+        attention_mask = self.prompt_mask(input_ids, attention_mask, llm_hidden_states)
+        self.check_prompt(attention_mask, answer_length)
+        llm_outputs: Any = {}
+        if llm_hidden_states is None:
+            wanted = {key: True for key in ("output_attentions", "output_hidden_states") if kwargs.get(key)}
+            llm_outputs = self.run_llm(input_ids, attention_mask, **wanted)
+            llm_hidden_states = llm_outputs["last_hidden_state"]
+        prompt_embeds = self.projector(llm_hidden_states)
+        # CODEPATH: fusion "add"; "replace" reads the projected states alone.
+        if self.config.fusion == "add":
+            prompt_embeds = prompt_embeds + self.embed_prompt(input_ids).to(prompt_embeds.device)
+
+        # A decoder-only SLM reads the prompt right before the answer, so that padding is no distance between the two.
+        has_encoder = self.config.decoder.is_encoder_decoder
+        prompt_embeds, attention_mask = _pack(prompt_embeds, attention_mask, to_the_left=has_encoder)
+        if has_encoder:
+            slm_encoder = self.slm.get_encoder()
+            prompt_embeds = slm_encoder(inputs_embeds=prompt_embeds, attention_mask=attention_mask).last_hidden_state
+        return PromptStates(
+            last_hidden_state=prompt_embeds,
+            attention_mask=attention_mask,
+            hidden_states=llm_outputs.get("hidden_states"),
+            attentions=llm_outputs.get("attentions"),
+        )
+
+    def run_llm(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor, **kwargs: Any) -> ModelOutput:
+        """Run the LLM over the prompt, without a gradient if it is frozen."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_llm):
+            outputs = self.llm(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
+        states = outputs.last_hidden_state
+        if states.dtype == torch.float16 and not states.isfinite().all():
+            raise ValueError("The LLM's states overflow in float16. Load it in bfloat16: `encoder_dtype='bfloat16'`.")
+        return outputs
+
+    def embed_prompt(self, input_ids: torch.Tensor | None) -> torch.Tensor:
+        """E(x) of `fusion="add"`, `(B, N, d_slm)`."""
+        if input_ids is None:
+            raise ValueError('`fusion="add"` embeds the prompt: pass its `input_ids` beside `llm_hidden_states`.')
+        if self.prompt_embedding is None:
+            return self.slm.get_input_embeddings()(input_ids)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_llm):
+            embeds = self.llm.get_input_embeddings()(input_ids)
+        return self.prompt_embedding(embeds.to(self.prompt_embedding.weight.dtype))
+
+    def prompt_mask(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None = None,
+        llm_hidden_states: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The prompt's mask `(B, N)`: as given, else inferred from the LLM's pad id, as `generate()` does not."""
+        prompt = input_ids if input_ids is not None else llm_hidden_states
+        if prompt is None:
+            raise ValueError("There is no prompt: pass `input_ids`, `llm_hidden_states` or `encoder_outputs`.")
+        if attention_mask is not None:
+            if attention_mask.shape != prompt.shape[:2]:
+                given, needed = tuple(attention_mask.shape), tuple(prompt.shape[:2])
+                raise ValueError(f"`attention_mask` has shape {given}, but the prompt has {needed}.")
+            return (attention_mask != 0).long()
+        pad_token_id = self.config.encoder.pad_token_id
+        if input_ids is not None and pad_token_id is not None:
+            return (input_ids != pad_token_id).long()
+        if prompt.shape[0] > 1:
+            raise ValueError(
+                "Padding in this batch cannot be told from prompt tokens. Pass the `attention_mask` of the processor."
+            )
+        return torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
+
+    def check_prompt(self, prompt_mask: torch.Tensor, answer_length: int) -> None:
+        """Raise `ValueError` on an empty prompt, and where prompt and answer need more positions than the SLM has."""
+        if torch.compiler.is_compiling():
+            return  # the checks read values, which a graph cannot
+        lengths = prompt_mask.sum(-1)
+        if lengths.min() == 0:
+            raise ValueError("A prompt is empty: every row of `input_ids` needs a token that is not padding.")
+        self.config.check_length(int(lengths.max()), answer_length)
+
+    @torch.no_grad()
+    def scale_prompt(self, embedding_rms: float, states_rms: float) -> None:
+        """
+        Draw the projector's weights such that LLM states of root mean square `states_rms` become prompt embeddings of
+        root mean square `embedding_rms`, that of the SLM's own embeddings.
+        """
+        linear_1, linear_2 = self.projector.linear_1, self.projector.linear_2
+        # CODEPATH: fusion "add": two terms of equal variance.
+        scale = embedding_rms / 2**0.5 if self.config.fusion == "add" else embedding_rms
+        if self.prompt_embedding is not None:
+            table = self.llm.get_input_embeddings().weight
+            init.normal_(self.prompt_embedding.weight, std=scale / (rms(table) * table.shape[1] ** 0.5))
+        init.normal_(linear_1.weight, std=1 / (states_rms * linear_1.in_features**0.5))
+        init.normal_(linear_2.weight, std=scale * (2 / linear_2.in_features) ** 0.5)  # ReLU halves the mean square
+
+    @torch.no_grad()
+    def probe_states_rms(self) -> float:
+        """Root mean square of the LLM's states over 64 tokens spread over its vocabulary."""
+        vocab_size = self.config.encoder.vocab_size
+        input_ids = torch.arange(0, vocab_size, max(vocab_size // 64, 1), device=self.llm.device)[None, :64]
+        return rms(self.run_llm(input_ids, torch.ones_like(input_ids)).last_hidden_state)
+
+
+class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
+    r"""
+    A large frozen LLM that reads the prompt and a small language model that writes the answer (arXiv 2402.16844). It
+    trains, generates, saves and loads as every sequence-to-sequence model of transformers. Token ids of the prompt are
+    the LLM's, those of the answer the SLM's.
+
+    Args:
+        config ([`LLM2SLMConfig`]): The configuration.
+        encoder (`PreTrainedModel`, *optional*): An LLM to use in place of one with random weights.
+        decoder (`PreTrainedModel`, *optional*): An SLM to use in place of one with random weights.
+    """
+
+    def __init__(
+        self, config: LLM2SLMConfig, encoder: PreTrainedModel | None = None, decoder: PreTrainedModel | None = None
+    ):
+        super().__init__(config)
+        self.encoder = LLM2SLMEncoder(config, llm=encoder)
+        self.decoder = decoder if decoder is not None else slm_class(config.decoder).from_config(config.decoder)
+        config.decoder = self.decoder.config
+        self.encoder.bind(self.decoder)
+        self.post_init()
+        self.train(self.training)  # freezes the LLM
+
+    def initialize_weights(self) -> None:
+        """Initialize what was not loaded; the projector last, as its scale is that of the SLM's embeddings."""
+        super().initialize_weights()
+        if not getattr(self.encoder.projector.linear_2.weight, "_is_hf_initialized", False):
+            # The last norm of a new LLM leaves states of root mean square 1.
+            self.encoder.scale_prompt(rms(self.get_input_embeddings().weight), states_rms=1.0)
+
+    @classmethod
+    def from_encoder_decoder_pretrained(
+        cls,
+        encoder_pretrained_model_name_or_path: str | None = None,
+        decoder_pretrained_model_name_or_path: str | None = None,
+        **kwargs: Any,
+    ) -> "LLM2SLMForConditionalGeneration":
+        r"""
+        Build a model from a pretrained LLM and a pretrained SLM; the projector is new and has to be trained.
+
+        Args:
+            encoder_pretrained_model_name_or_path (`str`): Repository id or folder of the LLM.
+            decoder_pretrained_model_name_or_path (`str`): Repository id or folder of the SLM.
+            kwargs:
+                Values of [`LLM2SLMConfig`] (`fusion`, `shared_tokenizer`, `encoder_layer`, ...), and arguments of
+                `from_pretrained` with the prefix `encoder_` for the LLM or `decoder_` for the SLM: `encoder_dtype`,
+                `decoder_revision`, `encoder_attn_implementation`, `decoder_trust_remote_code`, ... A model already
+                loaded is given as `encoder_model` or `decoder_model`. `shared_tokenizer` defaults to the outcome of
+                comparing the two tokenizers, or to `False` where one of them does not load.
+
+        Raises:
+            ValueError: If a model is missing, or an argument has neither prefix nor meaning in the configuration.
+        """
+        config_fields = LLM2SLMConfig.own_fields()
+        config_kwargs = {key: kwargs.pop(key) for key in config_fields & kwargs.keys()}
+        encoder_kwargs = {key[8:]: kwargs.pop(key) for key in list(kwargs) if key.startswith("encoder_")}
+        decoder_kwargs = {key[8:]: kwargs.pop(key) for key in list(kwargs) if key.startswith("decoder_")}
+        if kwargs:
+            raise ValueError(
+                f"Unknown arguments: {', '.join(kwargs)}. Prefix an argument with `encoder_` for the LLM or "
+                f"`decoder_` for the SLM, or use one of the configuration: {', '.join(sorted(config_fields))}."
+            )
+        if "shared_tokenizer" not in config_kwargs:
+            from .processing_llm2slm import have_same_tokenizer
+
+            paths = (encoder_pretrained_model_name_or_path, decoder_pretrained_model_name_or_path)
+            config_kwargs["shared_tokenizer"] = have_same_tokenizer(*paths, encoder_kwargs, decoder_kwargs)
+        llm = load_part(llm_class, "encoder", encoder_pretrained_model_name_or_path, encoder_kwargs)
+        slm = load_part(slm_class, "decoder", decoder_pretrained_model_name_or_path, decoder_kwargs)
+        config = LLM2SLMConfig(encoder=llm.config, decoder=slm.config, **config_kwargs)
+        config.dtype = slm.dtype
+        if llm.dtype != slm.dtype:
+            config.encoder_dtype = str(llm.dtype).removeprefix("torch.")
+        model = cls(config, encoder=keep_layers(llm, config.encoder_layer), decoder=slm)
+        for name, module in model.encoder.named_children():
+            if name != "llm":
+                module.to(device=llm.device, dtype=slm.dtype)
+        model.encoder.scale_prompt(rms(model.get_input_embeddings().weight), model.encoder.probe_states_rms())
+        return model.eval()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """`torch.dtype`: The SLM's and projector's; the LLM may have one of its own (`config.encoder_dtype`)."""
+        return self.decoder.dtype
+
+    def get_encoder(self, modality: str | None = None) -> LLM2SLMEncoder:
+        """All that turns a prompt into what the SLM reads. Bound anew, as the SLM may have been replaced since."""
+        return self.encoder.bind(self.decoder)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The SLM's."""
+        return self.decoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """The SLM's."""
+        self.decoder.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The SLM's."""
+        return self.decoder.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """The SLM's."""
+        self.decoder.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """[`PreTrainedModel.resize_token_embeddings`] of the SLM. The LLM's embeddings stay as they are."""
+        return self.decoder.resize_token_embeddings(*args, **kwargs)
+
+    @torch.no_grad()
+    def encode_llm(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        The LLM's states H `(B, N, d_llm)` of prompts `(B, N)`: independent of everything that trains, to be passed
+        back as `llm_hidden_states=` (with `attention_mask`, and `input_ids` for `fusion="add"`) so that no LLM runs.
+        """
+        return self.encoder.run_llm(input_ids, self.encoder.prompt_mask(input_ids, attention_mask)).last_hidden_state
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        llm_hidden_states: torch.Tensor | None = None,
+    ) -> PromptStates:
+        """
+        All the work that belongs to prompts `(B, N)`, done once, with the weights as they are: pass the result to
+        `generate(encoder_outputs=...)` as often as wanted; it is never changed there.
+        """
+        return self.get_encoder()(input_ids, attention_mask, llm_hidden_states, return_dict=True)
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """Answers `(B, M)` shifted right by the start token; -100 becomes the pad id."""
+        start: Any = self.config.decoder_start_token_id  # the config has put an id where there was none
+        pad: Any = self.config.pad_token_id
+        shifted = labels.roll(1, dims=-1)
+        shifted[:, 0] = start
+        return shifted.masked_fill(shifted == -100, pad)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: PromptStates | ModelOutput | tuple | None = None,
+        past_key_values: Cache | None = None,
+        llm_hidden_states: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        decoder_position_ids: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> Seq2SeqLMOutput:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, N)`, *optional*): Prompts, in the LLM's vocabulary.
+            attention_mask (`torch.Tensor` of shape `(B, N)`, *optional*):
+                1 on prompt tokens, 0 on padding. Inferred from the LLM's pad id if left out.
+            decoder_input_ids (`torch.LongTensor` of shape `(B, M)`, *optional*):
+                Answers so far, in the SLM's vocabulary, from the start token on. Made from `labels` if left out.
+            decoder_attention_mask (`torch.Tensor` of shape `(B, M so far)`, *optional*): 0 on padding in the answer.
+            encoder_outputs ([`PromptStates`], *optional*): From `encode_prompt`, in place of `input_ids`.
+            past_key_values ([`LLM2SLMCache`], *optional*): Returned by an earlier call; it counts answer tokens only.
+            llm_hidden_states (`torch.Tensor` of shape `(B, N, d_llm)`, *optional*):
+                From `encode_llm`, in place of running the LLM.
+            labels (`torch.LongTensor` of shape `(B, M)`, *optional*):
+                Answers without start token; -100 is not scored.
+            use_cache (`bool`, *optional*): Whether to return `past_key_values`. By default, unless it trains.
+            decoder_position_ids (`torch.LongTensor` of shape `(B, M)`, *optional*):
+                Set by `generate()` once the prompt is cached, with a `decoder_attention_mask` over prompt and answer.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                Compute logits for that many last answer positions, or for these; 0: for all.
+
+        Returns:
+            `Seq2SeqLMOutput`: `decoder_hidden_states` cover answer positions only; of a decoder-only SLM,
+            `decoder_attentions` are `(B, heads, M, N + answer so far)` and `cross_attentions` is `None`.
+            `encoder_hidden_states` and `encoder_attentions` are the LLM's.
+        """
+        for name in ("inputs_embeds", "decoder_inputs_embeds"):
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"`{name}` is not supported, as two models read the prompt. Pass token ids.")
+        if decoder_input_ids is None:
+            if labels is None:
+                raise ValueError("There is no answer to score or go on from: pass `labels` or `decoder_input_ids`.")
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+
+        check = encoder_outputs is not None and past_key_values is None
+        if encoder_outputs is None and (input_ids is not None or llm_hidden_states is not None):
+            encoder_outputs = self.get_encoder()(
+                input_ids, attention_mask, llm_hidden_states, decoder_input_ids.shape[1], return_dict=True, **kwargs
+            )
+        prompt = as_prompt_states(encoder_outputs, attention_mask, check) if encoder_outputs is not None else None
+        # CODEPATH: encoder-decoder SLMs (T5-small) against decoder-only ones (GPT-2).
+        decode = self._decode_with_encoder if self.config.decoder.is_encoder_decoder else self._decode_after_prompt
+        outputs = decode(
+            prompt,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            decoder_position_ids=decoder_position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache if use_cache is not None else labels is None and not self.training,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        if labels is not None:
+            # `num_items_in_batch` makes the loss under gradient accumulation that of the whole batch.
+            outputs.loss = self.loss_function(
+                outputs.logits,
+                labels,
+                vocab_size=self.config.vocab_size,
+                shift_labels=labels,
+                num_items_in_batch=num_items_in_batch,
+            )
+        if prompt is not None:
+            outputs.encoder_last_hidden_state = prompt.last_hidden_state
+            outputs.encoder_hidden_states = prompt.hidden_states
+            outputs.encoder_attentions = prompt.attentions
+        return outputs
+
+    def _decode_after_prompt(
+        self,
+        prompt: PromptStates | None,
+        decoder_input_ids: torch.Tensor,
+        decoder_attention_mask: torch.Tensor | None,
+        decoder_position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+        use_cache: bool,
+        logits_to_keep: int | torch.Tensor,
+        **kwargs: Any,
+    ) -> Seq2SeqLMOutput:
+        """A decoder-only SLM reads `[P ; E(start, answer)]`, or goes on from a cache that begins with P."""
+        cache = as_llm2slm_cache(past_key_values)
+        if cache is None and use_cache:
+            cache = LLM2SLMCache(DynamicCache(config=self.config.decoder))
+        answer_length, prompt_length = decoder_input_ids.shape[1], 0
+        embeds = self.get_input_embeddings()(decoder_input_ids)
+        mask, position_ids = decoder_attention_mask, decoder_position_ids
+        if position_ids is None:
+            if prompt is None:
+                raise ValueError("There is no prompt: pass `input_ids`, `llm_hidden_states` or `encoder_outputs`.")
+            mask, position_ids = mask_and_positions(prompt.attention_mask, mask, answer_length, cache)
+            if cache is None or cache.prompt_length == 0:
+                self.encoder.check_prompt(prompt.attention_mask, answer_length)
+                prompt_length = prompt.last_hidden_state.shape[1]
+                embeds = torch.cat([prompt.last_hidden_state.to(embeds), embeds], dim=1)
+        if isinstance(logits_to_keep, torch.Tensor):
+            logits_to_keep = logits_to_keep + prompt_length
+
+        outputs = self.decoder(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=cache.self_attention_cache if cache is not None else None,
+            use_cache=use_cache,
+            logits_to_keep=answer_length if isinstance(logits_to_keep, int) and not logits_to_keep else logits_to_keep,
+            return_dict=True,
+            **kwargs,
+        )
+        if prompt_length and cache is not None:
+            cache.prompt_length = prompt_length
+        hidden_states, attentions = outputs.hidden_states, outputs.attentions
+        return Seq2SeqLMOutput(
+            logits=outputs.logits,
+            past_key_values=cache if use_cache else None,
+            decoder_hidden_states=hidden_states and tuple(layer[:, -answer_length:] for layer in hidden_states),
+            decoder_attentions=attentions and tuple(layer[:, :, -answer_length:] for layer in attentions),
+        )
+
+    def _decode_with_encoder(
+        self, prompt: PromptStates | None, decoder_position_ids: Any, logits_to_keep: int | torch.Tensor, **kwargs: Any
+    ) -> Seq2SeqLMOutput:
+        """The decoder of an encoder-decoder SLM attends to what its encoder made of P."""
+        if prompt is None:
+            raise ValueError("There is no prompt: pass `input_ids`, `llm_hidden_states` or `encoder_outputs`.")
+        states = ModelOutput(last_hidden_state=prompt.last_hidden_state)
+        outputs = self.decoder(
+            encoder_outputs=states, attention_mask=prompt.attention_mask, return_dict=True, **kwargs
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        outputs.logits = outputs.logits[:, kept]
+        return outputs
+
+    # Hooks of stock `generate()`, in the order it calls them.
+
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
+        # `generate()` infers no mask for an encoder, and compares lengths only once the prompt is encoded. What is
+        # passed by keyword is checked here, before any compute.
+        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        states, mask = model_kwargs.get("encoder_outputs"), model_kwargs.get("attention_mask")
+        if states is not None:
+            mask = as_prompt_states(states, mask, check=True).attention_mask
+        elif model_kwargs.get("input_ids") is not None:
+            mask = model_kwargs["attention_mask"] = self.encoder.prompt_mask(model_kwargs["input_ids"], mask)
+        if mask is not None:
+            max_length = generation_config.max_new_tokens or (generation_config.max_length or 2) - 1
+            self.encoder.check_prompt(mask, max_length)
+        return generation_config, model_kwargs
+
+    def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+        # Stock beam search expands the prompt's states in place, but they may be the caller's to use again.
+        kwargs["encoder_outputs"] = copy.copy(kwargs["encoder_outputs"])
+        return super()._expand_inputs_for_generation(*args, **kwargs)
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        # The SLM's cache holds the prompt too, and the one that `generate()` sees must not count it.
+        # CODEPATH: decoder-only SLMs (GPT-2); encoder-decoder ones (T5-small) keep the prompt in the cross-attention.
+        prompt_in_cache = not self.config.decoder.is_encoder_decoder
+        if prompt_in_cache:
+            prompt = as_prompt_states(model_kwargs["encoder_outputs"], model_kwargs.get("attention_mask"))
+            self.encoder.check_prompt(prompt.attention_mask, max_cache_length)
+            max_cache_length += prompt.attention_mask.shape[1]
+            if model_kwargs.get("past_key_values") is not None:
+                model_kwargs["past_key_values"] = as_llm2slm_cache(model_kwargs["past_key_values"])
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        if prompt_in_cache and model_kwargs.get("past_key_values") is not None:
+            model_kwargs["past_key_values"] = as_llm2slm_cache(model_kwargs["past_key_values"])
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+        """Hook of `generate()` for static caches: the answer's mask stays 2-D, so that the prompt's can go first."""
+        return attention_mask
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """
+        Hook of `generate()`. Once the prompt is cached, a step takes positions and a mask of the cache's full length
+        in place of the prompt: the same shapes for every prompt and step, so that a compiled step is compiled once.
+        """
+        in_cache = isinstance(past_key_values, LLM2SLMCache) and past_key_values.prompt_length > 0
+        has_mask = kwargs.get("decoder_attention_mask") is not None
+        if in_cache and is_first_iteration and next_sequence_length is None and not has_mask:
+            # An answer goes on: of one given from its start, only what is not in the cache is new.
+            next_sequence_length = max(input_ids.shape[1] - int(past_key_values.get_seq_length()), 0) or None
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if in_cache:
+            prompt = as_prompt_states(model_inputs.pop("encoder_outputs"), model_inputs.pop("attention_mask", None))
+            model_inputs["decoder_attention_mask"], model_inputs["decoder_position_ids"] = mask_and_positions(
+                prompt.attention_mask,
+                model_inputs.get("decoder_attention_mask"),
+                model_inputs["decoder_input_ids"].shape[1],
+                past_key_values,
+            )
+        return model_inputs
+
+
+def rms(values: Any) -> float:
+    """The root mean square of a tensor."""
+    return float(torch.linalg.vector_norm(values.detach(), dtype=torch.float32)) / values.numel() ** 0.5
+
+
+def _pack(states: torch.Tensor, mask: torch.Tensor, to_the_left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move the padding of `(B, N, d)` states and their `(B, N)` mask to one side; tokens keep their order."""
+    order = mask.argsort(dim=-1, descending=to_the_left, stable=True)
+    return states.gather(1, order.to(states.device)[..., None].expand_as(states)), mask.gather(1, order)
+
+
+def as_prompt_states(
+    encoder_outputs: PromptStates | ModelOutput | tuple, attention_mask: torch.Tensor | None, check: bool = False
+) -> PromptStates:
+    """States as `encode_prompt` returns them, or a bare `last_hidden_state` that `attention_mask` describes."""
+    states, own_mask = encoder_outputs[0], getattr(encoder_outputs, "attention_mask", None)
+    if own_mask is None:
+        own_mask = (
+            attention_mask if attention_mask is not None else states.new_ones(states.shape[:2], dtype=torch.long)
+        )
+    elif check and attention_mask is not None:
+        given = (attention_mask != 0).sum(-1).to(own_mask.device)
+        if attention_mask.shape != own_mask.shape or not torch.equal(given, own_mask.sum(-1)):
+            raise ValueError(
+                "`attention_mask` and `encoder_outputs` belong to different prompts: their numbers of tokens differ. "
+                "Pass the mask that went into `encode_prompt`, or none."
+            )
+    return PromptStates(
+        last_hidden_state=states,
+        attention_mask=own_mask,
+        hidden_states=getattr(encoder_outputs, "hidden_states", None),
+        attentions=getattr(encoder_outputs, "attentions", None),
+    )
+
+
+__all__ = ["LLM2SLMForConditionalGeneration", "LLM2SLMPreTrainedModel", "PromptStates"]

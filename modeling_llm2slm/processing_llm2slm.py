@@ -1,0 +1,248 @@
+# Copyright 2026 The modeling-llm2slm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Processor of an LLM-to-SLM model: the LLM's tokenizer for prompts, the SLM's for answers."""
+
+from typing import Any
+
+from transformers import AutoTokenizer, BatchEncoding, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+class LLM2SLMProcessor(ProcessorMixin):
+    r"""
+    Turns prompts into token ids of the LLM and answers into token ids of the SLM, and decodes what the SLM wrote.
+
+    A tokenizer without a pad token (GPT-2's) is given its end token as one: no id is ever compared to find padding.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The LLM's, for prompts, and what `AutoTokenizer` loads.
+        decoder_tokenizer (`PreTrainedTokenizerBase`): The SLM's, for answers.
+        prompt_max_length (`int`, *optional*):
+            Longer prompts are cut to this many tokens, with a warning that says how many were. `None`: never.
+        answer_max_length (`int`, *optional*):
+            The same for answers, end token included.
+        chat_template (`str`, *optional*): As for every processor of transformers.
+
+    Example:
+
+    ```python
+    >>> processor = LLM2SLMProcessor.from_encoder_decoder_pretrained("google-t5/t5-large", "openai-community/gpt2")
+    >>> batch = processor(text=["translate: Hello"], text_target=["Hallo"], padding=True, return_tensors="pt")
+    >>> sorted(batch)
+    ['attention_mask', 'input_ids', 'labels']
+    ```
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        decoder_tokenizer: PreTrainedTokenizerBase,
+        prompt_max_length: int | None = None,
+        answer_max_length: int | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        for name, length, minimum in (("prompt", prompt_max_length, 1), ("answer", answer_max_length, 2)):
+            if length is not None and (not isinstance(length, int) or length < minimum):
+                raise ValueError(
+                    f"`{name}_max_length` is {length!r}, but it must be None or an int of at least {minimum}."
+                )
+        for name, part in (("tokenizer", tokenizer), ("decoder_tokenizer", decoder_tokenizer)):
+            if part.pad_token_id is None and part.eos_token_id is not None:
+                part.pad_token = part.eos_token
+            elif part.pad_token_id is None:
+                raise ValueError(f"`{name}` has neither pad nor end token. Set one: `{name}.pad_token = ...`.")
+        if decoder_tokenizer.eos_token_id is None:
+            raise ValueError("`decoder_tokenizer` has no end token, so no answer could end. Set its `eos_token`.")
+        self.prompt_max_length = prompt_max_length
+        self.answer_max_length = answer_max_length
+        super().__init__(tokenizer, decoder_tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_encoder_decoder_pretrained(
+        cls, encoder_pretrained_model_name_or_path: str, decoder_pretrained_model_name_or_path: str, **kwargs: Any
+    ) -> "LLM2SLMProcessor":
+        """
+        Build a processor from the tokenizers of an LLM and an SLM.
+
+        Args:
+            encoder_pretrained_model_name_or_path (`str`): Repository id or folder of the LLM.
+            decoder_pretrained_model_name_or_path (`str`): Repository id or folder of the SLM.
+            kwargs:
+                `prompt_max_length`, `answer_max_length`, `chat_template`, and arguments of
+                `AutoTokenizer.from_pretrained` with the prefix `encoder_` or `decoder_` (`encoder_revision`, ...).
+        """
+        encoder_kwargs = {key[8:]: kwargs.pop(key) for key in list(kwargs) if key.startswith("encoder_")}
+        decoder_kwargs = {key[8:]: kwargs.pop(key) for key in list(kwargs) if key.startswith("decoder_")}
+        tokenizer = AutoTokenizer.from_pretrained(encoder_pretrained_model_name_or_path, **encoder_kwargs)
+        decoder_tokenizer = AutoTokenizer.from_pretrained(decoder_pretrained_model_name_or_path, **decoder_kwargs)
+        return cls(tokenizer, decoder_tokenizer, **kwargs)
+
+    def __call__(
+        self,
+        text: str | list[str] | None = None,
+        text_target: str | list[str] | None = None,
+        padding: bool | str = False,
+        prompt_max_length: int | None = None,
+        answer_max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        return_tensors: str | None = None,
+    ) -> BatchFeature:
+        """
+        Args:
+            text (`str` or `list[str]`, *optional*): Prompts.
+            text_target (`str` or `list[str]`, *optional*): Answers.
+            padding (`bool` or `str`, *optional*, defaults to `False`):
+                `True` pads to the longest of the batch, `"max_length"` to the maximum lengths.
+            prompt_max_length (`int`, *optional*): In place of the processor's own, for this call.
+            answer_max_length (`int`, *optional*): In place of the processor's own, for this call.
+            pad_to_multiple_of (`int`, *optional*): Pad lengths to a multiple of this.
+            return_tensors (`str`, *optional*): `"pt"` for tensors.
+
+        Returns:
+            `BatchFeature`: of prompts, `input_ids` and `attention_mask` `(B, N)`, ids of the LLM; of answers, `labels`
+            `(B, M)`, ids of the SLM, which end with its end token and have no start token; -100 on padding.
+        """
+        if text is None and text_target is None:
+            raise ValueError("There is nothing to process: pass `text` (prompts), `text_target` (answers) or both.")
+        pad = {"padding": padding, "pad_to_multiple_of": pad_to_multiple_of, "return_tensors": return_tensors}
+        features: dict[str, Any] = {}
+        if text is not None:
+            limit = prompt_max_length if prompt_max_length is not None else self.prompt_max_length
+            encoded = self._encode_prompts([text] if isinstance(text, str) else list(text), limit)
+            features.update(_pad(self.tokenizer, encoded, limit, **pad))
+        if text_target is not None:
+            limit = answer_max_length if answer_max_length is not None else self.answer_max_length
+            answers = self._encode_answers([text_target] if isinstance(text_target, str) else list(text_target), limit)
+            features["labels"] = self.pad_labels(answers, limit, **pad)
+        if return_tensors is None and isinstance(text if text is not None else text_target, str):
+            features = {name: rows[0] for name, rows in features.items()}
+        return BatchFeature(features)
+
+    def _encode_prompts(self, prompts: list[str], max_length: int | None) -> list[list[int]]:
+        encoded = self.tokenizer(prompts, verbose=False).input_ids
+        if max_length is None or max(map(len, encoded)) <= max_length:
+            return encoded
+        _warn_of_cut("prompt", sum(len(row) > max_length for row in encoded), len(encoded), max_length)
+        return self.tokenizer(prompts, truncation=True, max_length=max_length).input_ids
+
+    def _encode_answers(self, answers: list[str], max_length: int | None) -> list[list[int]]:
+        eos = self.decoder_tokenizer.eos_token_id
+        encoded = self.decoder_tokenizer(answers, add_special_tokens=False, verbose=False).input_ids
+        for row in encoded:
+            while row and row[-1] == eos:  # an end token in the text itself
+                row.pop()
+        if max_length is not None and (cut := sum(len(row) >= max_length for row in encoded)):
+            _warn_of_cut("answer", cut, len(encoded), max_length)
+        return [row[: max_length - 1 if max_length is not None else None] + [eos] for row in encoded]
+
+    def pad_labels(self, labels: list[list[int]], max_length: int | None = None, **pad: Any) -> Any:
+        """Answers of different lengths as one `(B, M)` with -100 after their ends, found by the mask and by no id."""
+        padded = _pad(self.decoder_tokenizer, labels, max_length, padding_side="right", **pad)
+        ids, mask = padded["input_ids"], padded["attention_mask"]
+        if isinstance(ids, list):
+            return [[i if kept else -100 for i, kept in zip(*row, strict=True)] for row in zip(ids, mask, strict=True)]
+        return ids * mask - 100 * (1 - mask)
+
+    def decode(self, *args: Any, **kwargs: Any) -> str | list[str]:
+        """`decode` of the SLM's tokenizer."""
+        return self.decoder_tokenizer.decode(*args, **kwargs)
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        """`batch_decode` of the SLM's tokenizer."""
+        return self.decoder_tokenizer.batch_decode(*args, **kwargs)
+
+    @property
+    def pad_token_id(self) -> int:
+        """`int`: The SLM's. `Seq2SeqTrainer` pads generated answers with it."""
+        return self.decoder_tokenizer.pad_token_id
+
+    @property
+    def eos_token_id(self) -> int:
+        """`int`: The SLM's."""
+        return self.decoder_tokenizer.eos_token_id
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """`list[str]`: What a model takes of a call's result."""
+        return ["input_ids", "attention_mask", "labels"]
+
+
+def have_same_tokenizer(
+    encoder_name_or_path: str | None,
+    decoder_name_or_path: str | None,
+    encoder_kwargs: dict[str, Any],
+    decoder_kwargs: dict[str, Any],
+) -> bool:
+    """Whether two checkpoints bring the same tokenizer, by content and never by name; `False` if one is missing."""
+    tokenizers = []
+    for path, kwargs in ((encoder_name_or_path, encoder_kwargs), (decoder_name_or_path, decoder_kwargs)):
+        hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+        try:
+            tokenizers.append(AutoTokenizer.from_pretrained(path, **hub))
+        except (OSError, ValueError, TypeError) as error:
+            logger.info(f"`shared_tokenizer` is set to False, as no tokenizer loads from {path}: {error}")
+            return False
+    return are_same_tokenizer(*tokenizers)
+
+
+def are_same_tokenizer(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers give every text the same ids: same vocabulary, same rules, same special tokens."""
+    if first.get_vocab() != second.get_vocab():
+        return False
+    states = []
+    for tokenizer in (first, second):
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:  # no `tokenizers` backend: the ids of a text with everything in it have to do
+            states.append(tokenizer(_PROBE).input_ids)
+            continue
+        backend = type(backend).from_str(backend.to_str())
+        backend.no_padding()
+        backend.no_truncation()
+        states.append(backend.to_str())
+    return states[0] == states[1]
+
+
+_HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+_PROBE = "The quick (brown) fox's 3,14 €: Äpfel, naïve\n\tdef f(x): return x**2  # 日本語 🙂"
+
+
+def _pad(
+    tokenizer: PreTrainedTokenizerBase, rows: list[list[int]], max_length: int | None, **kwargs: Any
+) -> BatchEncoding:
+    if kwargs["padding"] == "max_length" and max_length is None:
+        raise ValueError('`padding="max_length"` needs a length: pass `prompt_max_length` and `answer_max_length`.')
+    masks = [[1] * len(row) for row in rows]
+    return tokenizer.pad(
+        BatchEncoding({"input_ids": rows, "attention_mask": masks}), max_length=max_length, verbose=False, **kwargs
+    )
+
+
+def _warn_of_cut(what: str, number: int, total: int, max_length: int) -> None:
+    logger.warning(
+        f"{number} of {total} {what}s are longer than `{what}_max_length` ({max_length} tokens) and were cut."
+    )
+
+
+__all__ = ["LLM2SLMProcessor"]
