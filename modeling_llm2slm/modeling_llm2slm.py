@@ -35,7 +35,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .cache_llm2slm import LLM2SLMCache, as_llm2slm_cache, mask_and_positions
 from .configuration_llm2slm import LLM2SLMConfig
-from .parts_llm2slm import build_llm, keep_layers, llm_class, load_part, slm_class
+from .parts_llm2slm import build_llm, keep_layers, keep_special_ids, llm_class, load_part, slm_class
 
 
 @dataclass
@@ -314,6 +314,11 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         model.encoder.scale_prompt(rms(model.get_input_embeddings().weight), model.encoder.probe_states_rms())
         return model.eval()
 
+    def train(self, mode: bool = True) -> "LLM2SLMForConditionalGeneration":
+        """As of every module; and an LLM's special ids that `Trainer` wrote over the SLM's are taken back."""
+        self._special_ids = keep_special_ids(self, getattr(self, "_special_ids", {}))
+        return super().train(mode)
+
     @property
     def dtype(self) -> torch.dtype:
         """`torch.dtype`: The SLM's and projector's; the LLM may have one of its own (`config.encoder_dtype`)."""
@@ -440,20 +445,27 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+        loss = None
         if labels is not None:
             # `num_items_in_batch` makes the loss under gradient accumulation that of the whole batch.
-            outputs.loss = self.loss_function(
+            loss = self.loss_function(
                 outputs.logits,
                 labels,
                 vocab_size=self.config.vocab_size,
                 shift_labels=labels,
                 num_items_in_batch=num_items_in_batch,
             )
-        if prompt is not None:
-            outputs.encoder_last_hidden_state = prompt.last_hidden_state
-            outputs.encoder_hidden_states = prompt.hidden_states
-            outputs.encoder_attentions = prompt.attentions
-        return outputs
+        return Seq2SeqLMOutput(
+            loss=loss,
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            decoder_hidden_states=outputs.decoder_hidden_states,
+            decoder_attentions=outputs.decoder_attentions,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=prompt.last_hidden_state if prompt is not None else None,
+            encoder_hidden_states=prompt.hidden_states if prompt is not None else None,
+            encoder_attentions=prompt.attentions if prompt is not None else None,
+        )
 
     def _decode_after_prompt(
         self,
@@ -521,18 +533,19 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
     # Hooks of stock `generate()`, in the order it calls them.
 
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
-        # `generate()` infers no mask for an encoder, and compares lengths only once the prompt is encoded. What is
-        # passed by keyword is checked here, before any compute.
+        # `generate()` infers no mask for an encoder, and looks at lengths only once the prompt is encoded: with
+        # `answer_length`, which it hands on to the encoder, they are checked before any compute.
         generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
         states, mask = model_kwargs.get("encoder_outputs"), model_kwargs.get("attention_mask")
+        start, new = model_kwargs.get("decoder_input_ids"), generation_config.max_new_tokens
+        answer_length = (generation_config.max_length or 2) - 1
+        if new is not None:
+            answer_length = new + (start.shape[1] if start is not None else 1) - 1
         if states is not None:
-            mask = as_prompt_states(states, mask, check=True).attention_mask
+            self.encoder.check_prompt(as_prompt_states(states, mask, check=True).attention_mask, answer_length)
         elif model_kwargs.get("input_ids") is not None:
-            mask = model_kwargs["attention_mask"] = self.encoder.prompt_mask(model_kwargs["input_ids"], mask)
-        if mask is not None:
-            max_length = generation_config.max_new_tokens or (generation_config.max_length or 2) - 1
-            self.encoder.check_prompt(mask, max_length)
-        return generation_config, model_kwargs
+            model_kwargs["attention_mask"] = self.encoder.prompt_mask(model_kwargs["input_ids"], mask)
+        return generation_config, model_kwargs | {"answer_length": answer_length}
 
     def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, dict[str, Any]]:
         # Stock beam search expands the prompt's states in place, but they may be the caller's to use again.
@@ -579,6 +592,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         Hook of `generate()`. Once the prompt is cached, a step takes positions and a mask of the cache's full length
         in place of the prompt: the same shapes for every prompt and step, so that a compiled step is compiled once.
         """
+        for name in ("answer_length", "llm_hidden_states"):
+            kwargs.pop(name, None)  # the encoder's alone
         in_cache = isinstance(past_key_values, LLM2SLMCache) and past_key_values.prompt_length > 0
         has_mask = kwargs.get("decoder_attention_mask") is not None
         if in_cache and is_first_iteration and next_sequence_length is None and not has_mask:

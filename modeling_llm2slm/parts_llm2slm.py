@@ -28,8 +28,12 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
+from transformers.utils import logging
 
 from .configuration_llm2slm import LLM2SLMConfig
+
+
+logger = logging.get_logger(__name__)
 
 
 def llm_class(config: PreTrainedConfig) -> Any:
@@ -85,3 +89,32 @@ def load_part(
     # Arguments that changed the config are done with; those of the repository (revision, token, ...) are needed again.
     kwargs = {key: value for key, value in kwargs.items() if key in unused or not hasattr(config, key)}
     return find_class(config).from_pretrained(name_or_path, config=config, **kwargs)
+
+
+def keep_special_ids(model: Any, before: dict[tuple[int, str], Any]) -> dict[tuple[int, str], Any]:
+    """
+    Take back what `Trainer` does at its start: for a processor it writes the end, start and pad ids of
+    `processing_class.tokenizer`, here the LLM's, into the configs that answers are generated with, here the SLM's.
+
+    Args:
+        model: The model whose `config`, `config.decoder` and `generation_config` hold the ids.
+        before: What this function returned last. An id that has become one of the LLM's since then is set back.
+
+    Returns:
+        The ids held now.
+    """
+    holders = (model.config, model.config.decoder, model.generation_config)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    of_llm = {getattr(model.config.encoder, name, None) for name in names} - {None}
+    held = {}
+    for index, holder in enumerate(holders):
+        for name in names:
+            key, value = (index, name), getattr(holder, name, None)
+            newest = value[0] if isinstance(value, list) and value else value
+            if key in before and value != before[key] and newest in of_llm:
+                logger.warning_once(
+                    "The special ids of `processing_class.tokenizer` are the LLM's; the SLM's stay set."
+                )
+                setattr(holder, name, before[key])
+            held[key] = getattr(holder, name, None)
+    return held

@@ -1,0 +1,78 @@
+"""
+Scale of the prompt embeddings against the SLM's own at the start of training.
+
+    python benchmarks/prompt_scale.py --output docs/results/prompt-scale.json
+
+LLMs whose last norm scales their states from 0.05 to 20, SLMs with embeddings of root mean square 0.02 (GPT-2's
+initialization) and 0.14 (its released weights), both fusions; weights are random. "default" is what the projector
+would give with the default initialization of transformers (normal, 0.02).
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5EncoderModel
+
+from modeling_llm2slm import LLM2SLMForConditionalGeneration
+from modeling_llm2slm.modeling_llm2slm import rms
+
+
+T5 = {"vocab_size": 1000, "d_model": 512, "d_ff": 1024, "num_layers": 4, "num_heads": 8}
+GPT2 = {"vocab_size": 1000, "n_embd": 256, "n_layer": 4, "n_head": 8, "bos_token_id": 0, "eos_token_id": 0}
+
+
+def scale(fusion: str, states_rms: float, embedding_rms: float) -> dict[str, Any]:
+    """Build one pair through the factory and compare the scales."""
+    torch.manual_seed(0)
+    llm, slm = T5EncoderModel(T5Config(**T5)), GPT2LMHeadModel(GPT2Config(**GPT2))
+    nn.init.constant_(llm.encoder.final_layer_norm.weight, states_rms)
+    nn.init.normal_(slm.transformer.wte.weight, std=embedding_rms)
+    with tempfile.TemporaryDirectory() as folder:
+        llm.save_pretrained(f"{folder}/llm")
+        slm.save_pretrained(f"{folder}/slm")
+        model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(
+            f"{folder}/llm", f"{folder}/slm", fusion=fusion, shared_tokenizer=False
+        )
+    prompts = torch.randint(3, 1000, (8, 32))
+
+    def ratio() -> float:
+        return rms(model.encode_prompt(prompts).last_hidden_state) / rms(model.get_input_embeddings().weight)
+
+    ours = ratio()
+    trained = (*model.encoder.projector.children(), model.encoder.prompt_embedding)
+    for module in trained:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+    return {
+        "fusion": fusion,
+        "llm_states_rms": states_rms,
+        "slm_embedding_rms": embedding_rms,
+        "ratio": round(ours, 3),
+        "ratio_default": round(ratio(), 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    rows = [
+        scale(fusion, states_rms, embedding_rms)
+        for fusion in ("add", "replace")
+        for states_rms in (0.05, 1.0, 20.0)
+        for embedding_rms in (0.02, 0.14)
+    ]
+    text = json.dumps(rows, indent=2)
+    print(text)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
