@@ -31,6 +31,11 @@ class LLM2SLMCache(EncoderDecoderCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.self_attention_cache.get_seq_length(layer_idx) - self.prompt_length
 
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Room for answer tokens; -1 where it grows."""
+        max_length = self.self_attention_cache.get_max_length(layer_idx)
+        return max_length - self.prompt_length if max_length > 0 else max_length
+
     def reset(self) -> None:
         super().reset()
         self.prompt_length = 0

@@ -193,7 +193,7 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
                 given, needed = tuple(attention_mask.shape), tuple(prompt.shape[:2])
                 raise ValueError(f"`attention_mask` has shape {given}, but the prompt has {needed}.")
             return (attention_mask != 0).long()
-        pad_token_id = self.config.encoder.pad_token_id
+        pad_token_id = getattr(self.config.encoder, "pad_token_id", None)
         if input_ids is not None and pad_token_id is not None:
             return (input_ids != pad_token_id).long()
         if prompt.shape[0] > 1:
@@ -536,6 +536,11 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         # `generate()` infers no mask for an encoder, and looks at lengths only once the prompt is encoded: with
         # `answer_length`, which it hands on to the encoder, they are checked before any compute.
         generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        # CODEPATH: two tokenizers. Stock gives these two processors the prompt's ids, which are the LLM's.
+        if not self.config.shared_tokenizer:
+            for name, off in (("encoder_repetition_penalty", 1), ("encoder_no_repeat_ngram_size", 0)):
+                if (getattr(generation_config, name, None) or off) != off:
+                    raise ValueError(f"`{name}` compares prompt and answer, which have different vocabularies here.")
         states, mask = model_kwargs.get("encoder_outputs"), model_kwargs.get("attention_mask")
         start, new = model_kwargs.get("decoder_input_ids"), generation_config.max_new_tokens
         answer_length = (generation_config.max_length or 2) - 1
@@ -560,6 +565,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
+        for name in ("answer_length", "llm_hidden_states"):
+            model_kwargs.pop(name, None)  # the encoder's alone, and it is done
         # The SLM's cache holds the prompt too, and the one that `generate()` sees must not count it.
         # CODEPATH: decoder-only SLMs (GPT-2); encoder-decoder ones (T5-small) keep the prompt in the cross-attention.
         prompt_in_cache = not self.config.decoder.is_encoder_decoder
@@ -592,8 +599,6 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         Hook of `generate()`. Once the prompt is cached, a step takes positions and a mask of the cache's full length
         in place of the prompt: the same shapes for every prompt and step, so that a compiled step is compiled once.
         """
-        for name in ("answer_length", "llm_hidden_states"):
-            kwargs.pop(name, None)  # the encoder's alone
         in_cache = isinstance(past_key_values, LLM2SLMCache) and past_key_values.prompt_length > 0
         has_mask = kwargs.get("decoder_attention_mask") is not None
         if in_cache and is_first_iteration and next_sequence_length is None and not has_mask:

@@ -188,6 +188,8 @@ def have_same_tokenizer(
     decoder_kwargs: dict[str, Any],
 ) -> bool:
     """Whether two checkpoints bring the same tokenizer, by content and never by name; `False` if one is missing."""
+    if encoder_name_or_path is None or decoder_name_or_path is None:
+        return False
     tokenizers = []
     for path, kwargs in ((encoder_name_or_path, encoder_kwargs), (decoder_name_or_path, decoder_kwargs)):
         hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
