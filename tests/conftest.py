@@ -82,6 +82,7 @@ def pytest_configure() -> None:
 @pytest.fixture(autouse=True)
 def no_logged_deprecation() -> Iterator[None]:
     """Fails the test in which transformers logs a deprecation that is not one of its own calls."""
+    transformers_logging.set_verbosity_warning()  # the console command quietens it, also for the tests after its own
     logging.Logger.warning_once.cache_clear()  # else only the first test to cause a warning would see it
     yield
     found, DEPRECATIONS.found[:] = list(DEPRECATIONS.found), []

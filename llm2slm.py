@@ -1,0 +1,360 @@
+"""
+The `llm2slm` command.
+
+It is imported for every `--help`, so it imports nothing heavy: torch, transformers and the package come inside the
+commands.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+if TYPE_CHECKING:
+    from modeling_llm2slm.text_to_text import TextToText
+
+app = typer.Typer(
+    name="llm2slm",
+    help="A large frozen language model reads the prompt once, a small one writes the answer.",
+    epilog="Set LLM2SLM_DEBUG=1 to see the traceback behind an error.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+out = Console()
+err = Console(stderr=True)
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="A checkpoint: a folder, or a name on the Hub.", show_default=False)
+]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(min=1, help="The longest answer, in tokens; default: the model's, or 128.")
+]
+NumBeams = Annotated[int, typer.Option(min=1, help="Beams to search with; 1 is greedy.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
+PromptColumn = Annotated[str, typer.Option(help="The column that holds what the model reads.")]
+AnswerColumn = Annotated[str, typer.Option(help="The column that holds the answers.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command; whatever is wrong with its input becomes one sentence and a non-zero exit status."""
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="llm2slm")
+    except (OSError, ValueError, ImportError) as error:
+        if os.environ.get("LLM2SLM_DEBUG"):
+            raise
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    if isinstance(error, BrokenPipeError):  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1)
+    if isinstance(error, ModuleNotFoundError):
+        message = f"{error.name} is not installed. Try: pip install 'modeling-llm2slm[train]'"
+    else:
+        message = " ".join(str(error).split()) or type(error).__name__
+    err.print(f"[bold red]Error:[/] {escape(message)}", soft_wrap=True, highlight=False)
+    raise SystemExit(1)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        out.print(version("modeling-llm2slm"), highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def build(
+    output: Annotated[Path, typer.Argument(help="The folder to write the checkpoint to.", show_default=False)],
+    llm: Annotated[str | None, typer.Option(help="The model that reads: folder, Hub name, or config .json.")] = None,
+    slm: Annotated[str | None, typer.Option(help="The model that writes: folder, Hub name, or config .json.")] = None,
+    preset: Annotated[str | None, typer.Option(help="A preset in place of both, such as t5-large_gpt2.")] = None,
+    llm_tokenizer: Annotated[str | None, typer.Option(help="Default: the one that comes with the LLM.")] = None,
+    slm_tokenizer: Annotated[str | None, typer.Option(help="Default: its own; of a config, the LLM's.")] = None,
+    fusion: Annotated[str, typer.Option(help="How LLM states meet prompt embeddings: add or replace.")] = "add",
+    encoder_layer: Annotated[int | None, typer.Option(help="Take the LLM's states from this layer.")] = None,
+    encoder_dtype: Annotated[str | None, typer.Option(help="The LLM's dtype, such as bfloat16.")] = None,
+    decoder_dtype: Annotated[str | None, typer.Option(help="The SLM's dtype.")] = None,
+    prompt_max_length: Annotated[int | None, typer.Option(help="Cut prompts to this many tokens.")] = None,
+    answer_max_length: Annotated[int | None, typer.Option(help="Cut answers to this many tokens.")] = None,
+    seed: Annotated[int, typer.Option(help="For weights that are random.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
+) -> None:
+    """
+    Put an LLM and an SLM together, or make one of them to train alone.
+
+    `llm2slm build runs/start --llm google-t5/t5-large --slm openai-community/gpt2`
+
+    A config file in place of a model gives random weights of that shape. With `--llm` alone the result is a plain
+    encoder-decoder, with `--slm` alone a plain decoder-only model.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
+        raise FileExistsError(f"{output} is not empty. Choose another folder, or add --overwrite.")
+    _quiet()
+    from modeling_llm2slm.building import build as build_checkpoint
+    from modeling_llm2slm.data import write_aside
+
+    composite: dict[str, Any] = {}
+    if preset or (llm and slm):
+        composite = {"fusion": fusion, "encoder_layer": encoder_layer}
+    composite.update({"encoder_dtype": encoder_dtype} if encoder_dtype else {})
+    composite.update({"decoder_dtype": decoder_dtype} if decoder_dtype else {})
+    text_to_text = build_checkpoint(
+        llm, slm, llm_tokenizer, slm_tokenizer, preset=preset, prompt_max_length=prompt_max_length,
+        answer_max_length=answer_max_length, seed=seed, **composite,
+    )  # fmt: skip
+    with write_aside(output) as folder:
+        text_to_text.save_pretrained(folder)
+    _print_model(str(output), text_to_text)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="A YAML file.", show_default=False)],
+) -> None:
+    """
+    Train a checkpoint as a recipe says.
+
+    `llm2slm train recipe.yaml --num_train_epochs 5 --output_dir runs/five`
+
+    A recipe holds `model`, `train_data`, `output_dir`, and any of `validation_data`, `prompt_column`, `answer_column`,
+    `prompt_max_length`, `answer_max_length`, `train_samples`, `validation_samples`, `optimizer`, `metric`,
+    `generation`, `resume`, and every field of transformers' Seq2SeqTrainingArguments. Each is an option of this
+    command as well, which goes before the recipe's own value. A run that was stopped continues where it was.
+    """
+    overrides = dict(_overrides(context.args))
+    _quiet(progress=True)
+    _quiet_data()
+    from modeling_llm2slm.training import load_recipe
+    from modeling_llm2slm.training import train as train_model
+
+    settings = load_recipe(recipe, overrides)
+    report = train_model(settings)
+    out.print(f"Trained {report['steps']} steps in {report['seconds']:.0f} s.", highlight=False)
+    if report["best_metric"] is not None:
+        out.print(f"Best validation {report['metric']}: {report['best_metric']:.4g} at step {report['best_step']}.")
+    out.print(f"The model is in {os.path.expandvars(str(settings['output_dir']))}.", soft_wrap=True, highlight=False)
+
+
+def _overrides(words: list[str]) -> Iterator[tuple[str, str]]:
+    """The pairs in `--name value`, `--name=value` and, for a switch, `--name` alone."""
+    position = 0
+    while position < len(words):
+        word = words[position]
+        if not word.startswith("--") or word == "--":
+            raise typer.BadParameter(f"{word!r} does not belong to an option; write --name value.")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            has_value = position + 1 < len(words) and not words[position + 1].startswith("--")
+            value = words[position + 1] if has_value else "true"
+            position += has_value
+        yield name.replace("-", "_"), value
+        position += 1
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; default: standard input.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Read prompts from this file, one a line.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write answers to this file, one a line.")] = None,
+    max_new_tokens: MaxNewTokens = None,
+    num_beams: NumBeams = 1,
+    sample: Annotated[bool, typer.Option("--sample", help="Draw tokens in place of taking the likeliest.")] = False,
+    temperature: Annotated[float | None, typer.Option(help="Of sampling.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Of sampling.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once; above 1 nothing streams.")] = 1,
+    device: Device = "cpu",
+) -> None:
+    """
+    Answer prompts, one answer a line, shown as it is written.
+
+    `llm2slm generate runs/model "A man sleeps." "Two dogs play."`
+
+    `cat prompts.txt | llm2slm generate runs/model --num-beams 4 --batch-size 16 > answers.txt`
+    """
+    if prompts and file:
+        raise typer.BadParameter("Give prompts or --file, not both.")
+    if file is not None and not file.is_file():
+        raise FileNotFoundError(f"There is no file {file}.")
+    options = _decoding(max_new_tokens, num_beams)
+    if sample:
+        options.update(do_sample=True, temperature=temperature or 1.0, top_p=1.0 if top_p is None else top_p)
+    elif temperature is not None or top_p is not None:
+        raise typer.BadParameter("--temperature and --top-p belong to --sample.")
+    text_to_text = _load_model(model, device, seed)
+    if output is not None:
+        from modeling_llm2slm.data import write_aside
+
+        answers = text_to_text.generate(list(_prompts(prompts, file)), batch_size, **options)
+        with write_aside(output) as temporary:
+            temporary.write_text("".join(f"{_one_line(answer)}\n" for answer in answers), encoding="utf-8")
+    elif batch_size == 1 and num_beams == 1:
+        for prompt in _prompts(prompts, file):
+            _stream(text_to_text, prompt, options)
+    else:
+        _print_batches(text_to_text, _prompts(prompts, file), batch_size, options)
+
+
+def _decoding(max_new_tokens: int | None, num_beams: int) -> dict[str, Any]:
+    limit = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    return {**limit, "num_beams": num_beams}
+
+
+def _prompts(prompts: list[str] | None, file: Path | None) -> Iterator[str]:
+    if prompts:
+        yield from prompts
+    elif file is not None:
+        with file.open(encoding="utf-8") as lines:
+            yield from (line.rstrip("\r\n") for line in lines)
+    else:
+        if sys.stdin.isatty():
+            err.print("One prompt a line; end with Ctrl-D.")
+        yield from (line.rstrip("\r\n") for line in sys.stdin)
+
+
+def _stream(text_to_text: TextToText, prompt: str, options: dict[str, Any]) -> None:
+    for piece in text_to_text.stream(prompt, **options):
+        out.file.write(_one_line(piece))
+        out.file.flush()
+    out.file.write("\n")
+    out.file.flush()
+
+
+def _print_batches(text_to_text: TextToText, prompts: Iterator[str], size: int, options: dict[str, Any]) -> None:
+    from itertools import islice
+
+    while batch := list(islice(prompts, 16 * size)):  # enough to put prompts of similar length together
+        for answer in text_to_text.generate(batch, size, **options):
+            out.file.write(_one_line(answer) + "\n")
+        out.file.flush()
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", " ")
+
+
+@app.command()
+def evaluate(
+    model: ModelArgument,
+    data: Annotated[str, typer.Argument(help="A .jsonl, .json, .csv or .parquet file, or a data set on the Hub.")],
+    prompt_column: PromptColumn = "prompt",
+    answer_column: AnswerColumn = "answer",
+    split: Annotated[str, typer.Option(help="Of a data set on the Hub.")] = "test",
+    limit: Annotated[int | None, typer.Option(min=1, help="Score this many pairs, from the top.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
+    max_new_tokens: MaxNewTokens = None,
+    num_beams: NumBeams = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once; answers are timed one at a time.")] = 32,
+    timed_answers: Annotated[int, typer.Option(min=0, help="Time this many answers.")] = 50,
+    device: Device = "cpu",
+) -> None:
+    """
+    Score a model's answers: BLEU and chrF (sacrebleu), ROUGE, exact match, and time per answer.
+
+    `llm2slm evaluate runs/model test.jsonl --num-beams 4 --output metrics.json`
+    """
+    text_to_text = _load_model(model, device)
+    _quiet_data()
+    from modeling_llm2slm.data import write_aside
+    from modeling_llm2slm.evaluation import evaluate as evaluate_model
+
+    result = evaluate_model(
+        text_to_text, data, prompt_column, answer_column, split=split, limit=limit, batch_size=batch_size,
+        timed_answers=timed_answers, **_decoding(max_new_tokens, num_beams),
+    )  # fmt: skip
+    result = {"model": model, "data": Path(data).name, **result}
+    if output is not None:
+        with write_aside(output) as temporary:
+            temporary.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _print_result(result)
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    table = Table("measure", "value", title=f"{result['pairs']} pairs of {result['data']}")
+    table.columns[1].justify = "right"
+    for name, value in {**result["scores"], **result["speed"]}.items():
+        table.add_row(name, f"{value:.2f}" if isinstance(value, float) else str(value))
+    out.print(table)
+    for name, signature in result["signatures"].items():
+        out.print(f"{name}: {signature}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def info(model: ModelArgument) -> None:
+    """Tell what a checkpoint is: its kind, its parts and their sizes."""
+    _print_model(model, _load_model(model))
+    report = Path(model) / "training.json"
+    if report.is_file():
+        trained = json.loads(report.read_text(encoding="utf-8"))
+        out.print(f"Trained {trained['steps']} steps in {trained['seconds']:.0f} s.", highlight=False)
+
+
+def _print_model(name: str, text_to_text: TextToText) -> None:
+    table = Table("part", "model", "parameters", "width", "vocabulary", "dtype", title=escape(name))
+    for part, module, config in text_to_text.parts():
+        parameters = sum(tensor.numel() for tensor in module.parameters())
+        dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
+        sizes = [str(getattr(config, key, "")) for key in ("hidden_size", "vocab_size")]
+        table.add_row(part, getattr(config, "model_type", ""), f"{parameters:,}", *sizes, dtype)
+    out.print(table)
+    counts = {name: f"{count:,}" for name, count in text_to_text.parameters().items()}
+    out.print(
+        f"{counts['total']} parameters, {counts['trainable']} trainable, {counts['decode']} used for each token."
+    )
+
+
+def _load_model(path: str, device: str = "cpu", seed: int | None = None) -> TextToText:
+    _quiet()
+    from transformers import set_seed
+
+    from modeling_llm2slm.text_to_text import TextToText
+
+    if seed is not None:
+        set_seed(seed)
+    return TextToText.from_pretrained(path, device=device)
+
+
+def _quiet(progress: bool = False) -> None:
+    """Keeps the libraries' notes to their developers, and the progress bars of short work, from the user."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not progress:
+        logging.disable_progress_bar()
+
+
+def _quiet_data() -> None:
+    from datasets import disable_progress_bars
+
+    disable_progress_bars()
+
+
+if __name__ == "__main__":
+    main()

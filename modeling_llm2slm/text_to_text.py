@@ -1,0 +1,365 @@
+"""One interface over three kinds of checkpoint, so that they are trained, decoded and scored by the same code."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoProcessor,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextIteratorStreamer,
+)
+
+
+DEFAULT_MAX_NEW_TOKENS = 128
+
+
+class TextToText:
+    """
+    A model that reads a prompt and writes an answer, with whatever turns texts into its tensors and back.
+
+    Use [`TextToText.from_pretrained`]: it looks at the checkpoint and returns the subclass for an encoder-decoder
+    (T5, or an LLM-to-SLM composite) or for a decoder-only model (GPT-2).
+
+    Args:
+        model: The model, as loaded by its Auto class.
+        processor: Its tokenizer; for a composite the [`LLM2SLMProcessor`].
+        prompt_max_length: Prompts are cut to this many tokens (default: never).
+        answer_max_length: Answers are cut to this many tokens in training (default: never), and end there when
+            they are generated.
+
+    Attributes:
+        tokenizer: The tokenizer of the answers.
+        collator: Pads a list of features to a batch for a Trainer.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        prompt_max_length: int | None = None,
+        answer_max_length: int | None = None,
+    ):
+        self.model = model
+        self.processor = processor
+        self.prompt_max_length = prompt_max_length
+        self.answer_max_length = answer_max_length
+        self.tokenizer: PreTrainedTokenizerBase = getattr(processor, "decoder_tokenizer", processor)
+
+    @staticmethod
+    def from_pretrained(
+        path: str | Path,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        prompt_max_length: int | None = None,
+        answer_max_length: int | None = None,
+    ) -> TextToText:
+        """
+        Loads a checkpoint of any of the three kinds.
+
+        Args:
+            path: A folder, or the name of a model on the Hub.
+            dtype: The dtype to load the weights in (default: float32, whatever they were saved in).
+            device: Where to put the model (default: the CPU).
+            prompt_max_length: See the class.
+            answer_max_length: See the class.
+
+        Raises:
+            OSError: If there is no such checkpoint, or if it is damaged or incomplete.
+            ValueError: If the model is of a kind that does not write text, or there is no such device.
+        """
+        config = load(AutoConfig, path)
+        encoder_decoder = getattr(config, "is_encoder_decoder", False)
+        auto_class = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+        if type(config) not in auto_class._model_mapping:
+            raise ValueError(f"{path} is a {config.model_type} model, which does not turn a prompt into an answer.")
+        model, loading = load(auto_class, path, dtype=dtype or torch.float32, output_loading_info=True)
+        if loading["missing_keys"]:
+            missing = sorted(loading["missing_keys"])
+            raise OSError(f"{path} is incomplete: {len(missing)} weights are missing, {missing[0]} among them.")
+        processor = load(AutoProcessor if config.model_type == "llm2slm" else AutoTokenizer, path)
+        kind = EncoderDecoderTextToText if encoder_decoder else DecoderOnlyTextToText
+        return kind(_move(model, device or "cpu").eval(), processor, prompt_max_length, answer_max_length)
+
+    @property
+    def collator(self) -> Any:
+        return DataCollatorForSeq2Seq(self.tokenizer, model=self.model)
+
+    def features(self, prompts: list[str], answers: list[str] | None = None) -> dict[str, list[list[int]]]:
+        """
+        Turns texts into token ids, without padding.
+
+        Args:
+            prompts: What the model reads.
+            answers: What it shall write. None gives the features to generate from.
+
+        Returns:
+            `input_ids` and `attention_mask`, and `labels` if answers are given; each a list with one entry per prompt.
+        """
+        raise NotImplementedError
+
+    def generate(self, prompts: list[str], batch_size: int = 32, **generate_kwargs: Any) -> list[str]:
+        """
+        Writes the answers to prompts.
+
+        Args:
+            prompts: Any number of prompts; prompts of similar length go together, the order of the answers is kept.
+            batch_size: How many prompts go through the model at once.
+            generate_kwargs: Arguments of `model.generate()`, such as `num_beams` and `max_new_tokens`.
+        """
+        tokens = self.generate_tokens(prompts, batch_size, **generate_kwargs)
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True) if tokens else []
+
+    def generate_tokens(self, prompts: list[str], batch_size: int = 32, **generate_kwargs: Any) -> list[list[int]]:
+        """Like [`~TextToText.generate`], but returns the ids of each answer, the end token included."""
+        if not prompts:
+            return []
+        features, generate_kwargs = self._prepare(prompts, generate_kwargs)
+        order = sorted(range(len(prompts)), key=lambda index: -len(features["input_ids"][index]))
+        answers: dict[int, list[int]] = {}
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            inputs = self._pad({name: [rows[index] for index in batch] for name, rows in features.items()})
+            generated = self._answers(self.model.generate(**inputs, **generate_kwargs), inputs)
+            answers.update(zip(batch, map(self._until_end, generated.tolist()), strict=True))
+        return [answers[index] for index in range(len(prompts))]
+
+    def stream(self, prompt: str, **generate_kwargs: Any) -> Iterator[str]:
+        """Writes the answer to one prompt piece by piece, as `generate` finds it (greedy or sampled, not by beams)."""
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        features, generate_kwargs = self._prepare([prompt], generate_kwargs)
+        inputs = self._pad(features)
+        errors: list[BaseException] = []
+
+        def write() -> None:
+            try:
+                self.model.generate(**inputs, streamer=streamer, **generate_kwargs)
+            except BaseException as error:
+                errors.append(error)
+                streamer.end()
+
+        thread = threading.Thread(target=write, daemon=True)
+        thread.start()
+        yield from streamer
+        thread.join()
+        if errors:
+            raise errors[0]
+
+    def _prepare(self, prompts: list[str], generate_kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Features, and the arguments of `generate` with a limit: its own would be 20 tokens, prompt included."""
+        limit = self.answer_max_length or min(DEFAULT_MAX_NEW_TOKENS, (self._positions or sys.maxsize) // 2)
+        return self.features(prompts), {"max_new_tokens": limit, **generate_kwargs}
+
+    @property
+    def _positions(self) -> int | None:
+        """How many positions prompt and answer share, if any number limits them."""
+        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+    def parts(self) -> list[tuple[str, Any, Any]]:
+        """Name, module and config of each part."""
+        return [("model", self.model, self.model.config)]
+
+    def parameters(self) -> dict[str, int]:
+        """The number of parameters: `total`, `trainable`, and `decode`, those that every answer token goes through."""
+        return {
+            "total": self.model.num_parameters(),
+            "trainable": self.model.num_parameters(only_trainable=True),
+            "decode": _count(*self._decoding_modules()),
+        }
+
+    def _decoding_modules(self) -> list[Any]:
+        return [self.model]
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Saves the model and its processor, so that `from_pretrained` finds both."""
+        self.model.save_pretrained(path)
+        self.processor.save_pretrained(path)
+
+    def _pad(self, features: dict[str, list[list[int]]]) -> Any:
+        """Pads features to tensors on the model's device, on the side to generate from."""
+        reader = getattr(self.processor, "tokenizer", self.processor)
+        return reader.pad(features, padding_side=self._padding_side, return_tensors="pt").to(self.model.device)
+
+    _padding_side = "right"
+
+    def _answers(self, generated: torch.Tensor, inputs: Any) -> torch.Tensor:
+        """Cuts off what `generate` returns before the answer."""
+        raise NotImplementedError
+
+    def _until_end(self, tokens: list[int]) -> list[int]:
+        end = self.tokenizer.eos_token_id
+        return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+
+
+class EncoderDecoderTextToText(TextToText):
+    """A T5, or any other encoder-decoder, or an LLM-to-SLM composite."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self._composite:  # the processor of a composite does its own cutting
+            for name in ("prompt_max_length", "answer_max_length"):
+                if getattr(self, name) is None:
+                    setattr(self, name, getattr(self.processor, name))
+                setattr(self.processor, name, getattr(self, name))
+
+    @property
+    def _composite(self) -> bool:
+        return self.processor is not self.tokenizer
+
+    @property
+    def collator(self) -> Any:
+        if not self._composite:
+            return super().collator
+        from modeling_llm2slm import DataCollatorForLLM2SLM
+
+        return DataCollatorForLLM2SLM(self.processor, model=self.model)
+
+    def features(self, prompts: list[str], answers: list[str] | None = None) -> dict[str, list[list[int]]]:
+        if self._composite:
+            return dict(self.processor(text=list(prompts), text_target=None if answers is None else list(answers)))
+        features = dict(self.processor(list(prompts), **self._cut(self.prompt_max_length)))
+        if answers is not None:
+            labels = self.processor(text_target=list(answers), **self._cut(self.answer_max_length))
+            features["labels"] = labels["input_ids"]
+        return {name: rows for name, rows in features.items() if name in ("input_ids", "attention_mask", "labels")}
+
+    @staticmethod
+    def _cut(max_length: int | None) -> dict[str, Any]:
+        return {"verbose": False} if max_length is None else {"truncation": True, "max_length": max_length}
+
+    def _answers(self, generated: torch.Tensor, inputs: Any) -> torch.Tensor:
+        return generated[:, 1:]  # the start token
+
+    def parts(self) -> list[tuple[str, Any, Any]]:
+        if not self._composite:
+            return super().parts()
+        encoder, config = self.model.encoder, self.model.config
+        others = [("prompt embedding", encoder.prompt_embedding, None)] if encoder.prompt_embedding is not None else []
+        return [
+            ("LLM", encoder.llm, config.encoder),
+            ("projector", encoder.projector, None),
+            *others,
+            ("SLM", self.model.decoder, config.decoder),
+        ]
+
+    def _decoding_modules(self) -> list[Any]:
+        slm = self.model.decoder if self._composite else self.model
+        if not slm.config.is_encoder_decoder:
+            return [slm]
+        return [slm.get_decoder(), slm.get_output_embeddings()]
+
+
+@dataclass
+class DataCollatorForAnswers:
+    """
+    Batches for a decoder-only model, with logits for the answers only, which on short texts are most of the work.
+
+    Padding goes on the left, so that the answers of a batch end together, and `logits_to_keep` counts back from there.
+
+    Args:
+        tokenizer: Pads.
+
+    Returns (of a call):
+        `input_ids`, `attention_mask` and `position_ids` `(B, N)`, `labels` `(B, K)`, and K as `logits_to_keep`: the
+        length of the longest answer and one more, as the separator predicts the first token.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        inputs = [{name: row[name] for name in ("input_ids", "attention_mask")} for row in features]
+        batch = dict(self.tokenizer.pad(inputs, padding_side="left", return_tensors="pt", verbose=False))
+        batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        answers = [[label for label in row["labels"] if label != -100] for row in features]
+        kept = 1 + max(map(len, answers))
+        batch["labels"] = torch.tensor([[-100] * (kept - len(answer)) + answer for answer in answers])
+        return {**batch, "logits_to_keep": kept}
+
+
+class DecoderOnlyTextToText(TextToText):
+    """
+    A GPT-2, or any other decoder-only model, on sequences of the form `[prompt] [separator] [answer] [end]`.
+
+    The separator is the tokenizer's start token where it has one, else its end token. The loss counts the answer and
+    its end only. Prompts are padded on the left to generate from.
+    """
+
+    _padding_side = "left"
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.tokenizer.pad_token_id is None:  # every pad is masked, so any id will do
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    @property
+    def collator(self) -> Any:
+        if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
+            return super().collator
+        return DataCollatorForAnswers(self.tokenizer)
+
+    def features(self, prompts: list[str], answers: list[str] | None = None) -> dict[str, list[list[int]]]:
+        separator, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        separator = end if separator is None else separator
+        inputs = [ids + [separator] for ids in self._ids(prompts, self.prompt_max_length)]
+        features = {"input_ids": inputs}
+        if answers is not None:
+            targets = [ids + [end] for ids in self._ids(answers, self.answer_max_length, room=1)]
+            pairs = list(zip(inputs, targets, strict=True))
+            features["input_ids"] = [prompt + answer for prompt, answer in pairs]
+            features["labels"] = [[-100] * len(prompt) + answer for prompt, answer in pairs]
+        self._check_positions(max(map(len, features["input_ids"])))
+        features["attention_mask"] = [[1] * len(ids) for ids in features["input_ids"]]
+        return features
+
+    def _ids(self, texts: list[str], max_length: int | None, room: int = 0) -> list[list[int]]:
+        ids = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return ids if max_length is None else [row[: max_length - room] for row in ids]
+
+    def _prepare(self, prompts: list[str], generate_kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        features, generate_kwargs = super()._prepare(prompts, generate_kwargs)
+        self._check_positions(max(map(len, features["input_ids"])) + generate_kwargs["max_new_tokens"])
+        return features, generate_kwargs
+
+    def _check_positions(self, length: int) -> None:
+        if self._positions is not None and length > self._positions:
+            raise ValueError(
+                f"Prompt and answer are {length} tokens together, but the model has {self._positions} positions. "
+                "Set prompt_max_length, answer_max_length or max_new_tokens."
+            )
+
+    def _answers(self, generated: torch.Tensor, inputs: Any) -> torch.Tensor:
+        return generated[:, inputs["input_ids"].shape[1] :]
+
+
+def _count(*modules: torch.nn.Module | None) -> int:
+    tensors = {tensor for module in modules if module is not None for tensor in module.parameters()}  # ties count once
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def _move(model: Any, device: str | torch.device) -> Any:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:  # no such name; torch built without it
+        raise ValueError(f"The model cannot be put on {device}: {str(error).splitlines()[0]}") from error
+
+
+def load(auto_class: Any, path: str | Path, **kwargs: Any) -> Any:
+    """Calls `auto_class.from_pretrained` and turns whatever goes wrong into an `OSError` of one sentence."""
+    try:
+        return auto_class.from_pretrained(path, **kwargs)
+    except Exception as error:  # a damaged checkpoint raises a different class for each file and format
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(f"{path} cannot be loaded: {reason}") from error

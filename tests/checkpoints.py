@@ -1,0 +1,60 @@
+"""Tiny checkpoints on disk, of the three kinds that are trained and scored by the same code, and a task for them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common import gpt2_config, llm_tokenizer, t5_config
+from modeling_llm2slm.building import build
+
+
+KINDS = ("llm", "slm", "llm2slm")
+# Answers are prompts said backwards, so that no position can be copied blindly.
+WORDS = (
+    ["src1", "src2", "src3", "src4", "src5", "src6"],
+    ["src9", "src8"],
+    ["src4", "src20", "src7", "src1"],
+    ["src30"],
+    ["src11", "src12", "src13"],
+    ["src40", "src41", "src42", "src43", "src44"],
+    ["src2", "src2", "src3"],
+    ["src60", "src61"],
+)
+PAIRS = [{"prompt": " ".join(words), "answer": " ".join(reversed(words))} for words in WORDS]
+PROMPTS = [pair["prompt"] for pair in PAIRS]
+ANSWERS = [pair["answer"] for pair in PAIRS]
+
+
+def write_pairs(path: Path, pairs: Sequence[dict[str, Any]] = PAIRS) -> str:
+    """Writes pairs as JSON lines."""
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    return str(path)
+
+
+def write_parts(folder: Path) -> tuple[str, str, str]:
+    """Writes the configs of an LLM and an SLM and the tokenizer of both; returns the three paths."""
+    tokenizer = llm_tokenizer()
+    tokenizer.save_pretrained(folder / "tokenizer")
+    configs = {
+        "t5": t5_config(dropout_rate=0.1),
+        "gpt2": gpt2_config(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=1, initializer_range=0.1),
+    }
+    for name, config in configs.items():
+        config.to_json_file(folder / f"{name}.json")
+    return str(folder / "t5.json"), str(folder / "gpt2.json"), str(folder / "tokenizer")
+
+
+def write_checkpoint(kind: str, folder: Path) -> str:
+    """Writes a checkpoint with random weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    llm, slm, tokenizer = write_parts(folder)
+    parts = {
+        "llm": {"llm": llm, "llm_tokenizer": tokenizer},
+        "slm": {"slm": slm, "slm_tokenizer": tokenizer},
+        "llm2slm": {"llm": llm, "slm": slm, "llm_tokenizer": tokenizer},
+    }
+    build(**parts[kind]).save_pretrained(folder / kind)
+    return str(folder / kind)

@@ -1,0 +1,309 @@
+"""The `llm2slm` command: what it does, and that whatever is wrong gives one sentence and leaves nothing behind."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from checkpoints import PAIRS, PROMPTS, write_checkpoint, write_pairs, write_parts
+from transformers import AutoModelForSeq2SeqLM
+
+import llm2slm
+from modeling_llm2slm import LLM2SLMForConditionalGeneration
+from modeling_llm2slm.text_to_text import TextToText
+
+
+COMMANDS = ("build", "train", "generate", "evaluate", "info")
+
+
+def run(*arguments: Any) -> int:
+    """Runs the command and returns its exit status."""
+    try:
+        llm2slm.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return 0
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch, capsys):
+    # Consoles are made when the module is imported; a test has its own output and a width that wraps nothing.
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(llm2slm, "out", llm2slm.Console(width=200))
+    monkeypatch.setattr(llm2slm, "err", llm2slm.Console(stderr=True, width=200))
+
+
+@pytest.fixture(scope="module")
+def composite(tmp_path_factory) -> str:
+    return write_checkpoint("llm2slm", tmp_path_factory.mktemp("composite"))
+
+
+def in_a_new_process(*arguments: str, code: str | None = None, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *(["-c", code] if code else ["-m", "llm2slm", *arguments])]
+    root = Path(__file__).parents[1]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False, **kwargs)
+
+
+class TestHelp:
+    def test_nothing_heavy_is_imported(self):
+        code = "import sys, llm2slm; llm2slm.main(['train', '--help'])"
+        heavy = "set(sys.modules) & {'torch', 'transformers', 'datasets', 'numpy', 'modeling_llm2slm'}"
+        code = f"import atexit; atexit.register(lambda: print('heavy:', sorted({heavy}))); {code}"
+        result = in_a_new_process(code=code)
+        assert result.returncode == 0
+        assert "heavy: []" in result.stdout
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_every_command_explains_itself_by_an_example(self, command, capsys):
+        assert run(command, "--help") == 0
+        help_text = capsys.readouterr().out
+        assert f"llm2slm {command}" in help_text or command == "info"
+        assert "--help" in help_text
+
+    def test_all_commands_are_listed(self, capsys):
+        assert run("--help") == 0
+        listed = capsys.readouterr().out
+        assert all(command in listed for command in COMMANDS)
+
+
+class TestBuild:
+    def test_two_configs_make_a_composite(self, tmp_path, capsys):
+        llm, slm, tokenizer = write_parts(tmp_path)
+        assert run("build", tmp_path / "new", "--llm", llm, "--slm", slm, "--llm-tokenizer", tokenizer) == 0
+        model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "new")
+        assert isinstance(model, LLM2SLMForConditionalGeneration)
+        assert (model.config.fusion, model.config.shared_tokenizer) == ("add", True)
+        assert "projector" in capsys.readouterr().out
+
+    def test_trained_parts_are_taken_as_they_are(self, tmp_path):
+        llm, slm = (write_checkpoint(kind, tmp_path) for kind in ("llm", "slm"))
+        assert run("build", tmp_path / "new", "--llm", llm, "--slm", slm, "--fusion", "replace") == 0
+        built = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "new")
+        assert built.config.fusion == "replace"
+        for path, part in ((llm, built.encoder.llm), (slm, built.decoder)):
+            weights = TextToText.from_pretrained(path).model.state_dict()
+            assert all(bool((tensor == weights[name]).all()) for name, tensor in part.state_dict().items())
+
+    def test_the_seed_decides_the_random_weights(self, tmp_path):
+        _, slm, tokenizer = write_parts(tmp_path)
+        for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+            assert run("build", tmp_path / name, "--slm", slm, "--slm-tokenizer", tokenizer, "--seed", seed) == 0
+        a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+        assert a == b
+        assert a != c
+
+    def test_parts_that_do_not_fit_are_an_error(self, tmp_path, capsys):
+        llm, slm, tokenizer = write_parts(tmp_path)
+        words = ("build", tmp_path / "new", "--llm", llm, "--slm", slm, "--llm-tokenizer", tokenizer)
+        assert run(*words, "--fusion", "mix") == 1
+        assert "`fusion` is 'mix'" in capsys.readouterr().err
+        config = json.loads(Path(slm).read_text())
+        Path(slm).write_text(json.dumps({**config, "vocab_size": 5}))
+        assert run(*words) == 1
+        assert "has a vocabulary of 5, but the tokenizer has" in capsys.readouterr().err
+        assert not (tmp_path / "new").exists()
+
+    def test_a_preset_names_both_models(self, tmp_path, capsys):
+        pytest.importorskip("modeling_llm2slm.configuration", reason="presets are found in an installed package only")
+        *_, tokenizer = write_parts(tmp_path)
+        assert run("build", tmp_path / "new", "--preset", "huge", "--llm-tokenizer", tokenizer) == 1
+        assert "no preset 'huge'; there are" in capsys.readouterr().err
+        assert run("build", tmp_path / "new", "--preset", "tiny", "--llm-tokenizer", tokenizer) == 0
+        assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "new").config.model_type == "llm2slm"
+
+    def test_what_is_there_is_replaced_only_on_request(self, tmp_path, capsys):
+        _, slm, tokenizer = write_parts(tmp_path)
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "mine").touch()
+        words = ("build", tmp_path / "new", "--slm", slm, "--slm-tokenizer", tokenizer)
+        assert run(*words) == 1
+        assert "add --overwrite" in capsys.readouterr().err
+        assert run(*words, "--overwrite") == 0
+
+
+@pytest.fixture
+def recipe(composite, tmp_path) -> Path:
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    path = tmp_path / "recipe.yaml"
+    fields = {
+        "model": composite, "train_data": data, "validation_data": data, "output_dir": str(tmp_path / "out"),
+        "metric": "bleu", "generation": {"max_new_tokens": 4}, "max_steps": 2, "per_device_train_batch_size": 4,
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(fields))
+    return path
+
+
+class TestTrain:
+    def test_a_recipe_makes_a_model_that_generates(self, recipe, tmp_path, capsys):
+        assert run("train", recipe) == 0
+        assert "Trained 2 steps" in capsys.readouterr().out
+        assert run("generate", tmp_path / "out", "src1", "--max-new-tokens", 3) == 0
+        assert run("info", tmp_path / "out") == 0
+        assert "Trained 2 steps" in capsys.readouterr().out
+
+    def test_every_field_is_an_option(self, recipe, tmp_path):
+        words = (
+            "--max-steps=1",
+            "--output_dir",
+            tmp_path / "other",
+            "--label_smoothing_factor",
+            "0.1",
+            "--disable-tqdm",
+        )
+        assert run("train", recipe, *words) == 0
+        record = json.loads((tmp_path / "other" / "training.json").read_text())
+        assert record["steps"] == 1
+        assert record["recipe"]["disable_tqdm"] == "true"
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.slow
+    def test_a_killed_run_continues(self, recipe, tmp_path):
+        words = ("train", str(recipe), "--max_steps", "400", "--save_strategy", "steps", "--save_steps", "5")
+        words += ("--eval_strategy", "steps", "--eval_steps", "5")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "llm2slm", *words], cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL
+        )
+        while not (tmp_path / "out" / "checkpoint-10" / "trainer_state.json").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path / "out" / "config.json").exists()
+        assert run(*words, "--max_steps", "40") == 0
+        record = json.loads((tmp_path / "out" / "training.json").read_text())
+        assert record["resumed_at_step"] >= 10
+        assert record["steps"] == 40
+
+
+class TestGenerate:
+    def test_arguments_file_and_standard_input_give_the_same(self, composite, tmp_path, capsys, monkeypatch):
+        prompts = tmp_path / "prompts.txt"
+        prompts.write_text("\n".join(PROMPTS[:3]) + "\n")
+        outputs = []
+        for words in (PROMPTS[:3], ["--file", prompts], []):
+            monkeypatch.setattr(sys, "stdin", io.StringIO(prompts.read_text()))
+            assert run("generate", composite, *words, "--max-new-tokens", 5) == 0
+            outputs.append(capsys.readouterr().out)
+        expected = TextToText.from_pretrained(composite).generate(PROMPTS[:3], max_new_tokens=5)
+        assert outputs == ["".join(f"{answer}\n" for answer in expected)] * 3
+
+    def test_answers_come_as_they_are_written(self, composite, monkeypatch):
+        seen: list[str] = []
+        monkeypatch.setattr(TextToText, "stream", lambda *_, **__: iter(["one ", "two"]))
+        output = io.StringIO()
+        monkeypatch.setattr(output, "flush", lambda: seen.append(output.getvalue()))
+        monkeypatch.setattr(llm2slm, "out", llm2slm.Console(file=output))
+        assert run("generate", composite, "src1") == 0
+        assert seen == ["one ", "one two", "one two\n"]
+
+    def test_batches_and_beams_keep_the_order(self, composite, capsys):
+        assert run("generate", composite, *PROMPTS, "--batch-size", 3, "--num-beams", 2, "--max-new-tokens", 5) == 0
+        expected = TextToText.from_pretrained(composite).generate(PROMPTS, num_beams=2, max_new_tokens=5)
+        assert capsys.readouterr().out.splitlines() == expected
+
+    def test_a_seed_makes_samples_repeatable(self, composite, capsys):
+        words = ("generate", composite, *PROMPTS[:4], "--sample", "--temperature", 2, "--max-new-tokens", 8)
+        outputs = []
+        for seed in (1, 1, 2):
+            assert run(*words, "--seed", seed) == 0
+            outputs.append(capsys.readouterr().out)
+        assert outputs[0] == outputs[1] != outputs[2]
+
+    def test_an_output_file_holds_an_answer_a_line(self, composite, tmp_path):
+        assert run("generate", composite, *PROMPTS, "--output", tmp_path / "answers.txt", "--max-new-tokens", 5) == 0
+        assert len((tmp_path / "answers.txt").read_text().splitlines()) == len(PROMPTS)
+
+
+def test_evaluate_prints_and_writes_the_same_numbers(composite, tmp_path, capsys):
+    data, output = write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "metrics.json"
+    assert run("evaluate", composite, data, "--output", output, "--max-new-tokens", 4, "--timed-answers", 2) == 0
+    result = json.loads(output.read_text())
+    printed = capsys.readouterr().out
+    assert result["pairs"] == len(PAIRS)
+    assert result["data"] == "pairs.jsonl"
+    assert f"{result['scores']['chrf']:.2f}" in printed
+    assert result["signatures"]["bleu"] in printed
+
+
+def test_info_names_the_parts(composite, capsys):
+    assert run("info", composite) == 0
+    printed = capsys.readouterr().out
+    assert all(part in printed for part in ("LLM", "projector", "SLM", "used for each token"))
+
+
+MODEL, DATA, RECIPE, OUT = "<model>", "<data>", "<recipe>", "<out>"
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["generate", "no/such/model", "hello"], 1, "no/such/model cannot be loaded"),
+        (["generate", MODEL, "--file", "no.txt"], 1, "There is no file no.txt"),
+        (["generate", MODEL, "hello", "--top-p", "0.5"], 2, "--sample"),
+        (["generate", MODEL, "hello", "--num-beams", "0"], 2, "num-beams"),
+        (["generate", MODEL, "hello", "--max-new-tokens", "500", "--output", OUT], 1, "64 positions"),
+        (["generate"], 2, "model"),
+        (["evaluate", MODEL, "no.jsonl", "--output", OUT], 1, "no data file no.jsonl"),
+        (["evaluate", MODEL, DATA, "--answer-column", "target", "--output", OUT], 1, "no column 'target'"),
+        (["evaluate", MODEL, DATA, "--device", "moon", "--output", OUT], 1, "moon"),
+        (["train", "no.yaml"], 1, "There is no recipe no.yaml"),
+        (["train", RECIPE, "--max_step", "3"], 1, "Did you mean max_steps"),
+        (["train", RECIPE, "--learning_rate", "fast", "--output_dir", OUT], 1, "learning_rate"),
+        (["train", RECIPE, "--train_data", "no.csv", "--output_dir", OUT], 1, "no data file no.csv"),
+        (["train", RECIPE, "--prompt_column", "x", "--output_dir", OUT], 1, "no column 'x'"),
+        (["train", RECIPE, "--model", "no/such/model", "--output_dir", OUT], 1, "no/such/model cannot be loaded"),
+        (["train", RECIPE, "stray"], 2, "stray"),
+        (["build", OUT], 1, "nothing to build from"),
+        (["build", OUT, "--llm", "no/such/model"], 1, "no/such/model cannot be loaded"),
+        (["info", DATA], 1, "cannot be loaded"),
+        (["inform"], 2, "inform"),
+    ],
+)
+def test_what_is_wrong_gives_one_sentence_and_leaves_nothing(
+    words, status, message, composite, recipe, tmp_path, capsys
+):
+    places = {
+        MODEL: composite,
+        DATA: str(tmp_path / "pairs.jsonl"),
+        RECIPE: str(recipe),
+        OUT: str(tmp_path / "output"),
+    }
+    before = sorted(tmp_path.iterdir())
+    assert run(*(places.get(word, word) for word in words)) == status
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    if status == 1:
+        assert error.startswith("Error: ")
+        assert len(error.splitlines()) == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_corrupt_checkpoint_gives_one_sentence(tmp_path, capsys):
+    path = Path(write_checkpoint("slm", tmp_path))
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:3000])
+    assert run("info", path) == 1
+    assert capsys.readouterr().err.startswith(f"Error: {path} cannot be loaded")
+
+
+def test_a_traceback_is_shown_on_request(monkeypatch):
+    monkeypatch.setenv("LLM2SLM_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        llm2slm.main(["train", "no.yaml"])
+
+
+def test_a_real_process_exits_as_it_should(tmp_path):
+    result = in_a_new_process("train", str(tmp_path / "no.yaml"), env={**os.environ, "COLUMNS": "200"})
+    assert result.returncode == 1
+    assert result.stderr.startswith("Error: There is no recipe")
+    assert result.stdout == ""

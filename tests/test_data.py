@@ -1,0 +1,175 @@
+"""Reading pairs, training a tokenizer, and writing results that are never half there."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from modeling_llm2slm import data
+from modeling_llm2slm.data import load_pairs, train_tokenizer, versions, write_aside
+
+
+PAIRS = [
+    {"prompt": "A man, alone.", "answer": 'Ein "Mann", allein.'},
+    {"prompt": "Two\nlines", "answer": "Größe\tund Maß"},
+    {"prompt": "", "answer": "nichts"},
+]
+
+
+def write(path: Path) -> Path:
+    dataset = Dataset.from_list(PAIRS)
+    lines = "".join(json.dumps(pair) + "\n" for pair in PAIRS)
+    match path.suffixes:
+        case [".jsonl"]:
+            path.write_text(lines, encoding="utf-8")
+        case [".jsonl", ".gz"]:
+            path.write_bytes(gzip.compress(lines.encode()))
+        case [".json"]:
+            path.write_text(json.dumps(PAIRS), encoding="utf-8")
+        case [".parquet"]:
+            dataset.to_parquet(path)
+        case [".csv", ".gz"]:
+            plain = path.with_suffix("")
+            dataset.to_csv(plain, index=False)
+            path.write_bytes(gzip.compress(plain.read_bytes()))
+        case [".csv"] | [".tsv"]:
+            dataset.to_csv(path, sep="\t" if path.suffix == ".tsv" else ",", index=False)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json", ".csv", ".csv.gz", ".tsv", ".parquet"])
+def test_every_format_gives_the_same_pairs(tmp_path, suffix):
+    assert load_pairs(write(tmp_path / f"pairs{suffix}"), limit=2).to_list() == PAIRS[:2]
+
+
+def test_columns_may_have_other_names_and_others_are_left(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"id": 7, "source": "a", "target": "b"}\n')
+    assert load_pairs(path, "source", "target").to_list() == [{"prompt": "a", "answer": "b"}]
+
+
+def test_empty_texts_are_texts(tmp_path):
+    assert load_pairs(write(tmp_path / "pairs.jsonl"))["prompt"][2] == ""
+
+
+def test_a_missing_column_is_named_beside_those_that_are_there(tmp_path):
+    with pytest.raises(ValueError, match=r"no column 'target'; it has 'prompt', 'answer'"):
+        load_pairs(write(tmp_path / "pairs.jsonl"), "prompt", "target")
+
+
+@pytest.mark.parametrize("name", ["no.jsonl", "no/such/folder", "no.parquet"])
+def test_a_missing_file_is_said_to_be_missing(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match="no data file"):
+        load_pairs(tmp_path / name)
+
+
+def test_a_data_set_that_cannot_be_reached_is_an_error_of_one_line():
+    with pytest.raises(FileNotFoundError, match="neither a file nor a data set") as caught:
+        load_pairs("nobody/nothing")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("pairs.jsonl", b'{"prompt": "a", "answer": \n', "cannot be read as json"),
+        ("pairs.parquet", b"PAR1 but no more", "cannot be read as parquet"),
+        ("pairs.jsonl.gz", b"not gzip", "cannot be read as json"),
+        (
+            "pairs.jsonl",
+            b'{"prompt": "a", "answer": "b"}\n{"prompt": "a", "answer": null}\n',
+            "answer of row 1 is None",
+        ),
+        ("pairs.jsonl", b'{"prompt": 3, "answer": "b"}\n', "prompt of row 0 is 3"),
+        ("pairs.csv", b"prompt,answer\n", "holds no pairs"),
+        ("pairs.txt", b"a b", "ending of the name"),
+    ],
+)
+def test_what_cannot_be_used_is_an_error_of_one_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_pairs(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+TEXTS = ["Der Hund läuft über die Straße.", "The dog runs, the dog sleeps.", "Zwei Hunde (3 und 14) laufen!"] * 20
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXTS, vocab_size=80)
+
+
+def test_a_tokenizer_gives_texts_back_and_loads_anew(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    reloaded = AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*TEXTS[:3], "Straße über Hund (41)!"]:
+        ids = tokenizer(text)["input_ids"]
+        assert ids[-1] == 1
+        assert 2 not in ids
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+        assert reloaded(text)["input_ids"] == ids
+
+
+def test_special_tokens_are_where_a_t5_expects_them(tokenizer):
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
+    assert len(tokenizer) <= 80
+
+
+def test_punctuation_and_digits_are_tokens_of_their_own(tokenizer):
+    assert tokenizer.tokenize("runs, 14")[-4:] != ["▁runs,", "▁14"]
+    for token in tokenizer.get_vocab():
+        letters = any(letter.isalpha() for letter in token)
+        assert not letters or not set(token) & set(".,()!0123456789"), token
+
+
+def test_a_file_appears_when_it_is_complete(tmp_path):
+    target = tmp_path / "folder" / "result.json"
+    with write_aside(target) as temporary:
+        temporary.write_text("whole")
+        assert not target.exists()
+    assert target.read_text() == "whole"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_failure_leaves_what_was_there(tmp_path):
+    target = tmp_path / "result.json"
+    target.write_text("before")
+
+    def fail() -> None:
+        with write_aside(target) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert target.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_that_exists_keeps_its_other_files_and_gets_its_config_last(tmp_path, monkeypatch):
+    target = tmp_path / "model"
+    (target / "checkpoint-1").mkdir(parents=True)
+    (target / "old").mkdir()
+    moved = []
+    replace = data._replace
+    monkeypatch.setattr(data, "_replace", lambda source, to: (moved.append(to.name), replace(source, to)))
+    with write_aside(target) as temporary:
+        (temporary / "old").mkdir(parents=True)
+        (temporary / "old" / "new").touch()
+        for name in ("a.json", "config.json", "model.safetensors"):
+            (temporary / name).touch()
+    assert moved[-1] == "config.json"
+    assert {path.name for path in target.iterdir()} == {"checkpoint-1", *moved}
+    assert (target / "old" / "new").exists()
+
+
+def test_versions_are_those_installed():
+    import torch
+
+    assert versions()["torch"] == torch.__version__

@@ -1,0 +1,81 @@
+"""Scores that are sacrebleu's and rouge-score's, and times that belong to the answers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import sacrebleu
+from checkpoints import KINDS, write_checkpoint, write_pairs
+
+from modeling_llm2slm import evaluation
+from modeling_llm2slm.evaluation import METRICS, evaluate, score, score_and_sign, time_answers
+from modeling_llm2slm.text_to_text import TextToText
+
+
+REFERENCES = ["Ein Mann schläft auf einem Sofa.", "Zwei Hunde spielen im Schnee."]
+ANSWERS = ["Ein Mann schläft auf dem Sofa.", "Zwei Hunde spielen im Schnee. "]
+
+
+def test_equal_texts_score_full_marks():
+    assert score(REFERENCES, REFERENCES) == pytest.approx(dict.fromkeys(METRICS, 100.0))
+
+
+def test_bleu_and_chrf_are_those_of_sacrebleu():
+    scores = score(ANSWERS, REFERENCES)
+    assert scores["bleu"] == sacrebleu.corpus_bleu(ANSWERS, [REFERENCES]).score
+    assert scores["chrf"] == sacrebleu.corpus_chrf(ANSWERS, [REFERENCES]).score
+    assert 0 < scores["bleu"] < 100
+
+
+def test_rouge_is_the_mean_over_pairs():
+    scores = score(["a b c d", "x"], ["a b e f", "y"], ["rouge1", "rouge2", "rougeL"])
+    assert scores == pytest.approx({"rouge1": 25, "rouge2": 100 / 6, "rougeL": 25})
+
+
+def test_exact_match_ignores_white_space_around():
+    assert score(ANSWERS, REFERENCES, ["exact_match"]) == {"exact_match": 50}
+
+
+def test_only_what_is_asked_for_is_computed():
+    assert list(score(ANSWERS, REFERENCES, ["chrf"])) == ["chrf"]
+
+
+def test_signatures_say_how():
+    _, signatures = score_and_sign(ANSWERS, REFERENCES)
+    assert signatures["bleu"] == f"nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:{sacrebleu.__version__}"
+    assert signatures["chrf"].startswith("nrefs:1|case:mixed|eff:yes|nc:6|nw:0")
+    assert signatures["rouge"].startswith("rouge-score 0.")
+
+
+def test_as_many_answers_as_references_are_needed():
+    with pytest.raises(ValueError, match="longer"):
+        score(ANSWERS[:1], REFERENCES, ["exact_match"])
+
+
+@pytest.fixture(scope="module")
+def slm(tmp_path_factory):
+    return TextToText.from_pretrained(write_checkpoint("slm", tmp_path_factory.mktemp("slm")))
+
+
+def test_time_is_divided_by_answers_and_by_tokens(slm, monkeypatch):
+    clock = iter([0.0, 1.0, 10.0, 12.0])
+    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: next(clock))
+    speed = time_answers(slm, ["src1", "src2 src3"], min_new_tokens=4, max_new_tokens=4)
+    assert speed == {"ms_per_answer": 1500, "ms_per_token": 375, "tokens_per_answer": 4, "timed_answers": 2}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model_is_scored_and_timed(kind, tmp_path):
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    result = evaluate(write_checkpoint(kind, tmp_path), data, limit=5, timed_answers=2, max_new_tokens=6)
+    assert list(result["scores"]) == list(METRICS)
+    assert (result["pairs"], result["speed"]["timed_answers"]) == (5, 2)
+    assert result["speed"]["ms_per_answer"] > 0
+    assert result["generation"] == {"max_new_tokens": 6}
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_a_model_already_loaded_is_scored_without_timing(slm, tmp_path):
+    result = evaluate(slm, write_pairs(tmp_path / "pairs.jsonl"), timed_answers=0, max_new_tokens=4)
+    assert result["speed"] == {}

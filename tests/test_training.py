@@ -1,0 +1,244 @@
+"""Recipes, and what a training leaves behind: the best model, a record, and a run that can be taken up again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from checkpoints import ANSWERS, KINDS, PAIRS, PROMPTS, write_checkpoint, write_pairs
+from safetensors.torch import load_file
+
+from common import same_tensors
+from modeling_llm2slm import training
+from modeling_llm2slm.text_to_text import TextToText
+from modeling_llm2slm.training import TextToTextTrainer, last_checkpoint, load_recipe, parse_recipe, train
+
+
+RECIPES = Path(__file__).parents[1] / "configuration" / "recipes"
+NEEDED = {"model": "m", "train_data": "d.jsonl", "output_dir": "o"}
+
+
+class TestRecipe:
+    def test_fields_of_both_kinds_lie_flat(self):
+        ours, arguments = parse_recipe(
+            {
+                **NEEDED,
+                "metric": "bleu",
+                "generation": {"num_beams": 2},
+                "num_train_epochs": 2,
+                "learning_rate": "1e-3",
+            }
+        )
+        assert (ours.model, ours.metric, ours.generation_kwargs) == ("m", "bleu", {"num_beams": 2})
+        assert (arguments.output_dir, arguments.num_train_epochs, arguments.learning_rate) == ("o", 2, 1e-3)
+
+    def test_switches_are_read_as_yaml_and_as_words_of_a_command_line(self):
+        for value in (True, "true"):
+            assert parse_recipe({**NEEDED, "ignore_data_skip": value})[1].ignore_data_skip is True
+        for value in (False, "false"):
+            assert parse_recipe({**NEEDED, "resume": value})[0].resume is False
+
+    def test_nothing_is_validated_without_validation_data(self):
+        _, arguments = parse_recipe(NEEDED)
+        assert arguments.eval_strategy == "no"
+        assert not arguments.load_best_model_at_end
+
+    @pytest.mark.parametrize(("metric", "greater"), [("loss", False), ("bleu", True), ("rougeL", True)])
+    def test_the_metric_chooses_the_best_checkpoint(self, metric, greater):
+        _, arguments = parse_recipe({**NEEDED, "validation_data": "v.jsonl", "metric": metric})
+        assert (arguments.metric_for_best_model, arguments.greater_is_better) == (f"eval_{metric}", greater)
+        assert arguments.load_best_model_at_end
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"learning_rat": 1}, "no field 'learning_rat'. Did you mean learning_rate"),
+            ({"train_date": 1}, "no field 'train_date'. Did you mean train_data"),
+            ({"zzzz": 1}, r"no field 'zzzz'\.$"),
+            ({"model": None}, "names no model"),
+            ({"learning_rate": "fast"}, "learning_rate"),
+            ({"optimizer": "sgdd"}, "optimizer"),
+            ({"metric": "blue"}, "metric"),
+            ({"generation": "beams"}, "generation"),
+            ({"model": "${LLM2SLM_NOT_SET}/x"}, "environment variable LLM2SLM_NOT_SET, which is not set"),
+        ],
+    )
+    def test_what_is_wrong_is_said_in_one_line(self, change, message):
+        with pytest.raises(ValueError, match=message) as caught:
+            parse_recipe({**NEEDED, **change})
+        assert "\n" not in str(caught.value)
+
+    def test_environment_variables_are_filled_in(self, monkeypatch):
+        monkeypatch.setenv("LLM2SLM_SOMEWHERE", "/some where")
+        ours, arguments = parse_recipe(
+            {**NEEDED, "model": "${LLM2SLM_SOMEWHERE}/m", "output_dir": "$LLM2SLM_SOMEWHERE/o"}
+        )
+        assert (ours.model, arguments.output_dir) == ("/some where/m", "/some where/o")
+
+    def test_overrides_go_before_the_file(self, tmp_path):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({**NEEDED, "seed": 1}))
+        assert load_recipe(path, {"seed": "2"}) == {**NEEDED, "seed": "2"}
+
+    @pytest.mark.parametrize("content", ["a: [", "- a list"])
+    def test_a_file_that_is_no_recipe_is_an_error(self, tmp_path, content):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"recipe\.yaml is not"):
+            load_recipe(path)
+
+    @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+    def test_the_recipes_of_the_project_are_right(self, path, monkeypatch):
+        monkeypatch.setenv("LLM2SLM_DATA", "data")
+        monkeypatch.setenv("LLM2SLM_RUNS", "runs")
+        ours, arguments = parse_recipe(load_recipe(path))
+        assert ours.validation_data
+        assert arguments.output_dir.startswith("runs/")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {kind: write_checkpoint(kind, folder / kind) for kind in KINDS}
+
+
+@pytest.fixture
+def recipe(checkpoints, tmp_path) -> dict[str, Any]:
+    """Two validations in six steps of an SLM alone."""
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    return {
+        "model": checkpoints["slm"],
+        "train_data": data,
+        "validation_data": data,
+        "output_dir": str(tmp_path / "out"),
+        "metric": "chrf",
+        "generation": {"max_new_tokens": 8},
+        "learning_rate": 3e-3,
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": 4,
+        "disable_tqdm": True,
+    }
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model_learns_to_write_its_answers(recipe, checkpoints, kind):
+    before = weights(checkpoints[kind])
+    report = train(
+        {
+            **recipe,
+            "model": checkpoints[kind],
+            "metric": "exact_match",
+            "label_smoothing_factor": 0.1,
+            "optimizer": "adafactor" if kind == "llm" else "adamw",
+            "learning_rate": 3e-2 if kind == "llm" else 1e-2,
+            "lr_scheduler_type": "linear",
+            "warmup_steps": 10,
+            "max_steps": 120,
+            "eval_strategy": "steps",
+            "save_strategy": "steps",
+            "eval_steps": 60,
+            "save_steps": 60,
+            "per_device_train_batch_size": 8,
+            "train_sampling_strategy": "group_by_length",
+        }
+    )
+    assert report["best_metric"] >= 80
+    answers = TextToText.from_pretrained(recipe["output_dir"]).generate(PROMPTS, max_new_tokens=8)
+    assert sum(a == b for a, b in zip(answers, ANSWERS, strict=True)) / len(PAIRS) * 100 == report["best_metric"]
+    after = weights(recipe["output_dir"])
+    frozen = {name for name in before if name.startswith("encoder.llm.")} if kind == "llm2slm" else set()
+    assert {name for name in before if torch.equal(before[name], after[name])} == frozen
+
+
+def test_the_record_tells_what_was_done(recipe):
+    report = train(recipe)
+    written = json.loads((Path(recipe["output_dir"]) / "training.json").read_text())
+    assert written == report
+    assert report["recipe"] == recipe
+    assert report["steps"] == 6
+    assert [row["eval_chrf"] for row in report["log"] if "eval_chrf" in row]
+    assert report["best_metric"] == max(row["eval_chrf"] for row in report["log"] if "eval_chrf" in row)
+    assert report["versions"]["torch"] == torch.__version__
+
+
+def test_the_best_checkpoint_is_kept_not_the_last(recipe, monkeypatch):
+    scores = iter([10.0, 30.0, 20.0])
+    monkeypatch.setattr(training, "score", lambda *_: {"chrf": next(scores)})
+    report = train(recipe)
+    assert (report["best_metric"], report["best_step"]) == (30.0, 4)
+    same_tensors(weights(recipe["output_dir"]), weights(Path(recipe["output_dir"]) / "checkpoint-4"))
+    last = weights(Path(recipe["output_dir"]) / "checkpoint-6")
+    assert any(not torch.equal(tensor, last[name]) for name, tensor in weights(recipe["output_dir"]).items())
+
+
+class StoppedError(Exception):
+    pass
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    training_step = TextToTextTrainer.training_step
+
+    def stopping(self: TextToTextTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step == step:
+            raise StoppedError
+        return training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(TextToTextTrainer, "training_step", stopping)
+
+
+def test_a_stopped_run_continues_to_the_same_weights(recipe, tmp_path, monkeypatch):
+    train({**recipe, "output_dir": str(tmp_path / "whole")})
+    with monkeypatch.context() as context:
+        stop_at(5, context)
+        with pytest.raises(StoppedError):
+            train(recipe)
+    assert not (Path(recipe["output_dir"]) / "config.json").exists()  # nothing that looks like a result
+    report = train(recipe)
+    assert (report["resumed_at_step"], report["steps"]) == (4, 6)
+    same_tensors(weights(recipe["output_dir"]), weights(tmp_path / "whole"))
+
+
+def test_a_checkpoint_that_was_being_written_is_left_aside(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+    for step, complete in ((90, True), (100, True), (110, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if complete:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
+
+
+def test_without_resume_a_run_starts_anew(recipe):
+    train(recipe)
+    assert train({**recipe, "resume": False})["resumed_at_step"] is None
+
+
+def test_a_failure_while_saving_leaves_no_model(recipe, monkeypatch):
+    def fail(self: TextToText, path: Path) -> None:
+        self.model.save_pretrained(path)
+        raise OSError("disk full")
+
+    monkeypatch.setattr(TextToText, "save_pretrained", fail)
+    with pytest.raises(OSError, match="disk full"):
+        train(recipe)
+    assert not list(Path(recipe["output_dir"]).glob("*.json"))
+
+
+def test_the_loss_alone_can_choose(recipe):
+    report = train({**recipe, "metric": "loss"})
+    losses = [row["eval_loss"] for row in report["log"] if "eval_loss" in row]
+    assert report["best_metric"] == min(losses)
+
+
+def test_without_validation_the_last_weights_are_kept(recipe):
+    recipe = {key: value for key, value in recipe.items() if key not in ("validation_data", "metric")}
+    report = train({**recipe, "train_samples": 4})
+    assert (report["steps"], report["best_metric"]) == (3, None)
+    same_tensors(weights(recipe["output_dir"]), weights(Path(recipe["output_dir"]) / "checkpoint-3"))
