@@ -94,7 +94,9 @@ def build(
     preset: Annotated[str | None, typer.Option(help="A preset in place of both, such as t5-large_gpt2.")] = None,
     llm_tokenizer: Annotated[str | None, typer.Option(help="Default: the one that comes with the LLM.")] = None,
     slm_tokenizer: Annotated[str | None, typer.Option(help="Default: its own; of a config, the LLM's.")] = None,
-    fusion: Annotated[str, typer.Option(help="How LLM states meet prompt embeddings: add or replace.")] = "add",
+    fusion: Annotated[
+        str | None, typer.Option(help="What the SLM reads: add or replace. Default: add, or the preset's.")
+    ] = None,
     encoder_layer: Annotated[int | None, typer.Option(help="Take the LLM's states from this layer.")] = None,
     encoder_dtype: Annotated[str | None, typer.Option(help="The LLM's dtype, such as bfloat16.")] = None,
     decoder_dtype: Annotated[str | None, typer.Option(help="The SLM's dtype.")] = None,
@@ -117,11 +119,13 @@ def build(
     from modeling_llm2slm.building import build as build_checkpoint
     from modeling_llm2slm.data import write_aside
 
-    composite: dict[str, Any] = {}
-    if preset or (llm and slm):
-        composite = {"fusion": fusion, "encoder_layer": encoder_layer}
-    composite.update({"encoder_dtype": encoder_dtype} if encoder_dtype else {})
-    composite.update({"decoder_dtype": decoder_dtype} if decoder_dtype else {})
+    composite = {
+        "fusion": fusion,
+        "encoder_layer": encoder_layer,
+        "encoder_dtype": encoder_dtype,
+        "decoder_dtype": decoder_dtype,
+    }
+    composite = {name: value for name, value in composite.items() if value is not None}
     text_to_text = build_checkpoint(
         llm, slm, llm_tokenizer, slm_tokenizer, preset=preset, prompt_max_length=prompt_max_length,
         answer_max_length=answer_max_length, seed=seed, **composite,

@@ -3,9 +3,9 @@ Per-token decode of an LLM-to-SLM model against its bare SLM: same `generate()`,
 
     python benchmarks/decode_overhead.py --output docs/results/decode-overhead.json
 
-Sizes are those of a preset, weights are random, one thread by default. Both decode greedily from a prompt of `--prompt`
-positions; a step's time is taken between the stopping criteria of two tokens, a run's is the median of its steps, and the
-ratio is the median over `--runs` pairs of runs.
+Sizes are those of a preset, weights are random, one thread by default. Both decode greedily from a prompt of
+`--prompt` positions; a step's time is taken between the stopping criteria of two tokens, a run's is the median of its
+steps, and the ratio is the median over `--runs` pairs of runs.
 """
 
 import argparse
@@ -58,7 +58,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     prompt = model.encode_prompt(prompt_ids)
     # The composite caches prompt and start token: as many positions as the bare SLM reads here.
     slm_ids = torch.randint(2, config.vocab_size, (args.batch, args.prompt + 1))
-    composite, bare = [], []
+    composite: list[float] = []
+    bare: list[float] = []
     for run in range(args.runs + 1):
         order = [(composite, model, {"encoder_outputs": prompt}), (bare, slm, {"input_ids": slm_ids})]
         for times, part, inputs in order if run % 2 else order[::-1]:

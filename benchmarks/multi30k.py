@@ -3,9 +3,10 @@ The Multi30k experiment, English to German: a T5 from scratch, a small GPT-2 beh
 
     python benchmarks/multi30k.py --data /path/to/data --runs runs/multi30k
 
-One command for all stages: tokenizer, LLM, LLM-to-SLM, SLM alone, and the scores of the three on the test split. A
-finished stage is skipped, a stopped one continues. All is trained on the training split and chosen on the validation
-split; the test split is read once, at the end. All three have the same tokenizer.
+One command for all stages: tokenizer, LLM, LLM-to-SLM and SLM alone on the references, the LLM's own answers to the
+training prompts, LLM-to-SLM going on with these, and the scores of all on the test split. A finished stage is skipped,
+a stopped one continues. All is trained on the training split and chosen on the validation split; the test split is
+read once, at the end. All have the same tokenizer.
 """
 
 from __future__ import annotations
@@ -51,7 +52,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "n_positions": 256,
     },
 }
-ROWS = {"llm": "LLM", "llm2slm": "LLM-to-SLM", "slm": "SLM alone"}
+ROWS = {
+    "llm": "LLM",
+    "slm": "SLM alone",
+    "llm2slm": "LLM-to-SLM",
+    "llm2slm-distilled": "LLM-to-SLM, distilled",
+}
 MAX_NEW_TOKENS = 64
 TIMED_ANSWERS, TIMED_ROUNDS = 50, 5
 
@@ -66,7 +72,7 @@ def main() -> None:
         )
     os.environ.update(LLM2SLM_DATA=arguments.data, LLM2SLM_RUNS=arguments.runs)
     torch.set_num_threads(arguments.threads)
-    stages = {
+    stages: dict[str, str | Callable[[], Any]] = {
         "tokenizer": lambda: _train_tokenizer(data),
         "llm-init": lambda: build(_config(runs, "t5"), llm_tokenizer=str(runs / "tokenizer"), seed=0),
         "llm": "multi30k_en-de_llm",
@@ -74,6 +80,8 @@ def main() -> None:
         "llm2slm": "multi30k_en-de_slm",
         "slm-init": lambda: build(slm=_config(runs, "gpt2"), slm_tokenizer=str(runs / "tokenizer"), seed=1),
         "slm": "multi30k_en-de_slm",
+        "distilled": lambda: LLMAnswers(data, runs),
+        "llm2slm-distilled": "multi30k_en-de_slm_distilled",
     }
     for name in arguments.only or stages:
         _run_stage(name, runs / name, stages[name])
@@ -97,10 +105,11 @@ def _arguments() -> argparse.Namespace:
 
 
 def _run_stage(name: str, folder: Path, stage: str | Callable[[], Any]) -> None:
-    if any((folder / file).is_file() for file in ("config.json", "tokenizer.json")):
+    if any((folder / file).is_file() for file in ("config.json", "tokenizer.json", "train.jsonl")):
         print(f"{name}: done before")
     elif isinstance(stage, str):
-        paths = {"model": f"${{LLM2SLM_RUNS}}/{name}-init", "output_dir": f"${{LLM2SLM_RUNS}}/{name}"}
+        start = name.removesuffix("-distilled") if name.endswith("-distilled") else f"{name}-init"
+        paths = {"model": f"${{LLM2SLM_RUNS}}/{start}", "output_dir": f"${{LLM2SLM_RUNS}}/{name}"}
         print(f"{name}: training")
         train(load_recipe(RECIPES / f"{stage}.yaml", paths))
     else:
@@ -121,19 +130,37 @@ def _train_tokenizer(data: Path) -> Any:
     return train_tokenizer([*pairs["prompt"], *pairs["answer"]], VOCABULARY)
 
 
+class LLMAnswers:
+    """The training prompts with the LLM's greedy answers in place of the references."""
+
+    def __init__(self, data: Path, runs: Path) -> None:
+        self.prompts = load_pairs(data / "train.jsonl.gz", "source", "target")["prompt"][:]
+        llm = TextToText.from_pretrained(runs / "llm")
+        self.answers = llm.generate(self.prompts, batch_size=128, max_new_tokens=MAX_NEW_TOKENS)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Writes them to a file of JSON lines."""
+        pairs = zip(self.prompts, self.answers, strict=True)
+        lines = [json.dumps({"source": prompt, "target": answer}, ensure_ascii=False) for prompt, answer in pairs]
+        (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def _compare(data: Path, runs: Path) -> dict[str, Any]:
     models = {name: TextToText.from_pretrained(runs / name) for name in ROWS}
     rows = {name: _score(model, data, runs / name) for name, model in models.items()}
     for name, speed in _time(models, data).items():
         rows[name]["speed"] = speed
+    best = "llm2slm-distilled"
     bleu = {name: row["scores"]["bleu"] for name, row in rows.items()}
     ms = {name: row["speed"]["ms_per_answer"] for name, row in rows.items()}
     return {
         "data": "Multi30k en-de, test_2016_flickr, 1,000 pairs",
         "comparison": {
-            "bleu_of_llm2slm_relative_to_llm": bleu["llm2slm"] / bleu["llm"],
-            "bleu_of_llm2slm_above_slm": bleu["llm2slm"] - bleu["slm"],
-            "time_per_answer_of_llm2slm_relative_to_llm": ms["llm2slm"] / ms["llm"],
+            "bleu of LLM-to-SLM, distilled, relative to the LLM": bleu[best] / bleu["llm"],
+            "bleu of LLM-to-SLM relative to the LLM": bleu["llm2slm"] / bleu["llm"],
+            "bleu of LLM-to-SLM above the SLM alone, both on references": bleu["llm2slm"] - bleu["slm"],
+            "bleu of LLM-to-SLM, distilled, above the SLM alone": bleu[best] - bleu["slm"],
+            "time per answer of LLM-to-SLM, distilled, relative to the LLM": ms[best] / ms["llm"],
         },
         "configs": CONFIGS,
         "rows": rows,
@@ -167,7 +194,7 @@ def _print(result: dict[str, Any]) -> None:
     for name, row in result["rows"].items():
         speed = row["speed"]
         print(
-            f"{ROWS[name]:12} BLEU {row['scores']['bleu']:5.2f}  (4 beams {row['scores_with_4_beams']['bleu']:5.2f})  "
+            f"{ROWS[name]:22} BLEU {row['scores']['bleu']:5.2f}  (4 beams {row['scores_with_4_beams']['bleu']:5.2f})  "
             f"chrF {row['scores']['chrf']:5.2f}  {speed['ms_per_answer']:6.1f} ms an answer, "
             f"{speed['ms_per_token']:5.2f} ms a token, {speed['tokens_per_answer']:4.1f} tokens, "
             f"trained {row['training']['seconds'] / 60:.0f} min"

@@ -108,10 +108,12 @@ def _build_preset(
     kwargs: dict[str, Any],
 ) -> TextToText:
     from . import LLM2SLMConfig, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
+    from .processing_llm2slm import are_same_tokenizer
 
-    config = load(LLM2SLMConfig, preset if _is_config(preset) else _preset_file(preset), **kwargs)
-    reader = _tokenizer(preset, llm_tokenizer, "LLM")
-    writer = _tokenizer(preset, slm_tokenizer or llm_tokenizer, "SLM")
+    file = preset if _is_config(preset) else _preset_file(preset)
+    reader = _tokenizer(file, llm_tokenizer, "LLM")
+    writer = _tokenizer(file, slm_tokenizer or llm_tokenizer, "SLM")
+    config = load(LLM2SLMConfig, file, shared_tokenizer=are_same_tokenizer(reader, writer), **kwargs)
     _check_vocabulary(preset, config.encoder, reader)
     _check_vocabulary(preset, config.decoder, writer)
     processor = LLM2SLMProcessor(reader, writer, prompt_max_length, answer_max_length)

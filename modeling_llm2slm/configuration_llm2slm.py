@@ -56,6 +56,8 @@ class LLM2SLMConfig(PreTrainedConfig):
         pad_token_id (`int`, *optional*): Pads answers.
         decoder_start_token_id (`int`, *optional*): Stands before every answer.
         eos_token_id (`int` or `list[int]`, *optional*): Ends an answer.
+        use_cache (`bool`, *optional*, defaults to `True`):
+            Whether a `forward` that does not train returns a cache; `Trainer` turns it off.
 
     Raises:
         ValueError: If a value does not exist or does not fit; the message names the fix.
@@ -84,6 +86,7 @@ class LLM2SLMConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     decoder_start_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    use_cache: bool = True
     is_encoder_decoder: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -96,7 +99,14 @@ class LLM2SLMConfig(PreTrainedConfig):
     @classmethod
     def own_fields(cls) -> set[str]:
         """Names of what is configured here, apart from the two configs and the LLM's dtype."""
-        return set(cls.__annotations__) - {"sub_configs", "encoder", "decoder", "encoder_dtype", "is_encoder_decoder"}
+        return set(cls.__annotations__) - {
+            "sub_configs",
+            "encoder",
+            "decoder",
+            "encoder_dtype",
+            "use_cache",
+            "is_encoder_decoder",
+        }
 
     @property
     def vocab_size(self) -> int:

@@ -407,7 +407,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
                 From `encode_llm`, in place of running the LLM.
             labels (`torch.LongTensor` of shape `(B, M)`, *optional*):
                 Answers without start token; -100 is not scored.
-            use_cache (`bool`, *optional*): Whether to return `past_key_values`. By default, unless it trains.
+            use_cache (`bool`, *optional*): Whether to return `past_key_values`. Defaults to `config.use_cache`
+                without `labels`, and never in training.
             decoder_position_ids (`torch.LongTensor` of shape `(B, M)`, *optional*):
                 Set by `generate()` once the prompt is cached, with a `decoder_attention_mask` over prompt and answer.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
@@ -425,6 +426,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
             if labels is None:
                 raise ValueError("There is no answer to score or go on from: pass `labels` or `decoder_input_ids`.")
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        if use_cache is None:
+            use_cache = self.config.use_cache and labels is None and not self.training
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
 
         check = encoder_outputs is not None and past_key_values is None
@@ -441,7 +444,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
             decoder_attention_mask=decoder_attention_mask,
             decoder_position_ids=decoder_position_ids,
             past_key_values=past_key_values,
-            use_cache=use_cache if use_cache is not None else labels is None and not self.training,
+            use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             **kwargs,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 import threading
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_NEW_TOKENS = 128
 
@@ -161,7 +164,8 @@ class TextToText:
     def _prepare(self, prompts: list[str], generate_kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Features, and the arguments of `generate` with a limit: its own would be 20 tokens, prompt included."""
         limit = self.answer_max_length or min(DEFAULT_MAX_NEW_TOKENS, (self._positions or sys.maxsize) // 2)
-        return self.features(prompts), {"max_new_tokens": limit, **generate_kwargs}
+        limits = {} if "max_length" in generate_kwargs else {"max_new_tokens": limit}
+        return self.features(prompts), {**limits, **generate_kwargs}
 
     @property
     def _positions(self) -> int | None:
@@ -230,15 +234,17 @@ class EncoderDecoderTextToText(TextToText):
     def features(self, prompts: list[str], answers: list[str] | None = None) -> dict[str, list[list[int]]]:
         if self._composite:
             return dict(self.processor(text=list(prompts), text_target=None if answers is None else list(answers)))
-        features = dict(self.processor(list(prompts), **self._cut(self.prompt_max_length)))
+        features = {"input_ids": self._encode("prompts", self.prompt_max_length, text=list(prompts))}
+        features["attention_mask"] = [[1] * len(ids) for ids in features["input_ids"]]
         if answers is not None:
-            labels = self.processor(text_target=list(answers), **self._cut(self.answer_max_length))
-            features["labels"] = labels["input_ids"]
-        return {name: rows for name, rows in features.items() if name in ("input_ids", "attention_mask", "labels")}
+            features["labels"] = self._encode("answers", self.answer_max_length, text_target=list(answers))
+        return features
 
-    @staticmethod
-    def _cut(max_length: int | None) -> dict[str, Any]:
-        return {"verbose": False} if max_length is None else {"truncation": True, "max_length": max_length}
+    def _encode(self, what: str, max_length: int | None, **texts: list[str]) -> list[list[int]]:
+        ids = self.processor(**texts, verbose=False)["input_ids"]
+        if not _warn_of_cut(what, ids, max_length):
+            return ids
+        return self.processor(**texts, truncation=True, max_length=max_length)["input_ids"]
 
     def _answers(self, generated: torch.Tensor, inputs: Any) -> torch.Tensor:
         return generated[:, 1:]  # the start token
@@ -313,10 +319,11 @@ class DecoderOnlyTextToText(TextToText):
     def features(self, prompts: list[str], answers: list[str] | None = None) -> dict[str, list[list[int]]]:
         separator, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         separator = end if separator is None else separator
-        inputs = [ids + [separator] for ids in self._ids(prompts, self.prompt_max_length)]
+        inputs = [ids + [separator] for ids in self._ids("prompts", prompts, self.prompt_max_length)]
         features = {"input_ids": inputs}
         if answers is not None:
-            targets = [ids + [end] for ids in self._ids(answers, self.answer_max_length, room=1)]
+            room = None if self.answer_max_length is None else self.answer_max_length - 1
+            targets = [ids + [end] for ids in self._ids("answers", answers, room)]
             pairs = list(zip(inputs, targets, strict=True))
             features["input_ids"] = [prompt + answer for prompt, answer in pairs]
             features["labels"] = [[-100] * len(prompt) + answer for prompt, answer in pairs]
@@ -324,13 +331,14 @@ class DecoderOnlyTextToText(TextToText):
         features["attention_mask"] = [[1] * len(ids) for ids in features["input_ids"]]
         return features
 
-    def _ids(self, texts: list[str], max_length: int | None, room: int = 0) -> list[list[int]]:
-        ids = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        return ids if max_length is None else [row[: max_length - room] for row in ids]
+    def _ids(self, what: str, texts: list[str], max_length: int | None) -> list[list[int]]:
+        ids = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        _warn_of_cut(what, ids, max_length)
+        return [row[:max_length] for row in ids]
 
     def _prepare(self, prompts: list[str], generate_kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         features, generate_kwargs = super()._prepare(prompts, generate_kwargs)
-        self._check_positions(max(map(len, features["input_ids"])) + generate_kwargs["max_new_tokens"])
+        self._check_positions(max(map(len, features["input_ids"])) + generate_kwargs.get("max_new_tokens", 0))
         return features, generate_kwargs
 
     def _check_positions(self, length: int) -> None:
@@ -342,6 +350,14 @@ class DecoderOnlyTextToText(TextToText):
 
     def _answers(self, generated: torch.Tensor, inputs: Any) -> torch.Tensor:
         return generated[:, inputs["input_ids"].shape[1] :]
+
+
+def _warn_of_cut(what: str, rows: list[list[int]], max_length: int | None) -> int:
+    """Says how many texts will be cut, and returns how many."""
+    cut = 0 if max_length is None else sum(len(row) > max_length for row in rows)
+    if cut:
+        logger.warning(f"{cut} of {len(rows)} {what} are longer than {max_length} tokens and were cut.")
+    return cut
 
 
 def _count(*modules: torch.nn.Module | None) -> int:

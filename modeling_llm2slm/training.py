@@ -232,11 +232,13 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
     text_to_text = TextToText.from_pretrained(
         ours.model, prompt_max_length=ours.prompt_max_length, answer_max_length=ours.answer_max_length
     )
+    use_cache = text_to_text.model.config.use_cache
     trainer = _trainer(ours, arguments, text_to_text)
     checkpoint = last_checkpoint(arguments.output_dir) if ours.resume else None
     start = time.time()
     trainer.train(resume_from_checkpoint=checkpoint)
     report = _report(recipe, trainer, time.time() - start, checkpoint)
+    text_to_text.model.config.use_cache = use_cache  # the Trainer turns it off
     with write_aside(arguments.output_dir) as folder:
         text_to_text.save_pretrained(folder)
         (folder / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

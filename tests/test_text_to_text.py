@@ -78,13 +78,14 @@ def test_a_saved_model_answers_as_before(text_to_text, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_long_texts_are_cut_to_the_maximum_and_still_end(checkpoints, kind):
+def test_long_texts_are_cut_to_the_maximum_and_still_end(checkpoints, kind, caplog):
     limited = TextToText.from_pretrained(checkpoints[kind], prompt_max_length=3, answer_max_length=3)
     features = limited.features(PROMPTS[:1], ANSWERS[:1])
     labels = [label for label in features["labels"][0] if label != -100]
     assert len(labels) == 3
     assert labels[-1] == END
     prompt = features["input_ids"][0]
+    assert caplog.text.count("1 of 1") == 2  # nothing is cut in silence
     assert len(prompt) == (3 if kind != "slm" else 3 + 1 + 3)  # a decoder-only model has all in one, with a separator
 
 
