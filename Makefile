@@ -14,7 +14,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo "$$python" && break; done)
 
 BIN := $(VENV)/bin
-MODEL_FILES := $(wildcard modeling_llm2slm/configuration_*.py modeling_llm2slm/modeling_*.py modeling_llm2slm/processing_*.py)
+MODEL_FILES := $(wildcard modeling_llm2slm/*_llm2slm.py)
 PYTEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(1)/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 .PHONY: help

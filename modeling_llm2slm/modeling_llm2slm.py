@@ -550,7 +550,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         if new is not None:
             answer_length = new + (start.shape[1] if start is not None else 1) - 1
         if states is not None:
-            self.encoder.check_prompt(as_prompt_states(states, mask, check=True).attention_mask, answer_length)
+            model_kwargs["attention_mask"] = as_prompt_states(states, mask, check=True).attention_mask
+            self.encoder.check_prompt(model_kwargs["attention_mask"], answer_length)
         elif model_kwargs.get("input_ids") is not None:
             model_kwargs["attention_mask"] = self.encoder.prompt_mask(model_kwargs["input_ids"], mask)
         return generation_config, model_kwargs | {"answer_length": answer_length}

@@ -232,7 +232,7 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
     text_to_text = TextToText.from_pretrained(
         ours.model, prompt_max_length=ours.prompt_max_length, answer_max_length=ours.answer_max_length
     )
-    use_cache = text_to_text.model.config.use_cache
+    use_cache = getattr(text_to_text.model.config, "use_cache", True)
     trainer = _trainer(ours, arguments, text_to_text)
     checkpoint = last_checkpoint(arguments.output_dir) if ours.resume else None
     start = time.time()

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import yaml
-from checkpoints import PAIRS, PROMPTS, write_checkpoint, write_pairs, write_parts
 from transformers import AutoModelForSeq2SeqLM
 
 import llm2slm
+from checkpoints import PAIRS, PROMPTS, write_checkpoint, write_pairs, write_parts
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.text_to_text import TextToText
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import sacrebleu
-from checkpoints import KINDS, write_checkpoint, write_pairs
 
+from checkpoints import KINDS, write_checkpoint, write_pairs
 from modeling_llm2slm import evaluation
 from modeling_llm2slm.evaluation import METRICS, evaluate, score, score_and_sign, time_answers
 from modeling_llm2slm.text_to_text import TextToText

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import ANSWERS, KINDS, PROMPTS, write_checkpoint
 from transformers import DataCollatorForSeq2Seq, GPT2LMHeadModel, ViTConfig, ViTModel
 
+from checkpoints import ANSWERS, KINDS, PROMPTS, write_checkpoint
 from common import gpt2_config, slm_tokenizer
 from modeling_llm2slm.text_to_text import DecoderOnlyTextToText, TextToText
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from checkpoints import ANSWERS, KINDS, PAIRS, PROMPTS, write_checkpoint, write_pairs
 from safetensors.torch import load_file
 
+from checkpoints import ANSWERS, KINDS, PAIRS, PROMPTS, write_checkpoint, write_pairs
 from common import same_tensors
 from modeling_llm2slm import training
 from modeling_llm2slm.text_to_text import TextToText
