@@ -114,8 +114,8 @@ def test_what_is_imported_is_declared() -> None:
     uploaded = set((ROOT / "modeling_llm2slm").glob("*_llm2slm.py"))
     files = {*(ROOT / "modeling_llm2slm").glob("*.py"), *(ROOT / "conversion").glob("*.py"), ROOT / "llm2slm.py"}
     assert imported(uploaded) <= base
-    # Trainer imports accelerate by itself.
-    assert imported(files) | {"accelerate"} == base | train
+    # Trainer imports accelerate by itself, and models are saved and loaded with safetensors.
+    assert imported(files) | {"accelerate", "safetensors"} == base | train
 
 
 def test_constraints_lie_within_the_declared_ranges() -> None:
