@@ -61,6 +61,11 @@ def mask_and_positions(
     positions of what it reads now: of the new tokens, and of the prompt if that is not cached yet. Padding has none.
     """
     cache = cache if cache is not None and cache.prompt_length > 0 else None
+    if cache is not None and cache.prompt_length != prompt_mask.shape[1]:
+        raise ValueError(
+            f"`past_key_values` begins with a prompt of width {cache.prompt_length}, but this one has "
+            f"{prompt_mask.shape[1]}. Pass the prompt as it was padded when the cache was made."
+        )
     if answer_mask is None:
         past_length = int(cache.get_seq_length()) if cache is not None else 0
         answer_mask = prompt_mask.new_ones(prompt_mask.shape[0], past_length + answer_length)
