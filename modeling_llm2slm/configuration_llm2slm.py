@@ -21,6 +21,19 @@ from transformers import AutoConfig, GPT2Config, PreTrainedConfig, T5Config
 
 
 FUSIONS = ("add", "replace")
+# The positions of these begin after the pad id, so that they have as many fewer than their configs say.
+POSITIONS_AFTER_PAD = frozenset(
+    (
+        "camembert",
+        "data2vec-text",
+        "ibert",
+        "longformer",
+        "roberta",
+        "roberta-prelayernorm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+    )
+)
 
 
 @strict
@@ -90,7 +103,7 @@ class LLM2SLMConfig(PreTrainedConfig):
     is_encoder_decoder: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.encoder = _as_config(self.encoder, "encoder", default=T5Config)
+        self.encoder = as_reader(_as_config(self.encoder, "encoder", default=T5Config))
         self.decoder = _as_config(self.decoder, "decoder", default=GPT2Config)
         self._take_ids_from_slm()
         self._check_values()
@@ -116,27 +129,56 @@ class LLM2SLMConfig(PreTrainedConfig):
     @property
     def hidden_size(self) -> int:
         """`int`: Width of the SLM, `d_slm`."""
-        return self.decoder.hidden_size
+        return self.get_text_config(decoder=True).hidden_size
+
+    @property
+    def prompt_size(self) -> int:
+        """`int`: Width of the embeddings that the SLM reads: `d_slm`, but for a small OPT, which projects them."""
+        return getattr(self.decoder, "word_embed_proj_dim", None) or llm_sizes(self.decoder).hidden_size
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """The SLM's config, from which sizes of caches and vocabularies are read; with `encoder=True` the LLM's."""
-        return self.encoder if encoder and not decoder else self.decoder
+        """
+        The SLM's config, from which sizes of caches and vocabularies are read: with `decoder=True`, that of its own
+        decoder; with `encoder=True` the LLM's.
+        """
+        if encoder and not decoder:
+            return self.encoder
+        if not (decoder and self.decoder.is_encoder_decoder):
+            return self.decoder
+        config = self.decoder.get_text_config(decoder=True)  # a copy, where two halves share one config
+        # T5 keeps the number of its decoder's layers under a name that transformers does not look for.
+        config.num_hidden_layers = getattr(self.decoder, "num_decoder_layers", None) or config.num_hidden_layers
+        return config
 
     def has_room(self, prompt_length: int, answer_length: int) -> bool:
-        """Whether a decoder-only SLM has positions for prompt and answer (with its start token, without its last)."""
-        limit = getattr(self.decoder, "max_position_embeddings", None)
-        return self.decoder.is_encoder_decoder or limit is None or prompt_length + answer_length <= limit
+        """Whether the SLM has positions for prompt and answer (with its start token, without its last)."""
+        limit = _positions(self.decoder)
+        used = prompt_length + answer_length
+        if self.decoder.is_encoder_decoder:
+            used = max(prompt_length, answer_length)
+        return limit is None or used <= limit
 
     def check_length(self, prompt_length: int, answer_length: int) -> None:
         """Raise `ValueError`, with both lengths and the fix, where [`~LLM2SLMConfig.has_room`] is `False`."""
         if self.has_room(prompt_length, answer_length):
             return
+        sizes = f"The prompt has {prompt_length} tokens and the answer up to {answer_length}"
+        limit = f"but the SLM has {_positions(self.decoder)} positions"
+        both = f"{sizes}, together {prompt_length + answer_length}, {limit} for both."
         raise ValueError(
-            f"The prompt has {prompt_length} tokens and the answer up to {answer_length}, together "
-            f"{prompt_length + answer_length}, but the SLM has {self.decoder.max_position_embeddings} positions for "
-            "both. Shorten the prompt (`prompt_max_length` of the processor) or the answer (`max_new_tokens`, "
-            "`answer_max_length`), or use an SLM with more positions."
+            f"{f'{sizes}, {limit} for each.' if self.decoder.is_encoder_decoder else both} Shorten the prompt "
+            "(`prompt_max_length` of the processor) or the answer (`max_new_tokens`, `answer_max_length`), or use an "
+            "SLM with more positions."
         )
+
+    def check_llm_length(self, width: int) -> None:
+        """Raise `ValueError` where prompts padded to `width` need more positions than the LLM has."""
+        limit = _positions(self.encoder)
+        if limit is not None and width > limit:
+            raise ValueError(
+                f"The prompts are {width} tokens wide, padding included, but the LLM has {limit} positions. Shorten "
+                "them (`prompt_max_length` of the processor)."
+            )
 
     def _take_ids_from_slm(self) -> None:
         slm = self.decoder
@@ -169,20 +211,41 @@ class LLM2SLMConfig(PreTrainedConfig):
     def _check_values(self) -> None:
         if self.fusion not in FUSIONS:
             raise ValueError(f"`fusion` is {self.fusion!r}, but it must be one of {', '.join(map(repr, FUSIONS))}.")
-        _check_sizes(self.encoder, "encoder")
-        _check_sizes(self.decoder, "decoder")
-        layers = self.encoder.num_hidden_layers
+        _check_sizes(llm_sizes(self.encoder), "encoder")
+        _check_sizes(self.get_text_config(decoder=True), "decoder")
+        layers = llm_sizes(self.encoder).num_hidden_layers
         if self.encoder_layer is not None and self.encoder_layer not in range(layers + 1):
             raise ValueError(
                 f"`encoder_layer` is {self.encoder_layer!r}, but the LLM ({self.encoder.model_type}) has {layers} "
                 f"layers. Use 0 (the embeddings) to {layers}, or None for its last hidden state."
             )
-        positions = getattr(self.decoder, "max_position_embeddings", None)
+        positions = _positions(self.decoder)
         if not self.decoder.is_encoder_decoder and positions is not None and positions < 2:
             raise ValueError(
                 f"The SLM has {positions} positions, but prompt and answer share them and need at least 2. "
                 "Raise its `max_position_embeddings`."
             )
+
+
+def as_reader(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The LLM's config such that its encoder is built alone: T5Gemma's class asks for a config that says so."""
+    if isinstance(getattr(config, "encoder", None), PreTrainedConfig):
+        config.is_encoder_decoder = False
+    return config
+
+
+def llm_sizes(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Where the sizes of what reads a prompt are: the config itself, or the encoder's in it (T5Gemma)."""
+    encoder = getattr(config, "encoder", None)
+    return encoder if isinstance(encoder, PreTrainedConfig) else config
+
+
+def _positions(config: PreTrainedConfig) -> int | None:
+    """How many positions a model has, if any number limits them."""
+    positions = getattr(llm_sizes(config), "max_position_embeddings", None)
+    if positions is not None and config.model_type in POSITIONS_AFTER_PAD:
+        positions -= (config.pad_token_id or 0) + 1
+    return positions
 
 
 def _first_set(*values: Any) -> Any:

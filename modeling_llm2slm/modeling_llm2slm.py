@@ -20,7 +20,6 @@ Shapes: batch B, prompt length N, answer length M, widths d_llm and d_slm.
 """
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,35 +28,25 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin, StoppingCriteriaList
 from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 from transformers.utils.generic import can_return_tuple
 
 from .cache_llm2slm import LLM2SLMCache, as_llm2slm_cache, mask_and_positions
-from .configuration_llm2slm import LLM2SLMConfig
-from .parts_llm2slm import build_llm, keep_layers, keep_special_ids, llm_class, load_part, slm_class
-
-
-@dataclass
-class PromptStates(ModelOutput):
-    """
-    A prompt as the SLM reads it: what `encode_prompt` returns and `encoder_outputs=` takes, as often as wanted.
-
-    Args:
-        last_hidden_state (`torch.Tensor` of shape `(B, N, d_slm)`):
-            For a decoder-only SLM the prompt embeddings P, any padding moved before the prompt; for an
-            encoder-decoder SLM the output of the SLM's own encoder.
-        attention_mask (`torch.LongTensor` of shape `(B, N)`):
-            1 where `last_hidden_state` holds a prompt token, 0 on padding.
-        hidden_states (`tuple(torch.Tensor)`, *optional*): The LLM's, if asked for, in the layout of its input.
-        attentions (`tuple(torch.Tensor)`, *optional*): The LLM's, if asked for, in the layout of its input.
-    """
-
-    # `generate()` expands tensors in the output of `get_encoder()` for beams, so the mask travels with the states.
-    last_hidden_state: torch.Tensor = None  # type: ignore[assignment]
-    attention_mask: torch.Tensor = None  # type: ignore[assignment]
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
+from .configuration_llm2slm import LLM2SLMConfig, llm_sizes
+from .generation_llm2slm import StopAfterStart, check_generation
+from .parts_llm2slm import (
+    build_llm,
+    check_parts,
+    embedding_rms,
+    keep_special_ids,
+    load_llm,
+    load_slm,
+    probe_ids,
+    reading_arguments,
+    slm_class,
+)
+from .prompt_llm2slm import PromptStates, as_prompt_states, padding_to, reorder
 
 
 class LLM2SLMProjector(nn.Module):
@@ -65,9 +54,9 @@ class LLM2SLMProjector(nn.Module):
 
     def __init__(self, config: LLM2SLMConfig):
         super().__init__()
-        self.linear_1 = nn.Linear(config.encoder.hidden_size, config.hidden_size)
+        self.linear_1 = nn.Linear(llm_sizes(config.encoder).hidden_size, config.prompt_size)
         self.act = ACT2FN["relu"]
-        self.linear_2 = nn.Linear(config.hidden_size, config.hidden_size)
+        self.linear_2 = nn.Linear(config.prompt_size, config.prompt_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = self.linear_1(hidden_states.to(self.linear_1.weight.dtype))
@@ -108,7 +97,7 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
         # CODEPATH: fusion "add" of two tokenizers; with a shared one the SLM's embedding serves, "replace" needs none.
         if config.fusion == "add" and not config.shared_tokenizer:
             embedding_size = self.llm.get_input_embeddings().embedding_dim
-            self.prompt_embedding = nn.Linear(embedding_size, config.hidden_size, bias=False)
+            self.prompt_embedding = nn.Linear(embedding_size, config.prompt_size, bias=False)
         self.post_init()
 
     def bind(self, slm: PreTrainedModel) -> "LLM2SLMEncoder":
@@ -148,7 +137,8 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
 
         # A decoder-only SLM reads the prompt right before the answer, so that padding is no distance between the two.
         has_encoder = self.config.decoder.is_encoder_decoder
-        prompt_embeds, attention_mask = _pack(prompt_embeds, attention_mask, to_the_left=has_encoder)
+        order = padding_to("right" if has_encoder else "left", attention_mask)
+        prompt_embeds, attention_mask = reorder(prompt_embeds, order), reorder(attention_mask, order)
         if has_encoder:
             slm_encoder = self.slm.get_encoder()
             prompt_embeds = slm_encoder(inputs_embeds=prompt_embeds, attention_mask=attention_mask).last_hidden_state
@@ -160,12 +150,29 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
         )
 
     def run_llm(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor, **kwargs: Any) -> ModelOutput:
-        """Run the LLM over the prompt, without a gradient if it is frozen."""
+        """Run the LLM over the prompt, without a gradient if it is frozen. Its output is in the layout of its input."""
+        if input_ids is None:
+            raise ValueError("There is no prompt: pass `input_ids`, `llm_hidden_states` or `encoder_outputs`.")
+        self.config.check_llm_length(input_ids.shape[1])
+        # Positions of a GPT-2 or BERT count from the first place on: padding goes behind the prompt, and back.
+        order = padding_to("right", attention_mask)
+        back = order.argsort(dim=-1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_llm):
-            outputs = self.llm(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
+            outputs = self.llm(
+                input_ids=reorder(input_ids, order),
+                attention_mask=reorder(attention_mask, order),
+                return_dict=True,
+                **reading_arguments(self.llm),
+                **kwargs,
+            )
         states = outputs.last_hidden_state
         if states.dtype == torch.float16 and not states.isfinite().all():
             raise ValueError("The LLM's states overflow in float16. Load it in bfloat16: `encoder_dtype='bfloat16'`.")
+        outputs.last_hidden_state = reorder(states, back)
+        if kwargs.get("output_hidden_states"):
+            outputs.hidden_states = tuple(reorder(layer, back) for layer in outputs.hidden_states)
+        if kwargs.get("output_attentions"):
+            outputs.attentions = tuple(reorder(reorder(layer, back, 2), back, 3) for layer in outputs.attentions)
         return outputs
 
     def embed_prompt(self, input_ids: torch.Tensor | None) -> torch.Tensor:
@@ -212,26 +219,26 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
         self.config.check_length(int(lengths.max()), answer_length)
 
     @torch.no_grad()
-    def scale_prompt(self, embedding_rms: float, states_rms: float) -> None:
-        """
-        Draw the projector's weights such that LLM states of root mean square `states_rms` become prompt embeddings of
-        root mean square `embedding_rms`, that of the SLM's own embeddings.
-        """
+    def scale_prompt(self) -> None:
+        """Draw the projector's weights such that prompt embeddings have the root mean square of the SLM's own."""
         linear_1, linear_2 = self.projector.linear_1, self.projector.linear_2
         # CODEPATH: fusion "add": two terms of equal variance.
-        scale = embedding_rms / 2**0.5 if self.config.fusion == "add" else embedding_rms
+        scale = embedding_rms(self.slm) / 2**0.5 if self.config.fusion == "add" else embedding_rms(self.slm)
         if self.prompt_embedding is not None:
-            table = self.llm.get_input_embeddings().weight
-            init.normal_(self.prompt_embedding.weight, std=scale / (rms(table) * table.shape[1] ** 0.5))
-        init.normal_(linear_1.weight, std=1 / (states_rms * linear_1.in_features**0.5))
+            size = self.prompt_embedding.in_features
+            init.normal_(self.prompt_embedding.weight, std=scale / (embedding_rms(self.llm) * size**0.5))
+        init.normal_(linear_1.weight, std=1 / (self.states_rms() * linear_1.in_features**0.5))
         init.normal_(linear_2.weight, std=scale * (2 / linear_2.in_features) ** 0.5)  # ReLU halves the mean square
 
     @torch.no_grad()
-    def probe_states_rms(self) -> float:
-        """Root mean square of the LLM's states over 64 tokens spread over its vocabulary."""
-        vocab_size = self.config.encoder.vocab_size
-        input_ids = torch.arange(0, vocab_size, max(vocab_size // 64, 1), device=self.llm.device)[None, :64]
-        return rms(self.run_llm(input_ids, torch.ones_like(input_ids)).last_hidden_state)
+    def states_rms(self) -> float:
+        """
+        Root mean square of the LLM's states: the median over 64 tokens spread over its vocabulary, as a decoder-only
+        LLM gives its first token a state of hundreds of times the size of the others.
+        """
+        input_ids = probe_ids(self.llm.get_input_embeddings().weight, 64)[None]
+        states = self.run_llm(input_ids, torch.ones_like(input_ids)).last_hidden_state
+        return float(states.float().square().mean(-1).sqrt().median())
 
 
 class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
@@ -254,6 +261,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         self.decoder = decoder if decoder is not None else slm_class(config.decoder).from_config(config.decoder)
         config.decoder = self.decoder.config
         self.encoder.bind(self.decoder)
+        check_parts(self.encoder.llm, self.decoder)
         self.post_init()
         self.train(self.training)  # freezes the LLM
 
@@ -261,8 +269,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         """Initialize what was not loaded; the projector last, as its scale is that of the SLM's embeddings."""
         super().initialize_weights()
         if not getattr(self.encoder.projector.linear_2.weight, "_is_hf_initialized", False):
-            # The last norm of a new LLM leaves states of root mean square 1.
-            self.encoder.scale_prompt(rms(self.get_input_embeddings().weight), states_rms=1.0)
+            self.encoder.scale_prompt()
 
     @classmethod
     def from_encoder_decoder_pretrained(
@@ -301,17 +308,18 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
 
             paths = (encoder_pretrained_model_name_or_path, decoder_pretrained_model_name_or_path)
             config_kwargs["shared_tokenizer"] = have_same_tokenizer(*paths, encoder_kwargs, decoder_kwargs)
-        llm = load_part(llm_class, "encoder", encoder_pretrained_model_name_or_path, encoder_kwargs)
-        slm = load_part(slm_class, "decoder", decoder_pretrained_model_name_or_path, decoder_kwargs)
+        layer = config_kwargs.get("encoder_layer")
+        llm = load_llm(encoder_pretrained_model_name_or_path, layer, encoder_kwargs)
+        slm = load_slm(decoder_pretrained_model_name_or_path, decoder_kwargs)
         config = LLM2SLMConfig(encoder=llm.config, decoder=slm.config, **config_kwargs)
         config.dtype = slm.dtype
         if llm.dtype != slm.dtype:
             config.encoder_dtype = str(llm.dtype).removeprefix("torch.")
-        model = cls(config, encoder=keep_layers(llm, config.encoder_layer), decoder=slm)
+        model = cls(config, encoder=llm, decoder=slm)
         for name, module in model.encoder.named_children():
             if name != "llm":
                 module.to(device=llm.device, dtype=slm.dtype)
-        model.encoder.scale_prompt(rms(model.get_input_embeddings().weight), model.encoder.probe_states_rms())
+        model.encoder.scale_prompt()
         return model.eval()
 
     def train(self, mode: bool = True) -> "LLM2SLMForConditionalGeneration":
@@ -539,11 +547,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         # `generate()` infers no mask for an encoder, and looks at lengths only once the prompt is encoded: with
         # `answer_length`, which it hands on to the encoder, they are checked before any compute.
         generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
-        # CODEPATH: two tokenizers. Stock gives these two processors the prompt's ids, which are the LLM's.
-        if not self.config.shared_tokenizer:
-            for name, off in (("encoder_repetition_penalty", 1), ("encoder_no_repeat_ngram_size", 0)):
-                if (getattr(generation_config, name, None) or off) != off:
-                    raise ValueError(f"`{name}` compares prompt and answer, which have different vocabularies here.")
+        check_generation(self.config, generation_config)
         states, mask = model_kwargs.get("encoder_outputs"), model_kwargs.get("attention_mask")
         start, new = model_kwargs.get("decoder_input_ids"), generation_config.max_new_tokens
         answer_length = (generation_config.max_length or 2) - 1
@@ -555,6 +559,9 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         elif model_kwargs.get("input_ids") is not None:
             model_kwargs["attention_mask"] = self.encoder.prompt_mask(model_kwargs["input_ids"], mask)
         return generation_config, model_kwargs | {"answer_length": answer_length}
+
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
+        return StopAfterStart(super()._get_stopping_criteria(*args, **kwargs))
 
     def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, dict[str, Any]]:
         # Stock beam search expands the prompt's states in place, but they may be the caller's to use again.
@@ -605,9 +612,16 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         """
         in_cache = isinstance(past_key_values, LLM2SLMCache) and past_key_values.prompt_length > 0
         has_mask = kwargs.get("decoder_attention_mask") is not None
-        if in_cache and is_first_iteration and next_sequence_length is None and not has_mask:
-            # An answer goes on: of one given from its start, only what is not in the cache is new.
-            next_sequence_length = max(input_ids.shape[1] - int(past_key_values.get_seq_length()), 0) or None
+        if in_cache and is_first_iteration:
+            cached = int(past_key_values.get_seq_length())
+            if input_ids.shape[1] <= cached:
+                raise ValueError(
+                    f"`past_key_values` holds {cached} answer tokens and `decoder_input_ids` has {input_ids.shape[1]}. "
+                    "Pass the answer from its start, with at least one token that is not cached yet."
+                )
+            if next_sequence_length is None and not has_mask:
+                # An answer goes on: of one given from its start, only what is not in the cache is new.
+                next_sequence_length = input_ids.shape[1] - cached
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -624,41 +638,6 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
                 past_key_values,
             )
         return model_inputs
-
-
-def rms(values: Any) -> float:
-    """The root mean square of a tensor."""
-    return float(torch.linalg.vector_norm(values.detach(), dtype=torch.float32)) / values.numel() ** 0.5
-
-
-def _pack(states: torch.Tensor, mask: torch.Tensor, to_the_left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move the padding of `(B, N, d)` states and their `(B, N)` mask to one side; tokens keep their order."""
-    order = mask.argsort(dim=-1, descending=to_the_left, stable=True)
-    return states.gather(1, order.to(states.device)[..., None].expand_as(states)), mask.gather(1, order)
-
-
-def as_prompt_states(
-    encoder_outputs: PromptStates | ModelOutput | tuple, attention_mask: torch.Tensor | None, check: bool = False
-) -> PromptStates:
-    """States as `encode_prompt` returns them, or a bare `last_hidden_state` that `attention_mask` describes."""
-    states, own_mask = encoder_outputs[0], getattr(encoder_outputs, "attention_mask", None)
-    if own_mask is None:
-        own_mask = (
-            attention_mask if attention_mask is not None else states.new_ones(states.shape[:2], dtype=torch.long)
-        )
-    elif check and attention_mask is not None:
-        given = (attention_mask != 0).sum(-1).to(own_mask.device)
-        if attention_mask.shape != own_mask.shape or not torch.equal(given, own_mask.sum(-1)):
-            raise ValueError(
-                "`attention_mask` and `encoder_outputs` belong to different prompts: their numbers of tokens differ. "
-                "Pass the mask that went into `encode_prompt`, or none."
-            )
-    return PromptStates(
-        last_hidden_state=states,
-        attention_mask=own_mask,
-        hidden_states=getattr(encoder_outputs, "hidden_states", None),
-        attentions=getattr(encoder_outputs, "attentions", None),
-    )
 
 
 __all__ = ["LLM2SLMForConditionalGeneration", "LLM2SLMPreTrainedModel", "PromptStates"]
