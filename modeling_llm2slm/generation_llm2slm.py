@@ -22,7 +22,7 @@ from .configuration_llm2slm import LLM2SLMConfig
 
 
 def check_generation(config: LLM2SLMConfig, generation_config: GenerationConfig) -> None:
-    """Raise `ValueError` on what stock generation would do wrongly with a model that reads and writes by two models."""
+    """Raise `ValueError` on what stock generation would do wrongly where two models read and write."""
     reasons = {
         "guidance_scale": (1, "runs the answer's side alone as if it had no prompt"),
         "prefill_chunk_size": (None, "cuts a prompt of token ids, and this one is embedded as a whole"),

@@ -150,7 +150,7 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
         )
 
     def run_llm(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor, **kwargs: Any) -> ModelOutput:
-        """Run the LLM over the prompt, without a gradient if it is frozen. Its output is in the layout of its input."""
+        """The LLM's output, in the layout of its input; without a gradient if it is frozen."""
         if input_ids is None:
             raise ValueError("There is no prompt: pass `input_ids`, `llm_hidden_states` or `encoder_outputs`.")
         self.config.check_llm_length(input_ids.shape[1])
@@ -590,8 +590,14 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-        if prompt_in_cache and model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"] = as_llm2slm_cache(model_kwargs["past_key_values"])
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and cache.is_compileable and not self.decoder._can_compile_fullgraph:
+            raise ValueError(
+                f"A static cache is not supported: {type(self.decoder).__name__} is wrong with one in transformers. "
+                "Leave `cache_implementation` out."
+            )
+        if prompt_in_cache and cache is not None:
+            model_kwargs["past_key_values"] = as_llm2slm_cache(cache)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
@@ -616,8 +622,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
             cached = int(past_key_values.get_seq_length())
             if input_ids.shape[1] <= cached:
                 raise ValueError(
-                    f"`past_key_values` holds {cached} answer tokens and `decoder_input_ids` has {input_ids.shape[1]}. "
-                    "Pass the answer from its start, with at least one token that is not cached yet."
+                    f"`past_key_values` holds {cached} answer tokens and `decoder_input_ids` has no more than "
+                    f"{input_ids.shape[1]}. Pass the answer from its start, with a token that is not cached yet."
                 )
             if next_sequence_length is None and not has_mask:
                 # An answer goes on: of one given from its start, only what is not in the cache is new.

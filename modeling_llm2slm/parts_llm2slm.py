@@ -62,7 +62,7 @@ def build_llm(config: LLM2SLMConfig) -> PreTrainedModel:
 
 
 def reader_of(llm: PreTrainedModel) -> PreTrainedModel:
-    """What of an LLM reads a prompt: the encoder of an encoder-decoder (BART), and no pooler over its states (BERT)."""
+    """What of an LLM reads a prompt: an encoder-decoder's encoder (BART); no pooler over the states (BERT)."""
     if llm.config.is_encoder_decoder and llm_class(llm.config) is AutoModel:
         llm = llm.get_encoder()
     if getattr(llm, "pooler", None) is not None:
@@ -77,8 +77,8 @@ def reading_arguments(llm: PreTrainedModel) -> dict[str, Any]:
 
 def keep_layers(llm: PreTrainedModel, encoder_layer: int | None) -> PreTrainedModel:
     """
-    Cut the LLM such that its `last_hidden_state` is `hidden_states[encoder_layer]` of the full one. What is cut off may
-    still be in a checkpoint, and is not missed when that is loaded.
+    Cut the LLM such that its `last_hidden_state` is `hidden_states[encoder_layer]` of the full one. What is cut off
+    may be in a checkpoint, and is not missed when that is loaded.
     """
     layers_in_full = llm_sizes(llm.config).num_hidden_layers
     if encoder_layer is None or encoder_layer == layers_in_full:
@@ -188,7 +188,8 @@ def _why_not_slm(slm: PreTrainedModel) -> str | None:
         return None
     if slm._is_stateful:
         return "it carries a state that cannot go back to an earlier token. Take one with attention only"
-    if type(slm.config) in MODEL_FOR_MASKED_LM_MAPPING or getattr(slm.config, "is_decoder", True) is False:
+    no_decoder = getattr(slm.config, "is_decoder", True) is False and _takes(slm, "encoder_hidden_states")
+    if no_decoder or type(slm.config) in MODEL_FOR_MASKED_LM_MAPPING:
         return "it is an encoder, which sees the tokens it has to predict. Take a causal language model"
     missing = [name for name in SLM_ARGUMENTS if not _takes(slm, name)]
     return f"it is not called with {', '.join(missing)}" if missing else None

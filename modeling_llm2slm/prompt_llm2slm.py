@@ -66,7 +66,7 @@ def as_prompt_states(
 
 
 def padding_to(side: str, mask: torch.Tensor) -> torch.Tensor:
-    """The order `(B, N)` that moves the padding of a mask `(B, N)` to the `"left"` or `"right"`; tokens keep theirs."""
+    """The order `(B, N)` that moves the padding of a mask to the `"left"` or `"right"`; tokens keep theirs."""
     return mask.argsort(dim=-1, descending=side == "right", stable=True)
 
 

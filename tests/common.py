@@ -8,17 +8,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import families
 import torch
+from families import END, LLM_VOCAB_SIZE, PAD, SLM_VOCAB_SIZE
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    GenerationMixin,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
 
-
-LLM_VOCAB_SIZE = 120
-SLM_VOCAB_SIZE = 99
-PAD = 0  # the LLM's
-END = SLM_VOCAB_SIZE - 1  # the SLM's: as for GPT-2, one id starts, ends and pads
 
 # Three prompts of unequal lengths, so that a batch of them is padded; ids exist in both vocabularies.
 PROMPTS = [[11, 52, 7, 93, 34, 60, 2, 1], [85, 29, 1], [5, 77, 41, 41, 66, 18, 90, 3, 27, 50, 12, 1]]
@@ -28,7 +34,7 @@ FUSIONS = {
     "add": {"fusion": "add", "shared_tokenizer": False},
     "add_shared": {"fusion": "add", "shared_tokenizer": True},
 }
-LLMS = {
+T5_VARIANTS = {
     "tied": {},
     "untied": {"tie_word_embeddings": False},
     "gated": {"tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"},
@@ -39,8 +45,8 @@ class Parts(NamedTuple):
     """A composite beside copies of the two plain models it was made from."""
 
     model: LLM2SLMForConditionalGeneration
-    llm: T5EncoderModel
-    slm: GPT2LMHeadModel
+    llm: Any
+    slm: Any
 
 
 def t5_config(variant: str = "tied", **overrides: Any) -> T5Config:
@@ -56,7 +62,7 @@ def t5_config(variant: str = "tied", **overrides: Any) -> T5Config:
         "eos_token_id": 1,
         "decoder_start_token_id": PAD,
     }
-    return T5Config(**(values | LLMS[variant] | overrides))
+    return T5Config(**(values | T5_VARIANTS[variant] | overrides))
 
 
 def gpt2_config(**overrides: Any) -> GPT2Config:
@@ -81,6 +87,42 @@ def build_parts(fusion: str = "add", llm: str = "tied", seed: int = 2, **config:
     vocab_size = SLM_VOCAB_SIZE if fusion == "add_shared" else LLM_VOCAB_SIZE
     llm_model = T5EncoderModel(t5_config(llm, vocab_size=vocab_size)).eval()
     slm_model = GPT2LMHeadModel(gpt2_config()).eval()
+    return compose(llm_model, slm_model, fusion, **config)
+
+
+def build_family(slm: str, llm: str = "t5", fusion: str = "add") -> Parts:
+    """A new composite of two families, safe to change."""
+    llm_model = families.build_llm(llm, SLM_VOCAB_SIZE if fusion == "add_shared" else LLM_VOCAB_SIZE)
+    slm_model = families.build_slm(slm)
+    parts = compose(llm_model, slm_model, fusion, encoder_layer=families.LLMS[llm].layer)
+    learn_by_heart(parts.model)
+    return parts._replace(slm=copy.deepcopy(parts.model.decoder))
+
+
+@functools.cache
+def shared_family(slm: str, llm: str = "t5", fusion: str = "add") -> Parts:
+    """One composite of two families for all tests that only read it."""
+    return build_family(slm, llm, fusion)
+
+
+def learn_by_heart(model: LLM2SLMForConditionalGeneration, loss: float = 0.05) -> None:
+    """
+    Train a tiny model to answer each of `PROMPTS` with random tokens of its own: a random tiny model with a tied head
+    repeats one token, whatever the prompt.
+    """
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.stack([torch.randperm(END, generator=generator)[:12] for _ in PROMPTS])
+    optimizer = torch.optim.Adam([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2)
+    batch = pad_prompts(PROMPTS)
+    states = model.encode_llm(**batch)
+    while (now := model(**batch, llm_hidden_states=states, labels=labels).loss) > loss:
+        now.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def compose(llm_model: Any, slm_model: Any, fusion: str, **config: Any) -> Parts:
+    """A composite of two models, beside copies of them."""
     plain = copy.deepcopy((llm_model, slm_model))
     values = {"shared_tokenizer": False} | FUSIONS[fusion] | config
     model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(
@@ -140,26 +182,92 @@ def count_calls(module: nn.Module) -> Iterator[list[Any]]:
 
 
 @torch.no_grad()
+def reference_states(parts: Parts, prompt: Sequence[int]) -> torch.Tensor:
+    """H `(1, N, d_llm)` of one prompt by the whole LLM."""
+    reader = parts.llm.get_encoder() if parts.llm.config.is_encoder_decoder else parts.llm
+    outputs = reader(input_ids=torch.tensor([list(prompt)]), output_hidden_states=True)
+    layer = parts.model.config.encoder_layer
+    return outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
+
+
+@torch.no_grad()
 def reference_prompt(parts: Parts, prompt: Sequence[int]) -> torch.Tensor:
     """P `(1, N, d_slm)` of one prompt by the formulas of the paper."""
     ids = torch.tensor([list(prompt)])
     projector = parts.model.encoder.projector
-    states = parts.llm(input_ids=ids).last_hidden_state
-    hidden = states @ projector.linear_1.weight.T + projector.linear_1.bias
+    hidden = reference_states(parts, prompt) @ projector.linear_1.weight.T + projector.linear_1.bias
     embeds = hidden.clamp(min=0) @ projector.linear_2.weight.T + projector.linear_2.bias
     if parts.model.config.fusion == "replace":
         return embeds
     if parts.model.config.shared_tokenizer:
-        return embeds + parts.slm.transformer.wte.weight[ids]
-    return embeds + parts.llm.shared.weight[ids] @ parts.model.encoder.prompt_embedding.weight.T
+        return embeds + parts.slm.get_input_embeddings()(ids)
+    return embeds + parts.llm.get_input_embeddings()(ids) @ parts.model.encoder.prompt_embedding.weight.T
 
 
 @torch.no_grad()
 def reference_logits(parts: Parts, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
     """Logits `(M + 1, vocabulary)` for each next token after the start token and `answer`."""
-    tokens = parts.slm.transformer.wte.weight[torch.tensor([[END, *answer]])]
-    embeds = torch.cat([reference_prompt(parts, prompt), tokens], dim=1)
+    embeds, tokens = reference_prompt(parts, prompt), torch.tensor([[END, *answer]])
+    if parts.slm.config.is_encoder_decoder:
+        return parts.slm(inputs_embeds=embeds, decoder_input_ids=tokens, use_cache=False).logits[0]
+    embeds = torch.cat([embeds, parts.slm.get_input_embeddings()(tokens)], dim=1)
     return parts.slm(inputs_embeds=embeds, use_cache=False).logits[0, len(prompt) :]
+
+
+class Rows(nn.Module):
+    """The encoder of the slow reference: "states" that tell which prompt a row is about, whatever becomes of rows."""
+
+    main_input_name = "input_ids"
+
+    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> BaseModelOutput:
+        return BaseModelOutput(last_hidden_state=input_ids[..., None].float())
+
+
+class SlowReference(PreTrainedModel, GenerationMixin):
+    """
+    Stock decoding loops over logits that are computed without cache and padding, one prompt at a time and each time
+    from the start, by the plain sub-models: nothing of the model under test runs.
+    """
+
+    main_input_name = "input_ids"
+    _supports_sdpa = True  # the implementation that the config names
+
+    def __init__(self, parts: Parts, prompts: Sequence[Sequence[int]]):
+        super().__init__(copy.deepcopy(parts.model.config))
+        self.parts, self.prompts = parts, prompts
+        self.rows = Rows()
+        self.anchor = nn.Parameter(torch.zeros(1))  # gives the model a dtype and a device
+        self.generation_config = copy.deepcopy(parts.model.generation_config)
+        self.known: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def get_encoder(self, modality: str | None = None) -> Rows:
+        return self.rows
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+        return {"decoder_input_ids": input_ids, "encoder_outputs": kwargs["encoder_outputs"]}
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        decoder_input_ids: Any = None,
+        encoder_outputs: Any = None,
+        return_dict: bool = True,
+    ) -> Seq2SeqLMOutput:
+        rows = encoder_outputs[0][:, 0, 0].long().tolist()
+        keys = [(row, *tokens) for row, tokens in zip(rows, decoder_input_ids.tolist(), strict=True)]
+        for key in keys:
+            if key not in self.known:
+                self.known[key] = reference_logits(self.parts, self.prompts[key[0]], key[2:])[-1:]
+        return Seq2SeqLMOutput(logits=torch.stack([self.known[key] for key in keys]))
+
+    def answer(self, **kwargs: Any) -> Any:
+        """`generate()` for all prompts."""
+        rows = torch.arange(len(self.prompts))[:, None]
+        return self.generate(rows, attention_mask=torch.ones_like(rows), use_cache=False, **kwargs)
 
 
 def reference_greedy(parts: Parts, prompt: Sequence[int], length: int) -> tuple[list[int], torch.Tensor]:

@@ -25,9 +25,9 @@ from common import (
     END,
     FUSIONS,
     LLM_VOCAB_SIZE,
-    LLMS,
     PROMPTS,
     SLM_VOCAB_SIZE,
+    T5_VARIANTS,
     Parts,
     build_model,
     build_parts,
@@ -376,7 +376,7 @@ def test_parts_equal_their_sources(sources: dict[str, Any]) -> None:
     assert not [name for name, _ in model.named_parameters() if ".decoder.block" in name]
 
 
-@pytest.mark.parametrize("variant", LLMS)
+@pytest.mark.parametrize("variant", T5_VARIANTS)
 def test_every_kind_of_t5(variant: str, tmp_path: Path) -> None:
     T5ForConditionalGeneration(t5_config(variant)).save_pretrained(tmp_path / "llm")
     parts = build_parts("add", llm=variant)
