@@ -29,9 +29,10 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin, StoppingCriteriaList
-from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
+from transformers.modeling_outputs import BaseModelOutput, ModelOutput, Seq2SeqLMOutput
 from transformers.utils.generic import can_return_tuple
 
+from .assistant_llm2slm import RecentStates, as_assistant_of
 from .cache_llm2slm import LLM2SLMCache, as_llm2slm_cache, mask_and_positions
 from .configuration_llm2slm import LLM2SLMConfig, llm_sizes
 from .generation_llm2slm import StopAfterStart, check_generation
@@ -85,6 +86,8 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
     A `PreTrainedModel` of its own, as transformers collects tied weights, fp32 modules and modules not to split from
     children that are `PreTrainedModel`s.
     """
+
+    recent: RecentStates | None = None  # of an assistant: what its LLM has just read is not read again
 
     def __init__(self, config: LLM2SLMConfig, llm: PreTrainedModel | None = None):
         super().__init__(config)
@@ -153,6 +156,8 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
         """The LLM's output, in the layout of its input; without a gradient if it is frozen."""
         if input_ids is None:
             raise ValueError("There is no prompt: pass `input_ids`, `llm_hidden_states` or `encoder_outputs`.")
+        if self.recent is not None and (known := self.recent.find(input_ids, attention_mask)) is not None:
+            return BaseModelOutput(last_hidden_state=known)
         self.config.check_llm_length(input_ids.shape[1])
         # Positions of a GPT-2 or BERT count from the first place on: padding goes behind the prompt, and back.
         order = padding_to("right", attention_mask)
@@ -376,6 +381,23 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         `generate(encoder_outputs=...)` as often as wanted; it is never changed there.
         """
         return self.get_encoder()(input_ids, attention_mask, llm_hidden_states, return_dict=True)
+
+    def as_assistant_of(self, llm: PreTrainedModel) -> "LLM2SLMForConditionalGeneration":
+        """
+        This model as `assistant_model` of the whole LLM that it was built on: `llm.generate(..., assistant_model=...)`
+        gives the LLM's own answer, faster. Encoder weights and the states that `llm` has just computed are shared.
+
+        Args:
+            llm (`PreTrainedModel`): An encoder-decoder with its decoder, such as a `T5ForConditionalGeneration`.
+
+        Returns:
+            `LLM2SLMForConditionalGeneration`: of the same SLM and projector. How far it drafts ahead is set in its
+            `generation_config` (`num_assistant_tokens`, `assistant_confidence_threshold`).
+
+        Raises:
+            ValueError: If tokenizer, vocabulary size or start id are not the LLM's, or it is another LLM.
+        """
+        return as_assistant_of(self, llm)
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """Answers `(B, M)` shifted right by the start token; -100 becomes the pad id."""
@@ -616,18 +638,15 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         Hook of `generate()`. Once the prompt is cached, a step takes positions and a mask of the cache's full length
         in place of the prompt: the same shapes for every prompt and step, so that a compiled step is compiled once.
         """
-        in_cache = isinstance(past_key_values, LLM2SLMCache) and past_key_values.prompt_length > 0
-        has_mask = kwargs.get("decoder_attention_mask") is not None
-        if in_cache and is_first_iteration:
-            cached = int(past_key_values.get_seq_length())
-            if input_ids.shape[1] <= cached:
-                raise ValueError(
-                    f"`past_key_values` holds {cached} answer tokens and `decoder_input_ids` has no more than "
-                    f"{input_ids.shape[1]}. Pass the answer from its start, with a token that is not cached yet."
-                )
-            if next_sequence_length is None and not has_mask:
-                # An answer goes on: of one given from its start, only what is not in the cache is new.
-                next_sequence_length = input_ids.shape[1] - cached
+        cached = int(past_key_values.get_seq_length()) if is_first_iteration and past_key_values is not None else 0
+        if cached >= input_ids.shape[1]:
+            raise ValueError(
+                f"`past_key_values` holds {cached} answer tokens and `decoder_input_ids` has no more than "
+                f"{input_ids.shape[1]}. Pass the answer from its start, with a token that is not cached yet."
+            )
+        if cached and next_sequence_length is None and kwargs.get("decoder_attention_mask") is None:
+            # An answer goes on: of one given from its start, only what is not in the cache is new.
+            next_sequence_length = input_ids.shape[1] - cached
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -635,7 +654,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        if in_cache:
+        if isinstance(past_key_values, LLM2SLMCache) and past_key_values.prompt_length > 0:
             prompt = as_prompt_states(model_inputs.pop("encoder_outputs"), model_inputs.pop("attention_mask", None))
             model_inputs["decoder_attention_mask"], model_inputs["decoder_position_ids"] = mask_and_positions(
                 prompt.attention_mask,

@@ -105,20 +105,26 @@ def shared_family(slm: str, llm: str = "t5", fusion: str = "add") -> Parts:
     return build_family(slm, llm, fusion)
 
 
-def learn_by_heart(model: LLM2SLMForConditionalGeneration, loss: float = 0.05) -> None:
+def learn_by_heart(model: Any, loss: float = 0.05, labels: torch.Tensor | None = None) -> None:
     """
-    Train a tiny model to answer each of `PROMPTS` with random tokens of its own: a random tiny model with a tied head
-    repeats one token, whatever the prompt.
+    Train a tiny model to answer each of `PROMPTS` with `labels`, or with random tokens of its own: a random tiny model
+    with a tied head repeats one token, whatever the prompt.
     """
     generator = torch.Generator().manual_seed(0)
-    labels = torch.stack([torch.randperm(END, generator=generator)[:12] for _ in PROMPTS])
+    if labels is None:
+        labels = torch.stack([torch.randperm(END, generator=generator)[:12] for _ in PROMPTS])
     optimizer = torch.optim.Adam([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2)
     batch = pad_prompts(PROMPTS)
-    states = model.encode_llm(**batch)
-    while (now := model(**batch, llm_hidden_states=states, labels=labels).loss) > loss:
+    if isinstance(model, LLM2SLMForConditionalGeneration):
+        batch["llm_hidden_states"] = model.encode_llm(**batch)
+    for _ in range(300):
+        now = model(**batch, labels=labels).loss
+        if now < loss:
+            return
         now.backward()
         optimizer.step()
         optimizer.zero_grad()
+    raise AssertionError(f"the answers were not learned: the loss is still {float(now.detach())}")
 
 
 def compose(llm_model: Any, slm_model: Any, fusion: str, **config: Any) -> Parts:

@@ -9,18 +9,22 @@ from typing import Any
 import families
 import pytest
 import torch
-from transformers import StaticCache, T5ForConditionalGeneration
+from families import END, PAD, SLM_VOCAB_SIZE
+from transformers import EncoderDecoderCache, StaticCache, T5ForConditionalGeneration, TextIteratorStreamer
 
+import modeling_llm2slm.modeling_llm2slm as modeling
 from common import (
     FUSIONS,
     PROMPTS,
-    SLM_VOCAB_SIZE,
     Parts,
     SlowReference,
+    build_family,
     check_answers_say_something,
     count_calls,
     pad_prompts,
+    reference_logits,
     shared_family,
+    slm_tokenizer,
     strip_padding,
 )
 
@@ -69,16 +73,14 @@ def prompt_of(parts: Parts, prompts: list[list[int]], padding: str, passed: bool
     return {"encoder_outputs": parts.model.encode_prompt(**batch)} if passed else batch
 
 
-def check(parts: Parts, actual: Any, wanted: Any) -> None:
+def check(actual: Any, wanted: Any) -> None:
     """Equal tokens, and equal logits up to float32's precision."""
     assert actual.sequences.tolist() == wanted.sequences.tolist()
     first, second = torch.cat(actual.logits), torch.cat(wanted.logits)
     torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4 * float(second.std()))
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
-@pytest.mark.parametrize("llm", ["t5", "llama"])
-@pytest.mark.parametrize("slm", families.SLMS)
+@pytest.mark.parametrize(("slm", "llm", "fusion"), GRID)
 def test_answers_are_varied_and_differ_between_prompts(slm: str, llm: str, fusion: str) -> None:
     """Without this, equality below would prove nothing."""
     check_answers_say_something(strip_padding(expected((slm, llm, fusion), "greedy").sequences))
@@ -96,7 +98,7 @@ def test_parity(slm: str, llm: str, fusion: str, strategy: str) -> None:
         batch = prompt_of(parts, prompts, padding, passed)
         torch.manual_seed(SEED)
         kwargs = {"max_new_tokens": LENGTH, "return_dict_in_generate": True, "output_logits": True}
-        check(parts, parts.model.generate(**batch, **kwargs, **STRATEGIES[strategy], **CACHES[cache]), wanted)
+        check(parts.model.generate(**batch, **kwargs, **STRATEGIES[strategy], **CACHES[cache]), wanted)
 
 
 def assistants(parts: Parts, kind: str, pair: tuple[str, str, str]) -> dict[str, Any]:
@@ -122,7 +124,10 @@ def test_assisted(slm: str, llm: str, fusion: str, kind: str) -> None:
         wanted = expected(pair, "greedy", 0)
         batch = prompt_of(parts, PROMPTS[:1], padding, passed)
         kwargs = {"max_new_tokens": LENGTH, "return_dict_in_generate": True, "output_logits": True}
-        check(parts, parts.model.generate(**batch, do_sample=False, **kwargs, **assistants(parts, kind, pair)), wanted)
+        check(parts.model.generate(**batch, do_sample=False, **kwargs, **assistants(parts, kind, pair)), wanted)
+
+
+# One pair for each SLM: what is the same for every LLM and fusion.
 
 
 @pytest.mark.parametrize("strategy", ["greedy", "beam"])
@@ -145,3 +150,260 @@ def test_a_static_cache_that_transformers_gets_wrong_is_refused() -> None:
     for kwargs in (CACHES["static"], {"past_key_values": cache}):
         with pytest.raises(ValueError, match="static cache is not supported"):
             model.generate(**pad_prompts(PROMPTS), max_new_tokens=4, **kwargs)
+
+
+@pytest.mark.parametrize("slm", families.SLMS)
+def test_a_forced_beginning(slm: str) -> None:
+    """`decoder_input_ids` are kept, and the answer goes on from them."""
+    parts, forced = shared_family(slm), [42, 17, 63]
+    begin = torch.tensor([[END, *forced]] * len(PROMPTS))
+    for cache in caches(slm):
+        output = parts.model.generate(
+            **pad_prompts(PROMPTS, "left"), decoder_input_ids=begin, max_new_tokens=6, do_sample=False, **CACHES[cache]
+        )
+        for row, prompt in enumerate(PROMPTS):
+            answer = strip_padding(output)[row]
+            assert answer[:3] == forced
+            assert answer[3:] == reference_logits(parts, prompt, answer)[3:-1].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("mask", [False, True], ids=["no_mask", "mask"])
+@pytest.mark.parametrize("passed", [False, True], ids=["computed", "passed"])
+@pytest.mark.parametrize("slm", families.SLMS)
+def test_an_answer_is_continued_from_its_cache(slm: str, passed: bool, mask: bool) -> None:
+    parts = shared_family(slm)
+    whole = expected((slm, "t5", "add"), "greedy").sequences
+    batch = prompt_of(parts, PROMPTS, "right", passed)
+    first = parts.model.generate(**batch, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    kwargs = {"decoder_input_ids": first.sequences, "past_key_values": first.past_key_values}
+    if mask:
+        kwargs["decoder_attention_mask"] = torch.ones_like(first.sequences)
+    with count_calls(parts.model.encoder.llm) as calls:
+        second = parts.model.generate(**batch, **kwargs, max_new_tokens=LENGTH - 5, do_sample=False)
+    assert len(calls) == (0 if passed else 1)
+    assert second.tolist() == whole.tolist()
+
+
+@pytest.mark.parametrize("slm", ["gpt2", "gemma3", "t5"])
+def test_a_cache_that_holds_the_whole_answer_is_an_error(slm: str) -> None:
+    """There would be nothing to go on from, and the answers of silence were wrong."""
+    model, batch = shared_family(slm).model, pad_prompts(PROMPTS)
+    first = model.generate(**batch, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    for begin in (first.sequences[:, :-1], first.sequences[:, :3]):
+        with pytest.raises(ValueError, match="holds 5 answer tokens"):
+            model.generate(**batch, decoder_input_ids=begin, past_key_values=first.past_key_values, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("slm", families.SLMS)
+def test_prefix_allowed_tokens_fn(slm: str) -> None:
+    """Called with the row of the prompt and the answer so far; what is not allowed is not written."""
+    parts, allowed = shared_family(slm), [[11, 12, 13], [21, 22, 23], [31, 32, 33]]
+    output = parts.model.generate(
+        **pad_prompts(PROMPTS, "left"),
+        prefix_allowed_tokens_fn=lambda row, tokens: allowed[row],
+        num_beams=2,
+        max_new_tokens=5,
+    )
+    for row, answer in enumerate(output[:, 1:].tolist()):
+        assert set(answer) <= set(allowed[row])
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "beam"])
+@pytest.mark.parametrize("slm", families.SLMS)
+def test_compute_transition_scores(slm: str, strategy: str) -> None:
+    """They are the log-probabilities that the slow reference gives the tokens."""
+    parts = shared_family(slm)
+    output = parts.model.generate(
+        **pad_prompts(PROMPTS),
+        max_new_tokens=6,
+        min_new_tokens=6,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **STRATEGIES[strategy],
+    )
+    beams = getattr(output, "beam_indices", None)
+    scores = parts.model.compute_transition_scores(
+        output.sequences, output.scores, beams, normalize_logits=strategy == "greedy"
+    )
+    if strategy == "beam":
+        torch.testing.assert_close(scores.sum(-1) / 6, output.sequences_scores, rtol=1e-3, atol=1e-3)
+        return
+    for row, prompt in enumerate(PROMPTS):
+        answer = output.sequences[row, 1:].tolist()
+        logits = reference_logits(parts, prompt, answer)[:-1]
+        logits[:, END] = -torch.inf  # by `min_new_tokens`
+        wanted = logits.log_softmax(-1)[range(6), answer]
+        torch.testing.assert_close(scores[row], wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("slm", families.SLMS)
+def test_a_streamer_gets_every_token(slm: str) -> None:
+    parts, tokenizer = shared_family(slm), slm_tokenizer()
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=30)
+    parts.model.generate(**pad_prompts(PROMPTS[:1]), streamer=streamer, max_new_tokens=LENGTH, do_sample=False)
+    answer = strip_padding(expected((slm, "t5", "add"), "greedy", 0).sequences)[0]
+    assert "".join(streamer) == tokenizer.decode(answer, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "off"])
+@pytest.mark.parametrize("slm", families.SLMS)
+def test_lengths_of_what_is_returned(slm: str, cache: str) -> None:
+    """Hidden states cover answer positions; a decoder-only SLM attends to N + answer so far (or to its window)."""
+    parts = build_family(slm)
+    model, steps = parts.model, 4
+    model.set_attn_implementation("eager")
+    batch = pad_prompts(PROMPTS)
+    width, config = batch["input_ids"].shape[1], model.config.get_text_config(decoder=True)
+    output = model.generate(
+        **batch,
+        max_new_tokens=steps,
+        min_new_tokens=steps,
+        return_dict_in_generate=True,
+        output_hidden_states=True,
+        output_attentions=True,
+        do_sample=False,
+        **CACHES[cache],
+    )
+    for step in range(steps):
+        new = step + 1 if cache == "off" else 1
+        states, attentions = output.decoder_hidden_states[step], output.decoder_attentions[step]
+        assert len(states) == config.num_hidden_layers + 1
+        assert len(attentions) == config.num_hidden_layers
+        assert {layer.shape[:2] for layer in states} == {(len(PROMPTS), new)}
+        seen = step + 1 if parts.slm.config.is_encoder_decoder else width + step + 1
+        assert {layer.shape[-2] for layer in attentions} == {new}
+        assert attentions[-1].shape[-1] == seen  # the last layer of every family attends to all
+        if parts.slm.config.is_encoder_decoder:
+            assert {layer.shape[-1] for layer in output.cross_attentions[step]} == {width}
+    assert len(output.encoder_hidden_states) == 4
+    assert len(output.encoder_attentions) == 3
+
+
+@pytest.mark.parametrize("slm", families.SLMS)
+def test_logits_to_keep(slm: str) -> None:
+    """The last few positions, or those of a tensor."""
+    parts = shared_family(slm)
+    batch = {**pad_prompts(PROMPTS), "decoder_input_ids": torch.tensor([[END, 5, 6, 7, 8]] * len(PROMPTS))}
+    with torch.no_grad():
+        whole = parts.model(**batch).logits
+        for kept, wanted in ((2, whole[:, -2:]), (torch.tensor([0, 3]), whole[:, [0, 3]])):
+            torch.testing.assert_close(parts.model(**batch, logits_to_keep=kept).logits, wanted)
+
+
+@pytest.mark.parametrize("slm", families.SLMS)
+def test_batches_of_1_to_17(slm: str) -> None:
+    """A row's answer does not depend on how many others there are, or on their order."""
+    parts = shared_family(slm)
+    answers = strip_padding(expected((slm, "t5", "add"), "greedy").sequences)
+    for size in (1, 2, 5, 17):
+        rows = [(7 * index + size) % 3 for index in range(size)]
+        batch = pad_prompts([PROMPTS[row] for row in rows], "left" if size % 2 else "right")
+        output = parts.model.generate(**batch, max_new_tokens=LENGTH, do_sample=False)
+        assert strip_padding(output) == [answers[row] for row in rows]
+
+
+@pytest.mark.parametrize("slm", families.SLMS)
+def test_bfloat16(slm: str) -> None:
+    """Logits within bfloat16's precision of float32's, padded or not."""
+    parts = build_family(slm)
+    batch = {**pad_prompts(PROMPTS), "decoder_input_ids": torch.tensor([[END, 5, 6, 7, 8]] * len(PROMPTS))}
+    with torch.no_grad():
+        wanted = parts.model(**batch).logits
+        half = parts.model.to(torch.bfloat16)
+        for side in ("right", "left"):
+            actual = half(**{**batch, **pad_prompts(PROMPTS, side)}).logits.float()
+            assert (actual - wanted).abs().max() < 0.1 * wanted.std()
+    assert parts.model.generate(**pad_prompts(PROMPTS), max_new_tokens=4).shape == (3, 5)
+
+
+@pytest.mark.parametrize("length", [1, 50])
+@pytest.mark.parametrize("slm", families.SLMS)
+def test_the_shortest_and_the_longest_prompt(slm: str, length: int) -> None:
+    """A prompt of one token, and one that fills the SLM's positions to the last."""
+    parts = shared_family(slm)
+    prompt = [(13 * index + 5) % 90 + 3 for index in range(length)]
+    limit = 64 - length if length > 1 and not parts.slm.config.is_encoder_decoder else 14
+    output = parts.model.generate(torch.tensor([prompt]), max_new_tokens=limit, min_new_tokens=limit, do_sample=False)
+    answer = output[0, 1:].tolist()
+    logits = reference_logits(parts, prompt, answer[:-1])
+    logits[:, END] = -torch.inf  # by `min_new_tokens`
+    assert answer == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("slm", families.SLMS)
+def test_too_long_and_empty_prompts_are_errors(slm: str) -> None:
+    parts = shared_family(slm)
+    with pytest.raises(ValueError, match="prompt is empty"):
+        parts.model.generate(torch.tensor([[5, 6], [PAD, PAD]]), max_new_tokens=2)
+    if getattr(parts.slm.config, "max_position_embeddings", None) is None:
+        return  # relative positions: T5
+    with count_calls(parts.model.encoder.llm) as calls, pytest.raises(ValueError, match="70 tokens.*64 positions"):
+        parts.model.generate(torch.full((1, 70), 5), max_new_tokens=2)
+    with pytest.raises(ValueError, match="up to 70, .*64 positions"):
+        parts.model.generate(torch.full((1, 5), 5), max_new_tokens=70)
+    assert not calls
+
+
+# The grid can fail: each planted fault is found in every family.
+
+
+def drop_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = modeling.LLM2SLMEncoder.prompt_mask
+    monkeypatch.setattr(
+        modeling.LLM2SLMEncoder, "prompt_mask", lambda self, *a, **k: torch.ones_like(original(self, *a, **k))
+    )
+
+
+def shift_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions of tokens after the first step are too high by one."""
+    original = modeling.mask_and_positions
+
+    def faulty(prompt_mask: Any, answer_mask: Any, answer_length: int, cache: Any) -> Any:
+        mask, positions = original(prompt_mask, answer_mask, answer_length, cache)
+        return mask, positions + int(cache is not None and cache.prompt_length > 0)
+
+    monkeypatch.setattr(modeling, "mask_and_positions", faulty)
+
+
+def keep_the_beams_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EncoderDecoderCache, "reorder_cache", lambda self, beam_idx: None)
+
+
+def take_states_of_another_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = modeling.LLM2SLMEncoder.forward
+
+    @functools.wraps(original)  # stock generation reads the signature
+    def faulty(self: Any, *args: Any, **kwargs: Any) -> Any:
+        states = original(self, *args, **kwargs)
+        states.last_hidden_state = states.last_hidden_state.roll(1, dims=0)
+        return states
+
+    monkeypatch.setattr(modeling.LLM2SLMEncoder, "forward", faulty)
+
+
+@pytest.mark.parametrize(
+    ("plant", "strategy"),
+    [
+        (drop_the_mask, "greedy"),
+        (shift_positions, "greedy"),
+        (keep_the_beams_in_place, "beam_sampling"),
+        (take_states_of_another_row, "greedy"),
+    ],
+)
+@pytest.mark.parametrize("slm", families.SLMS)
+def test_a_planted_fault_breaks_parity(slm: str, plant: Any, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = shared_family(slm)
+    if plant is shift_positions and parts.slm.config.is_encoder_decoder:
+        pytest.skip("the answer's positions are the SLM's own affair")
+    wanted = expected((slm, "t5", "add"), strategy)
+    kwargs = {"max_new_tokens": LENGTH, "return_dict_in_generate": True, "output_logits": True, **STRATEGIES[strategy]}
+    for planted in (False, True):
+        if planted:
+            plant(monkeypatch)
+        torch.manual_seed(SEED)
+        actual = parts.model.generate(**pad_prompts(PROMPTS, "right", extra=4), **kwargs)
+        if planted:
+            with pytest.raises(AssertionError):
+                check(actual, wanted)
+        else:
+            check(actual, wanted)

@@ -1,0 +1,94 @@
+# Copyright 2026 The modeling-llm2slm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""An LLM-to-SLM model as the draft model of its own LLM, under stock assisted generation."""
+
+import copy
+import threading
+import weakref
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .parts_llm2slm import probe_ids
+
+
+class RecentStates:
+    """What the LLM's encoder gave last in this thread, as long as the LLM's `generate()` holds it."""
+
+    def __init__(self, reader: PreTrainedModel, owner: Any):
+        self.local = threading.local()
+        hook = reader.register_forward_hook(self.remember, with_kwargs=True)
+        weakref.finalize(owner, hook.remove)
+
+    def remember(self, reader: Any, args: tuple, kwargs: dict[str, Any], outputs: Any) -> None:
+        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        if input_ids is not None:
+            self.local.last = (input_ids, kwargs.get("attention_mask"), weakref.ref(outputs[0]))
+
+    def find(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor | None:
+        """The states `(B, N, d_llm)` of these very prompts, if they are what the encoder read last."""
+        known_ids, known_mask, states = getattr(self.local, "last", (None, None, lambda: None))
+        if known_mask is None and known_ids is not None:
+            known_mask = torch.ones_like(known_ids)
+        for known, given in ((known_ids, input_ids), (known_mask, attention_mask)):
+            if known is None or known.shape != given.shape or not torch.equal(known.to(given), given):
+                return None
+        return states()
+
+
+def as_assistant_of(model: Any, llm: PreTrainedModel) -> Any:
+    """See [`LLM2SLMForConditionalGeneration.as_assistant_of`]."""
+    check_assistant(model, llm)
+    reader = llm.get_encoder()
+    encoder, assistant = _shallow(model.encoder), _shallow(model)
+    encoder.llm, assistant.encoder = reader, encoder
+    encoder.recent = RecentStates(reader, owner=encoder)
+    assistant.generation_config = copy.deepcopy(model.generation_config)
+    return assistant
+
+
+def check_assistant(model: Any, llm: PreTrainedModel) -> None:
+    """Raise `ValueError` where drafts of `model` would not be tokens of `llm`, or its LLM is another one."""
+    config, theirs = model.config, llm.config.get_text_config(decoder=True)
+    if not llm.config.is_encoder_decoder:
+        raise ValueError(
+            f"A {type(llm).__name__} has no decoder. Pass the whole LLM, such as a T5ForConditionalGeneration."
+        )
+    if not config.shared_tokenizer:
+        raise ValueError("SLM and LLM have different tokenizers. Build the model with an SLM that shares the LLM's.")
+    if config.encoder_layer is not None:
+        raise ValueError("The SLM was built on a middle layer of the LLM (`encoder_layer`). Build one without.")
+    start = llm.generation_config.decoder_start_token_id
+    for name, ours, wanted in (
+        ("vocab_size", config.vocab_size, theirs.vocab_size),
+        ("decoder_start_token_id", config.decoder_start_token_id, start),
+    ):
+        if ours != wanted:
+            raise ValueError(f"The SLM's `{name}` is {ours}, but the LLM's is {wanted}. Build it with an SLM of that.")
+    ours, theirs = (part.get_input_embeddings().weight for part in (model.encoder.llm, llm.get_encoder()))
+    if ours.shape != theirs.shape or not _are_close(ours, theirs):
+        raise ValueError(f"{type(llm).__name__} is another LLM than the one in the model: its embeddings differ.")
+
+
+def _are_close(first: torch.Tensor, second: torch.Tensor) -> bool:
+    rows = probe_ids(first, 64)
+    return torch.allclose(first[rows].float(), second[rows.to(second.device)].to(first.device).float(), rtol=1e-2)
+
+
+def _shallow(module: Any) -> Any:
+    """A module of its own over the same children."""
+    copied = type(module).__new__(type(module))
+    copied.__dict__ = module.__dict__ | {"_modules": dict(module._modules)}
+    return copied
