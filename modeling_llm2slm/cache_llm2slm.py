@@ -72,7 +72,8 @@ def mask_and_positions(
     mask = torch.cat([prompt_mask, answer_mask.to(prompt_mask)], dim=-1)
     position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
     if cache is not None:
-        position_ids = position_ids[:, -answer_length:]
+        # Strides of its own: with those of the mask a compiled step would be compiled anew for another length.
+        position_ids = position_ids[:, -answer_length:].clone(memory_format=torch.contiguous_format)
         if cache.is_compileable:
             rest = cache.self_attention_cache.get_max_length() - mask.shape[1]
             mask = nn.functional.pad(mask, (0, rest), value=1)  # causality hides what is not written yet

@@ -175,8 +175,8 @@ def _why_not_llm(llm: PreTrainedModel) -> str | None:
     missing = [name for name in ("input_ids", "attention_mask") if not _takes(llm, name)]
     if missing:
         return f"it is not called with {' and '.join(missing)}"
-    width = getattr(llm.config, "word_embed_proj_dim", None)
-    if width not in (None, llm.config.hidden_size):
+    sizes = llm_sizes(llm.config)
+    if getattr(sizes, "word_embed_proj_dim", sizes.hidden_size) != sizes.hidden_size:
         return "its states do not have its hidden size. Take another size of it"
     return None
 

@@ -239,7 +239,9 @@ def build_llm(family: str, vocab_size: int = LLM_VOCAB_SIZE) -> PreTrainedModel:
     """The whole of a tiny LLM with random weights, as its class for reading alone has it."""
     torch.manual_seed(1)
     config = LLMS[family].config(vocab_size=vocab_size)
-    text_encoding = family in ("t5", "flan_t5", "mt5", "umt5", "bert", "roberta")
+    text_encoding = family in ("t5", "flan_t5", "mt5", "umt5", "t5gemma", "bert", "roberta")
+    if family == "t5gemma":
+        config.is_encoder_decoder = False  # its class for reading alone asks for it
     return move_vectors((AutoModelForTextEncoding if text_encoding else AutoModel).from_config(config).eval())
 
 
