@@ -51,6 +51,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "n_head": 4,
         "n_positions": 256,
     },
+    # A small T5 that drafts for the LLM, a third of whose decoder it has.
+    "draft": {
+        "model_type": "t5",
+        "vocab_size": VOCABULARY,
+        "d_model": 256,
+        "d_ff": 1024,
+        "num_layers": 1,
+        "num_decoder_layers": 1,
+        "num_heads": 4,
+        "d_kv": 64,
+        "dropout_rate": 0.1,
+    },
 }
 ROWS = {
     "llm": "LLM",
@@ -82,6 +94,8 @@ def main() -> None:
         "slm": "multi30k_en-de_slm",
         "distilled": lambda: LLMAnswers(data, runs),
         "llm2slm-distilled": "multi30k_en-de_slm_distilled",
+        "draft-init": lambda: build(str(runs / "llm"), _config(runs, "draft"), seed=1),
+        "draft": "multi30k_en-de_draft",  # for benchmarks/assisted.py
     }
     for name in arguments.only or stages:
         _run_stage(name, runs / name, stages[name])
