@@ -154,6 +154,7 @@ class LLMAnswers:
 
     def save_pretrained(self, folder: Path) -> None:
         """Writes them to a file of JSON lines."""
+        folder.mkdir(parents=True, exist_ok=True)
         pairs = zip(self.prompts, self.answers, strict=True)
         lines = [json.dumps({"source": prompt, "target": answer}, ensure_ascii=False) for prompt, answer in pairs]
         (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5EncoderModel
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
-from modeling_llm2slm.modeling_llm2slm import rms
+from modeling_llm2slm.parts_llm2slm import rms
 
 
 T5 = {"vocab_size": 1000, "d_model": 512, "d_ff": 1024, "num_layers": 4, "num_heads": 8}

@@ -93,7 +93,7 @@ class LLM2SLMProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        text: str | list[str] | None = None,
+        text: Any = None,
         text_target: str | list[str] | None = None,
         padding: bool | str = False,
         prompt_max_length: int | None = None,
@@ -103,7 +103,9 @@ class LLM2SLMProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """
         Args:
-            text (`str` or `list[str]`, *optional*): Prompts.
+            text (`str`, `list[str]`, a conversation or a list of these, *optional*):
+                Prompts. A conversation is a list of messages, each a dict with `"role"` and `"content"`; the chat
+                template of the LLM's tokenizer turns it into a prompt, ready for the answer.
             text_target (`str` or `list[str]`, *optional*): Answers.
             padding (`bool` or `str`, *optional*, defaults to `False`):
                 `True` pads to the longest of the batch, `"max_length"` to the maximum lengths.
@@ -122,24 +124,52 @@ class LLM2SLMProcessor(ProcessorMixin):
         features: dict[str, Any] = {}
         if text is not None:
             limit = prompt_max_length if prompt_max_length is not None else self.prompt_max_length
-            encoded = self._encode_prompts([text] if isinstance(text, str) else list(text), limit)
+            encoded = self._encode_prompts([text] if _is_one(text) else list(text), limit)
             features.update(_pad(self.tokenizer, encoded, limit, **pad))
         if text_target is not None:
             limit = answer_max_length if answer_max_length is not None else self.answer_max_length
             answers = self._encode_answers([text_target] if isinstance(text_target, str) else list(text_target), limit)
             features["labels"] = self.pad_labels(answers, limit, **pad)
-        if return_tensors is None and isinstance(text if text is not None else text_target, str):
+        if return_tensors is None and _is_one(text if text is not None else text_target):
             features = {name: rows[0] for name, rows in features.items()}
         return BatchFeature(features)
 
-    def _encode_prompts(self, prompts: list[str], max_length: int | None) -> list[list[int]]:
-        encoded = self.tokenizer(prompts, verbose=False).input_ids
+    def apply_chat_template(
+        self, conversation: Any, tokenize: bool = False, add_generation_prompt: bool = True, **kwargs: Any
+    ) -> Any:
+        """
+        A conversation, or a list of them, by the chat template of the LLM's tokenizer.
+
+        Args:
+            conversation (`list[dict[str, str]]` or a list of these): Messages with `"role"` and `"content"`.
+            tokenize (`bool`, *optional*, defaults to `False`): Return what `__call__` returns in place of text.
+            add_generation_prompt (`bool`, *optional*, defaults to `True`):
+                Whether the prompt ends with what stands before an answer, as the SLM writes the answer.
+            kwargs: Of the template (`tools`, `documents`, ...); with `tokenize`, of `__call__`.
+        """
+        if tokenize:
+            return self(conversation, **kwargs)
+        kwargs.setdefault("chat_template", self.chat_template)
+        return self.tokenizer.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs
+        )
+
+    def _encode_prompts(self, prompts: list[Any], max_length: int | None) -> list[list[int]]:
+        if not prompts:
+            raise ValueError("`text` is an empty list. Pass at least one prompt.")
+        are_conversations = not isinstance(prompts[0], str)
+        if are_conversations:
+            prompts = self.apply_chat_template(prompts)
+        special = {"add_special_tokens": not are_conversations}  # the template writes its own
+        encoded = self.tokenizer(prompts, verbose=False, **special).input_ids
         if max_length is None or max(map(len, encoded)) <= max_length:
             return encoded
         _warn_of_cut("prompt", sum(len(row) > max_length for row in encoded), len(encoded), max_length)
-        return self.tokenizer(prompts, truncation=True, max_length=max_length).input_ids
+        return self.tokenizer(prompts, truncation=True, max_length=max_length, **special).input_ids
 
     def _encode_answers(self, answers: list[str], max_length: int | None) -> list[list[int]]:
+        if not answers:
+            raise ValueError("`text_target` is an empty list. Pass at least one answer.")
         eos = self.decoder_tokenizer.eos_token_id
         encoded = self.decoder_tokenizer(answers, add_special_tokens=False, verbose=False).input_ids
         for row in encoded:
@@ -216,6 +246,11 @@ def are_same_tokenizer(first: PreTrainedTokenizerBase, second: PreTrainedTokeniz
         backend.no_truncation()
         states.append(backend.to_str())
     return states[0] == states[1]
+
+
+def _is_one(text: Any) -> bool:
+    """Whether this is one text or one conversation, and not a list of them."""
+    return isinstance(text, str) or (isinstance(text, list) and bool(text) and isinstance(text[0], dict))
 
 
 _HUB_ARGUMENTS = (

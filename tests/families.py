@@ -185,6 +185,9 @@ SLMS = {
     ),
 }
 
+# Of these transformers' own answers are others with a static cache.
+NO_STATIC_CACHE = ("gpt_neo",)
+
 T5_SIZES: dict[str, Any] = {**T5, "num_layers": 3, "num_decoder_layers": 1, "pad_token_id": PAD}
 CAUSAL = {**GROUPED, "num_hidden_layers": 3, "pad_token_id": PAD, "eos_token_id": 1, "bos_token_id": 2}
 BERT = {**ROTARY, "num_hidden_layers": 3, "pad_token_id": PAD, "max_position_embeddings": 80}
@@ -252,3 +255,16 @@ def move_vectors(model: PreTrainedModel) -> PreTrainedModel:
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+def tables() -> str:
+    """The families as the README lists them."""
+    lines = ["| small model | for instance | reads the prompt with | static cache |", "| --- | --- | --- | --- |"]
+    for key, slm in SLMS.items():
+        reads = "its own encoder" if slm.config().is_encoder_decoder else "the positions before the answer"
+        lines.append(f"| {slm.name} | `{slm.example}` | {reads} | {'refused' if key in NO_STATIC_CACHE else 'yes'} |")
+    lines += ["", "| large model | for instance | states taken from |", "| --- | --- | --- |"]
+    for llm in LLMS.values():
+        taken = "any layer (`encoder_layer`); none above it is loaded" if llm.layer else "its encoder"
+        lines.append(f"| {llm.name.split(',')[0]} | `{llm.example}` | {taken} |")
+    return "\n".join(lines)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import itertools
+from pathlib import Path
 from typing import Any
 
 import families
 import pytest
 import torch
+import transformers
 from families import END, PAD, SLM_VOCAB_SIZE
-from transformers import EncoderDecoderCache, StaticCache, T5ForConditionalGeneration, TextIteratorStreamer
+from packaging.version import Version
+from transformers import EncoderDecoderCache, MT5ForConditionalGeneration, StaticCache, TextIteratorStreamer
 
 import modeling_llm2slm.modeling_llm2slm as modeling
 from common import (
@@ -29,6 +32,7 @@ from common import (
 )
 
 
+OLD_SLIDING_CACHE = Version(transformers.__version__) < Version("5.18")
 LENGTH = 12  # new tokens
 SEED = 7
 
@@ -54,8 +58,7 @@ GRID = [pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow, id="
 
 
 def caches(slm: str) -> list[str]:
-    """The caches that work in transformers: its GPT-Neo has other answers with a static one."""
-    return [cache for cache in CACHES if (slm, cache) != ("gpt_neo", "static")]
+    return [cache for cache in CACHES if cache != "static" or slm not in families.NO_STATIC_CACHE]
 
 
 @functools.cache
@@ -107,15 +110,17 @@ def assistants(parts: Parts, kind: str, pair: tuple[str, str, str]) -> dict[str,
     if kind == "composite":
         return {"assistant_model": shared_family(pair[0], pair[1], "replace" if pair[2] == "add" else "add").model}
     torch.manual_seed(3)
-    config = families.SLMS["flan_t5"].config()  # stock sizes caches of a T5 by its encoder: that has to be the deeper
+    config = families.SLMS["mt5"].config()  # as deep as its encoder: stock sizes the caches of a T5 by that
     assert config.vocab_size == SLM_VOCAB_SIZE
-    return {"assistant_model": T5ForConditionalGeneration(config).eval()}
+    return {"assistant_model": MT5ForConditionalGeneration(config).eval()}
 
 
 @pytest.mark.parametrize("kind", ASSISTED)
 @pytest.mark.parametrize(("slm", "llm", "fusion"), GRID)
 def test_assisted(slm: str, llm: str, fusion: str, kind: str) -> None:
     """Prompt lookup, and an assistant that is another composite or a plain encoder-decoder: the greedy answer."""
+    if (slm, kind) == ("gemma3", "composite") and OLD_SLIDING_CACHE:
+        pytest.skip("before 5.18 a sliding cache gives more keys than its mask covers while an assistant drafts")
     pair = (slm, llm, fusion)
     parts = shared_family(*pair)
     for padding, passed in itertools.product(PADDINGS, (False, True)):
@@ -144,8 +149,9 @@ def test_each_encoder_runs_once(slm: str, strategy: str) -> None:
     assert len(llm_calls) == 1
 
 
-def test_a_static_cache_that_transformers_gets_wrong_is_refused() -> None:
-    model = shared_family("gpt_neo").model
+@pytest.mark.parametrize("slm", families.NO_STATIC_CACHE)
+def test_a_static_cache_that_transformers_gets_wrong_is_refused(slm: str) -> None:
+    model = shared_family(slm).model
     cache = StaticCache(config=model.config.decoder, max_cache_len=40)
     for kwargs in (CACHES["static"], {"past_key_values": cache}):
         with pytest.raises(ValueError, match="static cache is not supported"):
@@ -407,3 +413,9 @@ def test_a_planted_fault_breaks_parity(slm: str, plant: Any, strategy: str, monk
                 check(actual, wanted)
         else:
             check(actual, wanted)
+
+
+def test_the_readme_lists_these_families() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    listed = readme.partition("<!-- families -->\n")[2].partition("\n<!-- end of families -->")[0]
+    assert listed == families.tables(), f"README.md should list:\n{families.tables()}"

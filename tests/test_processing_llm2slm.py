@@ -322,3 +322,51 @@ def test_the_factory_compares_tokenizers(same: bool, tmp_path: Path) -> None:
     )
     assert model.config.shared_tokenizer == same
     assert any("prompt_embedding" in name for name in model.state_dict()) != same
+
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }} : {{ message['content'] }} {{ eos_token }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant :{% endif %}"
+)
+
+
+def chat_processor() -> LLM2SLMProcessor:
+    words = ["user", "system", "assistant", ":", "src1", "src2", "src3"]
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = tiny_tokenizer(words, special, end="</s>")
+    tokenizer.chat_template = TEMPLATE
+    return LLM2SLMProcessor(tokenizer, slm_tokenizer())
+
+
+def test_a_chat_template_of_the_llm_is_honoured(tmp_path: Path) -> None:
+    """By the processor and by its copy on disk; the template's special tokens are all there are."""
+    conversations = [
+        [{"role": "user", "content": "src1 src2"}],
+        [{"role": "system", "content": "src3"}, {"role": "user", "content": "src1"}],
+    ]
+    chat_processor().save_pretrained(tmp_path)
+    for processor in (chat_processor(), LLM2SLMProcessor.from_pretrained(tmp_path)):
+        text = processor.apply_chat_template(conversations[0])
+        assert text == "user : src1 src2 </s> assistant :"
+        one = processor(text=conversations[0], text_target="out1")
+        assert processor.tokenizer.convert_ids_to_tokens(one["input_ids"]) == text.split()
+        batch = processor(text=conversations, padding=True, return_tensors="pt")
+        assert batch["attention_mask"].sum(-1).tolist() == [len(text.split()), 10]
+        assert batch["input_ids"][0][:7].tolist() == one["input_ids"]
+        same = processor.apply_chat_template(conversations, tokenize=True, padding=True, return_tensors="pt")
+        assert torch.equal(same["input_ids"], batch["input_ids"])
+        assert processor.apply_chat_template(conversations[0], add_generation_prompt=False).endswith("</s> ")
+
+
+def test_a_conversation_without_a_template_is_an_error() -> None:
+    processor = LLM2SLMProcessor(llm_tokenizer(), slm_tokenizer())
+    with pytest.raises(ValueError, match="chat template"):
+        processor(text=[{"role": "user", "content": "src1"}])
+
+
+def test_empty_lists_are_errors() -> None:
+    processor = LLM2SLMProcessor(llm_tokenizer(), slm_tokenizer())
+    with pytest.raises(ValueError, match="`text` is an empty list"):
+        processor(text=[])
+    with pytest.raises(ValueError, match="`text_target` is an empty list"):
+        processor(text=["src1"], text_target=[])

@@ -1,0 +1,254 @@
+"""
+The LLM's own answer, drafted by an LLM-to-SLM model: how many drafts it accepts, and what time that saves.
+
+    python benchmarks/assisted.py --data /path/to/data --runs runs/multi30k --demo runs/demo
+
+Multi30k: the LLM and the `draft` stage of `benchmarks/multi30k.py`; the demonstration: its LLM and the model that
+`make demo` left in `runs/demo`. How far to draft is chosen by time on validation prompts, what is reported comes from
+the test split. Then the same at T5-large with T5-small sizes and random weights, where drafts are made to be accepted
+exactly as on Multi30k, round by round: both models do all of their work. Times are of one thread, by turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, T5Config, T5EncoderModel
+
+from demo import corpus
+from demo.llm import LLM as DEMO_LLM
+from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
+from modeling_llm2slm.data import load_pairs, versions, write_aside
+
+
+ROOT = Path(__file__).parents[1]
+DRAFTED = (2, 3, 4, 6)  # tokens in a draft
+CONFIDENCE = (0.0, 0.4)  # a draft ends with a token less likely than this; 0 never ends one
+VALIDATION_PROMPTS, TEST_PROMPTS, SIZED_REPEATS = 50, 200, 5
+TOKENS = 64
+
+
+class Rounds:
+    """Counts, for each step of the LLM, how many tokens were drafted and how many of them it accepted."""
+
+    def __init__(self, assistant: LLM2SLMForConditionalGeneration):
+        self.found: list[tuple[int, int]] = []
+        self.assistant = assistant
+
+    @contextmanager
+    def count(self) -> Iterator[None]:
+        """Within, every draft of the assistant and what became of it is kept."""
+        own, drafts = self.assistant.generate, []
+
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            output = own(*args, **kwargs)
+            drafts.append((kwargs["decoder_input_ids"].shape[1], output.sequences.shape[1]))
+            return output
+
+        object.__setattr__(self.assistant, "generate", generate)
+        try:
+            yield
+        finally:
+            object.__delattr__(self.assistant, "generate")
+        starts = [start for start, _ in drafts]
+        for (start, end), following in zip(drafts, starts[1:], strict=False):  # of the last one nothing follows
+            self.found.append((end - start, following - start - 1))
+
+
+def answer(llm: PreTrainedModel, batch: dict[str, Any], **kwargs: Any) -> torch.Tensor:
+    return llm.generate(**batch, max_new_tokens=TOKENS, do_sample=False, **kwargs)
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def compare(
+    llm: PreTrainedModel, assistant: Any, batches: list[dict[str, Any]]
+) -> tuple[dict[str, Any], list[tuple[int, int]]]:
+    """The LLM alone and assisted, by turns: equal answers, time, accepted drafts, tokens per step; and each draft."""
+    rounds, steps, tokens, alone, assisted = Rounds(assistant), 0, 0, 0.0, 0.0
+    for batch in batches:
+        wanted = answer(llm, batch)
+        calls: list[int] = []
+        handle = llm.get_decoder().register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        with rounds.count():
+            assert torch.equal(answer(llm, batch, assistant_model=assistant), wanted), "not the LLM's own answer"
+        handle.remove()
+        steps, tokens = steps + len(calls), tokens + wanted.shape[1] - 1
+        alone += seconds(lambda batch=batch: answer(llm, batch))  # type: ignore[misc]
+        assisted += seconds(lambda batch=batch: answer(llm, batch, assistant_model=assistant))  # type: ignore[misc]
+    summary = {
+        "prompts": len(batches),
+        "acceptance": sum(accepted for _, accepted in rounds.found) / sum(size for size, _ in rounds.found),
+        "tokens_per_step_of_the_llm": tokens / steps,
+        "ms_per_answer_alone": 1000 * alone / len(batches),
+        "ms_per_answer_assisted": 1000 * assisted / len(batches),
+        "speed_up": alone / assisted,
+    }
+    return summary, rounds.found
+
+
+def measure(llm: PreTrainedModel, assistant: Any, batches: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Choose how to draft by the time of validation prompts, and report on test prompts."""
+    tried = {}
+    for drafted, confidence in itertools.product(DRAFTED, CONFIDENCE):
+        draft_like(assistant, drafted, confidence)
+        tried[drafted, confidence] = compare(llm, assistant, batches["validation"])[0]["speed_up"]
+    best = max(tried, key=lambda key: tried[key])
+    draft_like(assistant, *best)
+    return {
+        "validation_speed_up": {f"{drafted} tokens, confidence {c}": value for (drafted, c), value in tried.items()},
+        "num_assistant_tokens": best[0],
+        "assistant_confidence_threshold": best[1],
+        "test": compare(llm, assistant, batches["test"])[0],
+    }
+
+
+def rounds_of(llm: PreTrainedModel, assistant: Any, batches: list[dict[str, Any]], drafted: int) -> list[int]:
+    """How many tokens of each draft of a fixed length the LLM accepts."""
+    draft_like(assistant, drafted, 0.0)
+    return [accepted for size, accepted in compare(llm, assistant, batches)[1] if size == drafted]
+
+
+def batches_of(tokenizer: Any, **prompts: list[str]) -> dict[str, list[dict[str, Any]]]:
+    return {
+        name: [dict(tokenizer(prompt, return_tensors="pt")) for prompt in texts] for name, texts in prompts.items()
+    }
+
+
+def draft_like(assistant: Any, drafted: int, confidence: float) -> None:
+    assistant.generation_config.num_assistant_tokens = drafted
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    assistant.generation_config.assistant_confidence_threshold = confidence
+
+
+def sized_models() -> tuple[PreTrainedModel, Any, dict[str, torch.Tensor]]:
+    """T5-large with its assistant of T5-small size, random weights, and a prompt."""
+    torch.manual_seed(0)
+    config = LLM2SLMConfig.from_pretrained(ROOT / "configuration" / "t5-large_t5-small.json", shared_tokenizer=True)
+    llm = AutoModelForSeq2SeqLM.from_config(T5Config(**config.encoder.to_dict() | {"is_encoder_decoder": True})).eval()
+    reader = T5EncoderModel(copy.deepcopy(llm.config))
+    reader.encoder, reader.shared = llm.encoder, llm.shared
+    model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(
+        encoder_model=reader.eval(),
+        decoder_model=AutoModelForSeq2SeqLM.from_config(config.decoder).eval(),
+        shared_tokenizer=True,
+    )
+    ids = torch.randint(3, 32000, (1, 64))
+    return llm, model.as_assistant_of(llm), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def at_real_sizes(models: Any, accepted: list[int], drafted: int, repeats: int) -> dict[str, Any]:
+    """Time of the LLM alone and assisted where drafts are accepted as `accepted` says, whatever the weights say."""
+    llm, assistant, batch = models
+    draft_like(assistant, drafted, 0.0)
+    fixed = {"min_new_tokens": TOKENS}
+    wanted = answer(llm, batch, **fixed)
+    times: dict[str, list[float]] = {"alone": [], "assisted": []}
+    with accept_as(assistant, wanted, accepted):
+        assert torch.equal(answer(llm, batch, assistant_model=assistant, **fixed), wanted)
+        for _ in range(repeats):
+            times["alone"].append(seconds(lambda: answer(llm, batch, **fixed)))
+            times["assisted"].append(seconds(lambda: answer(llm, batch, assistant_model=assistant, **fixed)))
+    ratios = [a / b for a, b in zip(times["alone"], times["assisted"], strict=True)]
+    return {
+        "drafted": drafted,
+        "acceptance": sum(accepted) / (drafted * len(accepted)),
+        "seconds_alone": statistics.median(times["alone"]),
+        "seconds_assisted": statistics.median(times["assisted"]),
+        "speed_up": statistics.median(ratios),
+        "speed_ups": ratios,
+    }
+
+
+@contextmanager
+def accept_as(assistant: Any, wanted: torch.Tensor, accepted: list[int]) -> Iterator[None]:
+    """Within, the assistant's logits favour the LLM's own next token, but after as many as each round accepted."""
+    own, state, counts = assistant.generate, {"start": 0, "accepted": 0}, itertools.cycle(accepted)
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        state.update(start=kwargs["decoder_input_ids"].shape[1], accepted=next(counts))
+        return own(*args, **kwargs)
+
+    def favour(module: Any, args: Any, outputs: Any) -> Any:
+        place = int(outputs.past_key_values.get_seq_length())  # of the token that is chosen now
+        token = wanted[0, place] if place < wanted.shape[1] else wanted[0, -1]
+        right = place - state["start"] < state["accepted"]
+        outputs.logits[:, -1, token if right else (token + 1) % outputs.logits.shape[-1]] += 1e4
+        return outputs
+
+    object.__setattr__(assistant, "generate", generate)
+    handle = assistant.decoder.register_forward_hook(favour)
+    try:
+        yield
+    finally:
+        handle.remove()
+        object.__delattr__(assistant, "generate")
+
+
+def multi30k(data: Path, runs: Path) -> tuple[PreTrainedModel, Any, dict[str, list[dict[str, Any]]]]:
+    llm = AutoModelForSeq2SeqLM.from_pretrained(runs / "llm").eval()
+    model = LLM2SLMForConditionalGeneration.from_pretrained(runs / "draft").eval()
+    folder = data / "multi30k" / "en-de"
+    validation = load_pairs(folder / "val.jsonl.gz", "source", "target", limit=VALIDATION_PROMPTS)["prompt"][:]
+    test = load_pairs(folder / "test_2016_flickr.jsonl.gz", "source", "target", limit=TEST_PROMPTS)["prompt"][:]
+    tokenizer = AutoTokenizer.from_pretrained(runs / "llm")
+    return llm, model.as_assistant_of(llm), batches_of(tokenizer, validation=validation, test=test)
+
+
+def demonstration(folder: Path) -> tuple[PreTrainedModel, Any, dict[str, list[dict[str, Any]]]]:
+    llm = AutoModelForSeq2SeqLM.from_pretrained(DEMO_LLM, dtype=torch.float32).eval()
+    model = LLM2SLMForConditionalGeneration.from_pretrained(folder / "llm2slm").eval()
+    splits = corpus.splits(32)
+    validation, test = ([row["prompt"] for row in splits[name]] for name in ("validation", "test"))
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_LLM)
+    batches = batches_of(tokenizer, validation=validation[:VALIDATION_PROMPTS], test=test[:TEST_PROMPTS])
+    return llm, model.as_assistant_of(llm), batches
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").strip().splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("LLM2SLM_DATA", "data")))
+    parser.add_argument("--runs", type=Path, default=Path("runs/multi30k"))
+    parser.add_argument("--demo", type=Path, help="the folder of a demonstration; none: leave it out")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "assisted.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    llm, assistant, batches = multi30k(arguments.data, arguments.runs)
+    result: dict[str, Any] = {"Multi30k": measure(llm, assistant, batches)}
+
+    # The length of a draft is chosen on the validation split once more, as real sizes have other costs.
+    models = sized_models()
+    chosen = {
+        drafted: at_real_sizes(models, rounds_of(llm, assistant, batches["validation"], drafted), drafted, repeats=1)
+        for drafted in DRAFTED
+    }
+    best = max(chosen, key=lambda drafted: chosen[drafted]["speed_up"])
+    result["T5-large with T5-small"] = {
+        "validation": list(chosen.values()),
+        "test": at_real_sizes(models, rounds_of(llm, assistant, batches["test"], best), best, SIZED_REPEATS),
+    }
+    if arguments.demo:
+        result["demonstration"] = measure(*demonstration(arguments.demo))
+    result |= {"threads": torch.get_num_threads(), "versions": versions()}
+    with write_aside(arguments.output) as temporary:
+        temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
