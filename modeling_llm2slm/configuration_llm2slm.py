@@ -69,6 +69,12 @@ class LLM2SLMConfig(PreTrainedConfig):
         pad_token_id (`int`, *optional*): Pads answers.
         decoder_start_token_id (`int`, *optional*): Stands before every answer.
         eos_token_id (`int` or `list[int]`, *optional*): Ends an answer.
+        llm_source (`dict`, *optional*):
+            Where the LLM comes from, written by the factory: `name_or_path` (a repository, or a folder relative to the
+            checkpoint), `revision`, `subfolder`, and `fingerprint`, which tells its weights from others.
+        slm_source (`dict`, *optional*): The same for the SLM, without a fingerprint.
+        lean (`bool`, *optional*, defaults to `False`):
+            Whether the checkpoint leaves out the LLM's weights, which are then read from `llm_source`.
         use_cache (`bool`, *optional*, defaults to `True`):
             Whether a `forward` that does not train returns a cache; `Trainer` turns it off.
 
@@ -96,6 +102,9 @@ class LLM2SLMConfig(PreTrainedConfig):
     encoder_layer: int | None = None
     freeze_llm: bool = True
     encoder_dtype: str | None = None
+    llm_source: dict[str, Any] | None = None
+    slm_source: dict[str, Any] | None = None
+    lean: bool = False
     pad_token_id: int | None = None
     decoder_start_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -117,9 +126,20 @@ class LLM2SLMConfig(PreTrainedConfig):
             "encoder",
             "decoder",
             "encoder_dtype",
+            "llm_source",
+            "slm_source",
+            "lean",
             "use_cache",
             "is_encoder_decoder",
         }
+
+    def to_dict(self) -> dict[str, Any]:
+        """As of every config, without the places on this machine that the parts were loaded from."""
+        values = super().to_dict()
+        for part in ("encoder", "decoder"):
+            if isinstance(values.get(part), dict):
+                values[part].pop("_name_or_path", None)
+        return values
 
     @property
     def vocab_size(self) -> int:

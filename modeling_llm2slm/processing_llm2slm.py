@@ -13,10 +13,14 @@
 # limitations under the License.
 """Processor of an LLM-to-SLM model: the LLM's tokenizer for prompts, the SLM's for answers."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, BatchEncoding, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
+
+from .files_llm2slm import write_aside
 
 
 logger = logging.get_logger(__name__)
@@ -131,6 +135,16 @@ class LLM2SLMProcessor(ProcessorMixin):
         if return_tensors is None and isinstance(text if text is not None else text_target, str):
             features = {name: rows[0] for name, rows in features.items()}
         return BatchFeature(features)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """As of every processor, but either all files are written or none."""
+        with write_aside(save_directory) as folder:
+            written = super().save_pretrained(folder, **kwargs)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        return [str(Path(save_directory, Path(file).name)) for file in written]
 
     def _encode_prompts(self, prompts: list[str], max_length: int | None) -> list[list[int]]:
         encoded = self.tokenizer(prompts, verbose=False).input_ids

@@ -89,7 +89,9 @@ class TextToText:
         auto_class = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
         if type(config) not in auto_class._model_mapping:
             raise ValueError(f"{path} is a {config.model_type} model, which does not turn a prompt into an answer.")
-        model, loading = load(auto_class, path, dtype=dtype or torch.float32, output_loading_info=True)
+        model, loading = load(
+            auto_class, path, dtype=dtype or torch.float32, output_loading_info=True, use_safetensors=True
+        )
         if loading["missing_keys"]:
             missing = sorted(loading["missing_keys"])
             raise OSError(f"{path} is incomplete: {len(missing)} weights are missing, {missing[0]} among them.")
@@ -187,9 +189,15 @@ class TextToText:
     def _decoding_modules(self) -> list[Any]:
         return [self.model]
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Saves the model and its processor, so that `from_pretrained` finds both."""
-        self.model.save_pretrained(path)
+    def save_pretrained(self, path: str | Path, **kwargs: Any) -> None:
+        """
+        Saves the model and its processor, so that `from_pretrained` finds both.
+
+        Args:
+            path: The folder to write to.
+            kwargs: Arguments of the model's `save_pretrained`; a composite has `include_llm` and `card`.
+        """
+        self.model.save_pretrained(path, **kwargs)
         self.processor.save_pretrained(path)
 
     def _pad(self, features: dict[str, list[list[int]]]) -> Any:
