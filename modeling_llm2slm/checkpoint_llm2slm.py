@@ -122,7 +122,12 @@ class LLM2SLMCheckpointMixin:
             elif not any(name.startswith(LLM_PREFIX) for name in weights):
                 raise OSError(f"{request.path} lacks the LLM: pass `encoder_pretrained_model_name_or_path`.")
             _check_sizes(model, state_dict or weights, request.path)
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+        loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+        on_disk = loaded[1] or {}  # of tensors that did not come from a file by this name, it lacks the tied names
+        for name, source in model.all_tied_weights_keys.items():
+            if source in on_disk:
+                on_disk.setdefault(name, on_disk[source])
+        return loaded
 
     def save_pretrained(
         self,

@@ -34,6 +34,8 @@ POSITIONS_AFTER_PAD = frozenset(
         "xlm-roberta-xl",
     )
 )
+FOREIGN = {"transformers_weights", "attn_implementation", "_attn_implementation", "kernel_config", "fusion_config"}
+MAX_LAYERS = 1000  # far beyond any model; each costs time and memory to build, even without its weights
 
 
 @strict
@@ -132,6 +134,12 @@ class LLM2SLMConfig(PreTrainedConfig):
             "use_cache",
             "is_encoder_decoder",
         }
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "LLM2SLMConfig":
+        """As of every config, for values that come with a checkpoint."""
+        _check_references(config_dict)
+        return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """As of every config, without the places on this machine that the parts were loaded from."""
@@ -288,6 +296,14 @@ def _as_config(config: PreTrainedConfig | dict | None, name: str, default: type[
     return AutoConfig.for_model(model_type, **values)
 
 
+def _check_references(values: dict[str, Any]) -> None:
+    """What a checkpoint brings may not choose other files to read, nor kernels to download and run."""
+    for part in (values, values.get("encoder"), values.get("decoder")):
+        for key in FOREIGN & (part.keys() if isinstance(part, dict) else set()):
+            if part[key] is not None:
+                raise ValueError(f"The checkpoint sets `{key}`, which is the caller's to choose. Remove it.")
+
+
 def _check_sizes(config: PreTrainedConfig, name: str) -> None:
     hidden_size = getattr(config, "hidden_size", None)
     if not isinstance(hidden_size, int) or hidden_size < 1:
@@ -295,6 +311,10 @@ def _check_sizes(config: PreTrainedConfig, name: str) -> None:
             f"`{name}` ({config.model_type}) has hidden size {hidden_size!r}, but a positive one is needed. Pass the "
             "config of a text model; of a multimodal model, its `text_config`."
         )
+    for key in ("num_hidden_layers", "num_decoder_layers"):
+        layers = getattr(config, key, None)
+        if layers is not None and not (isinstance(layers, int) and 0 <= layers <= MAX_LAYERS):
+            raise ValueError(f"`{name}` has {layers!r} as `{key}`, but a number up to {MAX_LAYERS} is needed.")
     heads = getattr(config, "num_attention_heads", None)
     own_head_size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
     if heads and own_head_size is None and hidden_size % heads:

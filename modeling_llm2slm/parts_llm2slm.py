@@ -154,6 +154,8 @@ def _load_config(
     """The config of a part, and the arguments that are left for its weights."""
     if name_or_path is None:
         raise ValueError(f"Pass `{part}_pretrained_model_name_or_path`, or a loaded model as `{part}_model`.")
+    # Of parts that come from elsewhere no code is run and no pickle read unless the caller says so.
+    kwargs = {"trust_remote_code": False, "use_safetensors": True} | kwargs
     config, unused = kwargs.pop("config", None), kwargs
     if config is None:
         config, unused = AutoConfig.from_pretrained(name_or_path, return_unused_kwargs=True, **kwargs)
