@@ -31,7 +31,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .files_llm2slm import INDEX, fingerprint, open_weights, shape_of, shard_names, weight_files, write_aside
+from .files_llm2slm import INDEX, WEIGHTS, fingerprint, open_weights, shape_of, shard_names, weight_files, write_aside
 from .model_card_llm2slm import has_card_by_hand, write_model_card
 
 
@@ -462,5 +462,7 @@ def _upload(
         revision=revision,
         allow_patterns=written,
         ignore_patterns=["README.md"] if keep else None,
+        # An earlier upload's weights: a whole file would be loaded in place of new shards.
+        delete_patterns=[WEIGHTS, INDEX, "model-*-of-*.safetensors"],
         **commit,
     )

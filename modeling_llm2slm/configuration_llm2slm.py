@@ -298,10 +298,10 @@ def _as_config(config: PreTrainedConfig | dict | None, name: str, default: type[
 
 def _check_references(values: dict[str, Any]) -> None:
     """What a checkpoint brings may not choose other files to read, nor kernels to download and run."""
-    for part in (values, values.get("encoder"), values.get("decoder")):
-        for key in FOREIGN & (part.keys() if isinstance(part, dict) else set()):
-            if part[key] is not None:
-                raise ValueError(f"The checkpoint sets `{key}`, which is the caller's to choose. Remove it.")
+    parts = [part for part in (values, values.get("encoder"), values.get("decoder")) if isinstance(part, dict)]
+    for key in FOREIGN:
+        if any(part.get(key) is not None for part in parts):
+            raise ValueError(f"The checkpoint sets `{key}`, which is the caller's to choose. Remove it.")
 
 
 def _check_sizes(config: PreTrainedConfig, name: str) -> None:

@@ -82,7 +82,7 @@ def model_card(
     sections = [
         f"# {data.model_name}",
         _what_it_is(model),
-        _snippet(name),
+        _snippet(name, getattr(model.config.decoder, "max_position_embeddings", None)),
         _parts(model, sources, licenses),
         _languages(data.language),
         _training(recipe, training, datasets),
@@ -163,7 +163,8 @@ def _what_it_is(model: Any) -> str:
     )
 
 
-def _snippet(name: str) -> str:
+def _snippet(name: str, positions: int | None) -> str:
+    length = min(64, (positions or 128) // 2)  # prompt and answer share the positions
     return f"""## How to use
 
 ```python
@@ -174,7 +175,7 @@ model = AutoModelForSeq2SeqLM.from_pretrained(name, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
 
 batch = processor(text=["A prompt."], return_tensors="pt")
-tokens = model.generate(**batch, max_new_tokens=64)
+tokens = model.generate(**batch, max_new_tokens={length})
 print(processor.batch_decode(tokens, skip_special_tokens=True)[0])
 ```
 

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Processor of an LLM-to-SLM model: the LLM's tokenizer for prompts, the SLM's for answers."""
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ class LLM2SLMProcessor(ProcessorMixin):
                 raise ValueError(f"`{name}` has neither pad nor end token. Set one: `{name}.pad_token = ...`.")
         if decoder_tokenizer.eos_token_id is None:
             raise ValueError("`decoder_tokenizer` has no end token, so no answer could end. Set its `eos_token`.")
+        if decoder_tokenizer is tokenizer:
+            decoder_tokenizer = copy.deepcopy(tokenizer)  # stock `save_pretrained` cannot save one object twice
         self.prompt_max_length = prompt_max_length
         self.answer_max_length = answer_max_length
         super().__init__(tokenizer, decoder_tokenizer, chat_template=chat_template)
