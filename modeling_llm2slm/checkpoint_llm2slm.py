@@ -115,10 +115,12 @@ class LLM2SLMCheckpointMixin:
         # The one step of `from_pretrained` at which the model is complete, on the meta device, and no memory is taken.
         request = _REQUEST.get()
         if request is not None and state_dict is None and checkpoint_files:
-            weights = open_weights(checkpoint_files)
-            if model.config.lean or request.encoder_path:
-                state_dict, checkpoint_files = weights | _llm_weights(model, request), None
-                model.config.lean = False
+            weights, config = open_weights(checkpoint_files), model.config
+            told, config.llm_source = config.llm_source, _in_memory(config.llm_source, request)
+            config.slm_source = _in_memory(config.slm_source, request)
+            if config.lean or request.encoder_path:
+                state_dict, checkpoint_files = weights | _llm_weights(model, told or {}, request), None
+                config.lean = False
             elif not any(name.startswith(LLM_PREFIX) for name in weights):
                 raise OSError(f"{request.path} lacks the LLM: pass `encoder_pretrained_model_name_or_path`.")
             _check_sizes(model, state_dict or weights, request.path)
@@ -178,7 +180,7 @@ class LLM2SLMCheckpointMixin:
                 return []
             with write_aside(target) as folder:
                 super().save_pretrained(folder, **kwargs)  # type: ignore[misc]
-                write_model_card(self, folder, target, name=repo_id or target.name, **(card or {}))
+                write_model_card(self, folder, target, **{"name": repo_id or target.name, **(card or {})})
                 return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
 
     def push_to_hub(
@@ -284,17 +286,17 @@ def _source_files(source: Mapping[str, Any], hub: Mapping[str, Any]) -> list[Pat
     return weight_files(name, on_hub, source.get("subfolder") or "", **(arguments if on_hub else {}))
 
 
-def _llm_weights(model: Any, request: LoadRequest) -> dict[str, Any]:
-    """The LLM's tensors under their names in the composite, from where the caller or else the config says."""
-    source = dict(model.config.llm_source or {})
+def _llm_weights(model: Any, told: dict[str, Any], request: LoadRequest) -> dict[str, Any]:
+    """The LLM's tensors under their names in the composite, from where the caller or else the config told."""
+    source = dict(told)
     if request.encoder_path is not None:
         source |= {"name_or_path": request.encoder_path, "revision": request.encoder_revision, "subfolder": None}
         if os.path.isdir(request.encoder_path):
             source["name_or_path"] = os.path.abspath(request.encoder_path)
+        if _is_local((model.config.llm_source or {}).get("name_or_path") or "."):
+            model.config.llm_source = source  # a repository stays what the model names, whatever copy was read
     else:
-        source["name_or_path"] = _checked_reference(source.get("name_or_path"), request)
-    if _is_local((model.config.llm_source or {}).get("name_or_path") or "."):
-        model.config.llm_source = source  # absolute: relative to the checkpoint it means nothing in memory
+        source = _checked_reference(source, request)
     where = f"{source['name_or_path']}" + (f" at {source['revision']}" if source.get("revision") else "")
     logger.warning_once(f"{request.path} is a lean checkpoint: the LLM's weights are read from {where}.")
     weights, missing = _select(open_weights(_source_files(source, request.hub)), model.encoder.llm)
@@ -309,21 +311,28 @@ def _llm_weights(model: Any, request: LoadRequest) -> dict[str, Any]:
     return {LLM_PREFIX + name: tensor for name, tensor in weights.items()}
 
 
-def _checked_reference(name: Any, request: LoadRequest) -> str:
+def _checked_reference(source: dict[str, Any], request: LoadRequest) -> dict[str, Any]:
     """The LLM that a config refers to: a repository, or a folder given relative to a checkpoint that is local too."""
-    if not isinstance(name, str) or not name:
+    placed = _in_memory(source, request) or {}
+    name = placed.get("name_or_path")
+    if not name or not (os.path.isabs(name) or is_repo_id(name)):
         raise ValueError(
-            f"{request.path} leaves out the LLM and does not say where it is. Pass "
+            f"{request.path} leaves out the LLM and says {source.get('name_or_path')!r} of where it is, which is "
+            "neither a repository nor, in a local checkpoint, a relative path. Pass "
             "`encoder_pretrained_model_name_or_path`."
         )
-    if name.startswith(".") and os.path.isdir(request.path):
-        return os.path.abspath(os.path.join(request.path, name))
-    if _is_local(name) or not is_repo_id(name):
-        raise ValueError(
-            f"{request.path} refers to its LLM as {name!r}, which is neither a repository nor, in a local checkpoint, "
-            "a relative path. Pass `encoder_pretrained_model_name_or_path`."
-        )
-    return name
+    return placed
+
+
+def _in_memory(source: dict[str, Any] | None, request: LoadRequest) -> dict[str, Any] | None:
+    """A source as a loaded model holds it: a folder absolute, and only if a local checkpoint names it relatively."""
+    name = (source or {}).get("name_or_path") or ""
+    if source is None or not _is_local(name):
+        return source
+    placed = {key: value for key, value in source.items() if key != "name_or_path"}
+    if os.path.isdir(request.path) and not os.path.isabs(name):
+        placed["name_or_path"] = os.path.abspath(os.path.join(request.path, name))
+    return placed
 
 
 def _select(weights: Mapping[str, Any], llm: PreTrainedModel) -> tuple[dict[str, Any], list[str]]:

@@ -239,6 +239,10 @@ class LLM2SLMConfig(PreTrainedConfig):
     def _check_values(self) -> None:
         if self.fusion not in FUSIONS:
             raise ValueError(f"`fusion` is {self.fusion!r}, but it must be one of {', '.join(map(repr, FUSIONS))}.")
+        for name in ("llm_source", "slm_source"):
+            source = getattr(self, name) or {}
+            if not all(value is None or isinstance(value, str) for value in source.values()):
+                raise ValueError(f"`{name}` is {source!r}, but its values must be text.")
         _check_sizes(llm_sizes(self.encoder), "encoder")
         _check_sizes(self.get_text_config(decoder=True), "decoder")
         layers = llm_sizes(self.encoder).num_hidden_layers

@@ -37,13 +37,13 @@ SAMPLES = 128  # values of each tensor that a fingerprint reads, at each of two 
 
 
 @contextmanager
-def write_aside(path: str | os.PathLike) -> Iterator[Path]:
+def write_aside(path: str | os.PathLike, keep: bool = True) -> Iterator[Path]:
     """
     Gives a place beside `path` to write a file or a folder to, and puts it at `path` at the end.
 
     If the body raises or the process dies, nothing at `path` has changed. A folder that is there already is exchanged
     in one step, and keeps what is not written anew, but for weights where new ones are written: `from_pretrained`
-    would take the old ones if both were there.
+    would take the old ones if both were there. With `keep=False` it keeps nothing.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def write_aside(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield aside
         if aside.is_dir() and path.is_dir():
-            _replace_folder(aside, path)
+            _replace_folder(aside, path, keep)
         else:
             aside.replace(path)
     finally:
@@ -61,7 +61,7 @@ def write_aside(path: str | os.PathLike) -> Iterator[Path]:
             aside.unlink(missing_ok=True)
 
 
-def _replace_folder(new: Path, old: Path) -> None:
+def _replace_folder(new: Path, old: Path, keep: bool) -> None:
     """Put what is in `new` at `old`. Afterwards `new` is gone, or holds what is no longer needed."""
     if Path.cwd().is_relative_to(old):  # a shell in this folder would be left in a deleted one
         for entry in sorted(new.iterdir(), key=lambda entry: entry.name == "config.json"):
@@ -70,7 +70,7 @@ def _replace_folder(new: Path, old: Path) -> None:
         return
     written = {entry.name for entry in new.iterdir()}
     has_weights = any(_is_weights(name) for name in written)
-    for entry in old.iterdir():
+    for entry in old.iterdir() if keep else ():
         if entry.name not in written and not (has_weights and _is_weights(entry.name)):
             _link(entry, new / entry.name)
     shutil.copymode(old, new)

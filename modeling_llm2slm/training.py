@@ -249,8 +249,8 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
     report = _report(recipe, trainer, time.time() - start, checkpoint)
     text_to_text.model.config.use_cache = use_cache  # the Trainer turns it off
     with write_aside(arguments.output_dir) as folder:
-        saving = {"include_llm": ours.include_llm, "card": {"training": report}} if composite else {}
-        text_to_text.save_pretrained(folder, **saving)
+        card = {"name": Path(arguments.output_dir).name, "training": report}
+        text_to_text.save_pretrained(folder, **({"include_llm": ours.include_llm, "card": card} if composite else {}))
         (folder / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 

@@ -143,7 +143,7 @@ print(json.dumps({{
         "config revision": "nowhere is not a valid git identifier",
         "write": "403 Forbidden",
         "llm": "tester/llm cannot be fetched from the Hub",
-        "elsewhere": "tester/lean",
+        "elsewhere": "couldn't find them in the cached files",
     }.items():
         assert words in said[what], said[what]
     assert hub.repositories["tester/model"].at("main")[1]
