@@ -64,9 +64,11 @@ def import_encoder_decoder(
         dropped |= crossing
         state = {name.removeprefix(f"{part}."): state[name][...] for name in state.keys() - crossing}
         check_finite(state)
-        parts[f"{part}_model"] = _part(checkpoint, find_class, getattr(config, part), state)
-        report.add(f"tensors of the {'LLM' if part == 'encoder' else 'SLM'} carried over", len(state))
-    report.add("not carried over", groups(dropped, lambda name: name.split(".")[-3 if "crossatt" in name else -2]))
+        parts[f"{part}_model"] = taken = _part(checkpoint, find_class, getattr(config, part), state)
+        unused = state.keys() - taken.state_dict().keys()
+        dropped |= {f"{part}.{name}" for name in unused}  # such as the decoder of a T5 that is the encoder here
+        report.add(f"tensors of the {'LLM' if part == 'encoder' else 'SLM'} carried over", len(state) - len(unused))
+    report.add("not carried over", groups(dropped, _group))
     model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(**parts, fusion=fusion)
     model.config.llm_source = model.config.slm_source = None  # neither part is a checkpoint of its own
     report.add("projector", "new: train the result")
@@ -81,6 +83,12 @@ def import_encoder_decoder(
         logits = [slm_logits(slm, answer) for slm in (written.decoder, parts["decoder_model"])]
         report.compare("logits of the SLM", logits)
     return report
+
+
+def _group(name: str) -> str:
+    """What a tensor that is left out belongs to."""
+    mark = next((mark for mark in CROSS_ATTENTION if mark in name), None)
+    return mark.strip(".") if mark else ".".join(name.split(".")[: 2 if name.startswith("encoder.") else 1])
 
 
 def _part(checkpoint: str | Path, find_class: Any, config: Any, state: dict[str, Any]) -> Any:

@@ -31,7 +31,17 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .files_llm2slm import INDEX, WEIGHTS, fingerprint, open_weights, shape_of, shard_names, weight_files, write_aside
+from .files_llm2slm import (
+    INDEX,
+    WEIGHTS,
+    fingerprint,
+    locate_tensors,
+    open_weights,
+    shape_of,
+    shard_names,
+    weight_files,
+    write_aside,
+)
 from .model_card_llm2slm import has_card_by_hand, write_model_card
 
 
@@ -255,7 +265,7 @@ def is_repo_id(name: str) -> bool:
 
 def _fingerprint_of_source(source: Mapping[str, Any], llm: PreTrainedModel, hub: Mapping[str, Any]) -> str | None:
     try:
-        return fingerprint(_select(open_weights(_source_files(source, hub)), llm)[0])
+        return fingerprint(_select(locate_tensors(_source_files(source, hub)), llm)[0])
     except OSError as error:  # loaded from another format: it works, but not for lean checkpoints
         logger.info(f"The LLM gets no fingerprint: {error}")
         return None
@@ -299,16 +309,25 @@ def _llm_weights(model: Any, told: dict[str, Any], request: LoadRequest) -> dict
         source = _checked_reference(source, request)
     where = f"{source['name_or_path']}" + (f" at {source['revision']}" if source.get("revision") else "")
     logger.warning_once(f"{request.path} is a lean checkpoint: the LLM's weights are read from {where}.")
-    weights, missing = _select(open_weights(_source_files(source, request.hub)), model.encoder.llm)
+    files = _source_files(source, request.hub)
+    weights, missing = _select(open_weights(files), model.encoder.llm)
     if missing and not getattr(model, "is_quantized", False):
         raise OSError(f"{where} is another LLM: it lacks {len(missing)} weights, {missing[0]} among them.")
-    found, expected = fingerprint(weights), source.get("fingerprint")
-    if expected is not None and found != expected:
-        raise ValueError(
-            f"The LLM in {where} has fingerprint {found}, but {request.path} was trained with {expected}. Pass the "
-            "LLM it was trained with as `encoder_pretrained_model_name_or_path`."
-        )
+    _check_fingerprint(files, model.encoder.llm, source.get("fingerprint"), where, request.path)
     return {LLM_PREFIX + name: tensor for name, tensor in weights.items()}
+
+
+def _check_fingerprint(
+    files: list[Path], llm: PreTrainedModel, expected: str | None, where: str, checkpoint: str
+) -> None:
+    if expected is None:
+        return
+    found = fingerprint(_select(locate_tensors(files), llm)[0])
+    if found != expected:
+        raise ValueError(
+            f"The LLM in {where} has fingerprint {found}, but {checkpoint} was trained with {expected}. Pass the LLM "
+            "it was trained with as `encoder_pretrained_model_name_or_path`."
+        )
 
 
 def _checked_reference(source: dict[str, Any], request: LoadRequest) -> dict[str, Any]:

@@ -16,14 +16,16 @@
 import ctypes
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -33,6 +35,16 @@ from safetensors import SafetensorError, safe_open
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+}
 SAMPLES = 128  # values of each tensor that a fingerprint reads, at each of two places
 
 
@@ -198,7 +210,37 @@ def shape_of(tensor: Any) -> tuple[int, ...]:
     return tuple(tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape)
 
 
-def fingerprint(tensors: Mapping[str, Any]) -> str:
+class StoredTensor(NamedTuple):
+    """Where a safetensors file holds a tensor, to read single values of it: a mapped page costs more than they do."""
+
+    file: FileIO
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def read(self, start: int, count: int) -> torch.Tensor:
+        """`count` values from the one at `start` on, as if the tensor were flat."""
+        count = min(count, math.prod(self.shape) - start)
+        size = self.dtype.itemsize
+        self.file.seek(self.offset + start * size)
+        return torch.frombuffer(bytearray(self.file.read(count * size)), dtype=self.dtype)
+
+
+def locate_tensors(files: Iterable[str | Path]) -> dict[str, StoredTensor]:
+    """Where the tensors of sound safetensors files are. The format: a length, a header in JSON, the data."""
+    located = {}
+    for path in files:
+        file = FileIO(path)  # open as long as a tensor of it is held
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            offset, dtype = 8 + length + entry["data_offsets"][0], DTYPES.get(entry["dtype"], torch.uint8)
+            located[name] = StoredTensor(file, offset, tuple(entry["shape"]), dtype)
+    return located
+
+
+def fingerprint(tensors: Mapping[str, torch.Tensor | StoredTensor]) -> str:
     """
     Tells the weights of one model from those of another, at the cost of reading 256 values of each tensor.
 
@@ -207,25 +249,24 @@ def fingerprint(tensors: Mapping[str, Any]) -> str:
     twice). Other weights, and weights trained further, have another one; a change of single values may not be seen.
 
     Args:
-        tensors: Tensors or slices of files, by their names in the model.
+        tensors: Tensors in memory or in files, by their names in the model.
     """
-    digest = hashlib.sha256(b"llm2slm-fingerprint-1")
+    digest, samples = hashlib.sha256(b"llm2slm-fingerprint-1"), []
     for name in sorted(tensors):
-        shape = shape_of(tensors[name])
+        tensor, shape = tensors[name], tuple(tensors[name].shape)
         digest.update(f"{name}{shape}".encode())
-        for sample in _samples(tensors[name], shape):
-            digest.update(sample.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+        for start in (math.prod(shape) // 3, math.prod(shape) * 2 // 3) if 0 not in shape else ():
+            samples.append(_sample(tensor, start))
+    # Cast in pieces small enough for one thread: waking others on a busy machine takes longer than all the rest.
+    for piece in torch.cat(samples).split(2**14) if samples else ():
+        digest.update(piece.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
-def _samples(tensor: Any, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
-    if not shape:
-        yield tensor[...]
-    elif 0 not in shape:
-        for part in (1, 2):
-            *outer, last = [size * part // 3 for size in shape]
-            start = min(last, max(shape[-1] - SAMPLES, 0))
-            yield tensor[(*outer, slice(start, start + SAMPLES))]
+def _sample(tensor: torch.Tensor | StoredTensor, start: int) -> torch.Tensor:
+    if isinstance(tensor, StoredTensor):
+        return tensor.read(start, SAMPLES)
+    return tensor.detach().reshape(-1)[start : start + SAMPLES]
 
 
 def first_line(error: BaseException) -> str:

@@ -14,7 +14,14 @@ from safetensors.torch import save_file
 
 from common import build_parts, same_tensors
 from modeling_llm2slm import files_llm2slm
-from modeling_llm2slm.files_llm2slm import fingerprint, open_weights, shard_names, weight_files, write_aside
+from modeling_llm2slm.files_llm2slm import (
+    fingerprint,
+    locate_tensors,
+    open_weights,
+    shard_names,
+    weight_files,
+    write_aside,
+)
 
 
 class TestWriteAside:
@@ -190,7 +197,7 @@ class TestFingerprint:
         state = {name: tensor for name, tensor in build_parts().llm.state_dict().items() if "embed_tokens" not in name}
         write_shards(tmp_path, dict(reversed(state.items())))
         expected = fingerprint(state)
-        assert fingerprint(open_weights(weight_files(tmp_path, on_hub=False))) == expected
+        assert fingerprint(locate_tensors(weight_files(tmp_path, on_hub=False))) == expected
         assert fingerprint({name: tensor.bfloat16() for name, tensor in state.items()}) == expected
         assert fingerprint({name: tensor.double() for name, tensor in state.items()}) == expected
 
@@ -215,4 +222,4 @@ class TestFingerprint:
             "counts": torch.arange(9),
         }
         save_file(state, tmp_path / "model.safetensors")
-        assert fingerprint(open_weights([tmp_path / "model.safetensors"])) == fingerprint(state)
+        assert fingerprint(locate_tensors([tmp_path / "model.safetensors"])) == fingerprint(state)
