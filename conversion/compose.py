@@ -19,6 +19,7 @@ from .output import output_folder, save_without_weights, write_weights
 from .report import Report, check_finite, probe, slm_logits
 
 
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 HUB_ARGUMENTS = ("revision", "subfolder", "cache_dir", "token", "local_files_only")
 
 
@@ -111,6 +112,11 @@ def _write_dtypes(source: Any, dtypes: dict[str, torch.dtype | None], folder: Pa
 
 
 def _write_processor(llm: str | Path, slm: str | Path, folder: Path, report: Report) -> None:
+    for path in (Path(llm), Path(slm)):
+        # Of a folder without a vocabulary, transformers may load a tokenizer of special tokens alone.
+        if path.is_dir() and not any((path / name).is_file() for name in VOCABULARIES):
+            report.add("processor", f"none, as {path} has no tokenizer")
+            return
     try:
         processor = LLM2SLMProcessor.from_encoder_decoder_pretrained(str(llm), str(slm))
     except Exception as error:  # each tokenizer has its own

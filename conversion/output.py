@@ -94,6 +94,7 @@ def write_weights(
     for file, names in logging.tqdm(plan.filename_to_tensors.items(), desc="Writing model shards"):
         shard = {name: tensors[name].detach().to(dtypes.get(name)).contiguous() for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
+        del shard  # before the next is made: one at a time
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

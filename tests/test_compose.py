@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,13 @@ def test_hidden_states_and_weights_are_those_of_the_sources(sources, tmp_path):
     assert AutoProcessor.from_pretrained(tmp_path / "new").tokenizer.eos_token == "</s>"
     assert model.config.llm_source["name_or_path"] == str(sources / "llm")
     assert "# new" in (tmp_path / "new" / "README.md").read_text()
+
+
+def test_no_tokenizer_is_made_up(sources, tmp_path):
+    shutil.copytree(sources / "llm", tmp_path / "llm", ignore=shutil.ignore_patterns("tokenizer*"))
+    report = compose(tmp_path / "llm", sources / "slm", tmp_path / "new")
+    assert dict(report.rows)["processor"] == f"none, as {tmp_path / 'llm'} has no tokenizer"
+    assert not (tmp_path / "new" / "tokenizer.json").exists()
 
 
 def test_it_is_what_the_factory_makes(sources, tmp_path):
