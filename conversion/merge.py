@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
-from modeling_llm2slm.text_to_text import load, load_model, one_sentence
+from modeling_llm2slm.text_to_text import load_model, one_sentence
 
 from .output import composite_config, copy_processor, output_folder, size_of
 from .report import Report, check_finite, composite_logits
@@ -39,7 +39,8 @@ def merge(
 
     if Path(adapter).is_dir() and not Path(adapter, "adapter_model.safetensors").is_file():
         raise OSError(f"{adapter} has no adapter_model.safetensors; pickled weights are not read.")
-    place = base if base is not None else load(PeftConfig, str(adapter)).base_model_name_or_path
+    with one_sentence(adapter):
+        place = base if base is not None else PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     if not place:
         raise ValueError(f"{adapter} does not say what it adapts: name the composite with --base.")
     composite_config(place)

@@ -35,6 +35,7 @@ from .files_llm2slm import (
     INDEX,
     WEIGHTS,
     fingerprint,
+    first_line,
     locate_tensors,
     open_weights,
     shape_of,
@@ -60,6 +61,7 @@ class LoadRequest(NamedTuple):
     path: str
     encoder_path: str | None
     encoder_revision: str | None
+    any_size: bool
     hub: dict[str, Any]
 
 
@@ -108,6 +110,7 @@ class LLM2SLMCheckpointMixin:
             path=path,
             encoder_path=None if llm is None else str(llm),
             encoder_revision=encoder_revision,
+            any_size=bool(kwargs.get("ignore_mismatched_sizes")),
             hub={name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None},
         )
         token = _REQUEST.set(request)
@@ -115,6 +118,8 @@ class LLM2SLMCheckpointMixin:
             return super().from_pretrained(  # type: ignore[misc]
                 pretrained_model_name_or_path, *args, use_safetensors=True, **kwargs
             )
+        except (AttributeError, KeyError, OverflowError, TypeError) as error:  # values that no model is made of
+            raise ValueError(f"{path} cannot be loaded: {type(error).__name__}, {first_line(error)}") from error
         finally:
             _REQUEST.reset(token)
 
@@ -133,7 +138,7 @@ class LLM2SLMCheckpointMixin:
                 config.lean = False
             elif not any(name.startswith(LLM_PREFIX) for name in weights):
                 raise OSError(f"{request.path} lacks the LLM: pass `encoder_pretrained_model_name_or_path`.")
-            _check_sizes(model, state_dict or weights, request.path)
+            _check_sizes(model, state_dict or weights, request)
         loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
         on_disk = loaded[1] or {}  # of tensors that did not come from a file by this name, it lacks the tied names
         for name, source in model.all_tied_weights_keys.items():
@@ -389,20 +394,27 @@ def _fingerprint_in_memory(llm: PreTrainedModel) -> str | None:
     return fingerprint(tensors)
 
 
-def _check_sizes(model: PreTrainedModel, weights: Mapping[str, Any], path: str) -> None:
-    """Raise `ValueError` where the config makes far more parameters than the files hold: they would be made up."""
+def _check_sizes(model: PreTrainedModel, weights: Mapping[str, Any], request: LoadRequest) -> None:
+    """
+    Raise `ValueError` where a tensor has another shape than its parameter, and where the config makes far more
+    parameters than the files hold, which would be made up.
+    """
     buffers = dict(model.named_buffers())
     expected = {name: tuple(tensor.shape) for name, tensor in (buffers | model.state_dict()).items()}
     held = sum(math.prod(shape_of(tensor)) for tensor in weights.values())
-    new = {
-        name: math.prod(shape)
-        for name, shape in expected.items()
-        if name not in model.all_tied_weights_keys and (name not in weights or shape_of(weights[name]) != shape)
-    }
+    other = [name for name in expected if name in weights and shape_of(weights[name]) != expected[name]]
+    if other and not request.any_size and not getattr(model, "is_quantized", False):
+        name = other[0]
+        raise ValueError(
+            f"{name} has shape {shape_of(weights[name])} in the weights of {request.path}, but {expected[name]} by "
+            "its config. Correct the sizes in config.json."
+        )
+    missing = expected.keys() - weights.keys() - model.all_tied_weights_keys.keys()
+    new = {name: math.prod(expected[name]) for name in [*missing, *other]}
     if sum(new.values()) > held + FREE_PARAMETERS:
         largest = max(new, key=lambda name: new[name])
         raise ValueError(
-            f"{path} holds {held:,} parameters, but its config asks for {sum(new.values()):,} others, as "
+            f"{request.path} holds {held:,} parameters, but its config asks for {sum(new.values()):,} others, as "
             f"{largest} of shape {expected[largest]}. Correct the sizes in config.json."
         )
 

@@ -17,6 +17,7 @@ import copy
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GPT2Config, PreTrainedConfig, T5Config
 
 
@@ -137,9 +138,12 @@ class LLM2SLMConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "LLM2SLMConfig":
-        """As of every config, for values that come with a checkpoint."""
+        """As of every config, for values that come with a checkpoint; `ValueError` if they make no config."""
         _check_references(config_dict)
-        return super().from_dict(config_dict, **kwargs)
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except (AttributeError, KeyError, OverflowError, TypeError, StrictDataclassError) as error:
+            raise ValueError(f"The config of the checkpoint is not sound: {' '.join(str(error).split())}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """As of every config, without the places on this machine that the parts were loaded from."""

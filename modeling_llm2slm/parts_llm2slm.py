@@ -233,7 +233,7 @@ def keep_special_ids(model: Any, before: dict[tuple[int, str], Any]) -> dict[tup
     """
     holders = (model.config, model.config.decoder, model.generation_config)
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    of_llm = {getattr(model.config.encoder, name, None) for name in names} - {None}
+    of_llm = [value for name in names if (value := getattr(model.config.encoder, name, None)) is not None]
     held = {}
     for index, holder in enumerate(holders):
         for name in names:

@@ -387,8 +387,8 @@ def load_model(auto_class: Any, path: str | Path, **kwargs: Any) -> Any:
 
 def load(auto_class: Any, path: str | Path, **kwargs: Any) -> Any:
     """Calls `auto_class.from_pretrained` and turns whatever goes wrong into an `OSError` of one sentence."""
-    with one_sentence(path):
-        return auto_class.from_pretrained(path, **kwargs)
+    with one_sentence(path):  # without this answer, transformers would ask at the terminal whether code may be run
+        return auto_class.from_pretrained(path, **{"trust_remote_code": False, **kwargs})
 
 
 @contextmanager

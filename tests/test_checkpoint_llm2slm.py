@@ -282,7 +282,7 @@ class TestWhatACheckpointMayNotDo:
         # What is not a folder comes from the Hub, also where a folder of the LLM's name is at hand.
         monkeypatch.chdir(copy)
         model = load(copy / "full")
-        request = checkpoint_llm2slm.LoadRequest("user/model", None, None, {})
+        request = checkpoint_llm2slm.LoadRequest("user/model", None, None, False, {})
         for name in ("../llm", "./llm", str(copy / "llm")):
             with pytest.raises(ValueError, match="neither a repository nor"):
                 checkpoint_llm2slm._llm_weights(model, {"name_or_path": name}, request)
