@@ -326,6 +326,58 @@ def info(model: ModelArgument) -> None:
         out.print(f"Trained {trained['steps']} steps in {trained['seconds']:.0f} s.", highlight=False)
 
 
+@app.command()
+def card(
+    model: Annotated[Path, typer.Argument(help="The folder of a composite.", show_default=False)],
+    evaluation: Annotated[
+        list[Path] | None, typer.Option(help="What `llm2slm evaluate --output` wrote for this model; repeatable.")
+    ] = None,
+    compare: Annotated[
+        list[Path] | None, typer.Option(help="The same for other models, for the table of times; repeatable.")
+    ] = None,
+    language: Annotated[list[str] | None, typer.Option(help="A language code, such as de; repeatable.")] = None,
+    license: Annotated[str | None, typer.Option(help="Its licence. Default: that of LLM and SLM, if one.")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="What it was trained on; repeatable.")] = None,
+    task: Annotated[str, typer.Option(help="As the Hub calls it, such as translation.")] = "text-generation",
+    name: Annotated[str | None, typer.Option(help="Its repository, for the snippet. Default: the folder.")] = None,
+) -> None:
+    """
+    Write the model card anew, with scores and times.
+
+    `llm2slm card runs/model --evaluation metrics.json --compare llm.json --language en --language de`
+    """
+    results = [[_read_json(file) for file in files or []] for files in (evaluation, compare)]
+    text_to_text = _load_model(str(model))
+    from modeling_llm2slm.files_llm2slm import write_aside
+    from modeling_llm2slm.model_card_llm2slm import is_by_hand, model_card
+
+    if len(text_to_text.parts()) == 1:
+        raise ValueError(f"{model} is not a composite of an LLM and an SLM, so there is no card to write.")
+    file, report = model / "README.md", model / "training.json"
+    if file.is_file() and is_by_hand(file.read_text(encoding="utf-8")):
+        raise FileExistsError(f"{file} was written by hand. Move it away first.")
+    details = {"language": language, "datasets": dataset} if dataset else {"language": language}
+    text = model_card(
+        text_to_text.model, name or model.name, license=license, pipeline_tag=task, evaluations=results[0],
+        compared=results[1], training=_read_json(report) if report.is_file() else None, **details,
+    )  # fmt: skip
+    with write_aside(file) as temporary:
+        temporary.write_text(str(text), encoding="utf-8")
+    out.print(f"The card is in {file}.", soft_wrap=True, highlight=False)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no file {file}.")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} does not hold a result of `llm2slm evaluate`.")
+    return values
+
+
 def _print_model(name: str, text_to_text: TextToText) -> None:
     table = Table("part", "model", "parameters", "width", "vocabulary", "dtype", title=escape(name))
     for part, module, config in text_to_text.parts():

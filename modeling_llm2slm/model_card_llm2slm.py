@@ -97,7 +97,7 @@ def model_card(
 def write_model_card(model: Any, folder: Path, earlier: Path, **details: Any) -> None:
     """Write the card into `folder`, unless somebody wrote one of their own into the `earlier` one."""
     card = earlier / "README.md"
-    if card.is_file() and _is_by_hand(card.read_text(encoding="utf-8", errors="replace")):
+    if card.is_file() and is_by_hand(card.read_text(encoding="utf-8", errors="replace")):
         return
     (folder / "README.md").write_text(str(model_card(model, **details)), encoding="utf-8")
 
@@ -105,12 +105,13 @@ def write_model_card(model: Any, folder: Path, earlier: Path, **details: Any) ->
 def has_card_by_hand(repo_id: str, token: Any = None) -> bool:
     """Whether a repository has a card that was not written here or by transformers."""
     try:
-        return _is_by_hand(str(ModelCard.load(repo_id, token=token)))
+        return is_by_hand(str(ModelCard.load(repo_id, token=token)))
     except EntryNotFoundError:
         return False
 
 
-def _is_by_hand(text: str) -> bool:
+def is_by_hand(text: str) -> bool:
+    """Whether somebody wrote a card themselves, or took out the mark of one that was written here."""
     return bool(text.strip()) and MARK not in text and GENERIC not in text
 
 
@@ -130,7 +131,7 @@ def _license_of(source: Mapping[str, Any] | None) -> str | None:
         card = Path(cached) if isinstance(cached, str) else Path("/nowhere")
     try:
         return ModelCard.load(card).data.license if card.is_file() else None
-    except (ValueError, OSError):  # a card without or with broken metadata
+    except Exception:  # a card whose metadata is broken, in any of the ways of YAML
         return None
 
 
