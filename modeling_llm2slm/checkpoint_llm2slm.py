@@ -17,7 +17,7 @@ Checkpoints of an LLM-to-SLM model: full ones, and lean ones that leave out the 
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -270,7 +270,8 @@ def is_repo_id(name: str) -> bool:
 
 def _fingerprint_of_source(source: Mapping[str, Any], llm: PreTrainedModel, hub: Mapping[str, Any]) -> str | None:
     try:
-        return fingerprint(_select(locate_tensors(_source_files(source, hub)), llm)[0])
+        located = locate_tensors(_source_files(source, hub))
+        return fingerprint({name: located[held] for name, held in _select(located, llm)[0].items()})
     except OSError as error:  # loaded from another format: it works, but not for lean checkpoints
         logger.info(f"The LLM gets no fingerprint: {error}")
         return None
@@ -315,19 +316,21 @@ def _llm_weights(model: Any, told: dict[str, Any], request: LoadRequest) -> dict
     where = f"{source['name_or_path']}" + (f" at {source['revision']}" if source.get("revision") else "")
     logger.warning_once(f"{request.path} is a lean checkpoint: the LLM's weights are read from {where}.")
     files = _source_files(source, request.hub)
-    weights, missing = _select(open_weights(files), model.encoder.llm)
+    weights = open_weights(files)
+    names, missing = _select(weights, model.encoder.llm)
     if missing and not getattr(model, "is_quantized", False):
         raise OSError(f"{where} is another LLM: it lacks {len(missing)} weights, {missing[0]} among them.")
-    _check_fingerprint(files, model.encoder.llm, source.get("fingerprint"), where, request.path)
-    return {LLM_PREFIX + name: tensor for name, tensor in weights.items()}
+    _check_fingerprint(files, names, source.get("fingerprint"), where, request.path)
+    return {LLM_PREFIX + name: weights[held] for name, held in names.items()}
 
 
 def _check_fingerprint(
-    files: list[Path], llm: PreTrainedModel, expected: str | None, where: str, checkpoint: str
+    files: list[Path], names: Mapping[str, str], expected: str | None, where: str, checkpoint: str
 ) -> None:
     if expected is None:
         return
-    found = fingerprint(_select(locate_tensors(files), llm)[0])
+    located = locate_tensors(files)
+    found = fingerprint({name: located[held] for name, held in names.items()})
     if found != expected:
         raise ValueError(
             f"The LLM in {where} has fingerprint {found}, but {checkpoint} was trained with {expected}. Pass the LLM "
@@ -359,10 +362,10 @@ def _in_memory(source: dict[str, Any] | None, request: LoadRequest) -> dict[str,
     return placed
 
 
-def _select(weights: Mapping[str, Any], llm: PreTrainedModel) -> tuple[dict[str, Any], list[str]]:
+def _select(weights: Collection[str], llm: PreTrainedModel) -> tuple[dict[str, str], list[str]]:
     """
-    What an LLM needs of a checkpoint, and the names of what is not there: one of its family, with head and decoder or
-    without, or one of a composite that it is in.
+    What an LLM needs of a checkpoint, by its own names the names there, and what is missing. The checkpoint is one of
+    its family, with head and decoder or without, or one of a composite that it is in.
     """
     tied = llm.all_tied_weights_keys
     aliases: dict[str, list[str]] = {}
@@ -376,7 +379,7 @@ def _select(weights: Mapping[str, Any], llm: PreTrainedModel) -> tuple[dict[str,
         if held is None:
             missing.append(name)
         else:
-            found[name] = weights[held]
+            found[name] = held
     return found, missing
 
 
