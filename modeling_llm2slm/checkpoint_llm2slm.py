@@ -241,10 +241,29 @@ def record_sources(model: Any, paths: Sequence[Any], hub: Sequence[dict[str, Any
     for part, path, kwargs in zip((model.encoder.llm, model.decoder), paths, hub, strict=True):
         path = path or part.config.name_or_path
         sources.append(describe_source(str(path), **kwargs) if path else None)
-    source, llm = sources[0], model.encoder.llm
-    if source is not None:
-        source["fingerprint"] = _fingerprint_in_memory(llm) or _fingerprint_of_source(source, llm, hub[0])
-    model.config.llm_source, model.config.slm_source = sources
+    model.config.llm_source = _with_fingerprint(sources[0], model.encoder.llm, hub[0])
+    model.config.slm_source = sources[1]
+
+
+def _with_fingerprint(
+    source: dict[str, Any] | None, llm: PreTrainedModel, hub: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """A source with the fingerprint of what is there, or `None` if a lean checkpoint could not be loaded with it."""
+    if source is None:
+        return None
+    try:
+        located = locate_tensors(_source_files(source, {**hub, "local_files_only": True}))
+        names, missing = _select(located, llm)
+        if missing:
+            raise OSError(f"it has no {missing[0]} by this name")
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+    ) as error:  # in pickle, or under names that transformers changes when it loads them
+        logger.info(f"There will be no lean checkpoints with the LLM of {source['name_or_path']}: {error}")
+        return None
+    return {**source, "fingerprint": fingerprint({name: located[held] for name, held in names.items()})}
 
 
 def describe_source(path: str, **kwargs: Any) -> dict[str, Any] | None:
@@ -266,15 +285,6 @@ def is_repo_id(name: str) -> bool:
     except HFValidationError:
         return False
     return True
-
-
-def _fingerprint_of_source(source: Mapping[str, Any], llm: PreTrainedModel, hub: Mapping[str, Any]) -> str | None:
-    try:
-        located = locate_tensors(_source_files(source, hub))
-        return fingerprint({name: located[held] for name, held in _select(located, llm)[0].items()})
-    except OSError as error:  # loaded from another format: it works, but not for lean checkpoints
-        logger.info(f"The LLM gets no fingerprint: {error}")
-        return None
 
 
 def _commit(repo_id: str, kwargs: Mapping[str, Any]) -> str | None:
@@ -367,20 +377,24 @@ def _select(weights: Collection[str], llm: PreTrainedModel) -> tuple[dict[str, s
     What an LLM needs of a checkpoint, by its own names the names there, and what is missing. The checkpoint is one of
     its family, with head and decoder or without, or one of a composite that it is in.
     """
-    tied = llm.all_tied_weights_keys
-    aliases: dict[str, list[str]] = {}
-    for name, source in tied.items():
-        aliases.setdefault(source, []).append(name)
+    base, own = f"{llm.base_model_prefix}.", _own_names(llm)
+    prefixes = ("", LLM_PREFIX, base, "encoder.", f"{base}encoder.")
+    prefix = max(prefixes, key=lambda prefix: sum(prefix + name in weights for name in own))
     found, missing = {}, []
-    for name in _own_names(llm):
-        names = [name, *aliases.get(name, [])]
-        names += [prefix + candidate for prefix in (f"{llm.base_model_prefix}.", LLM_PREFIX) for candidate in names]
+    for name in own:
+        names = [prefix + alias for alias in (name, *_tied_to(name, llm))]
+        if name == "embed_tokens.weight":  # an encoder alone has of its own what a whole model shares
+            names.append(f"{prefix.removesuffix('encoder.')}shared.weight")
         held = next((candidate for candidate in names if candidate in weights), None)
         if held is None:
             missing.append(name)
         else:
             found[name] = held
     return found, missing
+
+
+def _tied_to(name: str, llm: PreTrainedModel) -> list[str]:
+    return [target for target, source in llm.all_tied_weights_keys.items() if source == name]
 
 
 def _own_names(llm: PreTrainedModel) -> list[str]:

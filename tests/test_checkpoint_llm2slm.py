@@ -9,10 +9,17 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForSeq2SeqLM, T5ForConditionalGeneration, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    T5ForConditionalGeneration,
+    TrainingArguments,
+)
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -58,6 +65,11 @@ def edit(path: Path, **changes: Any) -> None:
     for name, value in changes.items():
         config[name] = {**config.get(name, {}), **value} if isinstance(value, dict) else value
     file.write_text(json.dumps(config))
+
+
+def reload_full(model: LLM2SLMForConditionalGeneration, folder: Path) -> LLM2SLMForConditionalGeneration:
+    model.save_pretrained(folder / "full")
+    return load(folder / "full")
 
 
 class TestLean:
@@ -108,6 +120,26 @@ class TestLean:
         )
         model.save_pretrained(tmp_path / "lean", include_llm=False)
         same_tensors(load(tmp_path / "lean").state_dict(), model.state_dict())
+
+    @pytest.mark.parametrize("family", families.LLMS)
+    @pytest.mark.parametrize("kind", ["base", "head"])
+    def test_every_family_of_llm(self, family, kind, tmp_path):
+        llm = families.build_llm(family)
+        if kind == "head":
+            heads = {"bert": AutoModelForMaskedLM, "roberta": AutoModelForMaskedLM}
+            decoder_only = families.LLMS[family].layer is not None
+            auto_class = heads.get(family, AutoModelForCausalLM if decoder_only else AutoModelForSeq2SeqLM)
+            llm = auto_class.from_config(families.LLMS[family].config(vocab_size=families.LLM_VOCAB_SIZE))
+        llm.save_pretrained(tmp_path / "llm")
+        build_parts().slm.save_pretrained(tmp_path / "slm")
+        model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(
+            tmp_path / "llm", tmp_path / "slm", encoder_layer=families.LLMS[family].layer
+        )
+        model.save_pretrained(tmp_path / "lean", include_llm=False)
+        loaded, info = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path / "lean", output_loading_info=True)
+        assert not any(info.values()), info
+        same_tensors(loaded.state_dict(), model.state_dict())
+        same_tensors(loaded.state_dict(), dict(reload_full(model, tmp_path).state_dict()))
 
     def test_the_llm_of_another_composite(self, folder):
         model = load(folder / "lean", encoder_pretrained_model_name_or_path=folder / "full")
