@@ -421,7 +421,7 @@ def compose(
 
     `llm2slm convert compose google-t5/t5-3b openai-community/gpt2 runs/start --encoder-dtype bfloat16`
     """
-    _quiet_conversion()
+    _quiet(progress=True)
     from modeling_llm2slm.conversion import compose as convert_to
 
     revisions = {"encoder_revision": encoder_revision, "decoder_revision": decoder_revision}
@@ -446,7 +446,7 @@ def lean(
 
     `llm2slm convert lean runs/model runs/lean --llm google-t5/t5-large`
     """
-    _quiet_conversion()
+    _quiet(progress=True)
     from modeling_llm2slm.conversion import lean as convert_to
 
     _print_report(convert_to(checkpoint, output, llm=llm, revision=revision, force=force))
@@ -465,7 +465,7 @@ def full(
 
     `llm2slm convert full runs/lean runs/full`
     """
-    _quiet_conversion()
+    _quiet(progress=True)
     from modeling_llm2slm.conversion import full as convert_to
 
     _print_report(convert_to(checkpoint, output, llm=llm, force=force, max_shard_size=max_shard_size))
@@ -484,7 +484,7 @@ def merge(
 
     `llm2slm convert merge runs/adapter runs/merged --base runs/model`
     """
-    _quiet_conversion()
+    _quiet(progress=True)
     from modeling_llm2slm.conversion import merge as convert_to
 
     _print_report(convert_to(adapter, output, base=base, include_llm=not lean, force=force))
@@ -497,7 +497,7 @@ def split(checkpoint: SourceArgument, output: OutputArgument, force: Force = Fal
 
     `llm2slm convert split runs/model runs/parts`
     """
-    _quiet_conversion()
+    _quiet(progress=True)
     from modeling_llm2slm.conversion import split as convert_to
 
     _print_report(convert_to(checkpoint, output, force=force))
@@ -522,20 +522,13 @@ def import_from(
     """
     if into is None and (mapping is not None or lean):
         raise typer.BadParameter("--mapping and --lean belong to --into.")
-    _quiet_conversion()
+    _quiet(progress=True)
     from modeling_llm2slm.conversion import import_encoder_decoder, import_projector
 
     if into is None:
         _print_report(import_encoder_decoder(source, output, fusion=fusion, force=force))
     else:
         _print_report(import_projector(source, into, output, mapping=mapping, include_llm=not lean, force=force))
-
-
-def _quiet_conversion() -> None:
-    import logging
-
-    _quiet(progress=True)
-    logging.getLogger("modeling_llm2slm").setLevel(logging.ERROR)  # the report tells where an LLM was read
 
 
 def _print_report(report: Report) -> None:

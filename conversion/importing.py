@@ -92,7 +92,7 @@ def _group(name: str) -> str:
 
 
 def _part(checkpoint: str | Path, find_class: Any, config: Any, state: dict[str, Any]) -> Any:
-    config.is_decoder = config.add_cross_attention = False
+    config.add_cross_attention = False
     auto_class = find_class(config)
     if type(config) not in auto_class._model_mapping:
         raise ValueError(f"{checkpoint} has a {config.model_type} part, which has no place in a composite.")

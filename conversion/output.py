@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoProcessor
-from transformers.utils import logging
+from transformers.utils.logging import tqdm
 
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMProcessor
 from modeling_llm2slm.files_llm2slm import INDEX, WEIGHTS, first_line, write_aside
@@ -44,7 +45,7 @@ def output_folder(path: str | Path, force: bool, needed: int = 0) -> Iterator[Pa
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise OSError(f"{path} needs {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free. Choose another disk.")
-    with write_aside(path, keep=False) as folder:
+    with write_aside(path, keep=False) as folder, _quiet():
         try:
             yield folder
         except (SafetensorError, OSError) as error:
@@ -52,6 +53,18 @@ def output_folder(path: str | Path, force: bool, needed: int = 0) -> Iterator[Pa
             if isinstance(error, SafetensorError) or error.errno is not None:
                 reason = f"{path} could not be written: {reason}"
             raise OSError(reason.replace(str(folder), str(path))) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without notes on a folder that will have another name."""
+    notes = logging.getLogger("modeling_llm2slm")
+    level = notes.level
+    notes.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        notes.setLevel(level)
 
 
 def composite_config(checkpoint: str | Path, **hub: Any) -> LLM2SLMConfig:
@@ -91,7 +104,7 @@ def write_weights(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
-    for file, names in logging.tqdm(plan.filename_to_tensors.items(), desc="Writing model shards"):
+    for file, names in tqdm(plan.filename_to_tensors.items(), desc="Writing model shards"):
         shard = {name: tensors[name].detach().to(dtypes.get(name)).contiguous() for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
         del shard  # before the next is made: one at a time

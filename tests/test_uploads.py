@@ -15,6 +15,9 @@ from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, LLM
 
 
 MODEL_FILES = {
+    "assistant_llm2slm.py",
+    "generation_llm2slm.py",
+    "prompt_llm2slm.py",
     "cache_llm2slm.py",
     "checkpoint_llm2slm.py",
     "configuration_llm2slm.py",
