@@ -59,6 +59,7 @@ class LoadRequest(NamedTuple):
     """What `from_pretrained` was asked for, where transformers does not hand it on."""
 
     path: str
+    folder: str | None  # of a local checkpoint
     encoder_path: str | None
     encoder_revision: str | None
     any_size: bool
@@ -102,12 +103,14 @@ class LLM2SLMCheckpointMixin:
         """
         if kwargs.pop("use_safetensors", None) is False:
             raise ValueError("`use_safetensors=False` would read pickled weights. Leave it out.")
-        path, subfolder = str(pretrained_model_name_or_path), kwargs.get("subfolder", "")
-        if os.path.isfile(index := os.path.join(path, subfolder, INDEX)):
+        path = str(pretrained_model_name_or_path)
+        folder = os.path.join(path, kwargs.get("subfolder") or "") if os.path.isdir(path) else None
+        if folder is not None and os.path.isfile(index := os.path.join(folder, INDEX)):
             shard_names(Path(index))  # before any of the files is opened
         llm = encoder_pretrained_model_name_or_path
         request = LoadRequest(
             path=path,
+            folder=folder,
             encoder_path=None if llm is None else str(llm),
             encoder_revision=encoder_revision,
             any_size=bool(kwargs.get("ignore_mismatched_sizes")),
@@ -352,7 +355,8 @@ def _checked_reference(source: dict[str, Any], request: LoadRequest) -> dict[str
     """The LLM that a config refers to: a repository, or a folder given relative to a checkpoint that is local too."""
     placed = _in_memory(source, request) or {}
     name = placed.get("name_or_path")
-    if not name or not (os.path.isabs(name) or is_repo_id(name)):
+    inside = ".." not in Path(placed.get("subfolder") or "").parts and not os.path.isabs(placed.get("subfolder") or "")
+    if not name or not (os.path.isabs(name) or is_repo_id(name)) or not inside:
         raise ValueError(
             f"{request.path} leaves out the LLM and says {source.get('name_or_path')!r} of where it is, which is "
             "neither a repository nor, in a local checkpoint, a relative path. Pass "
@@ -367,8 +371,8 @@ def _in_memory(source: dict[str, Any] | None, request: LoadRequest) -> dict[str,
     if source is None or not _is_local(name):
         return source
     placed = {key: value for key, value in source.items() if key != "name_or_path"}
-    if os.path.isdir(request.path) and not os.path.isabs(name):
-        placed["name_or_path"] = os.path.abspath(os.path.join(request.path, name))
+    if request.folder is not None and not os.path.isabs(name):
+        placed["name_or_path"] = os.path.abspath(os.path.join(request.folder, name))
     return placed
 
 

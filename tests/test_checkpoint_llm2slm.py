@@ -102,6 +102,14 @@ class TestLean:
         shutil.move(copy, tmp_path / "elsewhere")
         load(tmp_path / "elsewhere" / "lean")
 
+    def test_a_checkpoint_in_a_subfolder(self, copy):
+        load(copy / "full").save_pretrained(copy / "many" / "lean", include_llm=False)
+        loaded = LLM2SLMForConditionalGeneration.from_pretrained(copy / "many", subfolder="lean")
+        assert loaded.config.llm_source["name_or_path"] == str(copy / "llm")
+        edit(copy / "lean", llm_source={"subfolder": "../slm"})
+        with pytest.raises(ValueError, match="encoder_pretrained_model_name_or_path"):
+            load(copy / "lean")
+
     def test_the_llm_moves_alone(self, copy):
         (copy / "llm").rename(copy / "other")
         with pytest.raises(OSError, match=r"llm has no model\.safetensors"):
@@ -314,7 +322,7 @@ class TestWhatACheckpointMayNotDo:
         # What is not a folder comes from the Hub, also where a folder of the LLM's name is at hand.
         monkeypatch.chdir(copy)
         model = load(copy / "full")
-        request = checkpoint_llm2slm.LoadRequest("user/model", None, None, False, {})
+        request = checkpoint_llm2slm.LoadRequest("user/model", None, None, None, False, {})
         for name in ("../llm", "./llm", str(copy / "llm")):
             with pytest.raises(ValueError, match="neither a repository nor"):
                 checkpoint_llm2slm._llm_weights(model, {"name_or_path": name}, request)
