@@ -53,6 +53,7 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
 UPLOAD_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
 # Fewer new parameters than this are no danger, whatever a config says: 256 MB in float32.
 FREE_PARAMETERS = 2**26
+FREE_BYTES = 2**32  # masks and the like, which are in no file
 
 
 class LoadRequest(NamedTuple):
@@ -259,11 +260,7 @@ def _with_fingerprint(
         names, missing = _select(located, llm)
         if missing:
             raise OSError(f"it has no {missing[0]} by this name")
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-    ) as error:  # in pickle, or under names that transformers changes when it loads them
+    except (OSError, ValueError, KeyError) as error:  # in pickle, or under names that transformers changes
         logger.info(f"There will be no lean checkpoints with the LLM of {source['name_or_path']}: {error}")
         return None
     return {**source, "fingerprint": fingerprint({name: located[held] for name, held in names.items()})}
@@ -420,23 +417,22 @@ def _check_sizes(model: PreTrainedModel, weights: Mapping[str, Any], request: Lo
     Raise `ValueError` where a tensor has another shape than its parameter, and where the config makes far more
     parameters than the files hold, which would be made up.
     """
-    buffers = dict(model.named_buffers())
-    expected = {name: tuple(tensor.shape) for name, tensor in (buffers | model.state_dict()).items()}
-    held = sum(math.prod(shape_of(tensor)) for tensor in weights.values())
-    other = [name for name in expected if name in weights and shape_of(weights[name]) != expected[name]]
+    parameters = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    other = [name for name in parameters if name in weights and shape_of(weights[name]) != parameters[name]]
     if other and not request.any_size and not getattr(model, "is_quantized", False):
         name = other[0]
         raise ValueError(
-            f"{name} has shape {shape_of(weights[name])} in the weights of {request.path}, but {expected[name]} by "
+            f"{name} has shape {shape_of(weights[name])} in the weights of {request.path}, but {parameters[name]} by "
             "its config. Correct the sizes in config.json."
         )
-    missing = expected.keys() - weights.keys() - model.all_tied_weights_keys.keys()
-    new = {name: math.prod(expected[name]) for name in [*missing, *other]}
-    if sum(new.values()) > held + FREE_PARAMETERS:
-        largest = max(new, key=lambda name: new[name])
+    missing = parameters.keys() - weights.keys() - model.all_tied_weights_keys.keys()
+    new = {name: math.prod(parameters[name]) for name in [*missing, *other]}
+    held = sum(math.prod(shape_of(tensor)) for tensor in weights.values())
+    masks = sum(tensor.nbytes for name, tensor in model.named_buffers() if name not in parameters)
+    if sum(new.values()) > held + FREE_PARAMETERS or masks > FREE_BYTES:
         raise ValueError(
-            f"{request.path} holds {held:,} parameters, but its config asks for {sum(new.values()):,} others, as "
-            f"{largest} of shape {expected[largest]}. Correct the sizes in config.json."
+            f"{request.path} holds {held:,} parameters, but its config asks for {sum(new.values()):,} others and for "
+            f"{masks:,} bytes of masks. Correct the sizes in config.json."
         )
 
 

@@ -75,31 +75,42 @@ def write_aside(path: str | os.PathLike, keep: bool = True) -> Iterator[Path]:
 
 def _replace_folder(new: Path, old: Path, keep: bool) -> None:
     """Put what is in `new` at `old`. Afterwards `new` is gone, or holds what is no longer needed."""
-    if Path.cwd().is_relative_to(old):  # a shell in this folder would be left in a deleted one
-        for entry in sorted(new.iterdir(), key=lambda entry: entry.name == "config.json"):
-            _remove(old / entry.name)
-            entry.replace(old / entry.name)
-        return
     written = {entry.name for entry in new.iterdir()}
-    has_weights = any(_is_weights(name) for name in written)
+    stale = {entry.name for entry in old.iterdir() if entry.name not in written and _is_weights(entry.name)}
+    stale = stale if any(map(_is_weights, written)) else set()
+    # A shell in the folder would be left in a deleted one.
+    if not Path.cwd().is_relative_to(old) and _swap(new, old, keep, written | stale):
+        return
+    for name in sorted(written, key=lambda name: name == "config.json"):
+        if (old / name).is_dir():
+            shutil.rmtree(old / name)
+        shutil.move(new / name, old / name)  # to a mounted disk, a copy
+    for name in stale:
+        (old / name).unlink()
+
+
+def _swap(new: Path, old: Path, keep: bool, replaced: set[str]) -> bool:
+    """Exchange two folders, and take over what is not replaced; `False` where one is a mount point."""
+    if new.stat().st_dev != old.stat().st_dev:
+        return False
     for entry in old.iterdir() if keep else ():
-        if entry.name not in written and not (has_weights and _is_weights(entry.name)):
+        if entry.name not in replaced:
             _link(entry, new / entry.name)
     shutil.copymode(old, new)
-    if not _exchange(new, old):
-        backup = old.with_name(f".{uuid.uuid4().hex[:8]}.old.{old.name}")
+    if _exchange(new, old):
+        return True
+    backup = old.with_name(f".{uuid.uuid4().hex[:8]}.old.{old.name}")
+    try:
         old.replace(backup)
-        new.replace(old)
-        shutil.rmtree(backup, ignore_errors=True)
+    except OSError:
+        return False
+    new.replace(old)
+    shutil.rmtree(backup, ignore_errors=True)
+    return True
 
 
 def _is_weights(name: str) -> bool:
     return name in (WEIGHTS, INDEX) or re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", name) is not None
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
 
 
 def _link(source: Path, target: Path) -> None:

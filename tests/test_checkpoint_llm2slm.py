@@ -67,11 +67,6 @@ def edit(path: Path, **changes: Any) -> None:
     file.write_text(json.dumps(config))
 
 
-def reload_full(model: LLM2SLMForConditionalGeneration, folder: Path) -> LLM2SLMForConditionalGeneration:
-    model.save_pretrained(folder / "full")
-    return load(folder / "full")
-
-
 class TestLean:
     def test_the_llm_is_left_out_and_found_again(self, folder):
         assert not any(name.startswith(LLM) for name in names_in(folder / "lean"))
@@ -129,8 +124,9 @@ class TestLean:
         model.save_pretrained(tmp_path / "lean", include_llm=False)
         same_tensors(load(tmp_path / "lean").state_dict(), model.state_dict())
 
-    @pytest.mark.parametrize("family", families.LLMS)
-    @pytest.mark.parametrize("kind", ["base", "head"])
+    @pytest.mark.parametrize(
+        ("family", "kind"), [*((family, "head") for family in families.LLMS), ("t5gemma", "base"), ("bart", "base")]
+    )
     def test_every_family_of_llm(self, family, kind, tmp_path):
         llm = families.build_llm(family)
         if kind == "head":
@@ -147,7 +143,6 @@ class TestLean:
         loaded, info = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path / "lean", output_loading_info=True)
         assert not any(info.values()), info
         same_tensors(loaded.state_dict(), model.state_dict())
-        same_tensors(loaded.state_dict(), dict(reload_full(model, tmp_path).state_dict()))
 
     def test_the_llm_of_another_composite(self, folder):
         model = load(folder / "lean", encoder_pretrained_model_name_or_path=folder / "full")

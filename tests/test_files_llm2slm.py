@@ -84,17 +84,36 @@ class TestWriteAside:
         names = {"model-00001-of-00001.safetensors", "model.safetensors.index.json", "notes.safetensors"}
         assert {path.name for path in target.iterdir()} == names
 
-    def test_a_folder_that_somebody_is_in_stays_the_same_folder(self, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("why", ["somebody is in it", "it is a mount point"])
+    def test_a_folder_that_cannot_be_exchanged_stays_the_same_folder(self, why, tmp_path, monkeypatch):
         target = tmp_path / "model"
-        target.mkdir()
-        (target / "config.json").write_text("old")
-        monkeypatch.chdir(target)
+        (target / "tokenizer").mkdir(parents=True)
+        for name in ("config.json", "model.safetensors", "mine"):
+            (target / name).write_text("old")
+        if why == "somebody is in it":
+            monkeypatch.chdir(target)
+        else:
+            monkeypatch.setattr(files_llm2slm, "_exchange", lambda *_: False)
+            replace = Path.replace
+
+            def busy(self: Path, other: Path) -> Path:
+                if self == target:
+                    raise OSError("Device or resource busy")
+                return replace(self, other)
+
+            monkeypatch.setattr(Path, "replace", busy)
         inode = target.stat().st_ino
-        with write_aside(".") as temporary:
-            temporary.mkdir()
-            (temporary / "config.json").write_text("new")
-        assert Path("config.json").read_text() == "new"
+        with write_aside(target) as temporary:
+            (temporary / "tokenizer").mkdir(parents=True)
+            (temporary / "tokenizer" / "new").touch()
+            for name in ("config.json", "model.safetensors.index.json"):
+                (temporary / name).write_text("new")
+        kept = {"config.json", "mine", "model.safetensors.index.json", "tokenizer"}
+        assert {path.name for path in target.iterdir()} == kept
+        assert (target / "config.json").read_text() == "new"
+        assert (target / "mine").read_text() == "old"
         assert target.stat().st_ino == inode
+        assert list(tmp_path.iterdir()) == [target]
 
     def test_a_link_to_a_folder_stays_a_link(self, tmp_path):
         (tmp_path / "elsewhere" / "model").mkdir(parents=True)
