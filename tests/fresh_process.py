@@ -53,7 +53,8 @@ def start(code: str, package: bool = True, **environment: str) -> subprocess.Pop
     flags = []
     if not package:
         flags, code = ["-I", "-S"], ONLY_TRANSFORMERS.format(folder=only_transformers()) + code
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", **environment}
+    paths = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen(
         [sys.executable, *flags, "-c", code],
         env=environment,
