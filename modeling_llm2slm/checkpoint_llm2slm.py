@@ -442,7 +442,7 @@ def _described(model: Any, target: Path, include_llm: bool, public: bool) -> Ite
     config, ignored = model.config, model._keys_to_ignore_on_save
     sources = config.llm_source, config.slm_source
     if not include_llm:
-        config.llm_source = _checked_source(model)
+        config.llm_source = lean_source(model)
         names = [name for name in model.state_dict() if name.startswith(LLM_PREFIX)]
         model._keys_to_ignore_on_save = {*(ignored or ()), *names}
     config.llm_source, config.slm_source = (
@@ -467,8 +467,13 @@ def _as_written(source: dict[str, Any] | None, target: Path, public: bool) -> di
     return {key: value for key, value in source.items() if key != "name_or_path"} | name
 
 
-def _checked_source(model: Any) -> dict[str, Any]:
-    """Where a lean checkpoint finds its LLM, once it is sure that it will be this one."""
+def lean_source(model: Any) -> dict[str, Any]:
+    """
+    Where a lean checkpoint of a model would find its LLM.
+
+    Raises:
+        ValueError: If it would find none or another one: the LLM trains, has no known source, or has changed.
+    """
     if not model.config.freeze_llm:
         raise ValueError("The LLM trains (`freeze_llm=False`): save it too, with `include_llm=True`.")
     source = dict(model.config.llm_source or {})

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from .checkpoint_llm2slm import describe_source
+from .checkpoint_llm2slm import describe_source, lean_source
 from .data import load_pairs, versions, write_aside
 from .evaluation import METRICS, score
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
@@ -260,6 +260,8 @@ def _place_llm(model: LLM2SLMForConditionalGeneration, ours: TrainingRecipe) -> 
     model.include_llm = ours.include_llm_in_checkpoints or not model.config.freeze_llm
     if not (model.config.llm_source or {}).get("name_or_path"):
         model.config.llm_source = describe_source(ours.model)
+    if not (model.include_llm and ours.include_llm):
+        lean_source(model)  # what stands in the way of a lean checkpoint is said before the training
 
 
 def _trainer(ours: TrainingRecipe, arguments: Seq2SeqTrainingArguments, text_to_text: TextToText) -> TextToTextTrainer:

@@ -259,6 +259,16 @@ def test_checkpoints_on_the_way_are_lean_unless_asked_and_the_model_is_full(held
     assert "max_steps: 2" in (out / "README.md").read_text()
 
 
+def test_a_changed_llm_is_said_before_the_training(recipe, checkpoints, tmp_path):
+    model = LLM2SLMForConditionalGeneration.from_pretrained(checkpoints["llm2slm"])
+    model.config.llm_source = {"name_or_path": "google-t5/t5-large", "fingerprint": "0" * 32}
+    model.save_pretrained(tmp_path / "start")
+    TextToText.from_pretrained(checkpoints["llm2slm"]).processor.save_pretrained(tmp_path / "start")
+    with pytest.raises(ValueError, match="it was changed"):
+        train({**recipe, "model": str(tmp_path / "start")})
+    assert not Path(recipe["output_dir"]).exists()
+
+
 def test_a_lean_model_is_trained_on_request(recipe, checkpoints):
     out = Path(recipe["output_dir"])
     train({**recipe, "max_steps": 1, "model": checkpoints["llm2slm"], "include_llm": False})
