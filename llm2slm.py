@@ -21,6 +21,7 @@ from rich.table import Table
 
 
 if TYPE_CHECKING:
+    from modeling_llm2slm.conversion import Report
     from modeling_llm2slm.text_to_text import TextToText
 
 app = typer.Typer(
@@ -32,6 +33,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+convert = typer.Typer(
+    help="Turn one form of a checkpoint into another. Each result is loaded and compared before it is put in place.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+app.add_typer(convert, name="convert")
 out = Console()
 err = Console(stderr=True)
 
@@ -131,7 +138,7 @@ def build(
         answer_max_length=answer_max_length, seed=seed, **composite,
     )  # fmt: skip
     with write_aside(output) as folder:
-        text_to_text.save_pretrained(folder)
+        text_to_text.save_pretrained(folder, **({"card": {"name": output.name}} if llm and slm or preset else {}))
     _print_model(str(output), text_to_text)
 
 
@@ -319,6 +326,58 @@ def info(model: ModelArgument) -> None:
         out.print(f"Trained {trained['steps']} steps in {trained['seconds']:.0f} s.", highlight=False)
 
 
+@app.command()
+def card(
+    model: Annotated[Path, typer.Argument(help="The folder of a composite.", show_default=False)],
+    evaluation: Annotated[
+        list[Path] | None, typer.Option(help="What `llm2slm evaluate --output` wrote for this model; repeatable.")
+    ] = None,
+    compare: Annotated[
+        list[Path] | None, typer.Option(help="The same for other models, for the table of times; repeatable.")
+    ] = None,
+    language: Annotated[list[str] | None, typer.Option(help="A language code, such as de; repeatable.")] = None,
+    license: Annotated[str | None, typer.Option(help="Its licence. Default: that of LLM and SLM, if one.")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="What it was trained on; repeatable.")] = None,
+    task: Annotated[str, typer.Option(help="As the Hub calls it, such as translation.")] = "text-generation",
+    name: Annotated[str | None, typer.Option(help="Its repository, for the snippet. Default: the folder.")] = None,
+) -> None:
+    """
+    Write the model card anew, with scores and times.
+
+    `llm2slm card runs/model --evaluation metrics.json --compare llm.json --language en --language de`
+    """
+    results = [[_read_json(file) for file in files or []] for files in (evaluation, compare)]
+    text_to_text = _load_model(str(model))
+    from modeling_llm2slm.files_llm2slm import write_aside
+    from modeling_llm2slm.model_card_llm2slm import is_by_hand, model_card
+
+    if len(text_to_text.parts()) == 1:
+        raise ValueError(f"{model} is not a composite of an LLM and an SLM, so there is no card to write.")
+    file, report = model / "README.md", model / "training.json"
+    if file.is_file() and is_by_hand(file.read_text(encoding="utf-8")):
+        raise FileExistsError(f"{file} was written by hand. Move it away first.")
+    details = {"language": language, "datasets": dataset} if dataset else {"language": language}
+    text = model_card(
+        text_to_text.model, name or model.name, license=license, pipeline_tag=task, evaluations=results[0],
+        compared=results[1], training=_read_json(report) if report.is_file() else None, **details,
+    )  # fmt: skip
+    with write_aside(file) as temporary:
+        temporary.write_text(str(text), encoding="utf-8")
+    out.print(f"The card is in {file}.", soft_wrap=True, highlight=False)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no file {file}.")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} does not hold a result of `llm2slm evaluate`.")
+    return values
+
+
 def _print_model(name: str, text_to_text: TextToText) -> None:
     table = Table("part", "model", "parameters", "width", "vocabulary", "dtype", title=escape(name))
     for part, module, config in text_to_text.parts():
@@ -331,6 +390,152 @@ def _print_model(name: str, text_to_text: TextToText) -> None:
     out.print(
         f"{counts['total']} parameters, {counts['trainable']} trainable, {counts['decode']} used for each token."
     )
+
+
+SourceArgument = Annotated[
+    str, typer.Argument(help="A composite: a folder, or a name on the Hub.", show_default=False)
+]
+OutputArgument = Annotated[Path, typer.Argument(help="The folder to write to.", show_default=False)]
+LLMOption = Annotated[str | None, typer.Option(help="Where the LLM is. Default: what the checkpoint says.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is in the folder.")]
+Lean = Annotated[bool, typer.Option("--lean", help="Leave out the LLM, and say where it is.")]
+ShardSize = Annotated[str, typer.Option(help="The largest file of weights.")]
+
+
+@convert.command()
+def compose(
+    llm: Annotated[str, typer.Argument(help="The model that reads: a folder or a name on the Hub.")],
+    slm: Annotated[str, typer.Argument(help="The model that writes: a folder or a name on the Hub.")],
+    output: OutputArgument,
+    fusion: Annotated[str, typer.Option(help="What the SLM reads: add or replace.")] = "add",
+    encoder_layer: Annotated[int | None, typer.Option(help="Take the LLM's states from this layer.")] = None,
+    encoder_dtype: Annotated[str | None, typer.Option(help="The LLM's dtype, such as bfloat16.")] = None,
+    decoder_dtype: Annotated[str | None, typer.Option(help="The SLM's dtype.")] = None,
+    encoder_revision: Annotated[str | None, typer.Option(help="The LLM's revision on the Hub.")] = None,
+    decoder_revision: Annotated[str | None, typer.Option(help="The SLM's revision on the Hub.")] = None,
+    max_shard_size: ShardSize = "1GB",
+    force: Force = False,
+) -> None:
+    """
+    Put an LLM and an SLM together, without ever holding them in memory.
+
+    `llm2slm convert compose google-t5/t5-3b openai-community/gpt2 runs/start --encoder-dtype bfloat16`
+    """
+    _quiet(progress=True)
+    from modeling_llm2slm.conversion import compose as convert_to
+
+    revisions = {"encoder_revision": encoder_revision, "decoder_revision": decoder_revision}
+    report = convert_to(
+        llm, slm, output, force=force, max_shard_size=max_shard_size, encoder_dtype=encoder_dtype,
+        decoder_dtype=decoder_dtype, fusion=fusion, encoder_layer=encoder_layer,
+        **{name: revision for name, revision in revisions.items() if revision is not None},
+    )  # fmt: skip
+    _print_report(report)
+
+
+@convert.command()
+def lean(
+    checkpoint: SourceArgument,
+    output: OutputArgument,
+    llm: LLMOption = None,
+    revision: Annotated[str | None, typer.Option(help="The LLM's revision on the Hub.")] = None,
+    force: Force = False,
+) -> None:
+    """
+    Leave out the frozen LLM, and say where it is.
+
+    `llm2slm convert lean runs/model runs/lean --llm google-t5/t5-large`
+    """
+    _quiet(progress=True)
+    from modeling_llm2slm.conversion import lean as convert_to
+
+    _print_report(convert_to(checkpoint, output, llm=llm, revision=revision, force=force))
+
+
+@convert.command()
+def full(
+    checkpoint: SourceArgument,
+    output: OutputArgument,
+    llm: LLMOption = None,
+    max_shard_size: ShardSize = "50GB",
+    force: Force = False,
+) -> None:
+    """
+    Take the LLM into a lean checkpoint.
+
+    `llm2slm convert full runs/lean runs/full`
+    """
+    _quiet(progress=True)
+    from modeling_llm2slm.conversion import full as convert_to
+
+    _print_report(convert_to(checkpoint, output, llm=llm, force=force, max_shard_size=max_shard_size))
+
+
+@convert.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="The adapter that peft saved.", show_default=False)],
+    output: OutputArgument,
+    base: Annotated[str | None, typer.Option(help="The composite. Default: what the adapter says.")] = None,
+    lean: Lean = False,
+    force: Force = False,
+) -> None:
+    """
+    Add a LoRA adapter's weights to those of the composite it was trained on.
+
+    `llm2slm convert merge runs/adapter runs/merged --base runs/model`
+    """
+    _quiet(progress=True)
+    from modeling_llm2slm.conversion import merge as convert_to
+
+    _print_report(convert_to(adapter, output, base=base, include_llm=not lean, force=force))
+
+
+@convert.command()
+def split(checkpoint: SourceArgument, output: OutputArgument, force: Force = False) -> None:
+    """
+    Take out the SLM as a plain checkpoint of its family, and the projector as a safetensors file.
+
+    `llm2slm convert split runs/model runs/parts`
+    """
+    _quiet(progress=True)
+    from modeling_llm2slm.conversion import split as convert_to
+
+    _print_report(convert_to(checkpoint, output, force=force))
+
+
+@convert.command("import")
+def import_from(
+    source: Annotated[str, typer.Argument(help="An EncoderDecoderModel; with --into, a safetensors file.")],
+    output: OutputArgument,
+    into: Annotated[str | None, typer.Option(help="The composite that takes in the projector of the file.")] = None,
+    mapping: Annotated[Path | None, typer.Option(help="JSON: names in the file to names here.")] = None,
+    fusion: Annotated[str, typer.Option(help="Of the composite of an EncoderDecoderModel.")] = "add",
+    lean: Lean = False,
+    force: Force = False,
+) -> None:
+    """
+    Take over what another composite trained, and say what has no place here.
+
+    `llm2slm convert import runs/encoder-decoder runs/start`
+
+    `llm2slm convert import mm_projector.safetensors runs/start --into runs/model --mapping names.json`
+    """
+    if into is None and (mapping is not None or lean):
+        raise typer.BadParameter("--mapping and --lean belong to --into.")
+    _quiet(progress=True)
+    from modeling_llm2slm.conversion import import_encoder_decoder, import_projector
+
+    if into is None:
+        _print_report(import_encoder_decoder(source, output, fusion=fusion, force=force))
+    else:
+        _print_report(import_projector(source, into, output, mapping=mapping, include_llm=not lean, force=force))
+
+
+def _print_report(report: Report) -> None:
+    table = Table("what", "result", title=escape(report.title), title_justify="left")
+    for what, result in report.rows:
+        table.add_row(escape(what), escape(result))
+    out.print(table)
 
 
 def _load_model(path: str, device: str = "cpu", seed: int | None = None) -> TextToText:

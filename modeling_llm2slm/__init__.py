@@ -16,6 +16,10 @@ from .processing_llm2slm import LLM2SLMProcessor
 AutoConfig.register(LLM2SLMConfig.model_type, LLM2SLMConfig)
 AutoModelForSeq2SeqLM.register(LLM2SLMConfig, LLM2SLMForConditionalGeneration)
 AutoProcessor.register(LLM2SLMConfig, LLM2SLMProcessor)
+# What is saved then brings its code: the files that these classes are in, and what they import.
+LLM2SLMConfig.register_for_auto_class()
+LLM2SLMForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
+LLM2SLMProcessor.register_for_auto_class()
 
 __all__ = [
     "DataCollatorForLLM2SLM",

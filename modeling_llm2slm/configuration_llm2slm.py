@@ -17,6 +17,7 @@ import copy
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GPT2Config, PreTrainedConfig, T5Config
 
 
@@ -34,6 +35,8 @@ POSITIONS_AFTER_PAD = frozenset(
         "xlm-roberta-xl",
     )
 )
+FOREIGN = {"transformers_weights", "attn_implementation", "_attn_implementation", "kernel_config", "fusion_config"}
+MAX_LAYERS = 1000  # far beyond any model; each costs time and memory to build, even without its weights
 
 
 @strict
@@ -69,6 +72,12 @@ class LLM2SLMConfig(PreTrainedConfig):
         pad_token_id (`int`, *optional*): Pads answers.
         decoder_start_token_id (`int`, *optional*): Stands before every answer.
         eos_token_id (`int` or `list[int]`, *optional*): Ends an answer.
+        llm_source (`dict`, *optional*):
+            Where the LLM comes from, written by the factory: `name_or_path` (a repository, or a folder relative to the
+            checkpoint), `revision`, `subfolder`, and `fingerprint`, which tells its weights from others.
+        slm_source (`dict`, *optional*): The same for the SLM, without a fingerprint.
+        lean (`bool`, *optional*, defaults to `False`):
+            Whether the checkpoint leaves out the LLM's weights, which are then read from `llm_source`.
         use_cache (`bool`, *optional*, defaults to `True`):
             Whether a `forward` that does not train returns a cache; `Trainer` turns it off.
 
@@ -96,6 +105,9 @@ class LLM2SLMConfig(PreTrainedConfig):
     encoder_layer: int | None = None
     freeze_llm: bool = True
     encoder_dtype: str | None = None
+    llm_source: dict[str, Any] | None = None
+    slm_source: dict[str, Any] | None = None
+    lean: bool = False
     pad_token_id: int | None = None
     decoder_start_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -117,9 +129,29 @@ class LLM2SLMConfig(PreTrainedConfig):
             "encoder",
             "decoder",
             "encoder_dtype",
+            "llm_source",
+            "slm_source",
+            "lean",
             "use_cache",
             "is_encoder_decoder",
         }
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "LLM2SLMConfig":
+        """As of every config, for values that come with a checkpoint; `ValueError` if they make no config."""
+        _check_references(config_dict)
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except (AttributeError, KeyError, OverflowError, TypeError, StrictDataclassError) as error:
+            raise ValueError(f"The config of the checkpoint is not sound: {' '.join(str(error).split())}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """As of every config, without the places on this machine that the parts were loaded from."""
+        values = super().to_dict()
+        for part in ("encoder", "decoder"):
+            if isinstance(values.get(part), dict):
+                values[part].pop("_name_or_path", None)
+        return values
 
     @property
     def vocab_size(self) -> int:
@@ -211,6 +243,10 @@ class LLM2SLMConfig(PreTrainedConfig):
     def _check_values(self) -> None:
         if self.fusion not in FUSIONS:
             raise ValueError(f"`fusion` is {self.fusion!r}, but it must be one of {', '.join(map(repr, FUSIONS))}.")
+        for name in ("llm_source", "slm_source"):
+            source = getattr(self, name) or {}
+            if not all(value is None or isinstance(value, str) for value in source.values()):
+                raise ValueError(f"`{name}` is {source!r}, but its values must be text.")
         _check_sizes(llm_sizes(self.encoder), "encoder")
         _check_sizes(self.get_text_config(decoder=True), "decoder")
         layers = llm_sizes(self.encoder).num_hidden_layers
@@ -268,6 +304,14 @@ def _as_config(config: PreTrainedConfig | dict | None, name: str, default: type[
     return AutoConfig.for_model(model_type, **values)
 
 
+def _check_references(values: dict[str, Any]) -> None:
+    """What a checkpoint brings may not choose other files to read, nor kernels to download and run."""
+    parts = [part for part in (values, values.get("encoder"), values.get("decoder")) if isinstance(part, dict)]
+    for key in FOREIGN:
+        if any(part.get(key) is not None for part in parts):
+            raise ValueError(f"The checkpoint sets `{key}`, which is the caller's to choose. Remove it.")
+
+
 def _check_sizes(config: PreTrainedConfig, name: str) -> None:
     hidden_size = getattr(config, "hidden_size", None)
     if not isinstance(hidden_size, int) or hidden_size < 1:
@@ -275,6 +319,10 @@ def _check_sizes(config: PreTrainedConfig, name: str) -> None:
             f"`{name}` ({config.model_type}) has hidden size {hidden_size!r}, but a positive one is needed. Pass the "
             "config of a text model; of a multimodal model, its `text_config`."
         )
+    for key in ("num_hidden_layers", "num_decoder_layers"):
+        layers = getattr(config, key, None)
+        if layers is not None and not (isinstance(layers, int) and 0 <= layers <= MAX_LAYERS):
+            raise ValueError(f"`{name}` has {layers!r} as `{key}`, but a number up to {MAX_LAYERS} is needed.")
     heads = getattr(config, "num_attention_heads", None)
     own_head_size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
     if heads and own_head_size is None and hidden_size % heads:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, load_dataset
+
+from .files_llm2slm import write_aside as write_aside
 
 
 if TYPE_CHECKING:
@@ -137,32 +136,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 6000) -> T5Tokenizer
 def _unigram_scores(tokenizer: Any) -> list[tuple[str, float]]:
     vocabulary = json.loads(tokenizer.to_str())["model"]["vocab"]
     return [(token, score) for token, score in vocabulary]
-
-
-@contextmanager
-def write_aside(path: str | Path) -> Iterator[Path]:
-    """
-    Gives a temporary place beside `path` to write a file or a folder to, and moves it to `path` at the end.
-
-    If the body raises or the process dies, nothing at `path` has changed. A folder that exists already keeps the files
-    that are not written anew; `config.json`, without which no model loads, is moved last.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        temporary = Path(folder) / path.name
-        yield temporary
-        if temporary.is_dir() and path.is_dir():
-            for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
-                _replace(file, path / file.name)
-        else:
-            _replace(temporary, path)
-
-
-def _replace(source: Path, target: Path) -> None:
-    if target.is_dir():
-        shutil.rmtree(target)
-    source.replace(target)
 
 
 def versions() -> dict[str, str]:

@@ -34,6 +34,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .assistant_llm2slm import RecentStates, as_assistant_of
 from .cache_llm2slm import LLM2SLMCache, as_llm2slm_cache, mask_and_positions
+from .checkpoint_llm2slm import LLM2SLMCheckpointMixin, record_sources
 from .configuration_llm2slm import LLM2SLMConfig, llm_sizes
 from .generation_llm2slm import StopAfterStart, check_generation
 from .parts_llm2slm import (
@@ -246,7 +247,7 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
         return float(states.float().square().mean(-1).sqrt().median())
 
 
-class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
+class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedModel, GenerationMixin):
     r"""
     A large frozen LLM that reads the prompt and a small language model that writes the answer (arXiv 2402.16844). It
     trains, generates, saves and loads as every sequence-to-sequence model of transformers. Token ids of the prompt are
@@ -308,14 +309,15 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
                 f"Unknown arguments: {', '.join(kwargs)}. Prefix an argument with `encoder_` for the LLM or "
                 f"`decoder_` for the SLM, or use one of the configuration: {', '.join(sorted(config_fields))}."
             )
+        paths = (encoder_pretrained_model_name_or_path, decoder_pretrained_model_name_or_path)
+        hub = (dict(encoder_kwargs), dict(decoder_kwargs))
         if "shared_tokenizer" not in config_kwargs:
             from .processing_llm2slm import have_same_tokenizer
 
-            paths = (encoder_pretrained_model_name_or_path, decoder_pretrained_model_name_or_path)
             config_kwargs["shared_tokenizer"] = have_same_tokenizer(*paths, encoder_kwargs, decoder_kwargs)
         layer = config_kwargs.get("encoder_layer")
-        llm = load_llm(encoder_pretrained_model_name_or_path, layer, encoder_kwargs)
-        slm = load_slm(decoder_pretrained_model_name_or_path, decoder_kwargs)
+        llm = load_llm(paths[0], layer, encoder_kwargs)
+        slm = load_slm(paths[1], decoder_kwargs)
         config = LLM2SLMConfig(encoder=llm.config, decoder=slm.config, **config_kwargs)
         config.dtype = slm.dtype
         if llm.dtype != slm.dtype:
@@ -325,6 +327,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
             if name != "llm":
                 module.to(device=llm.device, dtype=slm.dtype)
         model.encoder.scale_prompt()
+        record_sources(model, paths, hub)
         return model.eval()
 
     def train(self, mode: bool = True) -> "LLM2SLMForConditionalGeneration":

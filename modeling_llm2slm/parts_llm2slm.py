@@ -154,6 +154,8 @@ def _load_config(
     """The config of a part, and the arguments that are left for its weights."""
     if name_or_path is None:
         raise ValueError(f"Pass `{part}_pretrained_model_name_or_path`, or a loaded model as `{part}_model`.")
+    # Of parts that come from elsewhere no code is run and no pickle read unless the caller says so.
+    kwargs = {"trust_remote_code": False, "use_safetensors": True} | kwargs
     config, unused = kwargs.pop("config", None), kwargs
     if config is None:
         config, unused = AutoConfig.from_pretrained(name_or_path, return_unused_kwargs=True, **kwargs)
@@ -231,7 +233,7 @@ def keep_special_ids(model: Any, before: dict[tuple[int, str], Any]) -> dict[tup
     """
     holders = (model.config, model.config.decoder, model.generation_config)
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    of_llm = {getattr(model.config.encoder, name, None) for name in names} - {None}
+    of_llm = [value for name in names if (value := getattr(model.config.encoder, name, None)) is not None]
     held = {}
     for index, holder in enumerate(holders):
         for name in names:

@@ -13,10 +13,15 @@
 # limitations under the License.
 """Processor of an LLM-to-SLM model: the LLM's tokenizer for prompts, the SLM's for answers."""
 
+import copy
+import os
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, BatchEncoding, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
+
+from .files_llm2slm import write_aside
 
 
 logger = logging.get_logger(__name__)
@@ -67,6 +72,8 @@ class LLM2SLMProcessor(ProcessorMixin):
                 raise ValueError(f"`{name}` has neither pad nor end token. Set one: `{name}.pad_token = ...`.")
         if decoder_tokenizer.eos_token_id is None:
             raise ValueError("`decoder_tokenizer` has no end token, so no answer could end. Set its `eos_token`.")
+        if decoder_tokenizer is tokenizer:
+            decoder_tokenizer = copy.deepcopy(tokenizer)  # stock `save_pretrained` cannot save one object twice
         self.prompt_max_length = prompt_max_length
         self.answer_max_length = answer_max_length
         super().__init__(tokenizer, decoder_tokenizer, chat_template=chat_template)
@@ -133,6 +140,16 @@ class LLM2SLMProcessor(ProcessorMixin):
         if return_tensors is None and _is_one(text if text is not None else text_target):
             features = {name: rows[0] for name, rows in features.items()}
         return BatchFeature(features)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """As of every processor, but either all files are written or none."""
+        with write_aside(save_directory) as folder:
+            written = super().save_pretrained(folder, **kwargs)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        return [str(Path(save_directory, Path(file).name)) for file in written]
 
     def apply_chat_template(
         self, conversation: Any, tokenize: bool = False, add_generation_prompt: bool = True, **kwargs: Any

@@ -7,6 +7,7 @@ import logging
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,10 +90,7 @@ class TextToText:
         auto_class = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
         if type(config) not in auto_class._model_mapping:
             raise ValueError(f"{path} is a {config.model_type} model, which does not turn a prompt into an answer.")
-        model, loading = load(auto_class, path, dtype=dtype or torch.float32, output_loading_info=True)
-        if loading["missing_keys"]:
-            missing = sorted(loading["missing_keys"])
-            raise OSError(f"{path} is incomplete: {len(missing)} weights are missing, {missing[0]} among them.")
+        model = load_model(auto_class, path, dtype=dtype or torch.float32)
         processor = load(AutoProcessor if config.model_type == "llm2slm" else AutoTokenizer, path)
         kind = EncoderDecoderTextToText if encoder_decoder else DecoderOnlyTextToText
         return kind(_move(model, device or "cpu").eval(), processor, prompt_max_length, answer_max_length)
@@ -187,9 +185,15 @@ class TextToText:
     def _decoding_modules(self) -> list[Any]:
         return [self.model]
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Saves the model and its processor, so that `from_pretrained` finds both."""
-        self.model.save_pretrained(path)
+    def save_pretrained(self, path: str | Path, **kwargs: Any) -> None:
+        """
+        Saves the model and its processor, so that `from_pretrained` finds both.
+
+        Args:
+            path: The folder to write to.
+            kwargs: Arguments of the model's `save_pretrained`; a composite has `include_llm` and `card`.
+        """
+        self.model.save_pretrained(path, **kwargs)
         self.processor.save_pretrained(path)
 
     def _pad(self, features: dict[str, list[list[int]]]) -> Any:
@@ -372,10 +376,26 @@ def _move(model: Any, device: str | torch.device) -> Any:
         raise ValueError(f"The model cannot be put on {device}: {str(error).splitlines()[0]}") from error
 
 
+def load_model(auto_class: Any, path: str | Path, **kwargs: Any) -> Any:
+    """Loads a model whole: from safetensors only, and a weight that is missing is an `OSError`."""
+    model, loading = load(auto_class, path, output_loading_info=True, use_safetensors=True, **kwargs)
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise OSError(f"{path} is incomplete: {len(missing)} weights are missing, {missing[0]} among them.")
+    return model
+
+
 def load(auto_class: Any, path: str | Path, **kwargs: Any) -> Any:
     """Calls `auto_class.from_pretrained` and turns whatever goes wrong into an `OSError` of one sentence."""
+    with one_sentence(path):  # without this answer, transformers would ask at the terminal whether code may be run
+        return auto_class.from_pretrained(path, **{"trust_remote_code": False, **kwargs})
+
+
+@contextmanager
+def one_sentence(path: str | Path) -> Iterator[None]:
+    """Turns what goes wrong with a checkpoint into an `OSError` of one sentence."""
     try:
-        return auto_class.from_pretrained(path, **kwargs)
+        yield
     except Exception as error:  # a damaged checkpoint raises a different class for each file and format
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(f"{path} cannot be loaded: {reason}") from error

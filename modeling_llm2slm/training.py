@@ -24,8 +24,10 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
+from .checkpoint_llm2slm import describe_source, lean_source
 from .data import load_pairs, versions, write_aside
 from .evaluation import METRICS, score
+from .modeling_llm2slm import LLM2SLMForConditionalGeneration
 from .text_to_text import TextToText
 
 
@@ -49,6 +51,8 @@ class TrainingRecipe:
             `"exact_match"`; all but the loss are computed on generated answers.
         generation: Arguments of `generate()` for that, such as `{num_beams: 4, max_new_tokens: 64}`.
         resume: Continue from the last checkpoint in the output folder, if there is one.
+        include_llm: Whether the trained composite holds its frozen LLM, or says where it is (a lean checkpoint).
+        include_llm_in_checkpoints: The same for the checkpoints along the way.
     """
 
     model: str
@@ -64,6 +68,8 @@ class TrainingRecipe:
     metric: str = field(default="loss", metadata={"choices": ["loss", *METRICS]})
     generation: str = "{}"
     resume: bool = True
+    include_llm: bool = True
+    include_llm_in_checkpoints: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.generation_kwargs, dict):
@@ -233,6 +239,9 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
         ours.model, prompt_max_length=ours.prompt_max_length, answer_max_length=ours.answer_max_length
     )
     use_cache = getattr(text_to_text.model.config, "use_cache", True)
+    composite = isinstance(text_to_text.model, LLM2SLMForConditionalGeneration)
+    if composite:
+        _place_llm(text_to_text.model, ours)
     trainer = _trainer(ours, arguments, text_to_text)
     checkpoint = last_checkpoint(arguments.output_dir) if ours.resume else None
     start = time.time()
@@ -240,9 +249,19 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
     report = _report(recipe, trainer, time.time() - start, checkpoint)
     text_to_text.model.config.use_cache = use_cache  # the Trainer turns it off
     with write_aside(arguments.output_dir) as folder:
-        text_to_text.save_pretrained(folder)
+        card = {"name": Path(arguments.output_dir).name, "training": report}
+        text_to_text.save_pretrained(folder, **({"include_llm": ours.include_llm, "card": card} if composite else {}))
         (folder / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def _place_llm(model: LLM2SLMForConditionalGeneration, ours: TrainingRecipe) -> None:
+    """Has the Trainer save lean checkpoints. An LLM of unknown source is found in the checkpoint to start from."""
+    model.include_llm = ours.include_llm_in_checkpoints or not model.config.freeze_llm
+    if not (model.config.llm_source or {}).get("name_or_path"):
+        model.config.llm_source = describe_source(ours.model)
+    if not (model.include_llm and ours.include_llm):
+        lean_source(model)  # what stands in the way of a lean checkpoint is said before the training
 
 
 def _trainer(ours: TrainingRecipe, arguments: Seq2SeqTrainingArguments, text_to_text: TextToText) -> TextToTextTrainer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from modeling_llm2slm import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.text_to_text import TextToText
 
 
-COMMANDS = ("build", "train", "generate", "evaluate", "info")
+COMMANDS = ("build", "train", "generate", "evaluate", "info", "card", "convert")
+CONVERSIONS = ("compose", "lean", "full", "merge", "split", "import")
 
 
 def run(*arguments: Any) -> int:
@@ -66,8 +68,13 @@ class TestHelp:
     def test_every_command_explains_itself_by_an_example(self, command, capsys):
         assert run(command, "--help") == 0
         help_text = capsys.readouterr().out
-        assert f"llm2slm {command}" in help_text or command == "info"
+        assert f"llm2slm {command}" in help_text or command in {"info", "convert"}
         assert "--help" in help_text
+
+    @pytest.mark.parametrize("command", CONVERSIONS)
+    def test_every_conversion_explains_itself_by_an_example(self, command, capsys):
+        assert run("convert", command, "--help") == 0
+        assert f"llm2slm convert {command}" in capsys.readouterr().out
 
     def test_all_commands_are_listed(self, capsys):
         assert run("--help") == 0
@@ -234,6 +241,34 @@ def test_evaluate_prints_and_writes_the_same_numbers(composite, tmp_path, capsys
     assert result["signatures"]["bleu"] in printed
 
 
+def test_card_writes_scores_and_keeps_what_is_written_by_hand(composite, tmp_path, capsys):
+    model = Path(shutil.copytree(composite, tmp_path / "model"))
+    result = {"data": "test.jsonl", "pairs": 3, "scores": {"bleu": 12.345}, "signatures": {"bleu": "sig"}}
+    (tmp_path / "metrics.json").write_text(json.dumps(result))
+    words = ("card", model, "--evaluation", tmp_path / "metrics.json", "--language", "de", "--task", "translation")
+    assert run(*words, "--license", "apache-2.0") == 0
+    text = (model / "README.md").read_text()
+    assert "12.35" in text
+    assert "license: apache-2.0" in text
+    assert "pipeline_tag: translation" in text
+    (model / "README.md").write_text("my own")
+    assert run(*words) == 1
+    assert "was written by hand" in capsys.readouterr().err
+    (tmp_path / "metrics.json").write_text("[]")
+    assert run(*words) == 1
+    assert "does not hold a result" in capsys.readouterr().err
+    assert run("card", write_checkpoint("slm", tmp_path)) == 1
+    assert "is not a composite" in capsys.readouterr().err
+
+
+def test_conversions_print_one_table(composite, tmp_path, capsys):
+    assert run("convert", "split", composite, tmp_path / "parts") == 0
+    printed = capsys.readouterr().out
+    assert "logits of the SLM, largest difference" in printed
+    assert "projector.linear_1.weight" in printed
+    assert run("generate", tmp_path / "parts" / "slm", "src1", "--max-new-tokens", 2) == 0
+
+
 def test_info_names_the_parts(composite, capsys):
     assert run("info", composite) == 0
     printed = capsys.readouterr().out
@@ -265,6 +300,14 @@ MODEL, DATA, RECIPE, OUT = "<model>", "<data>", "<recipe>", "<out>"
         (["build", OUT], 1, "nothing to build from"),
         (["build", OUT, "--llm", "no/such/model"], 1, "no/such/model cannot be loaded"),
         (["info", DATA], 1, "cannot be loaded"),
+        (["card", MODEL, "--evaluation", "no.json"], 1, "There is no file no.json"),
+        (["convert", "lean", MODEL, OUT], 1, "not known where the LLM comes from"),
+        (["convert", "full", MODEL, OUT], 1, "is full already"),
+        (["convert", "split", "no/such/model", OUT], 1, "no/such/model cannot be loaded"),
+        (["convert", "compose", MODEL, MODEL, OUT], 1, "cannot be the LLM"),
+        (["convert", "import", MODEL, OUT], 1, "not an encoder-decoder"),
+        (["convert", "import", MODEL, OUT, "--mapping", "names.json"], 2, "--into"),
+        (["convert", "merge", "no/such/adapter", OUT], 1, "no/such/adapter cannot be loaded"),
         (["inform"], 2, "inform"),
     ],
 )

@@ -10,8 +10,7 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from modeling_llm2slm import data
-from modeling_llm2slm.data import load_pairs, train_tokenizer, versions, write_aside
+from modeling_llm2slm.data import load_pairs, train_tokenizer, versions
 
 
 PAIRS = [
@@ -126,47 +125,6 @@ def test_punctuation_and_digits_are_tokens_of_their_own(tokenizer):
     for token in tokenizer.get_vocab():
         letters = any(letter.isalpha() for letter in token)
         assert not letters or not set(token) & set(".,()!0123456789"), token
-
-
-def test_a_file_appears_when_it_is_complete(tmp_path):
-    target = tmp_path / "folder" / "result.json"
-    with write_aside(target) as temporary:
-        temporary.write_text("whole")
-        assert not target.exists()
-    assert target.read_text() == "whole"
-    assert list(target.parent.iterdir()) == [target]
-
-
-def test_a_failure_leaves_what_was_there(tmp_path):
-    target = tmp_path / "result.json"
-    target.write_text("before")
-
-    def fail() -> None:
-        with write_aside(target) as temporary:
-            temporary.write_text("half")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail()
-    assert target.read_text() == "before"
-    assert list(tmp_path.iterdir()) == [target]
-
-
-def test_a_folder_that_exists_keeps_its_other_files_and_gets_its_config_last(tmp_path, monkeypatch):
-    target = tmp_path / "model"
-    (target / "checkpoint-1").mkdir(parents=True)
-    (target / "old").mkdir()
-    moved = []
-    replace = data._replace
-    monkeypatch.setattr(data, "_replace", lambda source, to: (moved.append(to.name), replace(source, to)))
-    with write_aside(target) as temporary:
-        (temporary / "old").mkdir(parents=True)
-        (temporary / "old" / "new").touch()
-        for name in ("a.json", "config.json", "model.safetensors"):
-            (temporary / name).touch()
-    assert moved[-1] == "config.json"
-    assert {path.name for path in target.iterdir()} == {"checkpoint-1", *moved}
-    assert (target / "old" / "new").exists()
 
 
 def test_versions_are_those_installed():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from checkpoints import ANSWERS, KINDS, PAIRS, PROMPTS, write_checkpoint, write_pairs
 from common import same_tensors
-from modeling_llm2slm import training
+from modeling_llm2slm import LLM2SLMForConditionalGeneration, training
 from modeling_llm2slm.text_to_text import TextToText
 from modeling_llm2slm.training import TextToTextTrainer, last_checkpoint, load_recipe, parse_recipe, train
 
@@ -244,3 +244,35 @@ def test_without_validation_the_last_weights_are_kept(recipe):
     report = train({**recipe, "train_samples": 4})
     assert (report["steps"], report["best_metric"]) == (3, None)
     same_tensors(weights(recipe["output_dir"]), weights(Path(recipe["output_dir"]) / "checkpoint-3"))
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_checkpoints_on_the_way_are_lean_unless_asked_and_the_model_is_full(held, recipe, checkpoints):
+    out = Path(recipe["output_dir"])
+    train({**recipe, "max_steps": 2, "model": checkpoints["llm2slm"], "include_llm_in_checkpoints": held})
+    checkpoint = next(out.glob("checkpoint-*"))
+    has_llm = [any(name.startswith("encoder.llm.") for name in weights(folder)) for folder in (out, checkpoint)]
+    assert has_llm == [True, held]
+    # This LLM is in no checkpoint of its own, but in the one that training started from.
+    loaded = LLM2SLMForConditionalGeneration.from_pretrained(checkpoint)
+    same_tensors(loaded.encoder.llm.state_dict(), TextToText.from_pretrained(out).model.encoder.llm.state_dict())
+    assert "max_steps: 2" in (out / "README.md").read_text()
+
+
+def test_a_changed_llm_is_said_before_the_training(recipe, checkpoints, tmp_path):
+    model = LLM2SLMForConditionalGeneration.from_pretrained(checkpoints["llm2slm"])
+    model.config.llm_source = {"name_or_path": "google-t5/t5-large", "fingerprint": "0" * 32}
+    model.save_pretrained(tmp_path / "start")
+    TextToText.from_pretrained(checkpoints["llm2slm"]).processor.save_pretrained(tmp_path / "start")
+    with pytest.raises(ValueError, match="it was changed"):
+        train({**recipe, "model": str(tmp_path / "start")})
+    assert not Path(recipe["output_dir"]).exists()
+
+
+def test_a_lean_model_is_trained_on_request(recipe, checkpoints):
+    out = Path(recipe["output_dir"])
+    train({**recipe, "max_steps": 1, "model": checkpoints["llm2slm"], "include_llm": False})
+    assert not any(name.startswith("encoder.llm.") for name in weights(out))
+    start = TextToText.from_pretrained(checkpoints["llm2slm"]).model.encoder.llm.state_dict()
+    trained = TextToText.from_pretrained(out).model.encoder.llm.state_dict()
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in start.items())

@@ -1,0 +1,69 @@
+"""A composite and a LoRA adapter of it become a plain composite."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from modeling_llm2slm import LLM2SLMForConditionalGeneration
+from modeling_llm2slm.text_to_text import load_model, one_sentence
+
+from .output import composite_config, copy_processor, output_folder, size_of
+from .report import Report, check_finite, composite_logits
+
+
+def merge(
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    base: str | Path | None = None,
+    include_llm: bool = True,
+    force: bool = False,
+) -> Report:
+    """
+    Add an adapter's weights to those of its base.
+
+    Args:
+        adapter: The folder that peft saved the adapter to, or its repository.
+        output: The folder to write to.
+        base: Folder or repository of the composite (default: what the adapter says).
+        include_llm: Whether the result holds the LLM, or says where it is (a lean checkpoint).
+        force: Replace what is there.
+
+    Raises:
+        OSError: If something cannot be read or written, or the adapter belongs to another model.
+        ValueError: If the result does not answer as base and adapter do.
+    """
+    from peft import PeftConfig, PeftModel
+
+    if Path(adapter).is_dir() and not Path(adapter, "adapter_model.safetensors").is_file():
+        raise OSError(f"{adapter} has no adapter_model.safetensors; pickled weights are not read.")
+    with one_sentence(adapter):
+        place = base if base is not None else PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    if not place:
+        raise ValueError(f"{adapter} does not say what it adapts: name the composite with --base.")
+    composite_config(place)
+    model = load_model(LLM2SLMForConditionalGeneration, place)
+    check_finite(model.state_dict())
+    source = model.config.llm_source
+    with one_sentence(adapter):
+        adapted: Any = PeftModel.from_pretrained(model, str(adapter)).eval()
+    report = Report(f"{adapter} is merged into {place} as {output}")
+    expected = composite_logits(adapted)
+    with one_sentence(adapter):
+        merged = adapted.merge_and_unload(safe_merge=True)
+    merged.config.llm_source = source
+    with output_folder(output, force, size_of(merged.state_dict())) as folder:
+        merged.save_pretrained(folder, include_llm, card={"name": Path(output).name})
+        copy_processor(place, folder, report)
+        written = load_model(LLM2SLMForConditionalGeneration, folder)
+        report.compare("answers", (composite_logits(written), expected), tolerance=1e-3)  # sums in another order
+        report.add("adapter", _describe(Path(adapter)))
+    return report
+
+
+def _describe(adapter: Path) -> str:
+    file = adapter / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return f"{config.get('peft_type', 'of peft')}, rank {config.get('r', 'unknown')}"

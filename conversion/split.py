@@ -1,0 +1,80 @@
+"""The SLM of a composite becomes a plain checkpoint of its own family, and the projector a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from modeling_llm2slm import LLM2SLMConfig
+from modeling_llm2slm.files_llm2slm import open_weights, weight_files
+from modeling_llm2slm.parts_llm2slm import slm_class
+from modeling_llm2slm.text_to_text import load_model, one_sentence
+
+from .output import composite_config, output_folder, processor_of, size_of
+from .report import Report, check_finite, probe, slm_logits
+
+
+SLM, PROJECTOR = "decoder.", ("encoder.projector.", "encoder.prompt_embedding.")
+
+
+def split(checkpoint: str | Path, output: str | Path, *, force: bool = False, revision: str | None = None) -> Report:
+    """
+    Take the SLM and the projector out of a checkpoint, full or lean; its LLM is not read.
+
+    Args:
+        checkpoint: Folder or repository of the composite.
+        output: The folder to write to: `slm/` with its tokenizer, and `projector.safetensors`.
+        force: Replace what is there.
+        revision: The revision of the repository.
+
+    Raises:
+        OSError: If something cannot be read or written.
+    """
+    hub = {"revision": revision} if revision else {}
+    config = composite_config(checkpoint, **hub)
+    on_hub = not Path(checkpoint).is_dir()
+    weights = open_weights(weight_files(checkpoint, on_hub, **(hub if on_hub else {})))
+    slm = _slm(checkpoint, config, weights)
+    projector = {
+        name.removeprefix("encoder."): tensor[...].clone()
+        for name, tensor in weights.items()
+        if name.startswith(PROJECTOR)
+    }
+    if not projector:
+        raise OSError(f"{checkpoint} is incomplete: it has no projector.")
+    check_finite({**slm.state_dict(), **projector})
+    report = Report(f"{checkpoint} is split into {output}")
+    with output_folder(output, force, size_of(slm.state_dict()) + size_of(projector)) as folder:
+        slm.save_pretrained(folder / "slm")
+        save_file(projector, folder / "projector.safetensors", metadata={"format": "pt"})
+        report.add("tokenizer of the SLM", _write_tokenizer(checkpoint, folder / "slm"))
+        written = load_model(type(slm), folder / "slm")
+        answer = probe(config.vocab_size)
+        report.compare("logits of the SLM", (slm_logits(written, answer), slm_logits(slm, answer)))
+        same = open_weights([folder / "projector.safetensors"])
+        if not all(torch.equal(same[name][...], tensor) for name, tensor in projector.items()):
+            raise ValueError("The projector is not what it was after the conversion; nothing is kept.")
+        report.add("SLM", f"{slm.config.model_type}, {slm.num_parameters():,} parameters, in slm/")
+        report.add("projector", f"{', '.join(projector)}, in projector.safetensors")
+    return report
+
+
+def _slm(checkpoint: str | Path, config: LLM2SLMConfig, weights: dict[str, Any]) -> Any:
+    state = {name.removeprefix(SLM): tensor[...] for name, tensor in weights.items() if name.startswith(SLM)}
+    kind = slm_class(config.decoder)._model_mapping[type(config.decoder)]
+    with one_sentence(checkpoint):
+        slm, loading = kind.from_pretrained(None, config=config.decoder, state_dict=state, output_loading_info=True)
+    if loading["missing_keys"]:
+        raise OSError(f"{checkpoint} is incomplete: the SLM lacks {sorted(loading['missing_keys'])[0]}.")
+    return slm
+
+
+def _write_tokenizer(checkpoint: str | Path, folder: Path) -> str:
+    processor = processor_of(checkpoint)
+    if processor is None:
+        return "none in the source"
+    processor.decoder_tokenizer.save_pretrained(folder)
+    return "in slm/"

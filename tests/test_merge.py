@@ -1,0 +1,56 @@
+"""A composite and its adapter become a plain composite."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conversions import weights_of, write_sources
+from peft import PeftModel
+
+from common import PROMPTS, make_labels, pad_prompts
+from modeling_llm2slm import LLM2SLMForConditionalGeneration
+from modeling_llm2slm.conversion import merge
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> Path:
+    return write_sources(tmp_path_factory.mktemp("sources"))
+
+
+def test_it_answers_as_base_and_adapter_do(sources, tmp_path):
+    merge(sources / "adapter", tmp_path / "new")
+    load = LLM2SLMForConditionalGeneration.from_pretrained
+    merged, base = load(tmp_path / "new"), load(sources / "full")
+    batch = {**pad_prompts(PROMPTS), "labels": make_labels()}
+    plain = base(**batch).logits
+    adapted = PeftModel.from_pretrained(base, sources / "adapter").eval()
+    assert torch.allclose(merged(**batch).logits, adapted(**batch).logits, atol=1e-3)
+    assert not torch.allclose(merged(**batch).logits, plain, atol=1e-1)
+    names = weights_of(sources / "full").keys()
+    assert weights_of(tmp_path / "new").keys() == names
+    before, after = weights_of(sources / "full"), weights_of(tmp_path / "new")
+    assert all(torch.equal(before[name], after[name]) for name in names if name.startswith("encoder.llm."))
+    assert not torch.equal(before["encoder.projector.linear_1.weight"], after["encoder.projector.linear_1.weight"])
+
+
+def test_lean_in_lean_out(sources, tmp_path):
+    merge(sources / "adapter", tmp_path / "lean", base=sources / "lean", include_llm=False)
+    merge(sources / "adapter", tmp_path / "full")
+    load = LLM2SLMForConditionalGeneration.from_pretrained
+    states = [load(tmp_path / kind).state_dict() for kind in ("lean", "full")]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    assert not any(name.startswith("encoder.llm.") for name in weights_of(tmp_path / "lean"))
+
+
+def test_an_adapter_in_pickle_is_not_read(sources, tmp_path):
+    adapter = Path(shutil.copytree(sources / "adapter", tmp_path / "adapter"))
+    (adapter / "adapter_model.safetensors").unlink()
+    torch.save({}, adapter / "adapter_model.bin")
+    with pytest.raises(OSError, match="pickled weights are not read"):
+        merge(adapter, tmp_path / "new")
