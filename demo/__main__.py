@@ -23,7 +23,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForSeq2SeqLM, AutoProcessor, logging
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoProcessor, logging
 
 from demo import corpus
 from demo.llm import BATCH, LLM, LLM_PAIRS, RECIPES
@@ -64,7 +64,10 @@ def train_once(name: str, llm: Path | None, folder: Path, data: dict[str, str]) 
         if llm is None:
             build(slm=slm, slm_tokenizer=str(LLM)).save_pretrained(aside)
         else:
-            build(str(llm), slm, fusion="add", encoder_dtype="float32").save_pretrained(aside)
+            # An answer begins as the LLM's does, so that this model can draft for it (`as_assistant_of`).
+            start_id = AutoConfig.from_pretrained(llm).decoder_start_token_id
+            options = {"encoder_dtype": "float32", "decoder_start_token_id": start_id}
+            build(str(llm), slm, fusion="add", **options).save_pretrained(aside)
     paths = {"model": str(start), "output_dir": str(trained)}
     files = {"train_data": data["train"], "validation_data": data["validation"]}
     train(load_recipe(RECIPES / "slm.yaml", paths | files))

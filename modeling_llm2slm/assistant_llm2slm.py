@@ -61,7 +61,7 @@ def as_assistant_of(model: Any, llm: PreTrainedModel) -> Any:
 
 def check_assistant(model: Any, llm: PreTrainedModel) -> None:
     """Raise `ValueError` where drafts of `model` would not be tokens of `llm`, or its LLM is another one."""
-    config, theirs = model.config, llm.config.get_text_config(decoder=True)
+    config, vocab_size = model.config, llm.config.get_text_config(decoder=True).vocab_size
     if not llm.config.is_encoder_decoder:
         raise ValueError(
             f"A {type(llm).__name__} has no decoder. Pass the whole LLM, such as a T5ForConditionalGeneration."
@@ -72,13 +72,13 @@ def check_assistant(model: Any, llm: PreTrainedModel) -> None:
         raise ValueError("The SLM was built on a middle layer of the LLM (`encoder_layer`). Build one without.")
     start = llm.generation_config.decoder_start_token_id
     for name, ours, wanted in (
-        ("vocab_size", config.vocab_size, theirs.vocab_size),
+        ("vocab_size", config.vocab_size, vocab_size),
         ("decoder_start_token_id", config.decoder_start_token_id, start),
     ):
         if ours != wanted:
             raise ValueError(f"The SLM's `{name}` is {ours}, but the LLM's is {wanted}. Build it with an SLM of that.")
-    ours, theirs = (part.get_input_embeddings().weight for part in (model.encoder.llm, llm.get_encoder()))
-    if ours.shape != theirs.shape or not _are_close(ours, theirs):
+    first, second = (part.get_input_embeddings().weight for part in (model.encoder.llm, llm.get_encoder()))
+    if first.shape != second.shape or not _are_close(first, second):
         raise ValueError(f"{type(llm).__name__} is another LLM than the one in the model: its embeddings differ.")
 
 

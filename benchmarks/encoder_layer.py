@@ -1,0 +1,88 @@
+"""
+What `encoder_layer` saves of a decoder-only LLM: parameters, time to load, time to read a prompt of 64 tokens.
+
+    python benchmarks/encoder_layer.py
+
+A Llama of 16 layers with random weights, one thread, medians of five by turns. None takes the whole of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from modeling_llm2slm import LLM2SLMForConditionalGeneration
+from modeling_llm2slm.data import versions, write_aside
+
+
+OUTPUT = Path(__file__).parents[1] / "docs" / "results" / "encoder-layer.json"
+LAYERS = (4, 8, 12, None)
+LLM = {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+}
+ROUNDS = 5
+
+
+def timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    result = call()
+    return result, 1000 * (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").strip().splitlines()[0])
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    prompt = torch.randint(3, 32000, (1, 64))
+    rows: dict[Any, dict[str, list[float]]] = {layer: {"load": [], "read": []} for layer in LAYERS}
+    parameters = {}
+    with tempfile.TemporaryDirectory() as folder:
+        LlamaForCausalLM(LlamaConfig(**LLM)).to(torch.bfloat16).save_pretrained(folder)
+        slm = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=1000, bos_token_id=0, eos_token_id=0))
+        for _ in range(ROUNDS):
+            for layer in LAYERS:
+                model, loading = timed(
+                    lambda layer=layer: LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(
+                        folder, decoder_model=slm, encoder_layer=layer, encoder_dtype="float32"
+                    )
+                )
+                parameters[layer] = model.encoder.llm.num_parameters()
+                model.encode_llm(prompt)
+                rows[layer]["load"].append(loading)
+                rows[layer]["read"].append(timed(lambda model=model: model.encode_llm(prompt))[1])
+    result = {
+        "llm": LLM,
+        "rows": [
+            {
+                "encoder_layer": layer,
+                "parameters": parameters[layer],
+                "load_ms": round(statistics.median(rows[layer]["load"]), 1),
+                "read_64_tokens_ms": round(statistics.median(rows[layer]["read"]), 1),
+            }
+            for layer in LAYERS
+        ],
+        "versions": versions(),
+    }
+    with write_aside(arguments.output) as temporary:
+        temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result["rows"], indent=2))
+
+
+if __name__ == "__main__":
+    main()
