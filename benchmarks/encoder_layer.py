@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from modeling_llm2slm import LLM2SLMForConditionalGeneration
+from modeling_llm2slm import LLM2SLMForConditionalGeneration as Model
 from modeling_llm2slm.data import versions, write_aside
 
 
@@ -37,9 +37,10 @@ LLM = {
 ROUNDS = 5
 
 
-def timed(call: Callable[[], Any]) -> tuple[Any, float]:
+def timed(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, float]:
+    """The result of a call, and the milliseconds that it took."""
     start = time.perf_counter()
-    result = call()
+    result = call(*args, **kwargs)
     return result, 1000 * (time.perf_counter() - start)
 
 
@@ -54,18 +55,16 @@ def main() -> None:
     parameters = {}
     with tempfile.TemporaryDirectory() as folder:
         LlamaForCausalLM(LlamaConfig(**LLM)).to(torch.bfloat16).save_pretrained(folder)
-        slm = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=1000, bos_token_id=0, eos_token_id=0))
+        sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "vocab_size": 1000}
+        slm = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
         for _ in range(ROUNDS):
             for layer in LAYERS:
-                model, loading = timed(
-                    lambda layer=layer: LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(
-                        folder, decoder_model=slm, encoder_layer=layer, encoder_dtype="float32"
-                    )
-                )
+                options = {"decoder_model": slm, "encoder_layer": layer, "encoder_dtype": "float32"}
+                model, loading = timed(Model.from_encoder_decoder_pretrained, folder, **options)
                 parameters[layer] = model.encoder.llm.num_parameters()
                 model.encode_llm(prompt)
                 rows[layer]["load"].append(loading)
-                rows[layer]["read"].append(timed(lambda model=model: model.encode_llm(prompt))[1])
+                rows[layer]["read"].append(timed(model.encode_llm, prompt)[1])
     result = {
         "llm": LLM,
         "rows": [

@@ -89,6 +89,6 @@ def _are_close(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 def _shallow(module: Any) -> Any:
     """A module of its own over the same children."""
-    copied = type(module).__new__(type(module))
+    copied = object.__new__(type(module))
     copied.__dict__ = module.__dict__ | {"_modules": dict(module._modules)}
     return copied

@@ -11,14 +11,17 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What stock `generate()` may ask of an LLM-to-SLM model, and when it may stop."""
+"""What an LLM-to-SLM model adds to stock `generate()`: the prompt in the cache, and checks before any compute."""
 
+import copy
 from typing import Any
 
 import torch
-from transformers.generation import GenerationConfig, StoppingCriteriaList
+from transformers.generation import GenerationConfig, GenerationMixin, StoppingCriteriaList
 
+from .cache_llm2slm import LLM2SLMCache, as_llm2slm_cache, mask_and_positions
 from .configuration_llm2slm import LLM2SLMConfig
+from .prompt_llm2slm import as_prompt_states
 
 
 def check_generation(config: LLM2SLMConfig, generation_config: GenerationConfig) -> None:
@@ -45,3 +48,106 @@ class StopAfterStart(StoppingCriteriaList):
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         done = super().__call__(input_ids, scores, **kwargs)
         return done if input_ids.shape[1] > 1 else torch.zeros_like(done)
+
+
+class LLM2SLMGenerationMixin(GenerationMixin):
+    """Hooks of stock `generate()`, in the order it calls them; the loops are transformers' own."""
+
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
+        # `generate()` infers no mask for an encoder, and looks at lengths only once the prompt is encoded: with
+        # `answer_length`, which it hands on to the encoder, they are checked before any compute.
+        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        check_generation(self.config, generation_config)
+        states, mask = model_kwargs.get("encoder_outputs"), model_kwargs.get("attention_mask")
+        start, new = model_kwargs.get("decoder_input_ids"), generation_config.max_new_tokens
+        answer_length = (generation_config.max_length or 2) - 1
+        if new is not None:
+            answer_length = new + (start.shape[1] if start is not None else 1) - 1
+        if states is not None:
+            model_kwargs["attention_mask"] = as_prompt_states(states, mask, check=True).attention_mask
+            self.encoder.check_prompt(model_kwargs["attention_mask"], answer_length)
+        elif model_kwargs.get("input_ids") is not None:
+            model_kwargs["attention_mask"] = self.encoder.prompt_mask(model_kwargs["input_ids"], mask)
+        return generation_config, model_kwargs | {"answer_length": answer_length}
+
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
+        return StopAfterStart(super()._get_stopping_criteria(*args, **kwargs))
+
+    def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+        # Stock beam search expands the prompt's states in place, but they may be the caller's to use again.
+        kwargs["encoder_outputs"] = copy.copy(kwargs["encoder_outputs"])
+        return super()._expand_inputs_for_generation(*args, **kwargs)
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        for name in ("answer_length", "llm_hidden_states"):
+            model_kwargs.pop(name, None)  # the encoder's alone, and it is done
+        # The SLM's cache holds the prompt too, and the one that `generate()` sees must not count it.
+        # CODEPATH: decoder-only SLMs (GPT-2); encoder-decoder ones (T5-small) keep the prompt in the cross-attention.
+        prompt_in_cache = not self.config.decoder.is_encoder_decoder
+        if prompt_in_cache:
+            prompt = as_prompt_states(model_kwargs["encoder_outputs"], model_kwargs.get("attention_mask"))
+            self.encoder.check_prompt(prompt.attention_mask, max_cache_length)
+            max_cache_length += prompt.attention_mask.shape[1]
+            if model_kwargs.get("past_key_values") is not None:
+                model_kwargs["past_key_values"] = as_llm2slm_cache(model_kwargs["past_key_values"])
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and cache.is_compileable and not self.decoder._can_compile_fullgraph:
+            raise ValueError(
+                f"A static cache is not supported: {type(self.decoder).__name__} is wrong with one in transformers. "
+                "Leave `cache_implementation` out."
+            )
+        if prompt_in_cache and cache is not None:
+            model_kwargs["past_key_values"] = as_llm2slm_cache(cache)
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+        """Hook of `generate()` for static caches: the answer's mask stays 2-D, so that the prompt's can go first."""
+        return attention_mask
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """
+        Hook of `generate()`. Once the prompt is cached, a step takes positions and a mask of the cache's full length
+        in place of the prompt: the same shapes for every prompt and step, so that a compiled step is compiled once.
+        """
+        cached = int(past_key_values.get_seq_length()) if is_first_iteration and past_key_values is not None else 0
+        if cached >= input_ids.shape[1]:
+            raise ValueError(
+                f"`past_key_values` holds {cached} answer tokens and `decoder_input_ids` has no more than "
+                f"{input_ids.shape[1]}. Pass the answer from its start, with a token that is not cached yet."
+            )
+        if cached and next_sequence_length is None and kwargs.get("decoder_attention_mask") is None:
+            # An answer goes on: of one given from its start, only what is not in the cache is new.
+            next_sequence_length = input_ids.shape[1] - cached
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if isinstance(past_key_values, LLM2SLMCache) and past_key_values.prompt_length > 0:
+            prompt = as_prompt_states(model_inputs.pop("encoder_outputs"), model_inputs.pop("attention_mask", None))
+            model_inputs["decoder_attention_mask"], model_inputs["decoder_position_ids"] = mask_and_positions(
+                prompt.attention_mask,
+                model_inputs.get("decoder_attention_mask"),
+                model_inputs["decoder_input_ids"].shape[1],
+                past_key_values,
+            )
+        return model_inputs

@@ -16,10 +16,10 @@ LLM-to-SLM (Bergner et al., arXiv 2402.16844): a large frozen language model rea
 maps what it read into the embedding space of a small language model (SLM), and the SLM writes the answer.
 
 The file follows the forward pass: projector, encoder (all that turns a prompt into what the SLM reads), whole model.
+What `generate()` needs is in `generation_llm2slm.py`, what checkpoints need in `checkpoint_llm2slm.py`.
 Shapes: batch B, prompt length N, answer length M, widths d_llm and d_slm.
 """
 
-import copy
 from typing import Any
 
 import torch
@@ -28,7 +28,6 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationConfig, GenerationMixin, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput, Seq2SeqLMOutput
 from transformers.utils.generic import can_return_tuple
 
@@ -36,7 +35,7 @@ from .assistant_llm2slm import RecentStates, as_assistant_of
 from .cache_llm2slm import LLM2SLMCache, as_llm2slm_cache, mask_and_positions
 from .checkpoint_llm2slm import LLM2SLMCheckpointMixin, record_sources
 from .configuration_llm2slm import LLM2SLMConfig, llm_sizes
-from .generation_llm2slm import StopAfterStart, check_generation
+from .generation_llm2slm import LLM2SLMGenerationMixin
 from .parts_llm2slm import (
     build_llm,
     check_parts,
@@ -247,7 +246,7 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
         return float(states.float().square().mean(-1).sqrt().median())
 
 
-class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedModel, GenerationMixin):
+class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedModel, LLM2SLMGenerationMixin):
     r"""
     A large frozen LLM that reads the prompt and a small language model that writes the answer (arXiv 2402.16844). It
     trains, generates, saves and loads as every sequence-to-sequence model of transformers. Token ids of the prompt are
@@ -565,107 +564,6 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         outputs.logits = outputs.logits[:, kept]
         return outputs
-
-    # Hooks of stock `generate()`, in the order it calls them.
-
-    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
-        # `generate()` infers no mask for an encoder, and looks at lengths only once the prompt is encoded: with
-        # `answer_length`, which it hands on to the encoder, they are checked before any compute.
-        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
-        check_generation(self.config, generation_config)
-        states, mask = model_kwargs.get("encoder_outputs"), model_kwargs.get("attention_mask")
-        start, new = model_kwargs.get("decoder_input_ids"), generation_config.max_new_tokens
-        answer_length = (generation_config.max_length or 2) - 1
-        if new is not None:
-            answer_length = new + (start.shape[1] if start is not None else 1) - 1
-        if states is not None:
-            model_kwargs["attention_mask"] = as_prompt_states(states, mask, check=True).attention_mask
-            self.encoder.check_prompt(model_kwargs["attention_mask"], answer_length)
-        elif model_kwargs.get("input_ids") is not None:
-            model_kwargs["attention_mask"] = self.encoder.prompt_mask(model_kwargs["input_ids"], mask)
-        return generation_config, model_kwargs | {"answer_length": answer_length}
-
-    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
-        return StopAfterStart(super()._get_stopping_criteria(*args, **kwargs))
-
-    def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, dict[str, Any]]:
-        # Stock beam search expands the prompt's states in place, but they may be the caller's to use again.
-        kwargs["encoder_outputs"] = copy.copy(kwargs["encoder_outputs"])
-        return super()._expand_inputs_for_generation(*args, **kwargs)
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        for name in ("answer_length", "llm_hidden_states"):
-            model_kwargs.pop(name, None)  # the encoder's alone, and it is done
-        # The SLM's cache holds the prompt too, and the one that `generate()` sees must not count it.
-        # CODEPATH: decoder-only SLMs (GPT-2); encoder-decoder ones (T5-small) keep the prompt in the cross-attention.
-        prompt_in_cache = not self.config.decoder.is_encoder_decoder
-        if prompt_in_cache:
-            prompt = as_prompt_states(model_kwargs["encoder_outputs"], model_kwargs.get("attention_mask"))
-            self.encoder.check_prompt(prompt.attention_mask, max_cache_length)
-            max_cache_length += prompt.attention_mask.shape[1]
-            if model_kwargs.get("past_key_values") is not None:
-                model_kwargs["past_key_values"] = as_llm2slm_cache(model_kwargs["past_key_values"])
-        super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None and cache.is_compileable and not self.decoder._can_compile_fullgraph:
-            raise ValueError(
-                f"A static cache is not supported: {type(self.decoder).__name__} is wrong with one in transformers. "
-                "Leave `cache_implementation` out."
-            )
-        if prompt_in_cache and cache is not None:
-            model_kwargs["past_key_values"] = as_llm2slm_cache(cache)
-
-    @staticmethod
-    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
-        """Hook of `generate()` for static caches: the answer's mask stays 2-D, so that the prompt's can go first."""
-        return attention_mask
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values: Any = None,
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """
-        Hook of `generate()`. Once the prompt is cached, a step takes positions and a mask of the cache's full length
-        in place of the prompt: the same shapes for every prompt and step, so that a compiled step is compiled once.
-        """
-        cached = int(past_key_values.get_seq_length()) if is_first_iteration and past_key_values is not None else 0
-        if cached >= input_ids.shape[1]:
-            raise ValueError(
-                f"`past_key_values` holds {cached} answer tokens and `decoder_input_ids` has no more than "
-                f"{input_ids.shape[1]}. Pass the answer from its start, with a token that is not cached yet."
-            )
-        if cached and next_sequence_length is None and kwargs.get("decoder_attention_mask") is None:
-            # An answer goes on: of one given from its start, only what is not in the cache is new.
-            next_sequence_length = input_ids.shape[1] - cached
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        if isinstance(past_key_values, LLM2SLMCache) and past_key_values.prompt_length > 0:
-            prompt = as_prompt_states(model_inputs.pop("encoder_outputs"), model_inputs.pop("attention_mask", None))
-            model_inputs["decoder_attention_mask"], model_inputs["decoder_position_ids"] = mask_and_positions(
-                prompt.attention_mask,
-                model_inputs.get("decoder_attention_mask"),
-                model_inputs["decoder_input_ids"].shape[1],
-                past_key_values,
-            )
-        return model_inputs
 
 
 __all__ = ["LLM2SLMForConditionalGeneration", "LLM2SLMPreTrainedModel", "PromptStates"]

@@ -15,6 +15,7 @@ from families import END, PAD, SLM_VOCAB_SIZE
 from packaging.version import Version
 from transformers import EncoderDecoderCache, MT5ForConditionalGeneration, StaticCache, TextIteratorStreamer
 
+import modeling_llm2slm.generation_llm2slm as generation
 import modeling_llm2slm.modeling_llm2slm as modeling
 from common import (
     FUSIONS,
@@ -368,7 +369,8 @@ def shift_positions(monkeypatch: pytest.MonkeyPatch) -> None:
         mask, positions = original(prompt_mask, answer_mask, answer_length, cache)
         return mask, positions + int(cache is not None and cache.prompt_length > 0)
 
-    monkeypatch.setattr(modeling, "mask_and_positions", faulty)
+    for module in (modeling, generation):
+        monkeypatch.setattr(module, "mask_and_positions", faulty)
 
 
 def keep_the_beams_in_place(monkeypatch: pytest.MonkeyPatch) -> None:

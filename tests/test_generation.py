@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+import modeling_llm2slm.generation_llm2slm as generation
 import modeling_llm2slm.modeling_llm2slm as modeling
 from common import (
     END,
@@ -228,7 +229,8 @@ def plant_dropped_slm_mask(monkeypatch: pytest.MonkeyPatch) -> None:
         mask, positions = original(*args, **kwargs)
         return torch.ones_like(mask), positions
 
-    monkeypatch.setattr(modeling, "mask_and_positions", faulty)
+    for module in (modeling, generation):
+        monkeypatch.setattr(module, "mask_and_positions", faulty)
 
 
 def plant_positions_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +241,8 @@ def plant_positions_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
         mask, positions = original(prompt_mask, answer_mask, answer_length, cache)
         return mask, positions + int(cache is not None and cache.prompt_length > 0)
 
-    monkeypatch.setattr(modeling, "mask_and_positions", faulty)
+    for module in (modeling, generation):
+        monkeypatch.setattr(module, "mask_and_positions", faulty)
 
 
 def plant_states_of_another_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +258,7 @@ def plant_states_of_another_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plant_misordered_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(modeling.LLM2SLMCache, "reorder_cache", lambda self, beam_idx: None)
+    monkeypatch.setattr(generation.LLM2SLMCache, "reorder_cache", lambda self, beam_idx: None)
 
 
 @pytest.mark.parametrize(
