@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import logging
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset, load_dataset
+import numpy as np
+from datasets import Dataset, Features, Value, load_dataset
 
 from .files_llm2slm import write_aside as write_aside
 
@@ -18,68 +22,210 @@ if TYPE_CHECKING:
     from transformers import T5Tokenizer
 
 
+logger = logging.getLogger(__name__)
+
+
 # What `datasets` calls the format of a file, by the ending of its name (".gz" aside).
-FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+FILE_FORMATS = {
+    ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text",
+}  # fmt: skip
+ROW_ERROR = "_error"  # a column that says why a row could not be read
 
 
 def load_pairs(
     source: str | Path,
     prompt_column: str = "prompt",
-    answer_column: str = "answer",
+    answer_column: str | Sequence[str] = "answer",
     *,
     split: str = "train",
     limit: int | None = None,
+    skip_bad_rows: bool = False,
+    number_rows: bool = False,
 ) -> Dataset:
     """
-    Reads pairs of texts into a data set with the two columns `prompt` and `answer`.
+    Reads pairs of texts into a data set with the two columns `prompt` and `answer`. Texts stay on disk, where
+    `datasets` keeps them.
 
     Args:
-        source: A file (`.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet`; the first four also as `.gz`), or the name of
-            a data set on the Hub, with a configuration after a colon where it has several (`"user/name:config"`).
+        source: A file (`.jsonl`, `.json`, `.csv`, `.tsv` or `.txt`, also as `.gz`, or `.parquet`), or the name of a
+            data set on the Hub, with a configuration after a colon where it has several (`"user/name:config"`).
         prompt_column: The column that holds what the model reads.
-        answer_column: The column that holds what the model shall write.
+        answer_column: The column that holds what the model shall write. Of several, each gives every row a pair.
         split: The split to take from a data set on the Hub. A file is one split.
-        limit: Keep only this many pairs, from the top.
+        limit: Keep only this many rows, from the top.
+        skip_bad_rows: Leave out rows that cannot be read or hold something that is not text, with a warning that
+            numbers them, in place of an error that does.
+        number_rows: Add the column `row`, the number of the row in the source, from 0.
 
     Raises:
         FileNotFoundError: If `source` is neither a file nor a data set that can be reached.
-        ValueError: If the file cannot be read, is empty, lacks a column, or holds something that is not text.
+        ValueError: If the file cannot be read, is empty, lacks a column, or has bad rows.
     """
-    dataset = _load(str(source), split)
-    for column in (prompt_column, answer_column):
-        if column not in dataset.column_names:
-            raise ValueError(
-                f"{source} has no column {column!r}; it has {', '.join(map(repr, dataset.column_names))}. "
-                "Name the columns with prompt_column and answer_column."
-            )
+    answers = [answer_column] if isinstance(answer_column, str) else list(answer_column)
+    columns = {prompt_column: "prompt", **dict.fromkeys(answers, "answer")}
+    dataset, numbers = _load_texts(str(source), columns, split, limit, skip_bad_rows)
+    if len(columns) == 2:
+        dataset = dataset.select_columns(list(columns)).rename_columns(columns)
+        return dataset.add_column("row", numbers) if number_rows else dataset
+
+    def as_pairs(rows: dict[str, list[str]]) -> dict[str, list[str]]:
+        texts = list(zip(*(rows[name] for name in answers), strict=True))
+        return {
+            "prompt": [prompt for prompt in rows[prompt_column] for _ in answers],
+            "answer": [text for row in texts for text in row],
+        }
+
+    dataset = dataset.map(as_pairs, batched=True, remove_columns=dataset.column_names)
+    return dataset.add_column("row", np.repeat(numbers, len(answers))) if number_rows else dataset
+
+
+def load_prompts(
+    source: str | Path,
+    prompt_column: str = "prompt",
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    skip_bad_rows: bool = False,
+) -> Dataset:
+    """
+    Like [`load_pairs`], for data that may have no answers: the column `prompt` and all others as they are.
+
+    Args:
+        source: See [`load_pairs`]. Of a `.txt` file every line is a prompt.
+        prompt_column: The column that holds what the model reads.
+        split: See [`load_pairs`].
+        limit: See [`load_pairs`].
+        skip_bad_rows: See [`load_pairs`].
+    """
+    if Path(source).suffix == ".txt":
+        prompt_column = "text"
+    dataset, _ = _load_texts(str(source), {prompt_column: "prompt"}, split, limit, skip_bad_rows)
+    if prompt_column == "prompt":
+        return dataset
+    if "prompt" in dataset.column_names:
+        raise ValueError(f"{source} has a column 'prompt' beside {prompt_column!r}, which is read. Rename the first.")
+    return dataset.rename_column(prompt_column, "prompt")
+
+
+def _load_texts(
+    source: str, columns: dict[str, str], split: str, limit: int | None, skip_bad_rows: bool
+) -> tuple[Dataset, np.ndarray]:
+    """
+    The rows of a source, with texts in all the columns that are named, each with what it is to us; and the number of
+    each row in the source.
+    """
+    dataset = _load(source, split, list(columns))
+    check_columns(source, list(columns), dataset.column_names)
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
-    columns = {"prompt": dataset[prompt_column][:], "answer": dataset[answer_column][:]}
-    if not columns["prompt"]:
+    bad, numbers = _bad_rows(dataset, columns), np.arange(len(dataset))
+    if bad:
+        tell_bad_rows(source, bad, skip_bad_rows)
+        numbers = np.setdiff1d(numbers, list(bad))
+        dataset = dataset.select(numbers)
+    if not len(dataset):
         raise ValueError(f"{source} holds no pairs.")
-    for name, texts in columns.items():
-        _check_texts(source, name, texts)
-    return Dataset.from_dict(columns)
+    return (dataset.remove_columns(ROW_ERROR) if ROW_ERROR in dataset.column_names else dataset), numbers
 
 
-def _load(source: str, split: str) -> Dataset:
+def check_columns(source: str, needed: Sequence[str], there: Sequence[str]) -> None:
+    """Raises `ValueError` if a column is not there."""
+    for column in needed:
+        if column not in there:
+            raise ValueError(
+                f"{source} has no column {column!r}; it has {', '.join(map(repr, there))}. "
+                "Name the columns with prompt_column and answer_column."
+            )
+
+
+def tell_bad_rows(source: str, bad: Mapping[int, str], skip: bool) -> None:
+    """Raises `ValueError` with the numbers of bad rows and what is wrong with the first, or logs it if they go."""
+    numbers = ", ".join(map(str, list(bad)[:10])) + (", ..." if len(bad) > 10 else "")
+    if skip:
+        logger.warning(f"{source}: {len(bad)} bad rows were skipped: {numbers}.")
+        return
+    others = f" There are {len(bad)} bad rows: {numbers}." if len(bad) > 1 else ""
+    raise ValueError(f"{source}: {next(iter(bad.values()))}.{others} Mend them, or leave them out with skip_bad_rows.")
+
+
+def _bad_rows(dataset: Dataset, columns: Mapping[str, str]) -> dict[int, str]:
+    """What is wrong with each row in which one of the columns holds no text."""
+    bad: dict[int, str] = {}
+    for column, name in columns.items():
+        is_text = getattr(dataset.features[column], "dtype", "") in ("string", "large_string")
+        if is_text and dataset.data.column(column).null_count == 0:
+            continue
+        for row, text in enumerate(dataset[column]):
+            if not isinstance(text, str):
+                error = dataset[row][ROW_ERROR] if ROW_ERROR in dataset.column_names else None
+                bad.setdefault(row, error or f"the {name} of row {row} is {text!r}, not a text")
+    return dict(sorted(bad.items()))
+
+
+def _load(source: str, split: str, columns: Sequence[str]) -> Dataset:
     path = Path(source).expanduser()
-    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
-    file_format = FILE_FORMATS.get(suffixes[-1]) if suffixes else None
+    file_format, options = file_format_of(path)
     if not path.is_file():
         if file_format is not None or source.count("/") > 1 or path.is_dir():
             raise FileNotFoundError(f"There is no data file {source}.")
         return _load_from_hub(source, split)
     if file_format is None:
         raise ValueError(f"{source} is none of {', '.join(FILE_FORMATS)}: the ending of the name tells the format.")
-    options = {"sep": "\t"} if ".tsv" in path.suffixes else {}
     try:
         return load_dataset(file_format, data_files=str(path), split="train", **options)
     except Exception as error:  # every reader has exceptions of its own
-        reason = _first_line(error.__cause__ or error)
+        reason = reason_of(error.__cause__ or error)
         if "corresponds to no data" in reason:
             raise ValueError(f"{source} holds no pairs.") from error
-        raise ValueError(f"{source} cannot be read as {file_format}: {reason}") from error
+        dataset = _read_lines(path, columns) if ".jsonl" in path.suffixes else None
+        if dataset is None:
+            raise ValueError(f"{source} cannot be read as {file_format}: {reason}") from error
+        return dataset
+
+
+def file_format_of(path: Path) -> tuple[str | None, dict[str, Any]]:
+    """What `datasets` calls the format of a file, by its name, and the options to read it with."""
+    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
+    file_format = FILE_FORMATS.get(suffixes[-1]) if suffixes else None
+    # Texts in a table are texts, also those that are empty or say "NA".
+    options: dict[str, Any] = {"keep_default_na": False} if file_format == "csv" else {}
+    return file_format, options | ({"sep": "\t"} if suffixes[-1:] == [".tsv"] else {})
+
+
+def _read_lines(path: Path, columns: Sequence[str]) -> Dataset | None:
+    """JSON lines of which some are wrong, these with a reason in place of texts; None if all are."""
+    first = next((row for row in parse_lines(path, None) if ROW_ERROR not in row), None)
+    if first is None:
+        return None
+    check_columns(str(path), columns, list(first))
+    features = Features({name: Value("string") for name in [*columns, ROW_ERROR]})
+    # The time of the last change is there for the cache, which goes by these arguments.
+    stamp = {"columns": tuple(columns), "changed": path.stat().st_mtime_ns}
+    return Dataset.from_generator(_lines_as_texts, features=features, gen_kwargs={"path": path, **stamp})
+
+
+def _lines_as_texts(path: Path, columns: Sequence[str], changed: int) -> Iterator[dict[str, Any]]:
+    for number, row in enumerate(parse_lines(path, None)):
+        wrong = [name for name in columns if not isinstance(row.get(name), str)]
+        error = row.get(ROW_ERROR) or (
+            f"the {wrong[0]} of row {number} is {row.get(wrong[0])!r}, not a text" if wrong else None
+        )
+        yield {name: None if wrong else row[name] for name in columns} | {ROW_ERROR: error}
+
+
+def parse_lines(path: Path, limit: int | None) -> Iterator[dict[str, Any]]:
+    """Each line of a file of JSON lines, as a mapping; of one that is none, a mapping that says why."""
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        try:
+            for number, line in enumerate(islice((line for line in lines if line.strip()), limit)):
+                try:
+                    row = json.loads(line)
+                    yield row if isinstance(row, dict) else {ROW_ERROR: f"row {number} is no JSON object"}
+                except ValueError as error:
+                    yield {ROW_ERROR: f"row {number} is not JSON ({error})"}
+        except (OSError, EOFError, UnicodeDecodeError) as error:
+            yield {ROW_ERROR: f"the rest cannot be read ({error})"}
 
 
 def _load_from_hub(name: str, split: str) -> Dataset:
@@ -88,17 +234,11 @@ def _load_from_hub(name: str, split: str) -> Dataset:
         return load_dataset(repository, configuration or None, split=split)
     except Exception as error:  # offline, unknown, gated, no such split: each its own class
         raise FileNotFoundError(
-            f"{name} is neither a file nor a data set that can be loaded from the Hub: {_first_line(error)}"
+            f"{name} is neither a file nor a data set that can be loaded from the Hub: {reason_of(error)}"
         ) from error
 
 
-def _check_texts(source: str | Path, name: str, texts: list[Any]) -> None:
-    for row, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(f"{source}: the {name} of row {row} is {text!r}, not a text.")
-
-
-def _first_line(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from modeling_llm2slm.data import load_pairs, train_tokenizer, versions
+from modeling_llm2slm.data import load_pairs, load_prompts, train_tokenizer, versions
 
 
 PAIRS = [
@@ -52,6 +52,50 @@ def test_columns_may_have_other_names_and_others_are_left(tmp_path):
     assert load_pairs(path, "source", "target").to_list() == [{"prompt": "a", "answer": "b"}]
 
 
+def test_several_answers_give_a_row_several_pairs(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "p", "a": "1", "b": "2"}\n{"prompt": "q", "a": "3", "b": "4"}\n')
+    pairs = load_pairs(path, answer_column=["b", "a"], number_rows=True)
+    assert pairs["prompt"][:] == ["p", "p", "q", "q"]
+    assert pairs["answer"][:] == ["2", "1", "4", "3"]
+    assert pairs["row"][:] == [0, 0, 1, 1]
+    assert load_pairs(path, "a", "a").to_list() == [{"prompt": "1", "answer": "1"}, {"prompt": "3", "answer": "3"}]
+
+
+def test_prompts_come_with_what_else_there_is(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id": 7, "source": "a"}\n')
+    assert load_prompts(path, "source").to_list() == [{"id": 7, "prompt": "a"}]
+    (tmp_path / "lines.txt").write_text("one\ntwo\n")
+    assert load_prompts(tmp_path / "lines.txt")["prompt"][:] == ["one", "two"]
+    path.write_text('{"prompt": "x", "source": "a"}\n')
+    with pytest.raises(ValueError, match="column 'prompt' beside 'source'"):
+        load_prompts(path, "source")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_lines_that_are_wrong_are_numbered_and_left_out_on_request(tmp_path, suffix, caplog):
+    lines = ['{"prompt": "a", "answer": "b"}', '{"prompt": "a"', "", "[1]", '{"prompt": "c", "answer": "d", "x": 1}']
+    path = tmp_path / f"pairs{suffix}"
+    content = "\n".join(lines).encode()
+    path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+    with pytest.raises(ValueError, match=r"row 1 is not JSON \(.*\)\. There are 2 bad rows: 1, 2\. Mend them, or"):
+        load_pairs(path)
+    pairs = load_pairs(path, skip_bad_rows=True, number_rows=True)
+    assert pairs.to_list() == [{"prompt": "a", "answer": "b", "row": 0}, {"prompt": "c", "answer": "d", "row": 3}]
+    assert "2 bad rows were skipped: 1, 2." in caplog.text
+    path.write_bytes(
+        gzip.compress(content.replace(b"c", b"e")) if suffix.endswith(".gz") else content.replace(b"c", b"e")
+    )
+    assert load_pairs(path, skip_bad_rows=True)["prompt"][:] == ["a", "e"]  # what was read before is not used again
+
+
+def test_words_of_a_table_are_words(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("prompt,answer\nNA,null\n,nan\n")
+    assert load_pairs(path).to_list() == [{"prompt": "NA", "answer": "null"}, {"prompt": "", "answer": "nan"}]
+
+
 def test_empty_texts_are_texts(tmp_path):
     assert load_pairs(write(tmp_path / "pairs.jsonl"))["prompt"][2] == ""
 
@@ -86,7 +130,7 @@ def test_a_data_set_that_cannot_be_reached_is_an_error_of_one_line():
         ),
         ("pairs.jsonl", b'{"prompt": 3, "answer": "b"}\n', "prompt of row 0 is 3"),
         ("pairs.csv", b"prompt,answer\n", "holds no pairs"),
-        ("pairs.txt", b"a b", "ending of the name"),
+        ("pairs.xml", b"a b", "ending of the name"),
     ],
 )
 def test_what_cannot_be_used_is_an_error_of_one_line(tmp_path, name, content, message):
