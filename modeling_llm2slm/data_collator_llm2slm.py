@@ -31,20 +31,25 @@ class DataCollatorForLLM2SLM:
         model ([`LLM2SLMForConditionalGeneration`], *optional*):
             If given, `decoder_input_ids` are made from the labels, which `Trainer` needs for label smoothing.
         pad_to_multiple_of (`int`, *optional*): Pad lengths to a multiple of this.
+        states (`StateStore`, *optional*):
+            A store of `llm2slm encode`: the LLM's states of every prompt, with which no LLM has to run.
 
     Returns (of a call):
         `dict[str, torch.Tensor]`: `input_ids` and `attention_mask` `(B, N)`; `labels` (and `decoder_input_ids`)
-        `(B, M)` if the features have them.
+        `(B, M)` if the features have them; `llm_hidden_states` `(B, N, d_llm)` from a store.
     """
 
     processor: LLM2SLMProcessor
     model: Any = None
     pad_to_multiple_of: int | None = None
+    states: Any = None
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         pad: dict[str, Any] = {"padding": True, "pad_to_multiple_of": self.pad_to_multiple_of, "return_tensors": "pt"}
         prompts = [{key: row[key] for key in ("input_ids", "attention_mask") if key in row} for row in features]
         batch = dict(self.processor.tokenizer.pad(prompts, verbose=False, **pad))
+        if self.states is not None:
+            batch["llm_hidden_states"] = self.states.batch(batch["input_ids"], batch["attention_mask"])
         if features[0].get("labels") is not None:
             batch["labels"] = self.processor.pad_labels([list(row["labels"]) for row in features], **pad)
             if self.model is not None:

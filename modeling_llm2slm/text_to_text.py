@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import logging
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
@@ -24,6 +25,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     TextIteratorStreamer,
 )
+
+
+if TYPE_CHECKING:
+    from .state_store import StateStore
 
 
 logger = logging.getLogger(__name__)
@@ -48,7 +53,10 @@ class TextToText:
     Attributes:
         tokenizer: The tokenizer of the answers.
         collator: Pads a list of features to a batch for a Trainer.
+        states: The store that a composite without its LLM takes the LLM's states from.
     """
+
+    states: StateStore | None = None
 
     def __init__(
         self,
@@ -70,6 +78,7 @@ class TextToText:
         device: str | torch.device | None = None,
         prompt_max_length: int | None = None,
         answer_max_length: int | None = None,
+        states: StateStore | None = None,
     ) -> TextToText:
         """
         Loads a checkpoint of any of the three kinds.
@@ -80,20 +89,30 @@ class TextToText:
             device: Where to put the model (default: the CPU).
             prompt_max_length: See the class.
             answer_max_length: See the class.
+            states: Of a composite: a store to take the LLM's states from; the LLM itself is not loaded then.
 
         Raises:
             OSError: If there is no such checkpoint, or if it is damaged or incomplete.
-            ValueError: If the model is of a kind that does not write text, or there is no such device.
+            ValueError: If the model is of a kind that does not write text, there is no such device, or the states are
+                another LLM's.
         """
         config = load(AutoConfig, path)
         encoder_decoder = getattr(config, "is_encoder_decoder", False)
         auto_class = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
         if type(config) not in auto_class._model_mapping:
             raise ValueError(f"{path} is a {config.model_type} model, which does not turn a prompt into an answer.")
-        model = load_model(auto_class, path, dtype=dtype or torch.float32)
         processor = load(AutoProcessor if config.model_type == "llm2slm" else AutoTokenizer, path)
+        if states is not None:
+            if config.model_type != "llm2slm":
+                raise ValueError(f"{path} is a {config.model_type} model, without an LLM beside it to have states of.")
+            from .without_llm import LLM2SLMWithoutLLM as auto_class
+
+            states.check(path, config, processor.tokenizer)
+        model = load_model(auto_class, path, dtype=dtype or torch.float32)
         kind = EncoderDecoderTextToText if encoder_decoder else DecoderOnlyTextToText
-        return kind(_move(model, device or "cpu").eval(), processor, prompt_max_length, answer_max_length)
+        text_to_text = kind(_move(model, device or "cpu").eval(), processor, prompt_max_length, answer_max_length)
+        text_to_text.states = states
+        return text_to_text
 
     @property
     def collator(self) -> Any:
@@ -111,6 +130,22 @@ class TextToText:
             `input_ids` and `attention_mask`, and `labels` if answers are given; each a list with one entry per prompt.
         """
         raise NotImplementedError
+
+    def problems(self, features: dict[str, list[list[int]]]) -> list[str | None]:
+        """What keeps each of some features, with labels, from being trained on: None where nothing does."""
+        return [self._problem(*row) for row in zip(features["input_ids"], features["labels"], strict=True)]
+
+    def _problem(self, input_ids: list[int], labels: list[int]) -> str | None:
+        return None
+
+    def fingerprint(self) -> str:
+        """A hash of everything that decides about features and their problems."""
+        from .state_store import tokenizer_fingerprint
+
+        reader = getattr(self.processor, "tokenizer", self.processor)
+        parts = [type(self).__name__, tokenizer_fingerprint(reader), tokenizer_fingerprint(self.tokenizer)]
+        parts += [str(self.prompt_max_length), str(self.answer_max_length), str(self._positions)]
+        return hashlib.sha256("|".join([*parts, str(self.states and self.states.description)]).encode()).hexdigest()
 
     def generate(self, prompts: list[str], batch_size: int = 32, **generate_kwargs: Any) -> list[str]:
         """
@@ -199,7 +234,10 @@ class TextToText:
     def _pad(self, features: dict[str, list[list[int]]]) -> Any:
         """Pads features to tensors on the model's device, on the side to generate from."""
         reader = getattr(self.processor, "tokenizer", self.processor)
-        return reader.pad(features, padding_side=self._padding_side, return_tensors="pt").to(self.model.device)
+        inputs = reader.pad(features, padding_side=self._padding_side, return_tensors="pt")
+        if self.states is not None:
+            inputs["llm_hidden_states"] = self.states.batch(inputs["input_ids"], inputs["attention_mask"])
+        return inputs.to(self.model.device)
 
     _padding_side = "right"
 
@@ -233,7 +271,7 @@ class EncoderDecoderTextToText(TextToText):
             return super().collator
         from modeling_llm2slm import DataCollatorForLLM2SLM
 
-        return DataCollatorForLLM2SLM(self.processor, model=self.model)
+        return DataCollatorForLLM2SLM(self.processor, model=self.model, states=self.states)
 
     def features(self, prompts: list[str], answers: list[str] | None = None) -> dict[str, list[list[int]]]:
         if self._composite:
@@ -243,6 +281,17 @@ class EncoderDecoderTextToText(TextToText):
         if answers is not None:
             features["labels"] = self._encode("answers", self.answer_max_length, text_target=list(answers))
         return features
+
+    def _problem(self, input_ids: list[int], labels: list[int]) -> str | None:
+        if not self._composite:
+            return None
+        if not input_ids:
+            return "has an empty prompt"
+        if self.states is not None and input_ids not in self.states:
+            return f"is not in {self.states.path}, which was made of other data: encode all data that is trained on"
+        if not self.model.config.has_room(len(input_ids), len(labels)):
+            return f"has {len(input_ids) + len(labels)} tokens, but the SLM has {self._positions} positions"
+        return None
 
     def _encode(self, what: str, max_length: int | None, **texts: list[str]) -> list[list[int]]:
         ids = self.processor(**texts, verbose=False)["input_ids"]
@@ -331,9 +380,13 @@ class DecoderOnlyTextToText(TextToText):
             pairs = list(zip(inputs, targets, strict=True))
             features["input_ids"] = [prompt + answer for prompt, answer in pairs]
             features["labels"] = [[-100] * len(prompt) + answer for prompt, answer in pairs]
-        self._check_positions(max(map(len, features["input_ids"])))
         features["attention_mask"] = [[1] * len(ids) for ids in features["input_ids"]]
         return features
+
+    def _problem(self, input_ids: list[int], labels: list[int]) -> str | None:
+        if self._positions is None or len(input_ids) <= self._positions:
+            return None
+        return f"has {len(input_ids)} tokens, but the model has {self._positions} positions"
 
     def _ids(self, what: str, texts: list[str], max_length: int | None) -> list[list[int]]:
         ids = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]

@@ -139,8 +139,8 @@ class TestDecoderOnly:
 
     def test_too_few_positions_are_an_error_before_any_compute(self, slm, monkeypatch):
         monkeypatch.setattr(slm.model, "generate", None)
-        with pytest.raises(ValueError, match=r"71 tokens together, but the model has 64 positions"):
-            slm.features([" ".join(["src1"] * 68)], ["src2"])
+        with pytest.raises(ValueError, match=r"69 tokens together, but the model has 64 positions"):
+            slm.generate([" ".join(["src1"] * 60)], max_new_tokens=8)
         with pytest.raises(ValueError, match=r"prompt_max_length"):
             slm.generate([" ".join(["src1"] * 60)], max_new_tokens=8)
 
