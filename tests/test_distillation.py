@@ -1,0 +1,120 @@
+"""`llm2slm distill`: the LLM's own answers beside what was there, each prompt once, whatever kills it on the way."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints import PAIRS, PROMPTS, write_checkpoint, write_pairs
+from modeling_llm2slm.data import load_pairs
+from modeling_llm2slm.distillation import distill
+from modeling_llm2slm.text_to_text import TextToText
+
+
+OPTIONS = {"num_beams": 2, "max_new_tokens": 5}
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_checkpoint("llm", tmp_path_factory.mktemp("llm"))
+
+
+@pytest.fixture(scope="module")
+def expected(llm: str) -> list[str]:
+    return TextToText.from_pretrained(llm).generate(PROMPTS, **OPTIONS)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    return write_pairs(tmp_path / "pairs.jsonl", [{"id": row, **pair} for row, pair in enumerate(PAIRS)])
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    content = path.read_bytes()
+    text = gzip.decompress(content) if path.suffix == ".gz" else content
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("name", ["answers.jsonl", "answers.jsonl.gz"])
+def test_answers_stand_beside_what_was_there(
+    llm: str, data: str, expected: list[str], tmp_path: Path, name: str
+) -> None:
+    seen: list[tuple[int, int]] = []
+    assert distill(llm, data, tmp_path / name, batch_size=3, progress=lambda *now: seen.append(now), **OPTIONS) == 8
+    assert rows_of(tmp_path / name) == [
+        {"id": row, **pair, "llm_answer": answer}
+        for row, (pair, answer) in enumerate(zip(PAIRS, expected, strict=True))
+    ]
+    assert seen == [(0, 8), (3, 8), (6, 8), (8, 8)]
+    assert not list(tmp_path.glob("*.part*"))
+
+
+def test_recipes_train_on_either_or_both(llm: str, data: str, expected: list[str], tmp_path: Path) -> None:
+    distill(llm, data, tmp_path / "answers.jsonl", **OPTIONS)
+    both = load_pairs(tmp_path / "answers.jsonl", answer_column=["answer", "llm_answer"], limit=2)
+    assert both["prompt"][:] == [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
+    assert both["answer"][:] == [PAIRS[0]["answer"], expected[0], PAIRS[1]["answer"], expected[1]]
+    one = load_pairs(tmp_path / "answers.jsonl", answer_column="llm_answer")
+    assert one["answer"][:] == expected
+
+
+def test_lines_of_text_and_other_names_will_do(llm: str, expected: list[str], tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS[:2], PROMPTS[0]]) + "\n")
+    write_pairs(tmp_path / "named.jsonl", [{"source": prompt} for prompt in PROMPTS[:2]])
+    distill(llm, tmp_path / "prompts.txt", tmp_path / "a.jsonl", **OPTIONS)
+    distill(llm, tmp_path / "named.jsonl", tmp_path / "b.jsonl", "source", column="target", **OPTIONS)
+    assert [row["llm_answer"] for row in rows_of(tmp_path / "a.jsonl")] == [*expected[:2], expected[0]]
+    assert rows_of(tmp_path / "b.jsonl")[1] == {"source": PROMPTS[1], "target": expected[1]}
+
+
+@pytest.mark.parametrize("tail", [b"", b'{"prompt": "0f", "ans', '{"prompt": "0f", "answer": "ä'.encode()[:-1]])
+def test_a_killed_run_goes_on(
+    llm: str, data: str, expected: list[str], tmp_path: Path, tail: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered: list[str] = []
+    generate = TextToText.generate
+
+    def stopping(self: TextToText, prompts: list[str], *args: Any, **kwargs: Any) -> list[str]:
+        if len(answered) == 4 and not (tmp_path / "again").exists():
+            raise KeyboardInterrupt
+        answered.extend(prompts)
+        return generate(self, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(TextToText, "generate", stopping)
+    output = tmp_path / "answers.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        distill(llm, data, output, batch_size=2, **OPTIONS)
+    assert not output.exists()
+    with output.with_name("answers.jsonl.part").open("ab") as part:
+        part.write(tail)
+    (tmp_path / "again").touch()
+    distill(llm, data, output, batch_size=2, **OPTIONS)
+    assert sorted(answered) == sorted(PROMPTS)  # none twice
+    assert [row["llm_answer"] for row in rows_of(output)] == expected
+
+
+def test_processes_share_the_work(
+    llm: str, data: str, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        assert not (tmp_path / "answers.jsonl").exists()
+        monkeypatch.setenv("RANK", rank)
+        distill(llm, data, tmp_path / "answers.jsonl", batch_size=2, **OPTIONS)
+    assert [row["llm_answer"] for row in rows_of(tmp_path / "answers.jsonl")] == expected
+
+
+def test_what_another_run_left_is_not_mixed_in(llm: str, data: str, tmp_path: Path) -> None:
+    output = tmp_path / "answers.jsonl"
+    (tmp_path / "answers.jsonl.part").write_text('{"num_beams": 9}\n')
+    with pytest.raises(ValueError, match="left by a run with another LLM or other settings"):
+        distill(llm, data, output, **OPTIONS)
+    distill(llm, data, output, overwrite=True, **OPTIONS)
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        distill(llm, data, output, **OPTIONS)
+    with pytest.raises(ValueError, match=r"none of \.jsonl"):
+        distill(llm, data, tmp_path / "answers.csv", **OPTIONS)
