@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from common import FUSIONS, PROMPTS, build_model, make_labels, pad_prompts, same_tensors, t5_config
-from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, lora_config
+from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, ia3_config, lora_config
 
 
 peft = pytest.importorskip("peft")
@@ -25,9 +27,16 @@ def training_batch() -> dict[str, torch.Tensor]:
     return {**pad_prompts(PROMPTS), "labels": make_labels()}
 
 
-def adapt(model: LLM2SLMForConditionalGeneration, steps: int = 3) -> nn.Module:
+METHODS: dict[str, Callable[[LLM2SLMForConditionalGeneration], Any]] = {
+    "lora": lambda model: lora_config(model, r=4),
+    "dora": lambda model: lora_config(model, r=4, use_dora=True),
+    "ia3": ia3_config,
+}
+
+
+def adapt(model: LLM2SLMForConditionalGeneration, steps: int = 3, method: str = "lora") -> nn.Module:
     """The model with an adapter, after a few steps of training."""
-    adapted = peft.get_peft_model(model, lora_config(model, r=4)).train()
+    adapted = peft.get_peft_model(model, METHODS[method](model)).train()
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.05)
     for _ in range(steps):
         adapted(**training_batch()).loss.backward()
@@ -62,13 +71,14 @@ def test_what_trains(fusion: str) -> None:
         assert (parameter.grad is not None) == (name in trained), name
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_an_adapter_loads_on_a_fresh_base(fusion: str, tmp_path: Path) -> None:
+def test_an_adapter_loads_on_a_fresh_base(fusion: str, method: str, tmp_path: Path) -> None:
     base = build_model(fusion)
     base.save_pretrained(tmp_path / "base")
     before = copy.deepcopy(base.state_dict())
     expected_start = logits_of(base)
-    adapted = adapt(base)
+    adapted = adapt(base, method=method)
     adapted.save_pretrained(tmp_path / "adapter")
     expected = logits_of(adapted)
     assert not torch.allclose(expected, expected_start, atol=1e-3)
@@ -85,9 +95,10 @@ def test_an_adapter_loads_on_a_fresh_base(fusion: str, tmp_path: Path) -> None:
             assert not parameter.requires_grad
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_the_adapter_file_holds_what_was_trained(fusion: str, tmp_path: Path) -> None:
-    adapted = adapt(build_model(fusion))
+def test_the_adapter_file_holds_what_was_trained(fusion: str, method: str, tmp_path: Path) -> None:
+    adapted = adapt(build_model(fusion), method=method)
     adapted.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
@@ -96,8 +107,9 @@ def test_the_adapter_file_holds_what_was_trained(fusion: str, tmp_path: Path) ->
     assert not [name for name in tensors if ".llm." in name or "wte" in name or "lm_head" in name]
 
 
-def test_merging_gives_the_same_logits(tmp_path: Path) -> None:
-    adapted = adapt(build_model("add"))
+@pytest.mark.parametrize("method", METHODS)
+def test_merging_gives_the_same_logits(method: str, tmp_path: Path) -> None:
+    adapted = adapt(build_model("add"), method=method)
     expected = logits_of(adapted)
     merged = adapted.merge_and_unload()
     assert type(merged) is LLM2SLMForConditionalGeneration
@@ -127,3 +139,40 @@ def test_an_encoder_decoder_slm_is_matched_too() -> None:
     lora = [name for name, p in adapted.named_parameters() if p.requires_grad and ".lora_" in name]
     assert lora
     assert not [name for name in lora if ".llm." in name]
+
+
+@pytest.mark.parametrize("method", ["dora", "ia3"])
+def test_other_methods_train_nothing_of_the_llm(method: str) -> None:
+    before = build_model("add").state_dict()
+    adapted = adapt(build_model("add"), method=method)
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    kinds = {"dora": ".lora_magnitude_vector.", "ia3": ".ia3_l."}
+    assert [name for name in trained if kinds[method] in name and ".decoder." in name]
+    assert not [name for name in trained if ".llm." in name]
+    after = adapted.base_model.model.encoder.llm.state_dict()
+    same_tensors(after, {name: before[f"encoder.llm.{name}"] for name in after})
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q", "v"], ["q", "v", "c_attn"], r".*\.(q|k|v|c_attn)"])
+@pytest.mark.parametrize("excluded", [None, ["mlp.c_fc"], r".*\.c_fc"])
+def test_no_choice_of_targets_reaches_the_llm(targets: Any, excluded: Any) -> None:
+    """LLM and SLM share layer names, and peft's "all-linear" means the whole model."""
+    t5_slm = LLM2SLMForConditionalGeneration(LLM2SLMConfig(encoder=t5_config(), decoder=t5_config()))
+    for model in (build_model("add"), t5_slm):
+        if targets == ["q", "v"] and not model.config.decoder.is_encoder_decoder:
+            with pytest.raises(ValueError, match="exclude"):  # a GPT-2 has none of these
+                peft.get_peft_model(model, lora_config(model, target_modules=targets, exclude_modules=excluded))
+            continue
+        adapted = peft.get_peft_model(model, lora_config(model, target_modules=targets, exclude_modules=excluded))
+        lora = [name for name, p in adapted.named_parameters() if p.requires_grad and ".lora_" in name]
+        assert lora
+        assert all(name.startswith("base_model.model.decoder.") for name in lora)
+        assert not [name for name in lora if excluded is not None and ".c_fc." in name]
+
+
+def test_an_slm_that_ia3_does_not_know_is_an_error_that_names_the_fix() -> None:
+    model = build_model("add")
+    model.config.decoder.model_type = "nobodys"
+    with pytest.raises(ValueError, match="pass `target_modules`"):
+        ia3_config(model)
+    assert ia3_config(model, target_modules=r"decoder\..*c_attn", feedforward_modules=[]).exclude_modules
