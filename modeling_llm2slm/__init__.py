@@ -8,8 +8,9 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoProcessor
 
 from .configuration_llm2slm import LLM2SLMConfig
 from .data_collator_llm2slm import DataCollatorForLLM2SLM
-from .lora import lora_config
+from .lora import ia3_config, lora_config
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration, PromptStates
+from .optimization import parameter_groups
 from .processing_llm2slm import LLM2SLMProcessor
 
 
@@ -27,5 +28,7 @@ __all__ = [
     "LLM2SLMForConditionalGeneration",
     "LLM2SLMProcessor",
     "PromptStates",
+    "ia3_config",
     "lora_config",
+    "parameter_groups",
 ]

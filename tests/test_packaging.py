@@ -105,6 +105,7 @@ def imported(paths: Iterable[Path]) -> set[str]:
             elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
                 modules.add(node.module.split(".")[0])
     own = {"llm2slm", "modeling_llm2slm"} | sys.stdlib_module_names
+    own |= {name for name, needed in declared().items() if 'extra == "quantization"' in str(needed.marker)}  # not here
     return {distributions[module][0].lower().replace("_", "-") for module in modules - own}
 
 

@@ -1,0 +1,129 @@
+"""A frozen LLM in 8 or 4 bits: nearly the same states in a part of the memory, and all else as it was."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoints import write_pairs
+from common import PROMPTS, gpt2_config, llm_tokenizer, make_labels, pad_prompts, slm_tokenizer, t5_config
+from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
+from modeling_llm2slm.quantization import QUANTIZATIONS, nbytes, quantize_llm
+from modeling_llm2slm.state_store import llm_fingerprint
+from modeling_llm2slm.training import train
+
+
+LIBRARIES = {"int8": "torchao", "nf4": "bitsandbytes"}
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torchao")
+
+
+def needs(to: str) -> None:
+    if importlib.util.find_spec(LIBRARIES[to]) is None:
+        pytest.skip(f"needs {LIBRARIES[to]}: pip install 'modeling-llm2slm[quantization]'")
+
+
+def make_model(**overrides: Any) -> LLM2SLMForConditionalGeneration:
+    torch.manual_seed(0)
+    llm = t5_config(d_model=64, d_kv=32, d_ff=128, num_heads=2)
+    return LLM2SLMForConditionalGeneration(LLM2SLMConfig(encoder=llm, decoder=gpt2_config(), **overrides)).eval()
+
+
+@pytest.mark.parametrize(("to", "error", "part"), [("int8", 0.03, 0.5), ("nf4", 0.25, 0.7)])
+def test_states_are_near_and_memory_is_saved(to: str, error: float, part: float) -> None:
+    needs(to)
+    model, whole = make_model(), make_model()
+    quantize_llm(model, to)
+    batch = pad_prompts(PROMPTS)
+    states, expected = model.encode_llm(**batch), whole.encode_llm(**batch)
+    assert 0 < float((states - expected).norm() / expected.norm()) < error
+    matrices = nbytes(whole.encoder.llm) - whole.encoder.llm.shared.weight.nbytes
+    assert nbytes(model.encoder.llm) - model.encoder.llm.shared.weight.nbytes < part * matrices
+    for name, parameter in model.named_parameters():
+        if ".llm." not in name:
+            assert torch.equal(parameter, whole.get_parameter(name))
+
+
+@pytest.mark.parametrize("to", QUANTIZATIONS)
+def test_the_rest_trains(to: str) -> None:
+    needs(to)
+    model = make_model()
+    quantize_llm(model, to)
+    model.train()
+    model(**pad_prompts(PROMPTS), labels=make_labels()).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (".llm." not in name), name
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+@pytest.mark.parametrize("to", QUANTIZATIONS)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_recipe_trains_behind_it_and_saves_the_llm_as_it_was(to: str, lora: Any, tmp_path: Path) -> None:
+    needs(to)
+    make_model().save_pretrained(tmp_path / "model")
+    LLM2SLMProcessor(llm_tokenizer(), slm_tokenizer()).save_pretrained(tmp_path / "model")
+    recipe: dict[str, Any] = {
+        "model": str(tmp_path / "model"), "train_data": write_pairs(tmp_path / "pairs.jsonl"),
+        "output_dir": str(tmp_path / "out"), "max_steps": 2, "logging_steps": 1, "quantize_llm": to, "lora": lora,
+        "disable_tqdm": True,
+    }  # fmt: skip
+    report = train(recipe)
+    assert report["steps"] == 2
+    assert llm_fingerprint(tmp_path / "out") == llm_fingerprint(recipe["model"])
+    assert train({**recipe, "max_steps": 4})["resumed_at_step"] == 2
+
+
+def _config_of(to: str) -> Any:
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    if to == "nf4":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+@pytest.mark.parametrize("to", QUANTIZATIONS)
+def test_an_llm_that_transformers_quantizes_while_it_loads_it(to: str, tmp_path: Path) -> None:
+    needs(to)
+    whole = make_model()
+    whole.encoder.llm.save_pretrained(tmp_path)
+    model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(
+        str(tmp_path),
+        decoder_model=whole.decoder,
+        encoder_quantization_config=_config_of(to),
+        shared_tokenizer=False,
+    )
+    assert model.decoder.dtype == torch.float32
+    batch = pad_prompts(PROMPTS)
+    states, expected = model.encode_llm(**batch), whole.encode_llm(**batch)
+    assert 0 < float((states - expected).norm() / expected.norm()) < 0.25
+    assert nbytes(model.encoder.llm) < 0.5 * nbytes(whole.encoder.llm)
+    model.train()(**batch, labels=make_labels()).loss.backward()
+    assert model.encoder.projector.linear_1.weight.grad is not None
+
+
+def test_what_is_wrong_is_said() -> None:
+    with pytest.raises(ValueError, match="not to 'int3'"):
+        quantize_llm(make_model(), "int3")
+    with pytest.raises(ValueError, match="freeze_llm=True"):
+        quantize_llm(make_model(freeze_llm=False))
+
+
+@pytest.mark.parametrize("to", QUANTIZATIONS)
+def test_a_library_that_is_missing_is_named(to: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import builtins
+
+    original = builtins.__import__
+
+    def refuse(name: str, *args: Any) -> Any:
+        if name.partition(".")[0] == LIBRARIES[to]:
+            raise ModuleNotFoundError(f"No module named {LIBRARIES[to]!r}", name=LIBRARIES[to])
+        return original(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ImportError, match=rf"needs {LIBRARIES[to]}.*modeling-llm2slm\[quantization\]"):
+        quantize_llm(make_model(), to)
