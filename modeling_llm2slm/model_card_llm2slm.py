@@ -221,7 +221,11 @@ def _training(recipe: Mapping[str, Any], training: Mapping[str, Any] | None, dat
     data = "" if not datasets else "Trained on " + ", ".join(f"`{Path(name).name}`" for name in datasets) + ".\n\n"
     if not training:
         return f"## Training\n\n{data}" if data else ""
-    shown = {key: Path(value).name if key in PATHS else value for key, value in recipe.items() if key != "output_dir"}
+    shown = {
+        key: Path(value).name if key in PATHS and value else value
+        for key, value in recipe.items()
+        if key != "output_dir"
+    }
     fields = "\n".join(f"{key}: {value}" for key, value in shown.items())
     return (
         f"## Training\n\n{data}{training.get('steps')} steps in {training.get('seconds', 0):.0f} s, "

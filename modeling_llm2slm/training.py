@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from datasets import Dataset
-from transformers import (
-    Adafactor,
-    HfArgumentParser,
-    PreTrainedModel,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-    set_seed,
-)
+from datasets.fingerprint import Hasher
+from transformers import HfArgumentParser, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from .checkpoint_llm2slm import describe_source, lean_source
-from .data import load_pairs, versions, write_aside
+from .data import load_pairs, tell_bad_rows, versions, write_aside
 from .evaluation import METRICS, score
+from .lora import lora_config
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
+from .optimization import parameter_groups, relative_adafactor
+from .quantization import QUANTIZATIONS, quantize_llm
+from .sampling import EpochSampler
+from .state_store import StateStore
+from .streaming import StreamedFeatures
 from .text_to_text import TextToText
+from .without_llm import with_llm
 
 
 @dataclass
@@ -41,9 +44,10 @@ class TrainingRecipe:
         train_data: A file or a data set on the Hub, see [`load_pairs`].
         validation_data: The same, for choosing the best checkpoint. None trains without validation.
         prompt_column: The column that holds what the model reads.
-        answer_column: The column that holds what the model shall write.
-        train_samples: Train on this many pairs, from the top (default: all).
-        validation_samples: Validate on this many pairs, from the top (default: all).
+        answer_column: The column that holds what the model shall write; of several (a list), such as the references
+            and the LLM's answers of `llm2slm distill`, each gives every row a pair. Validation takes the first.
+        train_samples: Train on this many rows, from the top (default: all).
+        validation_samples: Validate on this many rows, from the top (default: all).
         prompt_max_length: Prompts are cut to this many tokens (default: never).
         answer_max_length: Answers are cut to this many tokens (default: never).
         optimizer: `"adamw"`, or `"adafactor"` with updates relative to each parameter, which a T5 needs from scratch.
@@ -53,6 +57,18 @@ class TrainingRecipe:
         resume: Continue from the last checkpoint in the output folder, if there is one.
         include_llm: Whether the trained composite holds its frozen LLM, or says where it is (a lean checkpoint).
         include_llm_in_checkpoints: The same for the checkpoints along the way.
+        llm_states: A store of `llm2slm encode` that has all prompts: no LLM is loaded, its states are read.
+        learning_rate_mapping: Regular expressions for parameter names, each with a rate that replaces `learning_rate`,
+            such as `{projector: 1e-3}`; see [`parameter_groups`].
+        lora: Arguments of [`lora_config`], such as `{r: 8}` or `{}`: the SLM trains through an adapter. The model in
+            the output folder has it merged in, the adapter itself lies in `adapter/`.
+        quantize_llm: `"int8"` or `"nf4"` keeps the frozen LLM's matrices in 8 or 4 bits while the rest trains, see
+            [`quantize_llm`]. The model in the output folder has the LLM as it was.
+        skip_bad_rows: Leave out rows that cannot be read, hold no text or are too long for the SLM, with a warning
+            that numbers them, in place of an error that does.
+        streaming: Read the training data while training, for data that is not to be indexed; needs `max_steps`.
+        shuffle_buffer: Rows that streaming shuffles among.
+        preprocessing_num_workers: Processes that turn texts into token ids (default: this one).
     """
 
     model: str
@@ -70,16 +86,45 @@ class TrainingRecipe:
     resume: bool = True
     include_llm: bool = True
     include_llm_in_checkpoints: bool = False
+    llm_states: str | None = None
+    learning_rate_mapping: str = "{}"
+    lora: str | None = None
+    quantize_llm: str | None = field(default=None, metadata={"choices": list(QUANTIZATIONS)})
+    skip_bad_rows: bool = False
+    streaming: bool = False
+    shuffle_buffer: int = 10_000
+    preprocessing_num_workers: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.generation_kwargs, dict):
-            raise ValueError(f"generation is {self.generation!r}, but must map names to values: {{num_beams: 4}}.")
+        for name, example in _MAPPINGS.items():
+            try:
+                is_mapping = isinstance(self.mapping(name), dict)
+            except yaml.YAMLError:
+                is_mapping = False
+            if not is_mapping:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but must map names to values: {example}.")
+        if self.llm_states and self.quantize_llm:
+            raise ValueError("With llm_states no LLM is loaded, so quantize_llm has nothing to do. Leave one out.")
+
+    def mapping(self, name: str) -> dict[str, Any]:
+        """A field whose value is a mapping; an empty one where it is not set."""
+        return yaml.safe_load(getattr(self, name) or "{}")
 
     @property
     def generation_kwargs(self) -> dict[str, Any]:
         """The arguments of `generate()` as a mapping."""
-        return yaml.safe_load(self.generation)
+        return self.mapping("generation")
 
+    @property
+    def answer_columns(self) -> list[str]:
+        """The names of the columns that hold answers."""
+        return [name.strip() for name in self.answer_column.split(",")]
+
+
+logger = logging.getLogger(__name__)
+
+ROWS_AT_ONCE = 10_000  # are turned into token ids; texts that were cut are counted so often
+_MAPPINGS = {"generation": "{num_beams: 4}", "learning_rate_mapping": "{projector: 1.0e-3}", "lora": "{r: 8}"}
 
 # Defaults of ours where those of transformers would not validate, keep the best checkpoint, or stay off the network.
 # Unused columns are dropped by the collator: the Trainer drops them before it looks for the lengths to group by.
@@ -129,6 +174,8 @@ def parse_recipe(recipe: Mapping[str, Any]) -> tuple[TrainingRecipe, Seq2SeqTrai
     validation = VALIDATION_DEFAULTS if recipe.get("validation_data") else {}
     settings = {**DEFAULTS, **validation, **recipe}
     settings.setdefault("use_cpu", not torch.accelerator.is_available())  # without it, bf16 on a CPU is an error
+    if isinstance(settings.get("answer_column"), list):
+        settings["answer_column"] = ",".join(settings["answer_column"])
     metric = settings.get("metric", "loss")
     if validation:
         settings.setdefault("metric_for_best_model", f"eval_{metric}")
@@ -139,6 +186,10 @@ def parse_recipe(recipe: Mapping[str, Any]) -> tuple[TrainingRecipe, Seq2SeqTrai
             arguments += [f"--{name}", *_strings(value)]
     parser = _RecipeParser((TrainingRecipe, Seq2SeqTrainingArguments), allow_abbrev=False)
     ours, trainers = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    if ours.streaming:
+        if trainers.max_steps < 1:
+            raise ValueError("With streaming nobody knows how long an epoch is: say how long to train with max_steps.")
+        trainers.accelerator_config.dispatch_batches = False  # batches of different lengths cannot be sent as one
     return ours, trainers
 
 
@@ -181,6 +232,26 @@ class _WithoutLength:
         return self.collator([{name: row for name, row in one.items() if name != "length"} for one in features])
 
 
+class _LogWhenSaved(TrainerCallback):
+    """Logs the loss with every checkpoint, as the sum since the last log is not in it: a resumed run logs the same."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_log = control.should_log or control.should_save
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_log = control.should_log or control.should_save
+
+
+@dataclass
+class _SetEpoch(TrainerCallback):
+    """Tells the sampler the epoch: through the wrappers of a resumed run on several devices it is not told."""
+
+    sampler: EpochSampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sampler.set_epoch(int(state.epoch or 0))
+
+
 class TextToTextTrainer(Seq2SeqTrainer):
     """
     A [`~transformers.Seq2SeqTrainer`] that also scores generated answers, whatever the kind of model.
@@ -190,8 +261,13 @@ class TextToTextTrainer(Seq2SeqTrainer):
         validation_pairs: The pairs to generate answers for and to score them by, or None.
         metric: One of [`METRICS`], reported as `eval_<metric>`; `"loss"` generates nothing.
         generation: Arguments of `generate()`.
+        learning_rate_mapping: See [`parameter_groups`].
+        optimizer: `"adafactor"` for [`relative_adafactor`]; `"adamw"` leaves the choice to `args.optim`.
+        without_llm: Leave the LLM out of checkpoints: they are there to go on from.
         kwargs: Arguments of the Trainer.
     """
+
+    optimizer: Any  # its type is not found in transformers
 
     def __init__(
         self,
@@ -199,6 +275,9 @@ class TextToTextTrainer(Seq2SeqTrainer):
         validation_pairs: Dataset | None = None,
         metric: str = "loss",
         generation: Mapping[str, Any] | None = None,
+        learning_rate_mapping: Mapping[str, float] | None = None,
+        optimizer: str = "adamw",
+        without_llm: bool = False,
         **kwargs: Any,
     ):
         super().__init__(model=text_to_text.model, data_collator=_WithoutLength(text_to_text.collator), **kwargs)
@@ -206,18 +285,67 @@ class TextToTextTrainer(Seq2SeqTrainer):
         self.validation_pairs = validation_pairs
         self.metric = metric
         self.generation = dict(generation or {})
+        self.learning_rate_mapping = dict(learning_rate_mapping or {})
+        self.optimizer_name = optimizer
+        self.without_llm = without_llm
+        self.add_callback(_LogWhenSaved())
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if state_dict is None and self.without_llm:
+            state = self.model.state_dict()
+            state_dict = {name: tensor for name, tensor in state.items() if not name.startswith("encoder.llm.")}
+        super()._save(output_dir, state_dict)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        trained, args = self.model if model is None else model, self.args
+        relative = self.optimizer_name == "adafactor"
+        if self.optimizer is None and (relative or self.learning_rate_mapping):
+            groups = parameter_groups(trained, args.learning_rate, self.learning_rate_mapping, args.weight_decay)
+            if relative:
+                self.optimizer = relative_adafactor(groups)
+            else:
+                optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(args, trained)
+                self.optimizer = optimizer_class(groups, **kwargs)
+        return super().create_optimizer() if model is None else super().create_optimizer(model)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        # Stock samplers draw from generators whose state a resumed epoch does not find again in every setting, and the
+        # one that groups by length sorts within its groups: long rows before short ones, again and again.
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        strategy = self.args.train_sampling_strategy
+        if strategy not in ("random", "group_by_length") or not hasattr(dataset, "__len__"):
+            return super()._get_train_sampler(dataset)
+        grouped = strategy == "group_by_length"
+        sampler = EpochSampler(
+            len(dataset),
+            self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            torch.tensor(dataset["length"][:]) if grouped else None,
+            self.args.train_batch_size * self.args.world_size,
+        )
+        self.add_callback(_SetEpoch(sampler))
+        return sampler
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         # Here and not in evaluate(), so that callbacks such as early stopping see the metric as well.
         kwargs["prediction_loss_only"] = True
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.metric != "loss" and self.validation_pairs is not None:
-            answers = self.text_to_text.generate(
-                self.validation_pairs["prompt"][:], self.args.per_device_eval_batch_size, **self.generation
-            )
+            answers = self._generate(self.validation_pairs["prompt"][:])
             scores = score(answers, self.validation_pairs["answer"][:], [self.metric])
             output.metrics[f"{metric_key_prefix}_{self.metric}"] = scores[self.metric]
         return output
+
+    def _generate(self, prompts: list[str]) -> list[str]:
+        """The answers to prompts; each process writes its share, unless a sharded model needs all at every step."""
+        rank, world = self.args.process_index, self.args.world_size
+        batch_size = self.args.per_device_eval_batch_size
+        if world == 1 or self.is_fsdp_enabled:
+            return self.text_to_text.generate(prompts, batch_size, **self.generation)
+        from accelerate.utils import gather_object
+
+        share = range(rank, len(prompts), world)
+        answers = self.text_to_text.generate([prompts[index] for index in share], batch_size, **self.generation)
+        return [answer for _, answer in sorted(gather_object(list(zip(share, answers, strict=True))))]
 
 
 def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,23 +363,27 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """
     ours, arguments = parse_recipe(recipe)
     set_seed(arguments.seed)
-    text_to_text = TextToText.from_pretrained(
-        ours.model, prompt_max_length=ours.prompt_max_length, answer_max_length=ours.answer_max_length
-    )
+    text_to_text = _load(ours)
     use_cache = getattr(text_to_text.model.config, "use_cache", True)
-    composite = isinstance(text_to_text.model, LLM2SLMForConditionalGeneration)
-    if composite:
-        _place_llm(text_to_text.model, ours)
+    composite = text_to_text.model.config.model_type == "llm2slm"
+    if composite and not (ours.llm_states or ours.quantize_llm or ours.lora is not None):
+        _place_llm(text_to_text.model, ours)  # else the Trainer's checkpoints have no LLM in them anyway
     trainer = _trainer(ours, arguments, text_to_text)
     checkpoint = last_checkpoint(arguments.output_dir) if ours.resume else None
     start = time.time()
     trainer.train(resume_from_checkpoint=checkpoint)
     report = _report(recipe, trainer, time.time() - start, checkpoint)
-    text_to_text.model.config.use_cache = use_cache  # the Trainer turns it off
-    with write_aside(arguments.output_dir) as folder:
-        card = {"name": Path(arguments.output_dir).name, "training": report}
-        text_to_text.save_pretrained(folder, **({"include_llm": ours.include_llm, "card": card} if composite else {}))
-        (folder / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    trained = _gathered(trainer, ours) if trainer.is_fsdp_enabled else text_to_text
+    if trainer.is_world_process_zero() and trained is not None:
+        with write_aside(arguments.output_dir) as folder:
+            whole = _whole(ours, trained, folder)
+            whole.model.config.use_cache = use_cache  # the Trainer turns it off
+            if composite and not ours.include_llm:
+                _place_llm(whole.model, ours)
+            card = {"name": Path(arguments.output_dir).name, "training": report}
+            whole.save_pretrained(folder, **({"include_llm": ours.include_llm, "card": card} if composite else {}))
+            (folder / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    trainer.accelerator.wait_for_everyone()
     return report
 
 
@@ -264,44 +396,159 @@ def _place_llm(model: LLM2SLMForConditionalGeneration, ours: TrainingRecipe) -> 
         lean_source(model)  # what stands in the way of a lean checkpoint is said before the training
 
 
+def _load(ours: TrainingRecipe) -> TextToText:
+    """The model that a recipe starts from, as it trains: without its LLM, with an adapter, or as it is."""
+    text_to_text = TextToText.from_pretrained(
+        ours.model,
+        prompt_max_length=ours.prompt_max_length,
+        answer_max_length=ours.answer_max_length,
+        states=StateStore(ours.llm_states) if ours.llm_states else None,
+    )
+    model = text_to_text.model
+    if (ours.lora is not None or ours.quantize_llm) and not isinstance(model, LLM2SLMForConditionalGeneration):
+        raise ValueError(f"{ours.model} is no LLM-to-SLM model; only one of these has lora and quantize_llm.")
+    if ours.quantize_llm:
+        quantize_llm(model, ours.quantize_llm)
+    if ours.lora is not None:
+        from peft import get_peft_model
+
+        try:
+            config = lora_config(model, **ours.mapping("lora"))
+        except TypeError as error:
+            raise ValueError(f"lora has a field that peft's LoraConfig does not know: {error}.") from error
+        text_to_text.model = get_peft_model(model, config)
+    return text_to_text
+
+
+def _gathered(trainer: TextToTextTrainer, ours: TrainingRecipe) -> TextToText | None:
+    """A whole model with the weights of a sharded one, which all processes have to give, on the first of them."""
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    if not trainer.is_world_process_zero():
+        return None
+    gathered = _load(ours)
+    gathered.model.load_state_dict(state)
+    return gathered
+
+
+def _whole(ours: TrainingRecipe, text_to_text: TextToText, folder: Path) -> TextToText:
+    """What was trained as one plain model: adapter merged in (and saved beside), the LLM back as it was."""
+    model = text_to_text.model
+    if ours.lora is not None:
+        model.save_pretrained(folder / "adapter")
+        model = model.merge_and_unload()
+    if ours.llm_states or ours.quantize_llm:
+        model = with_llm(model, ours.model, dtype=model.dtype)
+    text_to_text.model = model
+    return text_to_text
+
+
 def _trainer(ours: TrainingRecipe, arguments: Seq2SeqTrainingArguments, text_to_text: TextToText) -> TextToTextTrainer:
-    pairs = load_pairs(ours.train_data, ours.prompt_column, ours.answer_column, limit=ours.train_samples)
-    validation_pairs = None
-    if ours.validation_data:
-        validation_pairs = load_pairs(
-            ours.validation_data, ours.prompt_column, ours.answer_column, limit=ours.validation_samples
-        )
+    with arguments.main_process_first(desc="reading data"):
+        validation_pairs = validation_features = None
+        if ours.validation_data:
+            validation_pairs, validation_features = _features(
+                ours, text_to_text, ours.validation_data, ours.answer_columns[:1], ours.validation_samples
+            )
+        if ours.streaming:
+            train_features: Any = _stream(ours, arguments, text_to_text)
+        else:
+            _, train_features = _features(ours, text_to_text, ours.train_data, ours.answer_columns, ours.train_samples)
     return TextToTextTrainer(
         text_to_text,
         validation_pairs,
         ours.metric,
         ours.generation_kwargs,
+        ours.mapping("learning_rate_mapping"),
+        ours.optimizer,
+        without_llm=bool(ours.llm_states or ours.quantize_llm) and ours.lora is None,
         args=arguments,
-        train_dataset=_features(text_to_text, pairs),
-        eval_dataset=None if validation_pairs is None else _features(text_to_text, validation_pairs),
-        optimizers=(_adafactor(text_to_text.model, arguments) if ours.optimizer == "adafactor" else None, None),
+        train_dataset=train_features,
+        eval_dataset=validation_features,
     )
 
 
-def _features(text_to_text: TextToText, pairs: Dataset) -> Dataset:
-    features = text_to_text.features(pairs["prompt"][:], pairs["answer"][:])
-    # For `train_sampling_strategy: group_by_length`: a pad in the answer costs more than one in the prompt.
-    lengths = [len(labels) for labels in features["labels"]]
-    return Dataset.from_dict({**features, "length": lengths})
+def _features(
+    ours: TrainingRecipe, text_to_text: TextToText, source: str, answer_columns: list[str], limit: int | None
+) -> tuple[Dataset, Dataset]:
+    """Pairs and their features, both kept on disk by `datasets`, without those that the model has no room for."""
+    pairs = load_pairs(
+        source, ours.prompt_column, answer_columns, limit=limit, skip_bad_rows=ours.skip_bad_rows, number_rows=True
+    )
+
+    def features(rows: dict[str, list[str]]) -> dict[str, list[Any]]:
+        found = text_to_text.features(rows["prompt"], rows["answer"])
+        # For `train_sampling_strategy: group_by_length`: a pad in the answer costs more than one in the prompt.
+        return {
+            **found,
+            "length": [len(labels) for labels in found["labels"]],
+            "problem": [problem or "" for problem in text_to_text.problems(found)],
+        }
+
+    dataset = pairs.map(
+        features,
+        batched=True,
+        batch_size=ROWS_AT_ONCE,
+        remove_columns=pairs.column_names,
+        num_proc=ours.preprocessing_num_workers,
+        new_fingerprint=Hasher.hash([pairs._fingerprint, text_to_text.fingerprint()]),
+    )
+    problems = {index: problem for index, problem in enumerate(dataset["problem"]) if problem}
+    if problems:
+        rows = {pairs[index]["row"]: problem for index, problem in problems.items()}
+        tell_bad_rows(source, {row: f"row {row} {problem}" for row, problem in rows.items()}, ours.skip_bad_rows)
+        kept = [index for index in range(len(pairs)) if index not in problems]
+        pairs, dataset = pairs.select(kept), dataset.select(kept)
+    return pairs, dataset.remove_columns("problem")
 
 
-def _adafactor(model: PreTrainedModel, arguments: Seq2SeqTrainingArguments) -> Adafactor:
-    # Trainer's own `optim="adafactor"` sets scale_parameter=False: steps that are the same for an embedding and a
-    # matrix, which a T5 does not learn from.
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return Adafactor(parameters, lr=arguments.learning_rate, scale_parameter=True, relative_step=False)
+def _usable(
+    ours: TrainingRecipe, text_to_text: TextToText, prompts: list[str], answers: list[str]
+) -> dict[str, list[Any]]:
+    """Features of streamed pairs, without those that the model has no room for."""
+    features = text_to_text.features(prompts, answers)
+    bad = {index: problem for index, problem in enumerate(text_to_text.problems(features)) if problem}
+    if bad and not ours.skip_bad_rows:
+        index, problem = next(iter(bad.items()))
+        raise ValueError(
+            f"{ours.train_data}: a row {problem}; it begins with {prompts[index][:40]!r}. Mend such rows, or leave "
+            "them out with skip_bad_rows."
+        )
+    if bad:
+        logger.warning(
+            f"{ours.train_data}: {len(bad)} bad rows were skipped; the first of them {next(iter(bad.values()))}."
+        )
+    return {name: [row for index, row in enumerate(rows) if index not in bad] for name, rows in features.items()}
+
+
+def _stream(ours: TrainingRecipe, arguments: Seq2SeqTrainingArguments, text_to_text: TextToText) -> StreamedFeatures:
+    return StreamedFeatures(
+        ours.train_data,
+        ours.prompt_column,
+        ours.answer_columns,
+        partial(_usable, ours, text_to_text),
+        batch_size=arguments.train_batch_size * arguments.world_size,
+        buffer=ours.shuffle_buffer,
+        group_by_length=arguments.train_sampling_strategy == "group_by_length",
+        seed=arguments.seed,
+        limit=ours.train_samples,
+        skip_bad_rows=ours.skip_bad_rows,
+    )
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
     """The newest checkpoint in a folder that was written to its end, or None."""
-    complete = Path(output_dir).glob("checkpoint-*/trainer_state.json")  # the last file that the Trainer writes
-    checkpoints = sorted(complete, key=lambda path: int(path.parent.name.rpartition("-")[2]))
+    # The last file that the Trainer writes, and not in one stroke.
+    states = [path for path in Path(output_dir).glob("checkpoint-*/trainer_state.json") if _is_json(path)]
+    checkpoints = sorted(states, key=lambda path: int(path.parent.name.rpartition("-")[2]))
     return str(checkpoints[-1].parent) if checkpoints else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
 
 
 def _report(

@@ -95,9 +95,20 @@ class TestRecipe:
     def test_the_recipes_of_the_project_are_right(self, path, monkeypatch):
         monkeypatch.setenv("LLM2SLM_DATA", "data")
         monkeypatch.setenv("LLM2SLM_RUNS", "runs")
-        ours, arguments = parse_recipe(load_recipe(path))
+        filled_in = {"model": "m", "train_data": "t.jsonl", "validation_data": "v.jsonl", "output_dir": "runs/o"}
+        by_command = path.stem == "speedup"  # `llm2slm speedup` fills these in
+        ours, arguments = parse_recipe(load_recipe(path, filled_in if by_command else None))
         assert ours.validation_data
         assert arguments.output_dir.startswith("runs/")
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.parent.glob("accelerate/*.yaml")), ids=lambda path: path.stem)
+def test_the_launch_configs_of_the_project_are_accelerates(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes % config.num_machines == 0
+    assert config.distributed_type.value in ("MULTI_GPU", "FSDP")
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +224,9 @@ def test_a_checkpoint_that_was_being_written_is_left_aside(tmp_path):
     for step, complete in ((90, True), (100, True), (110, False)):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if complete:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
+    (tmp_path / "checkpoint-110" / "trainer_state.json").write_text('{"epoch": 1.')  # killed while it was written
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
 
 
