@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import (
     AutoConfig,
@@ -18,6 +18,10 @@ from transformers import (
 )
 
 from .text_to_text import DecoderOnlyTextToText, EncoderDecoderTextToText, TextToText, load
+
+
+if TYPE_CHECKING:
+    from .configuration_llm2slm import LLM2SLMConfig
 
 
 def build(
@@ -118,6 +122,13 @@ def _build_preset(
     _check_vocabulary(preset, config.decoder, writer)
     processor = LLM2SLMProcessor(reader, writer, prompt_max_length, answer_max_length)
     return EncoderDecoderTextToText(LLM2SLMForConditionalGeneration(config).eval(), processor)
+
+
+def preset_config(preset: str) -> LLM2SLMConfig:
+    """The config of a preset, by its name or the path to one; `ValueError` if there is none of that name."""
+    from . import LLM2SLMConfig
+
+    return load(LLM2SLMConfig, preset if _is_config(preset) else _preset_file(preset))
 
 
 def _preset_file(name: str) -> str:

@@ -84,17 +84,22 @@ def time_answers(text_to_text: TextToText, prompts: Sequence[str], **generate_kw
     text_to_text.generate([prompts[0]], **generate_kwargs)
     seconds, tokens = 0.0, 0
     for prompt in prompts:
-        start = time.perf_counter()
-        answer = text_to_text.generate_tokens([prompt], **generate_kwargs)
-        text_to_text.tokenizer.batch_decode(answer, skip_special_tokens=True)
-        seconds += time.perf_counter() - start
-        tokens += len(answer[0])
+        second, count = time_answer(text_to_text, prompt, **generate_kwargs)
+        seconds, tokens = seconds + second, tokens + count
     return {
         "ms_per_answer": 1000 * seconds / len(prompts),
         "ms_per_token": 1000 * seconds / tokens,
         "tokens_per_answer": tokens / len(prompts),
         "timed_answers": len(prompts),
     }
+
+
+def time_answer(text_to_text: TextToText, prompt: str, **generate_kwargs: Any) -> tuple[float, int]:
+    """Seconds and tokens of the answer to one prompt, from text to text."""
+    start = time.perf_counter()
+    answer = text_to_text.generate_tokens([prompt], **generate_kwargs)
+    text_to_text.tokenizer.batch_decode(answer, skip_special_tokens=True)
+    return time.perf_counter() - start, len(answer[0])
 
 
 def evaluate(

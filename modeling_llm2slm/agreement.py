@@ -1,0 +1,121 @@
+"""How a small model's answers compare with those of the LLM that it is to stand in for, with references or without."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .data import load_pairs, load_prompts, versions
+from .evaluation import score_and_sign, time_answer
+from .text_to_text import TextToText
+
+
+def compare(
+    model: str | Path | TextToText,
+    llm: str | Path | TextToText,
+    data: str | Path,
+    prompt_column: str = "prompt",
+    answer_column: str = "answer",
+    *,
+    split: str = "test",
+    limit: int | None = None,
+    batch_size: int = 32,
+    timed_answers: int = 50,
+    worst: int = 5,
+    **generate_kwargs: Any,
+) -> dict[str, Any]:
+    """
+    Scores a model's answers against the LLM's, and both against the references where the data has any.
+
+    Args:
+        model: A checkpoint of any kind, or one already loaded.
+        llm: The LLM with its decoder, in the same ways.
+        data: Prompts, with or without answers, see [`load_prompts`].
+        prompt_column: The column that holds what the models read.
+        answer_column: The column that holds the references, if there is one.
+        split: The split to take from a data set on the Hub.
+        limit: Compare only this many answers, from the top.
+        batch_size: How many prompts are answered at once. Answers are timed one at a time.
+        timed_answers: How many answers of each model are timed, in turns; 0 times none.
+        worst: How many of the answers that agree least are returned.
+        generate_kwargs: Arguments of `generate()`, for both.
+
+    Returns:
+        `agreement` (scores of the model's answers against the LLM's), `scores` and `llm_scores` (against references),
+        `speed`, `llm_speed`, `speed_up` (time per answer, the LLM's by the model's), `worst`, `signatures`,
+        `parameters`, `llm_parameters`, `prompts`, `generation`, `versions`, `device`, `threads`.
+    """
+    rows = load_prompts(data, prompt_column, split=split, limit=limit)
+    prompts, references = rows["prompt"][:], None
+    if answer_column in rows.column_names:
+        references = load_pairs(data, prompt_column, answer_column, split=split, limit=limit)["answer"][:]
+    small = model if isinstance(model, TextToText) else TextToText.from_pretrained(model)
+    large = llm if isinstance(llm, TextToText) else TextToText.from_pretrained(llm)
+    answers = small.generate(prompts, batch_size, **generate_kwargs)
+    llm_answers = large.generate(prompts, batch_size, **generate_kwargs)
+    agreement, signatures = score_and_sign(answers, llm_answers)
+    speed = time_in_turns({"model": small, "llm": large}, prompts[:timed_answers], **generate_kwargs)
+    return {
+        "agreement": agreement,
+        "scores": score_and_sign(answers, references)[0] if references else {},
+        "llm_scores": score_and_sign(llm_answers, references)[0] if references else {},
+        "speed": speed.get("model", {}),
+        "llm_speed": speed.get("llm", {}),
+        "speed_up": speed["llm"]["ms_per_answer"] / speed["model"]["ms_per_answer"] if speed else None,
+        "worst": least_agreement(prompts, answers, llm_answers, worst),
+        "signatures": signatures,
+        "parameters": small.parameters(),
+        "llm_parameters": large.parameters(),
+        "prompts": len(prompts),
+        "generation": generate_kwargs,
+        "versions": versions(),
+        "device": str(small.model.device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def time_in_turns(
+    models: Mapping[str, TextToText], prompts: Sequence[str], **generate_kwargs: Any
+) -> dict[str, dict[str, float]]:
+    """
+    Like [`time_answers`] for several models, which take turns on every prompt, so that what else a machine does meets
+    all of them.
+    """
+    if not prompts:
+        return {}
+    times: dict[str, list[tuple[float, int]]] = {name: [] for name in models}
+    for model in models.values():
+        model.generate([prompts[0]], **generate_kwargs)
+    for prompt in prompts:
+        for name, model in models.items():
+            times[name].append(time_answer(model, prompt, **generate_kwargs))
+    return {name: _speed(rows) for name, rows in times.items()}
+
+
+def _speed(times: Sequence[tuple[float, int]]) -> dict[str, float]:
+    seconds, tokens = sum(second for second, _ in times), sum(count for _, count in times)
+    return {
+        "ms_per_answer": 1000 * seconds / len(times),
+        "ms_per_token": 1000 * seconds / tokens,
+        "tokens_per_answer": tokens / len(times),
+        "timed_answers": len(times),
+    }
+
+
+def least_agreement(
+    prompts: Sequence[str], answers: Sequence[str], llm_answers: Sequence[str], count: int
+) -> list[dict[str, Any]]:
+    """The `count` rows whose two answers agree least, by the chrF of the sentence, the worst first."""
+    from sacrebleu import sentence_chrf
+
+    rows: list[dict[str, Any]] = [
+        {"row": row, "prompt": prompt, "answer": answer, "llm_answer": expected}
+        for row, (prompt, answer, expected) in enumerate(zip(prompts, answers, llm_answers, strict=True))
+    ]
+    for row in rows:
+        same = row["answer"].strip() == row["llm_answer"].strip()
+        row["chrf"] = 100.0 if same else sentence_chrf(row["answer"], [row["llm_answer"]]).score
+    return sorted(rows, key=lambda row: row["chrf"])[:count]

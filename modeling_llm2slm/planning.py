@@ -1,0 +1,274 @@
+"""What LLM-to-SLM would bring and cost, measured on this machine before anything is trained."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+
+from .building import preset_config
+from .configuration_llm2slm import llm_sizes
+from .data import load_prompts
+from .memory import answering_memory, training_memory
+from .modeling_llm2slm import LLM2SLMForConditionalGeneration
+from .parts_llm2slm import slm_class
+from .text_to_text import TextToText
+
+
+# The presets with different SLMs, each with the checkpoint its SLM is trained from, whose tokenizer counts tokens.
+SLMS = {"t5-large_gpt2": "openai-community/gpt2", "t5-large_t5-small": "google-t5/t5-small"}
+ENOUGH = 2.0  # a speed-up that is worth training for, whatever the size of the SLM
+LITTLE = 1.2
+
+
+@dataclass
+class Candidate:
+    """
+    What is expected of the LLM with one SLM.
+
+    Args:
+        name: The preset.
+        slm_parameters: Parameters that every answer token goes through.
+        ms_per_answer: Time per answer with random SLM weights and as many tokens as the LLM's answer has for the SLM.
+        llm_ms_per_answer: Time per answer of the LLM, in turns with the above.
+        speed_up: The second by the first.
+        answer_tokens: Tokens of an answer for the SLM.
+        tokens_assumed: The SLM's tokenizer could not be loaded, so that the LLM's count stands for it.
+        answering_bytes: Weights and cache at batch 1.
+        training_bytes: Memory of training on stored states.
+        encode_hours: For all prompts, once.
+        distill_hours: For all prompts, once, with the LLM's answers searched for as asked.
+        train_hours: For all epochs, on stored states.
+    """
+
+    name: str
+    slm_parameters: int
+    ms_per_answer: float
+    llm_ms_per_answer: float
+    speed_up: float
+    answer_tokens: float
+    tokens_assumed: bool
+    answering_bytes: int
+    training_bytes: int
+    encode_hours: float
+    distill_hours: float
+    train_hours: float
+
+
+def plan(
+    llm: str | Path,
+    data: str | Path,
+    prompt_column: str = "prompt",
+    *,
+    presets: Sequence[str] = tuple(SLMS),
+    slm_tokenizers: Mapping[str, str] | None = None,
+    timed_prompts: int = 4,
+    epochs: float = 5,
+    batch_size: int = 32,
+    num_beams: int = 4,
+    max_new_tokens: int = 128,
+    device: str = "cpu",
+    progress: Callable[[str], None] = lambda step: None,
+) -> dict[str, Any]:
+    """
+    Measures what LLM-to-SLM would bring for an LLM and some prompts: nothing is trained, the SLMs have random weights.
+
+    Args:
+        llm: The LLM with its decoder, a folder or a name on the Hub.
+        data: Prompts, see [`load_prompts`].
+        prompt_column: The column that holds what the model reads.
+        presets: Names of presets (or config files) whose SLMs are tried.
+        slm_tokenizers: A tokenizer for a preset, in place of the one on the Hub.
+        timed_prompts: The number of prompts that are answered, spread over the data.
+        epochs: How long training is to be, for the estimate.
+        batch_size: Pairs in a batch of training, for the estimate.
+        num_beams: Of the distillation, for the estimate.
+        max_new_tokens: The longest answer.
+        device: Where to compute.
+        progress: Called with a few words at every step.
+
+    Returns:
+        `prompts`, `prompt_tokens` (mean), `answer_tokens` (the LLM's, mean), `store_bytes`, `candidates` (a list of
+        [`Candidate`] as mappings), `recommended` (a name or None) and `recommendation`, a sentence.
+    """
+    set_seed(0)
+    prompts = load_prompts(data, prompt_column)["prompt"][:]
+    progress("loading the LLM")
+    large = TextToText.from_pretrained(llm, device=device)
+    lengths = [len(ids) for ids in large.features(prompts)["input_ids"]]
+    step = max(len(prompts) // timed_prompts, 1)
+    sample = _Sample(large, prompts[::step][:timed_prompts], max_new_tokens)
+    progress("answering with the LLM")
+    answers = [sample.answer(index) for index in range(len(sample.prompts))]
+    hours = len(set(prompts)) / len(sample.prompts) / 3600
+    distill_hours = hours * _seconds(lambda: sample.answer_all(num_beams))
+    candidates = []
+    for preset in presets:
+        progress(f"measuring {preset}")
+        tokenizer = _tokenizer((slm_tokenizers or {}).get(preset) or SLMS.get(preset))
+        tokens = [max(_count(tokenizer, large.tokenizer, answer), 1) for answer in answers]
+        costs = _measure(llm, preset, sample, tokens, statistics.mean(lengths), batch_size, device)
+        seconds = costs.pop("step_seconds")
+        encode_seconds = costs.pop("encode_seconds")
+        candidates.append(
+            Candidate(
+                name=preset,
+                answer_tokens=statistics.mean(tokens),
+                tokens_assumed=tokenizer is None,
+                encode_hours=hours * encode_seconds,
+                distill_hours=distill_hours,
+                train_hours=epochs * len(prompts) / batch_size * seconds / 3600,
+                **costs,
+            )
+        )
+    recommended, recommendation = recommend(candidates)
+    return {
+        "prompts": len(prompts),
+        "prompt_tokens": statistics.mean(lengths),
+        "answer_tokens": statistics.mean(_count(large.tokenizer, large.tokenizer, answer) for answer in answers),
+        "store_bytes": _store_bytes(large, prompts),
+        "candidates": [asdict(candidate) for candidate in candidates],
+        "recommended": recommended,
+        "recommendation": recommendation,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def recommend(candidates: Sequence[Candidate]) -> tuple[str | None, str]:
+    """The largest SLM that is fast enough, as a larger one writes better; else the fastest; else none."""
+    fast = [candidate for candidate in candidates if candidate.speed_up >= ENOUGH]
+    if fast:
+        best = max(fast, key=lambda candidate: candidate.slm_parameters)
+        return best.name, (
+            f"Take {best.name}: {best.speed_up:.1f} times as fast as the LLM, with the largest SLM that is at least "
+            f"{ENOUGH:g} times as fast."
+        )
+    best = max(candidates, key=lambda candidate: candidate.speed_up)
+    if best.speed_up >= LITTLE:
+        return best.name, (
+            f"{best.name} is the fastest, {best.speed_up:.1f} times as fast as the LLM; a smaller SLM brings more."
+        )
+    return None, (
+        f"Do not train: {best.name}, the fastest, is {best.speed_up:.1f} times as fast as the LLM. A smaller SLM, or "
+        "one with the LLM's tokenizer, may bring more."
+    )
+
+
+class _Sample:
+    """Some prompts, and the LLM that answers them."""
+
+    def __init__(self, large: TextToText, prompts: list[str], max_new_tokens: int):
+        self.large = large
+        self.prompts = prompts
+        self.options = {"max_new_tokens": max_new_tokens}
+
+    def answer(self, index: int) -> str:
+        return self.large.generate([self.prompts[index]], **self.options)[0]
+
+    def answer_all(self, num_beams: int) -> None:
+        self.large.generate(self.prompts, len(self.prompts), num_beams=num_beams, **self.options)
+
+    def inputs(self, index: int) -> dict[str, torch.Tensor]:
+        batch = self.large._pad(self.large.features([self.prompts[index]]))
+        return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+def _measure(
+    llm: str | Path,
+    preset: str,
+    sample: _Sample,
+    tokens: Sequence[int],
+    prompt_length: float,
+    batch_size: int,
+    device: str,
+) -> dict[str, Any]:
+    """Times and memory of one composite."""
+    decoder = preset_config(preset).decoder
+    model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(
+        str(llm), decoder_model=slm_class(decoder).from_config(decoder), encoder_dtype=torch.float32,
+        shared_tokenizer=False,
+    ).to(device).eval()  # fmt: skip
+    model.generation_config.eos_token_id = None  # random weights end nowhere, and an answer has as many tokens as said
+    times = []
+    for index, count in enumerate(tokens):
+        inputs, options = sample.inputs(index), {"max_new_tokens": count, "do_sample": False}
+        model.generate(**inputs, **options | {"max_new_tokens": 1})
+        times.append(
+            (
+                _seconds(lambda: sample.answer(index)),  # noqa: B023 - called at once
+                _seconds(lambda: model.generate(**inputs, **options)),  # noqa: B023
+            )
+        )
+    large, small = (1000 * statistics.mean(row) for row in zip(*times, strict=True))
+    sizes: dict[str, Any] = {"prompt_length": round(prompt_length), "answer_length": round(statistics.mean(tokens))}
+    encode = _seconds(lambda: [model.encode_llm(**sample.inputs(index)) for index in range(len(tokens))])
+    return {
+        "slm_parameters": _decoding_parameters(model),
+        "ms_per_answer": small,
+        "llm_ms_per_answer": large,
+        "speed_up": large / small,
+        "answering_bytes": answering_memory(model.config, batch_size=1, **sizes)["total"],
+        "training_bytes": training_memory(model.config, batch_size=batch_size, llm_states=True, **sizes)["total"],
+        "encode_seconds": encode,
+        "step_seconds": _step_seconds(model, batch_size, **sizes),
+    }
+
+
+def _decoding_parameters(model: Any) -> int:
+    slm = model.decoder
+    parts = [slm.get_decoder(), slm.get_output_embeddings()] if slm.config.is_encoder_decoder else [slm]
+    return sum(p.numel() for p in {p for part in parts for p in part.parameters()})
+
+
+def _step_seconds(model: Any, batch_size: int, prompt_length: int, answer_length: int) -> float:
+    """Seconds of one step of training on stored states, the second of two."""
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    shape = (batch_size, prompt_length)
+    ids = torch.ones(shape, dtype=torch.long, device=model.device)
+    states = torch.randn(*shape, llm_sizes(model.config.encoder).hidden_size, device=model.device)
+    labels = torch.ones(batch_size, answer_length, dtype=torch.long, device=model.device)
+
+    def step() -> None:
+        model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), llm_hidden_states=states, labels=labels
+        ).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    step()
+    return _seconds(step)
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _tokenizer(path: str | None) -> PreTrainedTokenizerBase | None:
+    try:
+        return AutoTokenizer.from_pretrained(path) if path is not None else None
+    except (OSError, ValueError):  # offline
+        return None
+
+
+def _count(tokenizer: PreTrainedTokenizerBase | None, fallback: PreTrainedTokenizerBase, text: str) -> int:
+    """Tokens of an answer, its end token included."""
+    return len((tokenizer or fallback)(text, add_special_tokens=False, verbose=False)["input_ids"]) + 1
+
+
+def _store_bytes(large: TextToText, prompts: list[str]) -> int:
+    unique = list(dict.fromkeys(prompts))
+    return sum(map(len, large.features(unique)["input_ids"])) * llm_sizes(large.model.config).hidden_size * 2

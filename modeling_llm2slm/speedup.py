@@ -1,0 +1,232 @@
+"""From an LLM and prompts to a model that can be served: distill, build, encode, train, evaluate, each stage once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import AutoConfig
+
+from .agreement import compare
+from .building import build
+from .data import parse_lines, write_aside
+from .distillation import distill
+from .encoding import encode
+from .state_store import StateStore
+from .text_to_text import TextToText, load
+from .training import load_recipe, parse_recipe, train
+
+
+SPLITS = ("train", "validation", "test")
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class SpeedupSettings:
+    """
+    What a run is of; all of it is kept in `speedup.json`, and a run that is repeated with other settings is refused.
+
+    Args:
+        llm: The LLM with its decoder, a folder or a name on the Hub.
+        prompts: Prompts without references, see [`load_prompts`].
+        slm: The model that is to write: a folder, a name on the Hub, or a config file for random weights.
+        slm_tokenizer: Its tokenizer (default: its own; of a config file, the LLM's).
+        prompt_column: The column that holds what the model reads.
+        limit: Use only this many prompts, from the top.
+        held_out: The number of prompts held out for validation, and as many for the test; at most a tenth each.
+        num_beams: Of the LLM's answers.
+        max_new_tokens: The longest answer, in tokens of either model.
+        batch_size: Prompts that the LLM reads and answers at once.
+        fusion: See [`LLM2SLMConfig`].
+        encoder_dtype: The LLM's dtype in the composite.
+        recipe: Fields of a recipe in place of those of `recipes/speedup.yaml`, such as `num_train_epochs`.
+    """
+
+    llm: str
+    prompts: str
+    slm: str = "openai-community/gpt2"
+    slm_tokenizer: str | None = None
+    prompt_column: str = "prompt"
+    limit: int | None = None
+    held_out: int = 500
+    num_beams: int = 4
+    max_new_tokens: int = 128
+    batch_size: int = 32
+    fusion: str = "add"
+    encoder_dtype: str | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Speedup:
+    """
+    A run in a folder. Every stage is skipped where its result lies there, and goes on where it was stopped.
+
+    Args:
+        settings: What the run is of.
+        output: The folder: `distilled.jsonl`, its splits, `start`, `states`, `model` (the result) and
+            `evaluation.json`.
+        device: Where the LLM reads and writes; training takes the accelerator that is there.
+        progress: Called with the stage and the numbers of prompts done and in all.
+
+    Raises:
+        ValueError: If the folder holds a run with other settings, or a field of the recipe is wrong.
+        OSError: If one of the models cannot be found.
+    """
+
+    def __init__(
+        self,
+        settings: SpeedupSettings,
+        output: str | Path,
+        device: str = "cpu",
+        progress: Progress = lambda stage, done, total: None,
+    ):
+        self.settings = settings
+        self.output = Path(output)
+        self.device = device
+        self.progress = progress
+        self._check()
+
+    def _check(self) -> None:
+        """Whatever would stop a stage is better found before hours of the stages before it."""
+        path, settings = self.output / "speedup.json", self._kept()
+        if path.is_file():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            changed = [name for name in settings if before.get(name) != settings[name]]
+            if changed:
+                raise ValueError(
+                    f"{self.output} was begun with another {changed[0]} ({before.get(changed[0])!r}). Repeat its "
+                    "settings, or choose another folder with --output."
+                )
+        parse_recipe(self._recipe())
+        for part in (self.settings.llm, self.settings.slm):
+            load(AutoConfig, part)
+
+    def _kept(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self.settings)))
+
+    def stages(self) -> dict[str, tuple[str, Callable[[], Any]]]:
+        """Each stage by its name, in order: the command that does the same, and what does it here."""
+        settings, split = self.settings, {name: f"{self.output}/{name}.jsonl" for name in SPLITS}
+        recipe = f"{self.output}/recipe.yaml"
+        return {
+            "distill": (
+                f"llm2slm distill {settings.llm} {settings.prompts} --output {self.output}/distilled.jsonl "
+                f"--num-beams {settings.num_beams} --max-new-tokens {settings.max_new_tokens}"
+                + (f" --prompt-column {settings.prompt_column}" if settings.prompt_column != "prompt" else "")
+                + (f" --limit {settings.limit}" if settings.limit else ""),
+                self.distill,
+            ),
+            "build": (f"llm2slm build {self.output}/start --llm {settings.llm} --slm {settings.slm}", self.build),
+            "encode": (
+                f"llm2slm encode {self.output}/start {split['train']} {split['validation']} "
+                f"--output {self.output}/states",
+                self.encode,
+            ),
+            "train": (f"llm2slm train {recipe}", self.train),
+            "evaluate": (
+                f"llm2slm evaluate {self.output}/model {split['test']} --against {settings.llm} "
+                f"--output {self.output}/evaluation.json",
+                self.evaluate,
+            ),
+        }
+
+    def run(self, announce: Callable[[str, str], None] = lambda stage, command: None) -> dict[str, Any]:
+        """Runs all stages that are not done, and returns the evaluation, as [`compare`] does."""
+        for stage, (command, work) in self.stages().items():
+            announce(stage, command)
+            work()
+        return json.loads((self.output / "evaluation.json").read_text(encoding="utf-8"))
+
+    def distill(self) -> None:
+        """Has the LLM answer the prompts, and splits them by a hash of each, so that equal ones stay together."""
+        settings, distilled = self.settings, self.output / "distilled.jsonl"
+        if not distilled.is_file():
+            distill(
+                settings.llm, settings.prompts, distilled, settings.prompt_column, limit=settings.limit,
+                batch_size=settings.batch_size, device=self.device, num_beams=settings.num_beams,
+                max_new_tokens=settings.max_new_tokens,
+                progress=lambda done, total: self.progress("distill", done, total),
+            )  # fmt: skip
+        if not all((self.output / f"{split}.jsonl").is_file() for split in SPLITS):
+            self._split(list(parse_lines(distilled, None)))
+        with write_aside(self.output / "speedup.json") as temporary:
+            temporary.write_text(json.dumps(self._kept(), indent=2) + "\n", encoding="utf-8")
+
+    def _split(self, rows: list[dict[str, Any]]) -> None:
+        column = self.settings.prompt_column
+        texts = sorted({row[column] for row in rows}, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
+        if len(texts) < 3:
+            raise ValueError(f"{self.settings.prompts} has {len(texts)} different prompts; 3 are the least to split.")
+        held_out = max(min(self.settings.held_out, len(texts) // 10), 1)
+        place = {text: "validation" if at < held_out else "test" for at, text in enumerate(texts[: 2 * held_out])}
+        for split in SPLITS:
+            kept = [{**row, "prompt": row[column]} for row in rows if place.get(row[column], "train") == split]
+            with write_aside(self.output / f"{split}.jsonl") as temporary:
+                lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in kept]
+                temporary.write_text("".join(lines), encoding="utf-8")
+
+    def build(self) -> None:
+        """Puts the LLM's encoder and the SLM together."""
+        settings, start = self.settings, self.output / "start"
+        if (start / "config.json").is_file():
+            return
+        dtype: dict[str, Any] = {} if settings.encoder_dtype is None else {"encoder_dtype": settings.encoder_dtype}
+        composite = build(
+            settings.llm, settings.slm, settings.llm, settings.slm_tokenizer, fusion=settings.fusion, **dtype
+        )
+        with write_aside(start) as folder:
+            composite.save_pretrained(folder)
+
+    def encode(self) -> None:
+        """Stores the LLM's states of the prompts that are trained and validated on."""
+        data, states = [self.output / "train.jsonl", self.output / "validation.jsonl"], self.output / "states"
+        if not _is_complete(states):
+            encode(
+                self.output / "start", data, states, batch_size=self.settings.batch_size, device=self.device,
+                progress=lambda done, total: self.progress("encode", done, total),
+            )  # fmt: skip
+
+    def train(self) -> None:
+        """Trains on the states, by the recipe that is written to the folder."""
+        recipe = self._recipe()
+        with write_aside(self.output / "recipe.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        if not (self.output / "model" / "training.json").is_file():
+            train(recipe)
+
+    def _recipe(self) -> dict[str, Any]:
+        paths = {
+            "model": f"{self.output}/start",
+            "output_dir": f"{self.output}/model",
+            "train_data": f"{self.output}/train.jsonl",
+            "validation_data": f"{self.output}/validation.jsonl",
+            "llm_states": f"{self.output}/states",
+        }
+        shipped = files("modeling_llm2slm.configuration") / "recipes" / "speedup.yaml"
+        return load_recipe(str(shipped), {**paths, **self.settings.recipe})
+
+    def evaluate(self) -> None:
+        """Compares the model with the LLM on the prompts that were held out."""
+        evaluation = self.output / "evaluation.json"
+        if evaluation.is_file():
+            return
+        model, llm = (
+            TextToText.from_pretrained(path, device=self.device) for path in (self.output / "model", self.settings.llm)
+        )
+        result = compare(model, llm, self.output / "test.jsonl", max_new_tokens=self.settings.max_new_tokens)
+        with write_aside(evaluation) as temporary:
+            temporary.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _is_complete(states: Path) -> bool:
+    try:
+        StateStore(states)
+    except (OSError, ValueError):
+        return False
+    return True

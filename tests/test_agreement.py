@@ -1,0 +1,56 @@
+"""Agreement with the LLM: scores of one against the other, references or none, and the rows that agree least."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from checkpoints import PAIRS, PROMPTS, write_checkpoint, write_pairs
+from modeling_llm2slm import evaluation
+from modeling_llm2slm.agreement import compare, least_agreement, time_in_turns
+from modeling_llm2slm.evaluation import score
+from modeling_llm2slm.text_to_text import TextToText
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TextToText]:
+    folder = tmp_path_factory.mktemp("models")
+    return {kind: TextToText.from_pretrained(write_checkpoint(kind, folder)) for kind in ("llm2slm", "llm")}
+
+
+def test_agreement_is_the_score_against_the_llm(models: dict[str, TextToText], tmp_path: Path) -> None:
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    result = compare(models["llm2slm"], models["llm"], data, timed_answers=2, worst=3, max_new_tokens=6)
+    answers, expected = (models[kind].generate(PROMPTS, max_new_tokens=6) for kind in ("llm2slm", "llm"))
+    references = [pair["answer"] for pair in PAIRS]
+    assert result["agreement"] == score(answers, expected)
+    assert result["scores"] == score(answers, references)
+    assert result["llm_scores"] == score(expected, references)
+    assert result["speed_up"] == result["llm_speed"]["ms_per_answer"] / result["speed"]["ms_per_answer"]
+    assert len(result["worst"]) == 3
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_prompts_alone_will_do(models: dict[str, TextToText], tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:3]) + "\n")
+    result = compare(models["llm"], models["llm"], tmp_path / "prompts.txt", timed_answers=0, max_new_tokens=4)
+    assert result["agreement"]["exact_match"] == 100
+    assert (result["scores"], result["llm_scores"], result["speed"], result["speed_up"]) == ({}, {}, {}, None)
+    assert [row["chrf"] for row in result["worst"]] == [100.0] * 3
+
+
+def test_the_worst_come_first() -> None:
+    rows = least_agreement(["p", "q", "r"], ["ein Hund", "eine Katze", "Maus"], ["ein Hund", "eine Ratte", "xyz"], 2)
+    assert [row["row"] for row in rows] == [2, 1]
+    assert rows[0] | {"chrf": 0.0} == {"row": 2, "prompt": "r", "answer": "Maus", "llm_answer": "xyz", "chrf": 0.0}
+    assert 0 <= rows[0]["chrf"] < rows[1]["chrf"] < 100
+
+
+def test_models_take_turns(models: dict[str, TextToText], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0, 1, 1, 3, 3, 6, 6, 10])  # a, b, a, b
+    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: next(clock))
+    speeds = time_in_turns({"a": models["llm"], "b": models["llm"]}, PROMPTS[:2], max_new_tokens=2, min_new_tokens=2)
+    assert [speeds[name]["ms_per_answer"] for name in "ab"] == [2000, 3000]
+    assert speeds["a"]["ms_per_token"] == 1000

@@ -1,0 +1,74 @@
+"""What is promised before training: measured, counted, and one of three recommendations."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from checkpoints import PROMPTS, write_checkpoint
+from common import slm_tokenizer
+from modeling_llm2slm import planning
+from modeling_llm2slm.planning import Candidate, plan, recommend
+from modeling_llm2slm.text_to_text import TextToText
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_checkpoint("llm", tmp_path_factory.mktemp("llm"))
+
+
+def test_a_plan_has_everything_a_user_asks_for(llm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("modeling_llm2slm.configuration", reason="presets are found in an installed package only")
+    (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS, PROMPTS[0]]) + "\n")
+    slm_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    monkeypatch.setattr(TextToText, "generate", lambda self, prompts, *_, **__: ["out1 out2 out3 out4"] * len(prompts))
+    steps: list[str] = []
+    result = plan(
+        llm, tmp_path / "prompts.txt", presets=["tiny"], slm_tokenizers={"tiny": str(tmp_path / "tokenizer")},
+        timed_prompts=2, batch_size=2, max_new_tokens=8, progress=steps.append,
+    )  # fmt: skip
+    large = TextToText.from_pretrained(llm)
+    lengths = [len(ids) for ids in large.features(PROMPTS)["input_ids"]]
+    assert result["prompts"] == len(PROMPTS) + 1
+    assert result["prompt_tokens"] == pytest.approx((sum(lengths) + lengths[0]) / 9)
+    assert result["store_bytes"] == sum(lengths) * 24 * 2  # equal prompts are stored once
+    candidate = Candidate(**result["candidates"][0])
+    assert (candidate.name, candidate.answer_tokens, candidate.tokens_assumed) == ("tiny", 5, False)
+    assert candidate.speed_up == pytest.approx(candidate.llm_ms_per_answer / candidate.ms_per_answer)
+    assert candidate.training_bytes > candidate.answering_bytes > 4 * candidate.slm_parameters
+    assert min(candidate.encode_hours, candidate.distill_hours, candidate.train_hours) > 0
+    assert result["recommendation"]
+    assert steps[-1] == "measuring tiny"
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_without_the_slms_tokenizer_the_llms_count_stands_for_it(llm: str, tmp_path: Path) -> None:
+    pytest.importorskip("modeling_llm2slm.configuration", reason="presets are found in an installed package only")
+    (tmp_path / "prompts.txt").write_text(PROMPTS[0] + "\n")
+    result = plan(llm, tmp_path / "prompts.txt", presets=["tiny"], batch_size=1, max_new_tokens=4)
+    assert result["candidates"][0]["tokens_assumed"]
+    assert result["candidates"][0]["answer_tokens"] == result["answer_tokens"]
+    with pytest.raises(ValueError, match="no preset 'huge'"):
+        plan(llm, tmp_path / "prompts.txt", presets=["huge"], max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("speed_ups", "recommended", "words"),
+    [
+        ((2.5, 4.0), "large", "largest SLM that is at least 2 times as fast"),
+        ((1.5, 3.0), "small", "largest SLM that is at least 2 times as fast"),
+        ((1.1, 1.4), "small", "is the fastest"),
+        ((0.7, 1.1), None, "Do not train"),
+    ],
+)
+def test_the_largest_slm_that_is_fast_enough(
+    speed_ups: tuple[float, float], recommended: str | None, words: str
+) -> None:
+    row = Candidate("large", 100, 1.0, 1.0, speed_ups[0], 1, False, 1, 1, 1.0, 1.0, 1.0)
+    name, sentence = recommend([row, replace(row, name="small", slm_parameters=10, speed_up=speed_ups[1])])
+    assert name == recommended
+    assert words in sentence
+    assert set(planning.SLMS) == {"t5-large_gpt2", "t5-large_t5-small"}

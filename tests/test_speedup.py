@@ -1,0 +1,92 @@
+"""From prompts to a model in one go: every stage once, whatever stops it, and wrong input found before the first."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints import WORDS, write_checkpoint
+from modeling_llm2slm import speedup
+from modeling_llm2slm.speedup import Speedup, SpeedupSettings
+from modeling_llm2slm.text_to_text import TextToText
+
+
+pytest.importorskip("modeling_llm2slm.configuration", reason="the recipe is found in an installed package only")
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> SpeedupSettings:
+    folder = tmp_path_factory.mktemp("speedup")
+    llm = write_checkpoint("llm", folder)
+    prompts = [" ".join(reversed(words)) for words in WORDS] + [" ".join(words) for words in WORDS]
+    (folder / "prompts.txt").write_text("\n".join([*prompts, prompts[0]]) + "\n")
+    recipe = {"num_train_epochs": 1, "per_device_train_batch_size": 4}
+    return SpeedupSettings(
+        llm, str(folder / "prompts.txt"), str(folder / "gpt2.json"), num_beams=1, max_new_tokens=5, recipe=recipe
+    )
+
+
+STAGES = ["distill", "build", "encode", "train", "evaluate"]
+
+
+def test_prompts_become_a_model_and_nothing_is_done_twice(
+    settings: SpeedupSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    result = Speedup(settings, tmp_path).run(lambda stage, command: told.append(f"{stage}: {command}"))
+    assert [line.partition(":")[0] for line in told] == STAGES
+    assert all(f"llm2slm {stage}" in line for stage, line in zip(STAGES, told, strict=True))
+    assert TextToText.from_pretrained(tmp_path / "model").model.config.model_type == "llm2slm"
+    splits = [[json.loads(line) for line in (tmp_path / f"{name}.jsonl").open()] for name in speedup.SPLITS]
+    assert [len({row["prompt"] for row in rows}) for rows in splits] == [len(told) + 7 + 1, 1, 1]
+    assert not {row["prompt"] for row in splits[0]} & {row["prompt"] for row in splits[2]}
+    assert result["prompts"] == len(splits[2])
+    for name in ("distill", "build", "encode", "train", "compare"):
+        monkeypatch.setattr(speedup, name, None)
+    assert Speedup(settings, tmp_path).run() == result
+
+
+@pytest.mark.parametrize("stage", ["build", "encode", "train", "compare"])
+def test_a_run_that_was_stopped_goes_on(
+    settings: SpeedupSettings, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(speedup, stage, stop)
+        with pytest.raises(KeyboardInterrupt):
+            Speedup(settings, tmp_path).run()
+    monkeypatch.setattr(speedup, "distill", None)
+    assert Speedup(settings, tmp_path).run()["prompts"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"slm": "no/such/model"}, "no/such/model cannot be loaded"),
+        ({"llm": "no/such/model"}, "no/such/model cannot be loaded"),
+        ({"recipe": {"learning_rat": 1}}, "Did you mean learning_rate"),
+    ],
+)
+def test_what_is_wrong_is_found_before_any_work(
+    settings: SpeedupSettings, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((ValueError, OSError), match=message):
+        Speedup(replace(settings, **change), tmp_path / "out").run()
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_settings_want_another_folder(settings: SpeedupSettings, tmp_path: Path) -> None:
+    Speedup(settings, tmp_path).distill()
+    with pytest.raises(ValueError, match=r"begun with another num_beams \(1\)"):
+        Speedup(replace(settings, num_beams=3), tmp_path)
+
+
+def test_two_prompts_cannot_be_split(settings: SpeedupSettings, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has 2 different prompts"):
+        Speedup(replace(settings, limit=2), tmp_path).distill()
