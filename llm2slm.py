@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -51,6 +53,7 @@ MaxNewTokens = Annotated[
 NumBeams = Annotated[int, typer.Option(min=1, help="Beams to search with; 1 is greedy.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
 PromptColumn = Annotated[str, typer.Option(help="The column that holds what the model reads.")]
+SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out rows that are no text, with a warning.")]
 AnswerColumn = Annotated[str, typer.Option(help="The column that holds the answers.")]
 
 
@@ -154,8 +157,11 @@ def train(
 
     A recipe holds `model`, `train_data`, `output_dir`, and any of `validation_data`, `prompt_column`, `answer_column`,
     `prompt_max_length`, `answer_max_length`, `train_samples`, `validation_samples`, `optimizer`, `metric`,
-    `generation`, `resume`, and every field of transformers' Seq2SeqTrainingArguments. Each is an option of this
-    command as well, which goes before the recipe's own value. A run that was stopped continues where it was.
+    `generation`, `resume`, `llm_states`, `learning_rate_mapping`, `lora`, `quantize_llm`, `skip_bad_rows`,
+    `streaming`, `shuffle_buffer`, `preprocessing_num_workers`, and every field of transformers'
+    Seq2SeqTrainingArguments. Each is an option of this command as well, which goes before the recipe's own value. A
+    run that was stopped continues where it was. On several devices:
+    `accelerate launch --config_file FILE -m llm2slm train recipe.yaml`.
     """
     overrides = dict(_overrides(context.args))
     _quiet(progress=True)
@@ -169,6 +175,264 @@ def train(
     if report["best_metric"] is not None:
         out.print(f"Best validation {report['metric']}: {report['best_metric']:.4g} at step {report['best_step']}.")
     out.print(f"The model is in {os.path.expandvars(str(settings['output_dir']))}.", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def encode(
+    model: ModelArgument,
+    data: Annotated[list[str], typer.Argument(help="All that is trained and validated on.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="The folder of the store.", show_default=False)],
+    prompt_column: PromptColumn = "prompt",
+    split: Annotated[str, typer.Option(help="Of a data set on the Hub.")] = "train",
+    limit: Annotated[int | None, typer.Option(min=1, help="Encode this many prompts of each, from the top.")] = None,
+    prompt_max_length: Annotated[int | None, typer.Option(help="Cut prompts to this many tokens.")] = None,
+    dtype: Annotated[str, typer.Option(help="What states are stored in: bfloat16, float16, float32.")] = "bfloat16",
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 32,
+    device: Device = "cpu",
+    skip_bad_rows: SkipBadRows = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove what is in the folder.")] = False,
+) -> None:
+    """
+    Run the LLM over all prompts once, and store its states for training.
+
+    `llm2slm encode runs/start train.jsonl val.jsonl --output runs/states`
+
+    `llm2slm train recipe.yaml --llm_states runs/states` then loads no LLM. A run that was stopped continues where it
+    was; `torchrun --nproc_per_node 8 -m llm2slm encode ...` shares the work among eight devices.
+    """
+    _quiet()
+    _quiet_data()
+    from modeling_llm2slm.encoding import encode as encode_prompts
+
+    with _progress("prompts") as counter:
+
+        def announce(description: Any, to_write: int) -> None:
+            err.print(
+                f"{description.prompts:,} different prompts of {description.tokens:,} tokens, "
+                f"{description.hidden_size} numbers each in {description.dtype}: {_size(description.nbytes)}"
+                + (f", {_size(to_write)} of it still to be written." if to_write != description.nbytes else "."),
+                highlight=False,
+                soft_wrap=True,
+            )
+
+        encode_prompts(
+            model, data, output, prompt_column, split=split, limit=limit, prompt_max_length=prompt_max_length,
+            dtype=dtype, batch_size=batch_size, device=_local(device), skip_bad_rows=skip_bad_rows,
+            overwrite=overwrite, announce=announce, progress=partial(counter.count, "Encoding"),
+        )  # fmt: skip
+    out.print(f"The states are in {output}. Train with: --llm_states {output}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def distill(
+    llm: Annotated[str, typer.Argument(help="The LLM with its decoder: a folder, or a name on the Hub.")],
+    data: Annotated[str, typer.Argument(help="Prompts: .jsonl, .json, .csv, .parquet, .txt, or a data set's name.")],
+    output: Annotated[Path, typer.Option(help="The .jsonl or .jsonl.gz to write.", show_default=False)],
+    prompt_column: PromptColumn = "prompt",
+    column: Annotated[str, typer.Option(help="The column for the LLM's answers.")] = "llm_answer",
+    split: Annotated[str, typer.Option(help="Of a data set on the Hub.")] = "train",
+    limit: Annotated[int | None, typer.Option(min=1, help="Answer this many prompts, from the top.")] = None,
+    prompt_max_length: Annotated[int | None, typer.Option(help="Cut prompts to this many tokens.")] = None,
+    max_new_tokens: MaxNewTokens = None,
+    num_beams: Annotated[int, typer.Option(min=1, help="Beams to search with; 1 is greedy.")] = 4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 32,
+    device: Device = "cpu",
+    skip_bad_rows: SkipBadRows = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+) -> None:
+    """
+    Have the LLM write the answers to train on, beside those that are there.
+
+    `llm2slm distill google-t5/t5-large train.jsonl --output distilled.jsonl --max-new-tokens 64`
+
+    A recipe with `answer_column: llm_answer` trains on them, one with `answer_column: [answer, llm_answer]` on both. A
+    run that was stopped continues where it was.
+    """
+    _quiet()
+    _quiet_data()
+    from modeling_llm2slm.distillation import distill as write_answers
+
+    with _progress("prompts") as counter:
+        rows = write_answers(
+            llm, data, output, prompt_column, column=column, split=split, limit=limit,
+            prompt_max_length=prompt_max_length, batch_size=batch_size, device=_local(device),
+            skip_bad_rows=skip_bad_rows, overwrite=overwrite, progress=partial(counter.count, "Answering"),
+            **_decoding(max_new_tokens, num_beams),
+        )  # fmt: skip
+    out.print(f"{rows:,} rows are in {output}, the answers in column {column}.", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def plan(
+    llm: Annotated[str, typer.Option(help="The LLM with its decoder: a folder, or a name on the Hub.")],
+    data: Annotated[str, typer.Option(help="Your prompts: a file, or a data set on the Hub.")],
+    prompt_column: PromptColumn = "prompt",
+    preset: Annotated[
+        list[str] | None, typer.Option(help="Try this preset, or config .json; may be repeated.")
+    ] = None,
+    slm_tokenizer: Annotated[
+        list[str] | None, typer.Option(help="PRESET=FOLDER, where the SLM's tokenizer cannot be downloaded.")
+    ] = None,
+    timed_prompts: Annotated[int, typer.Option(min=1, help="Answer this many prompts.")] = 4,
+    epochs: Annotated[float, typer.Option(help="Of the training that is estimated.")] = 5,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of the training that is estimated.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 128,
+    device: Device = "cpu",
+    output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
+) -> None:
+    """
+    Tell what LLM-to-SLM would bring and cost here, before any training.
+
+    `llm2slm plan --llm google-t5/t5-large --data prompts.txt`
+
+    The LLM answers some of your prompts; then small models with random weights write as many tokens behind it.
+    """
+    _quiet()
+    _quiet_data()
+    from modeling_llm2slm.planning import SLMS
+    from modeling_llm2slm.planning import plan as make_plan
+
+    pairs = [entry.partition("=") for entry in slm_tokenizer or []]
+    if any(not path for _, _, path in pairs):
+        raise typer.BadParameter("--slm-tokenizer takes PRESET=FOLDER.")
+    with err.status("planning") as status:
+        result = make_plan(
+            llm, data, prompt_column, presets=preset or tuple(SLMS),
+            slm_tokenizers={name: path for name, _, path in pairs}, timed_prompts=timed_prompts, epochs=epochs,
+            batch_size=batch_size, max_new_tokens=max_new_tokens, device=device, progress=status.update,
+        )  # fmt: skip
+    _write_json(output, {"llm": llm, "data": Path(data).name, **result})
+    _print_plan(result)
+
+
+def _print_plan(result: dict[str, Any]) -> None:
+    candidates = result["candidates"]
+    table = Table("", *(candidate["name"] for candidate in candidates))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
+        "speed-up per answer": lambda row: f"{row['speed_up']:.2f}",
+        "ms per answer, LLM": lambda row: f"{row['llm_ms_per_answer']:.0f}",
+        "ms per answer, LLM-to-SLM": lambda row: f"{row['ms_per_answer']:.0f}",
+        "tokens per answer, LLM": lambda row: f"{result['answer_tokens']:.1f}",
+        "tokens per answer, SLM": lambda row: f"{row['answer_tokens']:.1f}" + ("*" if row["tokens_assumed"] else ""),
+        "parameters that decode": lambda row: f"{row['slm_parameters'] / 1e6:.0f}M",
+        "memory to answer": lambda row: _size(row["answering_bytes"]),
+        "memory to train": lambda row: _size(row["training_bytes"]),
+        "hours to distill, once": lambda row: f"{row['distill_hours']:.2g}",
+        "hours to encode, once": lambda row: f"{row['encode_hours']:.2g}",
+        f"hours to train {result['epochs']:g} epochs": lambda row: f"{row['train_hours']:.2g}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, *map(value, candidates))
+    out.print(table)
+    if any(row["tokens_assumed"] for row in candidates):
+        out.print("* as many as the LLM's: the SLM's tokenizer was not found (--slm-tokenizer).", highlight=False)
+    out.print(
+        f"{result['prompts']:,} prompts of {result['prompt_tokens']:.1f} tokens; their states take "
+        f"{_size(result['store_bytes'])}. Measured on {result['device']}, {result['threads']} threads, batch 1.",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    out.print(result["recommendation"], style="bold", highlight=False, soft_wrap=True)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def speedup(
+    context: typer.Context,
+    llm: Annotated[str, typer.Option(help="The LLM with its decoder: a folder, or a name on the Hub.")],
+    prompts: Annotated[str, typer.Option(help="Prompts: .txt, .jsonl, .csv, .parquet, or a data set on the Hub.")],
+    output: Annotated[Path, typer.Option(help="The folder for everything.")] = Path("runs/speedup"),
+    slm: Annotated[str, typer.Option(help="The model that is to write: folder, Hub name, or config .json.")] = (
+        "openai-community/gpt2"
+    ),
+    slm_tokenizer: Annotated[str | None, typer.Option(help="Default: its own; of a config, the LLM's.")] = None,
+    prompt_column: PromptColumn = "prompt",
+    limit: Annotated[int | None, typer.Option(min=3, help="Use this many prompts, from the top.")] = None,
+    held_out: Annotated[int, typer.Option(min=1, help="Hold out as many for validation, and for the test.")] = 500,
+    num_beams: Annotated[int, typer.Option(min=1, help="Beams of the LLM's answers.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that the LLM reads and answers at once.")] = 32,
+    fusion: Annotated[str, typer.Option(help="What the SLM reads: add or replace.")] = "add",
+    encoder_dtype: Annotated[str | None, typer.Option(help="The LLM's dtype, such as bfloat16.")] = None,
+    device: Device = "cpu",
+) -> None:
+    """
+    From an LLM and prompts to a model that can be served: distill, build, encode, train, evaluate.
+
+    `llm2slm speedup --llm google-t5/t5-large --prompts prompts.txt --output runs/fast --num_train_epochs 3`
+
+    Every field of a recipe is an option as well. A run that was stopped continues where it was; each stage tells the
+    command that does the same.
+    """
+    _quiet()
+    _quiet_data()
+    from modeling_llm2slm.speedup import Speedup, SpeedupSettings
+
+    settings = SpeedupSettings(
+        llm, prompts, slm, slm_tokenizer, prompt_column, limit, held_out, num_beams, max_new_tokens, batch_size,
+        fusion, encoder_dtype, dict(_overrides(context.args)),
+    )  # fmt: skip
+
+    def announce(stage: str, command: str) -> None:
+        out.print(f"[bold]{stage}[/]  {escape(command)}", soft_wrap=True, highlight=False)
+
+    with _progress("prompts") as counter:
+        result = Speedup(settings, output, _local(device), counter.count).run(announce)
+    _print_comparison({"data": "test.jsonl", **result})
+    out.print(f"The model is in {output}/model.", soft_wrap=True, highlight=False)
+
+
+class _Counter:
+    """Progress bars on standard error, which appear with the first thing that is counted."""
+
+    def __init__(self, unit: str):
+        self._unit = unit
+        self._bars: Any = None
+        self._tasks: dict[str, Any] = {}
+
+    def count(self, what: str, done: int, total: int) -> None:
+        if self._bars is None:
+            self._bars = self._start()
+        if what not in self._tasks:
+            self._tasks[what] = self._bars.add_task(what, total=total, unit=self._unit)
+        self._bars.update(self._tasks[what], completed=done, total=total, visible=done < total)
+
+    def _start(self) -> Any:
+        from rich import progress
+
+        texts = progress.TextColumn("{task.description}"), progress.TextColumn("{task.fields[unit]}")
+        times = progress.TimeElapsedColumn(), progress.TimeRemainingColumn()
+        columns = (texts[0], progress.BarColumn(), progress.MofNCompleteColumn(), texts[1], *times)
+        bars = progress.Progress(*columns, console=err, transient=True)
+        bars.start()
+        return bars
+
+    def stop(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+
+@contextmanager
+def _progress(unit: str) -> Iterator[_Counter]:
+    counter = _Counter(unit)
+    try:
+        yield counter
+    finally:
+        counter.stop()
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}" if unit != "bytes" else f"{count:.0f} bytes"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _local(device: str) -> str:
+    """The device of this process, where `torchrun` has started several."""
+    rank = os.environ.get("LOCAL_RANK")
+    return f"{device}:{rank}" if rank is not None and device == "cuda" else device
 
 
 def _overrides(words: list[str]) -> Iterator[tuple[str, str]]:
@@ -273,7 +537,7 @@ def _one_line(text: str) -> str:
 @app.command()
 def evaluate(
     model: ModelArgument,
-    data: Annotated[str, typer.Argument(help="A .jsonl, .json, .csv or .parquet file, or a data set on the Hub.")],
+    data: Annotated[str, typer.Argument(help="A .jsonl, .json, .csv, .parquet or .txt file, or a data set's name.")],
     prompt_column: PromptColumn = "prompt",
     answer_column: AnswerColumn = "answer",
     split: Annotated[str, typer.Option(help="Of a data set on the Hub.")] = "test",
@@ -283,16 +547,30 @@ def evaluate(
     num_beams: NumBeams = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once; answers are timed one at a time.")] = 32,
     timed_answers: Annotated[int, typer.Option(min=0, help="Time this many answers.")] = 50,
+    against: Annotated[str | None, typer.Option(help="Compare with this LLM; references are not needed then.")] = None,
+    worst: Annotated[int, typer.Option(min=0, help="With --against: show this many that agree least.")] = 5,
     device: Device = "cpu",
 ) -> None:
     """
     Score a model's answers: BLEU and chrF (sacrebleu), ROUGE, exact match, and time per answer.
 
     `llm2slm evaluate runs/model test.jsonl --num-beams 4 --output metrics.json`
+
+    `llm2slm evaluate runs/model prompts.txt --against google-t5/t5-large` tells how far it agrees with the LLM.
     """
     text_to_text = _load_model(model, device)
     _quiet_data()
-    from modeling_llm2slm.data import write_aside
+    if against is not None:
+        from modeling_llm2slm.agreement import compare
+
+        comparison = compare(
+            text_to_text, _load_model(against, device), data, prompt_column, answer_column, split=split, limit=limit,
+            batch_size=batch_size, timed_answers=timed_answers, worst=worst, **_decoding(max_new_tokens, num_beams),
+        )  # fmt: skip
+        comparison = {"model": model, "against": against, "data": Path(data).name, **comparison}
+        _write_json(output, comparison)
+        _print_comparison(comparison)
+        return
     from modeling_llm2slm.evaluation import evaluate as evaluate_model
 
     result = evaluate_model(
@@ -300,10 +578,35 @@ def evaluate(
         timed_answers=timed_answers, **_decoding(max_new_tokens, num_beams),
     )  # fmt: skip
     result = {"model": model, "data": Path(data).name, **result}
+    _write_json(output, result)
+    _print_result(result)
+
+
+def _write_json(output: Path | None, result: dict[str, Any]) -> None:
     if output is not None:
+        from modeling_llm2slm.data import write_aside
+
         with write_aside(output) as temporary:
             temporary.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _print_result(result)
+
+
+def _print_comparison(result: dict[str, Any]) -> None:
+    title = f"{result['prompts']} prompts of {result['data']}"
+    table = Table("measure", "model", "LLM", "agreement", title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, agreement in result["agreement"].items():
+        scores = [result[key].get(name) for key in ("scores", "llm_scores")]
+        table.add_row(name, *(f"{score:.2f}" if score is not None else "" for score in scores), f"{agreement:.2f}")
+    for name, value in result["speed"].items():
+        table.add_row(name, f"{value:.2f}", f"{result['llm_speed'][name]:.2f}", "")
+    out.print(table)
+    if result["speed_up"] is not None:
+        out.print(f"The model answers {result['speed_up']:.2f} times as fast as the LLM.", highlight=False)
+    for row in result["worst"]:
+        out.print(f"\nchrF {row['chrf']:.1f}, row {row['row']}", highlight=False, style="bold")
+        for name, text in (("prompt", row["prompt"]), ("model", row["answer"]), ("LLM", row["llm_answer"])):
+            out.print(f"  {name:7} {escape(_one_line(text))}", soft_wrap=True, highlight=False)
 
 
 def _print_result(result: dict[str, Any]) -> None:

@@ -20,10 +20,13 @@ from transformers import AutoModelForSeq2SeqLM
 import llm2slm
 from checkpoints import PAIRS, PROMPTS, write_checkpoint, write_pairs, write_parts
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
+from modeling_llm2slm.state_store import StateStore
 from modeling_llm2slm.text_to_text import TextToText
 
 
-COMMANDS = ("build", "train", "generate", "evaluate", "info", "card", "convert")
+COMMANDS = (
+    "build", "train", "encode", "distill", "plan", "speedup", "generate", "evaluate", "info", "card", "convert",
+)  # fmt: skip
 CONVERSIONS = ("compose", "lean", "full", "merge", "split", "import")
 
 
@@ -173,22 +176,104 @@ class TestTrain:
         assert not (tmp_path / "out").exists()
 
     @pytest.mark.slow
-    def test_a_killed_run_continues(self, recipe, tmp_path):
-        words = ("train", str(recipe), "--max_steps", "400", "--save_strategy", "steps", "--save_steps", "5")
-        words += ("--eval_strategy", "steps", "--eval_steps", "5")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "llm2slm", *words], cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL
-        )
-        while not (tmp_path / "out" / "checkpoint-10" / "trainer_state.json").exists():
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not (tmp_path / "out" / "config.json").exists()
-        assert run(*words, "--max_steps", "40") == 0
-        record = json.loads((tmp_path / "out" / "training.json").read_text())
-        assert record["resumed_at_step"] >= 10
-        assert record["steps"] == 40
+    def test_a_run_killed_again_and_again_has_the_losses_of_a_whole_one(self, recipe, tmp_path):
+        words = ("train", recipe, "--max_steps", "60", "--save_strategy", "steps", "--save_steps", "2")
+        words += ("--eval_strategy", "steps", "--eval_steps", "2", "--logging_steps", "3", "--metric", "loss")
+        words += ("--save_total_limit", "100", "--train_sampling_strategy", "group_by_length")
+        assert run(*words, "--output_dir", tmp_path / "whole") == 0
+        for seen in (2, 9, 16):
+            kill_when(lambda seen=seen: len(list((tmp_path / "out").glob("checkpoint-*"))) > seen, *words)
+            assert not (tmp_path / "out" / "config.json").exists()
+        assert run(*words) == 0
+        records = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("out", "whole")]
+        assert records[0]["resumed_at_step"] >= 2
+        losses = [[(row["step"], row["loss"]) for row in each["log"] if "loss" in row] for each in records]
+        assert losses[0] == losses[1]
+        assert len(losses[0]) > 20
+        models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "whole")]
+        assert models[0] == models[1]
+
+
+def kill_when(reached: Any, *words: Any) -> None:
+    """Starts the command in a process of its own and kills it as soon as something is so."""
+    command = [sys.executable, "-m", "llm2slm", *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as the tests: more threads add in another order
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], env=environment, stderr=subprocess.DEVNULL)
+    while not reached():
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+class TestEncodeAndDistill:
+    def test_states_of_a_store_train_a_model(self, composite, recipe, tmp_path, capsys):
+        data = tmp_path / "pairs.jsonl"
+        assert run("encode", composite, data, "--output", tmp_path / "states") == 0
+        printed = capsys.readouterr()
+        assert "8 different prompts of 34 tokens, 24 numbers each in bfloat16: 1.63 kB." in printed.err
+        assert f"--llm_states {tmp_path / 'states'}" in printed.out
+        assert run("train", recipe, "--llm_states", tmp_path / "states") == 0
+        assert run("generate", tmp_path / "out", "src1", "--max-new-tokens", 3) == 0
+
+    def test_answers_of_an_llm_train_a_model(self, composite, recipe, tmp_path, capsys):
+        llm = write_checkpoint("llm", tmp_path / "parts")
+        words = ("distill", llm, tmp_path / "pairs.jsonl", "--output", tmp_path / "d.jsonl", "--max-new-tokens", 4)
+        assert run(*words) == 0
+        assert "8 rows are in" in capsys.readouterr().out
+        data = ("--train_data", tmp_path / "d.jsonl", "--answer_column", "answer,llm_answer")
+        assert run("train", recipe, *data) == 0
+
+    @pytest.mark.slow
+    def test_killed_runs_go_on(self, tmp_path):
+        pairs = [{"prompt": f"src{i % 100} src{i // 100}"} for i in range(3000)]
+        data, llm = write_pairs(tmp_path / "many.jsonl", pairs), write_checkpoint("llm", tmp_path)
+        composite = write_checkpoint("llm2slm", tmp_path)
+        states, answers = tmp_path / "states", tmp_path / "answers.jsonl"
+        encode = ("encode", composite, data, "--output", states, "--batch-size", 1)
+        kill_when((states / "store.json").exists, *encode)
+        distill = ("distill", llm, data, "--output", answers, "--num-beams", 1, "--max-new-tokens", 3)
+        part = tmp_path / "answers.jsonl.part"
+        kill_when(lambda: part.exists() and part.stat().st_size > 5000, *distill)
+        assert not answers.exists()
+        assert run(*encode) == 0
+        assert run(*distill) == 0
+        assert len(answers.read_text().splitlines()) == len(pairs)
+        assert len(StateStore(states)) == len({row["prompt"] for row in pairs})
+
+
+class TestFirstDay:
+    def test_a_plan_is_printed_and_written(self, tmp_path, capsys):
+        pytest.importorskip("modeling_llm2slm.configuration", reason="presets are found in an installed package only")
+        llm, data = write_checkpoint("llm", tmp_path), write_pairs(tmp_path / "pairs.jsonl")
+        words = ("plan", "--llm", llm, "--data", data, "--preset", "tiny", "--max-new-tokens", 4, "--batch-size", 1)
+        assert run(*words, "--timed-prompts", 1, "--output", tmp_path / "plan.json") == 0
+        printed = capsys.readouterr().out
+        plan = json.loads((tmp_path / "plan.json").read_text())
+        assert f"{plan['candidates'][0]['speed_up']:.2f}" in printed
+        assert plan["recommendation"] in printed
+        assert all(word in printed for word in ("memory to train", "hours to encode", "1.63 kB", "--slm-tokenizer"))
+
+    def test_prompts_become_a_model(self, tmp_path, capsys):
+        pytest.importorskip("modeling_llm2slm.configuration", reason="recipes are found in an installed package only")
+        llm = write_checkpoint("llm", tmp_path)
+        (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+        words = ("speedup", "--llm", llm, "--prompts", tmp_path / "prompts.txt", "--slm", tmp_path / "gpt2.json")
+        words += ("--output", tmp_path / "fast", "--max-new-tokens", 4, "--num-beams", 1, "--num_train_epochs", 1)
+        assert run(*words) == 0
+        printed = capsys.readouterr().out
+        assert all(f"llm2slm {stage}" in printed for stage in ("distill", "build", "encode", "train", "evaluate"))
+        assert "times as fast as the LLM" in printed
+        assert run("info", tmp_path / "fast" / "model") == 0
+
+    def test_agreement_with_the_llm_is_printed(self, composite, tmp_path, capsys):
+        (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:4]) + "\n")
+        words = ("evaluate", composite, tmp_path / "prompts.txt", "--against", write_checkpoint("llm", tmp_path))
+        assert run(*words, "--max-new-tokens", 3, "--worst", 2, "--output", tmp_path / "a.json") == 0
+        result, printed = json.loads((tmp_path / "a.json").read_text()), capsys.readouterr().out
+        assert f"{result['agreement']['chrf']:.2f}" in printed
+        assert f"{result['speed_up']:.2f} times as fast" in printed
+        assert len(result["worst"]) == 2
 
 
 class TestGenerate:
@@ -309,6 +394,23 @@ MODEL, DATA, RECIPE, OUT = "<model>", "<data>", "<recipe>", "<out>"
         (["convert", "import", MODEL, OUT, "--mapping", "names.json"], 2, "--into"),
         (["convert", "merge", "no/such/adapter", OUT], 1, "no/such/adapter cannot be loaded"),
         (["inform"], 2, "inform"),
+        (["encode", MODEL, "no.jsonl", "--output", OUT], 1, "no data file no.jsonl"),
+        (["encode", "no/such/model", DATA, "--output", OUT], 1, "no/such/model cannot be loaded"),
+        (["encode", MODEL, DATA, "--output", OUT, "--dtype", "int3"], 1, "dtype is 'int3'"),
+        (["encode", MODEL, DATA, "--output", OUT, "--prompt-column", "x"], 1, "no column 'x'"),
+        (["encode", MODEL, DATA], 2, "output"),
+        (["distill", "no/such/model", DATA, "--output", f"{OUT}.jsonl"], 1, "no/such/model cannot be loaded"),
+        (["distill", MODEL, DATA, "--output", DATA], 1, "exists. Choose another file, or add --overwrite"),
+        (["distill", MODEL, DATA, "--output", f"{OUT}.csv"], 1, "none of .jsonl"),
+        (["train", RECIPE, "--llm_states", "no/store", "--output_dir", OUT], 1, "no/store is no store of LLM states"),
+        (["train", RECIPE, "--lora", "{r: 8", "--output_dir", OUT], 1, "lora is"),
+        (["train", RECIPE, "--lora", "{rank: 8}", "--output_dir", OUT], 1, "lora"),
+        (["train", RECIPE, "--quantize_llm", "int3", "--output_dir", OUT], 1, "quantize_llm"),
+        (["plan", "--llm", "no/such/model", "--data", DATA, "--output", OUT], 1, "no/such/model cannot be loaded"),
+        (["plan", "--llm", MODEL, "--data", DATA, "--slm-tokenizer", "x"], 2, "PRESET=FOLDER"),
+        (["speedup", "--llm", "no/llm", "--prompts", DATA, "--output", OUT], 1, "no/llm cannot be loaded"),
+        (["speedup", "--llm", MODEL, "--prompts", DATA, "--output", OUT, "--max_step", "3"], 1, "Did you mean max_st"),
+        (["evaluate", MODEL, DATA, "--against", "no/llm", "--output", OUT], 1, "no/llm cannot be loaded"),
     ],
 )
 def test_what_is_wrong_gives_one_sentence_and_leaves_nothing(
@@ -321,7 +423,8 @@ def test_what_is_wrong_gives_one_sentence_and_leaves_nothing(
         OUT: str(tmp_path / "output"),
     }
     before = sorted(tmp_path.iterdir())
-    assert run(*(places.get(word, word) for word in words)) == status
+    words = [places.get(word, word).replace(OUT, places[OUT]) for word in words]
+    assert run(*words) == status
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
