@@ -1,0 +1,50 @@
+"""
+The memory that each preset needs on one device, counted and not measured; see `modeling_llm2slm.memory`.
+
+    python benchmarks/training_memory.py --output docs/results/training-memory.json
+
+Batch 32, prompts of 256 and answers of 128 tokens, bfloat16 by autocast, AdamW: what the recipes one_node.yaml and
+several_nodes.yaml train with. `tests/test_memory.py` compares the count with a process.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from modeling_llm2slm.building import preset_config
+from modeling_llm2slm.memory import training_memory
+
+
+PRESETS = ("t5-large_gpt2", "t5-large_t5-small", "flan-t5-xl_gpt2", "t5-3b_gpt2")
+SIZES: dict[str, Any] = {"batch_size": 32, "prompt_length": 256, "answer_length": 128}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "LLM running, copied": {},
+    "stored states, copied": {"llm_states": True},
+    "LLM running, sharded over 8": {"shards": 8},
+    "LLM running, LoRA": {"lora": {}},
+    "stored states, LoRA, gradient checkpointing": {"llm_states": True, "lora": {}, "gradient_checkpointing": True},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    rows = {
+        preset: {
+            name: training_memory(preset_config(preset), bf16=True, **SIZES, **setting)
+            for name, setting in SETTINGS.items()
+        }
+        for preset in PRESETS
+    }
+    for preset, settings in rows.items():
+        for name, memory in settings.items():
+            parts = ", ".join(f"{part} {count / 1e9:.2f}" for part, count in memory.items())
+            print(f"{preset:18} {name:44} GB: {parts}")
+    if args.output:
+        args.output.write_text(json.dumps({**SIZES, "bytes": rows}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
