@@ -73,7 +73,7 @@ class LLM2SLMWithoutLLM(LLM2SLMForConditionalGeneration):
     def __init__(self, config: LLM2SLMConfig):
         super().__init__(config, encoder=LLMEmbedding(config))
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Saves what is here, to go on training from, without a model card; [`with_llm`] makes a model to publish."""
         PreTrainedModel.save_pretrained(self, save_directory, **kwargs)
 
