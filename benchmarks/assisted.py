@@ -1,7 +1,7 @@
 """
 The LLM's own answer, drafted by an LLM-to-SLM model: how many drafts it accepts, and what time that saves.
 
-    python benchmarks/assisted.py --data /path/to/data --runs runs/multi30k --demo runs/demo
+    python -m benchmarks.assisted --data /path/to/data --runs runs/multi30k --demo runs/demo
 
 Multi30k: the LLM and the `draft` stage of `benchmarks/multi30k.py`; the demonstration: its LLM and the model that
 `make demo` left in `runs/demo`. How far to draft is chosen by time on validation prompts, what is reported comes from
