@@ -33,19 +33,24 @@ class RecentStates:
         weakref.finalize(owner, hook.remove)
 
     def remember(self, reader: Any, args: tuple, kwargs: dict[str, Any], outputs: Any) -> None:
-        input_ids = kwargs.get("input_ids", args[0] if args else None)
-        if input_ids is not None:
-            self.local.last = (input_ids, kwargs.get("attention_mask"), weakref.ref(outputs[0]))
+        input_ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
+        if input_ids is not None and not reader.training:  # with dropout, no two runs are the same
+            mask = torch.ones_like(input_ids) if mask is None else mask.clone()
+            self.local.last = (input_ids.clone(), mask, weakref.ref(outputs[0]))
 
     def find(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor | None:
-        """The states `(B, N, d_llm)` of these very prompts, if they are what the encoder read last."""
-        known_ids, known_mask, states = getattr(self.local, "last", (None, None, lambda: None))
-        if known_mask is None and known_ids is not None:
-            known_mask = torch.ones_like(known_ids)
+        """The states `(B, N, d_llm)` of these very prompts, once, if they are what the encoder read last."""
+        known_ids, known_mask, states = self.local.__dict__.pop("last", (None, None, lambda: None))
         for known, given in ((known_ids, input_ids), (known_mask, attention_mask)):
             if known is None or known.shape != given.shape or not torch.equal(known.to(given), given):
                 return None
         return states()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # a copy of the LLM has read nothing yet
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.local = threading.local()
 
 
 def as_assistant_of(model: Any, llm: PreTrainedModel) -> Any:

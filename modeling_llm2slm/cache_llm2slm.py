@@ -53,6 +53,22 @@ def as_llm2slm_cache(cache: Cache | None) -> LLM2SLMCache | None:
     return LLM2SLMCache(slm_cache)
 
 
+def check_cross_attention(cache: Cache | None, width: int) -> None:
+    """Raise `ValueError` where the cache of an encoder-decoder SLM was made for prompts of another width."""
+    if isinstance(cache, EncoderDecoderCache) and isinstance(cache.cross_attention_cache, DynamicCache):
+        cached = cache.cross_attention_cache.get_seq_length()
+        if cached:
+            _check_width(cached, width)
+
+
+def _check_width(cached: int, width: int) -> None:
+    if cached != width:
+        raise ValueError(
+            f"`past_key_values` begins with a prompt of width {cached}, but this one has {width}. Pass the prompt as "
+            "it was padded when the cache was made."
+        )
+
+
 def mask_and_positions(
     prompt_mask: torch.Tensor, answer_mask: torch.Tensor | None, answer_length: int, cache: LLM2SLMCache | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,11 +77,8 @@ def mask_and_positions(
     positions of what it reads now: of the new tokens, and of the prompt if that is not cached yet. Padding has none.
     """
     cache = cache if cache is not None and cache.prompt_length > 0 else None
-    if cache is not None and cache.prompt_length != prompt_mask.shape[1]:
-        raise ValueError(
-            f"`past_key_values` begins with a prompt of width {cache.prompt_length}, but this one has "
-            f"{prompt_mask.shape[1]}. Pass the prompt as it was padded when the cache was made."
-        )
+    if cache is not None:
+        _check_width(cache.prompt_length, prompt_mask.shape[1])
     if answer_mask is None:
         past_length = int(cache.get_seq_length()) if cache is not None else 0
         answer_mask = prompt_mask.new_ones(prompt_mask.shape[0], past_length + answer_length)

@@ -119,9 +119,11 @@ class LLM2SLMCheckpointMixin:
         )
         token = _REQUEST.set(request)
         try:
-            return super().from_pretrained(  # type: ignore[misc]
+            loaded = super().from_pretrained(  # type: ignore[misc]
                 pretrained_model_name_or_path, *args, use_safetensors=True, **kwargs
             )
+            (loaded[0] if isinstance(loaded, tuple) else loaded).eval()  # takes note of the generation config
+            return loaded
         except (AttributeError, KeyError, OverflowError, TypeError) as error:  # values that no model is made of
             raise ValueError(f"{path} cannot be loaded: {type(error).__name__}, {first_line(error)}") from error
         finally:

@@ -64,7 +64,8 @@ class LLM2SLMGenerationMixin(GenerationMixin):
         if new is not None:
             answer_length = new + (start.shape[1] if start is not None else 1) - 1
         if states is not None:
-            model_kwargs["attention_mask"] = as_prompt_states(states, mask, check=True).attention_mask
+            states = model_kwargs["encoder_outputs"] = as_prompt_states(states, mask, check=True)
+            model_kwargs["attention_mask"] = states.attention_mask
             self.encoder.check_prompt(model_kwargs["attention_mask"], answer_length)
         elif model_kwargs.get("input_ids") is not None:
             model_kwargs["attention_mask"] = self.encoder.prompt_mask(model_kwargs["input_ids"], mask)

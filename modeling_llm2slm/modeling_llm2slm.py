@@ -32,7 +32,7 @@ from transformers.modeling_outputs import BaseModelOutput, ModelOutput, Seq2SeqL
 from transformers.utils.generic import can_return_tuple
 
 from .assistant_llm2slm import RecentStates, as_assistant_of
-from .cache_llm2slm import LLM2SLMCache, as_llm2slm_cache, mask_and_positions
+from .cache_llm2slm import LLM2SLMCache, as_llm2slm_cache, check_cross_attention, mask_and_positions
 from .checkpoint_llm2slm import LLM2SLMCheckpointMixin, record_sources
 from .configuration_llm2slm import LLM2SLMConfig, llm_sizes
 from .generation_llm2slm import LLM2SLMGenerationMixin
@@ -110,7 +110,11 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
 
     def train(self, mode: bool = True) -> "LLM2SLMEncoder":
         """As of every module, but a frozen LLM stays frozen and without dropout."""
+        llm_mode = self.llm.training
         super().train(mode)
+        if self.recent is not None:  # an assistant: the LLM is somebody else's
+            self.llm.train(llm_mode)
+            return self
         # CODEPATH: freeze_llm=True. A load makes all parameters trainable again, but ends in `eval()`, and so here.
         if self.config.freeze_llm:
             self.llm.eval().requires_grad_(False)
@@ -331,7 +335,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
 
     def train(self, mode: bool = True) -> "LLM2SLMForConditionalGeneration":
         """As of every module; and an LLM's special ids that `Trainer` wrote over the SLM's are taken back."""
-        self._special_ids = keep_special_ids(self, getattr(self, "_special_ids", {}))
+        self._special_ids = keep_special_ids(self, getattr(self, "_special_ids", {}) if mode else {})
         return super().train(mode)
 
     @property
@@ -524,8 +528,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
             if prompt is None:
                 raise ValueError("There is no prompt: pass `input_ids`, `llm_hidden_states` or `encoder_outputs`.")
             mask, position_ids = mask_and_positions(prompt.attention_mask, mask, answer_length, cache)
+            self.encoder.check_prompt(prompt.attention_mask, mask.shape[1] - prompt.attention_mask.shape[1])
             if cache is None or cache.prompt_length == 0:
-                self.encoder.check_prompt(prompt.attention_mask, answer_length)
                 prompt_length = prompt.last_hidden_state.shape[1]
                 embeds = torch.cat([prompt.last_hidden_state.to(embeds), embeds], dim=1)
         if isinstance(logits_to_keep, torch.Tensor):
@@ -557,6 +561,9 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         """The decoder of an encoder-decoder SLM attends to what its encoder made of P."""
         if prompt is None:
             raise ValueError("There is no prompt: pass `input_ids`, `llm_hidden_states` or `encoder_outputs`.")
+        check_cross_attention(kwargs.get("past_key_values"), prompt.attention_mask.shape[1])
+        if not getattr(kwargs.get("past_key_values"), "is_updated", {}).get(0):
+            self.encoder.check_prompt(prompt.attention_mask, kwargs["decoder_input_ids"].shape[1])
         states = ModelOutput(last_hidden_state=prompt.last_hidden_state)
         outputs = self.decoder(
             encoder_outputs=states, attention_mask=prompt.attention_mask, return_dict=True, **kwargs

@@ -233,17 +233,16 @@ def keep_special_ids(model: Any, before: dict[tuple[int, str], Any]) -> dict[tup
     """
     holders = (model.config, model.config.decoder, model.generation_config)
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    of_llm = [value for name in names if (value := getattr(model.config.encoder, name, None)) is not None]
-    held = {}
-    for index, holder in enumerate(holders):
-        for name in names:
-            key, value = (index, name), getattr(holder, name, None)
-            newest = value[0] if isinstance(value, list) and value else value
-            is_llms = newest in of_llm or newest == getattr(model.config.encoder, name, None)
-            if key in before and value != before[key] and is_llms:
-                logger.warning_once(
-                    "The special ids of `processing_class.tokenizer` are the LLM's; the SLM's stay set."
-                )
-                setattr(holder, name, before[key])
-            held[key] = getattr(holder, name, None)
+    held = {(index, name): getattr(holder, name, None) for index, holder in enumerate(holders) for name in names}
+    changed = {key for key, value in held.items() if key in before and value != before[key]}
+    if not any(index < 2 for index, _ in changed):
+        return held  # `Trainer` writes into a config as well; who sets up generation does not
+    of_llm = {getattr(model.config.encoder, name, None) for name in names} - {None}
+    for index, name in changed:
+        value = held[index, name]
+        newest = value[0] if isinstance(value, list) and value else value
+        if newest in of_llm or newest == getattr(model.config.encoder, name, None):
+            logger.warning_once("The special ids of `processing_class.tokenizer` are the LLM's; the SLM's stay set.")
+            setattr(holders[index], name, before[index, name])
+            held[index, name] = before[index, name]
     return held

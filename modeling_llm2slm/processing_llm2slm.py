@@ -107,6 +107,7 @@ class LLM2SLMProcessor(ProcessorMixin):
         answer_max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
         return_tensors: str | None = None,
+        add_generation_prompt: bool = True,
     ) -> BatchFeature:
         """
         Args:
@@ -120,6 +121,8 @@ class LLM2SLMProcessor(ProcessorMixin):
             answer_max_length (`int`, *optional*): In place of the processor's own, for this call.
             pad_to_multiple_of (`int`, *optional*): Pad lengths to a multiple of this.
             return_tensors (`str`, *optional*): `"pt"` for tensors.
+            add_generation_prompt (`bool`, *optional*, defaults to `True`):
+                Of conversations, see `apply_chat_template`.
 
         Returns:
             `BatchFeature`: of prompts, `input_ids` and `attention_mask` `(B, N)`, ids of the LLM; of answers, `labels`
@@ -131,7 +134,7 @@ class LLM2SLMProcessor(ProcessorMixin):
         features: dict[str, Any] = {}
         if text is not None:
             limit = prompt_max_length if prompt_max_length is not None else self.prompt_max_length
-            encoded = self._encode_prompts([text] if _is_one(text) else list(text), limit)
+            encoded = self._encode_prompts([text] if _is_one(text) else list(text), limit, add_generation_prompt)
             features.update(_pad(self.tokenizer, encoded, limit, **pad))
         if text_target is not None:
             limit = answer_max_length if answer_max_length is not None else self.answer_max_length
@@ -165,18 +168,20 @@ class LLM2SLMProcessor(ProcessorMixin):
             kwargs: Of the template (`tools`, `documents`, ...); with `tokenize`, of `__call__`.
         """
         if tokenize:
-            return self(conversation, **kwargs)
+            return self(conversation, add_generation_prompt=add_generation_prompt, **kwargs)
         kwargs.setdefault("chat_template", self.chat_template)
         return self.tokenizer.apply_chat_template(
             conversation, tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs
         )
 
-    def _encode_prompts(self, prompts: list[Any], max_length: int | None) -> list[list[int]]:
+    def _encode_prompts(
+        self, prompts: list[Any], max_length: int | None, add_generation_prompt: bool
+    ) -> list[list[int]]:
         if not prompts:
             raise ValueError("`text` is an empty list. Pass at least one prompt.")
         are_conversations = not isinstance(prompts[0], str)
         if are_conversations:
-            prompts = self.apply_chat_template(prompts)
+            prompts = self.apply_chat_template(prompts, add_generation_prompt=add_generation_prompt)
         special = {"add_special_tokens": not are_conversations}  # the template writes its own
         encoded = self.tokenizer(prompts, verbose=False, **special).input_ids
         if max_length is None or max(map(len, encoded)) <= max_length:

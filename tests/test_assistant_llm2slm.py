@@ -102,18 +102,41 @@ def test_states_of_another_prompt_are_not_taken() -> None:
     assistant = draft_model(llm, teach=False).as_assistant_of(llm)
     batch = pad_prompts(PROMPTS)
     recent, mask = assistant.encoder.recent, batch["attention_mask"]
-    states = llm.get_encoder()(**batch)
-    assert recent.find(batch["input_ids"], mask) is states[0]
-    assert recent.find(batch["input_ids"].flip(0), mask) is None
-    assert recent.find(batch["input_ids"], torch.ones_like(mask)) is None
-    assert recent.find(batch["input_ids"][:1], mask[:1]) is None
-    found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(recent.find(batch["input_ids"], mask)))
+    ids = batch["input_ids"]
+    read = functools.partial(llm.get_encoder(), **batch)
+    states = read()
+    assert recent.find(ids, mask) is states[0]
+    assert recent.find(ids, mask) is None  # once
+    for others in ((ids.flip(0), mask), (ids, torch.ones_like(mask)), (ids[:1], mask[:1])):
+        states = read()
+        assert recent.find(*others) is None
+    states, before = read(), ids.clone()
+    ids.copy_(ids.flip(0))
+    assert recent.find(ids, mask) is None
+    ids.copy_(before)
+    states, found = read(), []
+    thread = threading.Thread(target=lambda: found.append(recent.find(ids, mask)))
     thread.start()
     thread.join()
     assert found == [None]
     del states
-    assert recent.find(batch["input_ids"], mask) is None
+    assert recent.find(ids, mask) is None
+
+
+def test_the_callers_llm_is_left_as_it_is() -> None:
+    """Its modes and gradients, and that it can be copied."""
+    llm = copy.deepcopy(whole_llm())
+    assistant = draft_model(whole_llm(), teach=False).as_assistant_of(llm)
+    llm.train()
+    assistant.eval()
+    assert llm.get_encoder().training
+    assert all(weight.requires_grad for weight in llm.parameters())
+    llm.eval()
+    assistant.train()
+    assert not llm.get_encoder().training
+    copied = copy.deepcopy(llm)
+    batch = pad_prompts(PROMPTS[:1])
+    assert copied.generate(**batch, max_new_tokens=4).tolist() == llm.generate(**batch, max_new_tokens=4).tolist()
 
 
 def test_the_llm_forgets_an_assistant_that_is_gone() -> None:

@@ -351,6 +351,40 @@ def test_too_long_and_empty_prompts_are_errors(slm: str) -> None:
     assert not calls
 
 
+@pytest.mark.parametrize("slm", ["gpt2", "bart"])
+def test_too_long_by_hand_is_an_error(slm: str) -> None:
+    """`forward` checks an answer beside states and beside a cache too."""
+    model = shared_family(slm).model
+    states = model.encode_prompt(**pad_prompts(PROMPTS))
+    with torch.no_grad(), pytest.raises(ValueError, match="64 positions"):
+        model(encoder_outputs=states, decoder_input_ids=torch.full((3, 70), 5))
+    if slm == "gpt2":
+        half = {"encoder_outputs": states, "decoder_input_ids": torch.full((3, 30), 5)}
+        with torch.no_grad():
+            cache = model(**half).past_key_values
+        with torch.no_grad(), pytest.raises(ValueError, match="64 positions"):
+            model(**half, past_key_values=cache)
+
+
+@pytest.mark.parametrize("slm", families.SLMS)
+def test_a_cache_of_a_prompt_of_another_width_is_an_error(slm: str) -> None:
+    model, kwargs = shared_family(slm).model, {"max_new_tokens": 4, "do_sample": False}
+    first = model.generate(**pad_prompts(PROMPTS), **kwargs, return_dict_in_generate=True)
+    more = {"decoder_input_ids": first.sequences, "past_key_values": first.past_key_values}
+    with pytest.raises(ValueError, match="begins with a prompt of width 12, but this one has 15"):
+        model.generate(**pad_prompts(PROMPTS, extra=3), **more, **kwargs)
+
+
+@pytest.mark.parametrize("slm", ["gpt2", "t5"])
+def test_states_as_a_tuple(slm: str) -> None:
+    model, kwargs = shared_family(slm).model, {"max_new_tokens": LENGTH, "do_sample": False}
+    states = model.encode_prompt(**pad_prompts(PROMPTS[:1]))
+    assert (
+        model.generate(encoder_outputs=(states[0],), **kwargs).tolist()
+        == expected((slm, "t5", "add"), "greedy", 0).sequences.tolist()
+    )
+
+
 # The grid can fail: each planted fault is found in every family.
 
 

@@ -355,7 +355,10 @@ def test_a_chat_template_of_the_llm_is_honoured(tmp_path: Path) -> None:
         assert batch["input_ids"][0][:7].tolist() == one["input_ids"]
         same = processor.apply_chat_template(conversations, tokenize=True, padding=True, return_tensors="pt")
         assert torch.equal(same["input_ids"], batch["input_ids"])
-        assert processor.apply_chat_template(conversations[0], add_generation_prompt=False).endswith("</s> ")
+        shown = {"add_generation_prompt": False}
+        assert processor.apply_chat_template(conversations[0], **shown).endswith("</s> ")
+        tokens = processor.apply_chat_template(conversations[0], tokenize=True, **shown)["input_ids"]
+        assert tokens == one["input_ids"][:-2]
 
 
 def test_a_conversation_without_a_template_is_an_error() -> None:

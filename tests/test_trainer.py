@@ -303,3 +303,14 @@ def test_overfitting_shows_in_the_text(processor: LLM2SLMProcessor, tmp_path: Pa
         batch = processor(text=PROMPTS, padding=True, return_tensors="pt")
         answers = model.eval().generate(**batch, max_new_tokens=12, do_sample=False, **kwargs)
         assert processor.batch_decode(answers, skip_special_tokens=True) == ANSWERS
+
+
+def test_ids_of_the_user_are_left_alone(tmp_path: Path) -> None:
+    """Ids of the two vocabularies coincide all the time; only what is also written into a config is `Trainer`'s."""
+    model = build_model("replace")
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = [1, 98], 0
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    for change in (loaded.eval, loaded.train, loaded.eval):
+        change()
+        assert (loaded.generation_config.eos_token_id, loaded.generation_config.pad_token_id) == ([1, 98], 0)
