@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -95,11 +96,12 @@ def _build_composite(
         parts["decoder_model"], _ = _part(
             AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM, slm, writer
         )
-    model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(
-        None if _is_config(llm) else llm,
-        None if _is_config(slm) else slm,
-        **{"shared_tokenizer": are_same_tokenizer(reader, writer), **parts, **kwargs},
-    )
+    options = {"shared_tokenizer": are_same_tokenizer(reader, writer), **parts, **kwargs}
+    paths = (None if _is_config(llm) else llm, None if _is_config(slm) else slm)
+    try:
+        model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(*paths, **options)
+    except (AttributeError, SafetensorError) as error:  # no such dtype; a damaged file
+        raise OSError(f"{llm} and {slm} cannot be put together: {str(error).splitlines()[0]}") from error
     return EncoderDecoderTextToText(model, LLM2SLMProcessor(reader, writer, **limits))
 
 

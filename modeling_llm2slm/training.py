@@ -362,6 +362,10 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
         What `training.json` holds.
     """
     ours, arguments = parse_recipe(recipe)
+    finished = _finished(arguments) if ours.resume else None
+    if finished is not None:
+        logger.warning(f"{arguments.output_dir} is trained already, for max_steps: nothing is done.")
+        return finished
     set_seed(arguments.seed)
     text_to_text = _load(ours)
     use_cache = getattr(text_to_text.model.config, "use_cache", True)
@@ -533,6 +537,13 @@ def _stream(ours: TrainingRecipe, arguments: Seq2SeqTrainingArguments, text_to_t
         limit=ours.train_samples,
         skip_bad_rows=ours.skip_bad_rows,
     )
+
+
+def _finished(arguments: Seq2SeqTrainingArguments) -> dict[str, Any] | None:
+    """The report of a run that has had its `max_steps`: the Trainer would take one more from its last checkpoint."""
+    file = Path(arguments.output_dir) / "training.json"
+    report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() and _is_json(file) else {}
+    return report if report.get("steps", 0) >= arguments.max_steps > 0 else None
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:

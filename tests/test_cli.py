@@ -442,6 +442,21 @@ def test_a_corrupt_checkpoint_gives_one_sentence(tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"Error: {path} cannot be loaded")
 
 
+def test_build_from_what_does_not_load_gives_one_sentence(tmp_path, capsys):
+    """A wrong dtype, and an LLM whose file was cut."""
+    llm, slm, tokenizer = write_parts(tmp_path)
+    assert run("build", tmp_path / "llm", "--llm", llm, "--llm-tokenizer", tokenizer) == 0
+    capsys.readouterr()
+    start = ("build", tmp_path / "out", "--llm", tmp_path / "llm", "--slm", slm, "--slm-tokenizer", tokenizer)
+    assert run(*start, "--encoder-dtype", "bf17") == 1
+    assert "cannot be put together" in capsys.readouterr().err
+    weights = tmp_path / "llm" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert run(*start) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_traceback_is_shown_on_request(monkeypatch):
     monkeypatch.setenv("LLM2SLM_DEBUG", "1")
     with pytest.raises(FileNotFoundError):

@@ -289,3 +289,13 @@ def test_a_lean_model_is_trained_on_request(recipe, checkpoints):
     start = TextToText.from_pretrained(checkpoints["llm2slm"]).model.encoder.llm.state_dict()
     trained = TextToText.from_pretrained(out).model.encoder.llm.state_dict()
     assert all(torch.equal(tensor, trained[name]) for name, tensor in start.items())
+
+
+def test_a_finished_run_is_not_trained_further(recipe):
+    """From a checkpoint at `max_steps` the Trainer would take one step more, each time."""
+    first = train({**recipe, "max_steps": 2})
+    weights = Path(recipe["output_dir"], "model.safetensors").read_bytes()
+    again = train({**recipe, "max_steps": 2})
+    assert again["steps"] == first["steps"] == 2
+    assert Path(recipe["output_dir"], "model.safetensors").read_bytes() == weights
+    assert train({**recipe, "max_steps": 3})["steps"] == 3
