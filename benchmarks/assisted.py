@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,34 @@ def at_real_sizes(models: Any, accepted: list[int], drafted: int, repeats: int) 
     }
 
 
+def profile(models: Any, repeats: int = 9) -> dict[str, Any]:
+    """What a round is made of: a step of the LLM over 1 to 6 tokens, a step of the SLM, one draft by `generate()`."""
+    llm, assistant, batch = models
+    encoder_outputs = llm.get_encoder()(**batch)
+    start = torch.zeros(1, 8, dtype=torch.long)
+
+    def step(model: Any, states: Any, width: int) -> float:
+        times = []
+        for _ in range(repeats):
+            cache = model(encoder_outputs=states, decoder_input_ids=start, use_cache=True).past_key_values
+            ids = start[:, :1].expand(1, width)
+            kwargs = {"encoder_outputs": states, "decoder_input_ids": ids, "past_key_values": cache}
+            times.append(1000 * seconds(partial(model, **kwargs)))
+        return statistics.median(times)
+
+    prompt = assistant.encode_prompt(**batch)
+    draft_like(assistant, 3, 0.0)
+    draft = lambda: assistant.generate(encoder_outputs=prompt, max_new_tokens=3, min_new_tokens=3)  # noqa: E731
+    with torch.no_grad():
+        return {
+            "ms of a step of the LLM, by tokens": {
+                width: step(llm, encoder_outputs, width) for width in (1, 2, 3, 4, 6)
+            },
+            "ms of a step of the SLM": step(assistant, prompt, 1),
+            "ms of a draft of 3 tokens": statistics.median([1000 * seconds(draft) for _ in range(repeats)]),
+        }
+
+
 @contextmanager
 def accept_as(assistant: Any, wanted: torch.Tensor, accepted: list[int]) -> Iterator[None]:
     """Within, the assistant's logits favour the LLM's own next token, but after as many as each round accepted."""
@@ -225,11 +254,19 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("LLM2SLM_DATA", "data")))
     parser.add_argument("--runs", type=Path, default=Path("runs/multi30k"))
     parser.add_argument("--demo", type=Path, help="the folder of a demonstration; none: leave it out")
+    parser.add_argument("--profile", action="store_true", help="only time the parts at T5-large with T5-small sizes")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "assisted.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    result: dict[str, Any]
+    if arguments.profile:
+        result = {"profile": profile(sized_models()), "threads": torch.get_num_threads(), "versions": versions()}
+        with write_aside(arguments.output.with_name("assisted-profile.json")) as temporary:
+            temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        print(json.dumps(result, indent=2))
+        return
     llm, assistant, batches = multi30k(arguments.data, arguments.runs)
-    result: dict[str, Any] = {"Multi30k": measure(llm, assistant, batches)}
+    result = {"Multi30k": measure(llm, assistant, batches)}
 
     # The length of a draft is chosen on the validation split once more, as real sizes have other costs.
     models = sized_models()

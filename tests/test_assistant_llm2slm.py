@@ -27,6 +27,8 @@ def whole_llm(family: str = "t5", **overrides: Any) -> Any:
     torch.manual_seed(4)
     config = LLMS[family].config(vocab_size=LLM_VOCAB_SIZE, **overrides)
     config.decoder_start_token_id = PAD
+    if config.model_type == "t5":  # stock sizes the caches of a T5 by its encoder
+        config.num_decoder_layers = config.num_layers
     llm = move_vectors(AutoModelForSeq2SeqLM.from_config(config).eval())
     llm.generation_config.forced_eos_token_id = None
     if not overrides:
