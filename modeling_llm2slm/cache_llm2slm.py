@@ -53,6 +53,20 @@ def as_llm2slm_cache(cache: Cache | None) -> LLM2SLMCache | None:
     return LLM2SLMCache(slm_cache)
 
 
+def can_repeat(cache: Cache | None) -> bool:
+    """Whether each row of a cache can be repeated for beams; a static one has its size from the start."""
+    return isinstance(cache, EncoderDecoderCache) and all(
+        type(part) is DynamicCache for part in (cache.self_attention_cache, cache.cross_attention_cache)
+    )
+
+
+def has_read_prompt(cache: Cache | None) -> bool:
+    """Whether the SLM has read the prompt of a cache, before the answer or in its cross-attention."""
+    if isinstance(cache, LLM2SLMCache):
+        return cache.prompt_length > 0
+    return bool(getattr(cache, "is_updated", {}).get(0))
+
+
 def check_cross_attention(cache: Cache | None, width: int) -> None:
     """Raise `ValueError` where the cache of an encoder-decoder SLM was made for prompts of another width."""
     if isinstance(cache, EncoderDecoderCache) and isinstance(cache.cross_attention_cache, DynamicCache):
