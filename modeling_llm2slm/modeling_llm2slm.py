@@ -480,7 +480,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         prompt = as_prompt_states(encoder_outputs, attention_mask, check) if encoder_outputs is not None else None
         # Beams and samples of a prompt begin alike: the SLM reads prompt and beginning once for all of them.
         copies = prompt.copies if prompt is not None and not has_read_prompt(past_key_values) else 1
-        if copies > 1:
+        if prompt is not None and copies > 1:
             prompt, decoder_input_ids = prompt.one_of_each(), decoder_input_ids[::copies]
             if decoder_attention_mask is not None:
                 decoder_attention_mask = decoder_attention_mask[::copies]

@@ -13,7 +13,7 @@
 # limitations under the License.
 """Prompts on their way through an LLM-to-SLM model: their states, and the place of their padding."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,12 +49,11 @@ class PromptStates(ModelOutput):
 
     def one_of_each(self) -> "PromptStates":
         """Each prompt once, whatever the number of its beams."""
-        return PromptStates(**self | {"attention_mask": self.attention_mask[:: self.copies]})
+        return replace(self, attention_mask=self.attention_mask[:: self.copies])
 
     def one_for_each(self) -> "PromptStates":
         """The states of a prompt again for each of its beams."""
-        states = self.last_hidden_state.repeat_interleave(self.copies, dim=0)
-        return PromptStates(**self | {"last_hidden_state": states})
+        return replace(self, last_hidden_state=self.last_hidden_state.repeat_interleave(self.copies, dim=0))
 
 
 def repeat_outputs(outputs: ModelOutput, copies: int) -> ModelOutput:
