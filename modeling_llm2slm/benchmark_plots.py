@@ -72,4 +72,5 @@ def _series(cells: list[dict[str, Any]], axis: str) -> list[dict[str, Any]]:
     for cell in cells:
         key = tuple(cell[name] for name in ("preset", "prompt", "answer", "batch", "beams") if name != axis)
         groups.setdefault(key, []).append(cell)
-    return sorted(max(groups.values(), key=lambda group: len(group)), key=lambda cell: cell[axis])
+    longest: list[dict[str, Any]] = max(list(groups.values()), key=len)
+    return sorted(longest, key=lambda cell: cell[axis])
