@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers.generation import GenerationConfig, GenerationMixin, StoppingCriteriaList
 
-from .cache_llm2slm import LLM2SLMCache, as_llm2slm_cache, can_repeat, mask_and_positions
+from .cache_llm2slm import LLM2SLMCache, as_llm2slm_cache, can_repeat, mask_and_positions, with_room
 from .configuration_llm2slm import LLM2SLMConfig
 from .prompt_llm2slm import PromptStates, as_prompt_states
 
@@ -100,6 +100,7 @@ class LLM2SLMGenerationMixin(GenerationMixin):
             max_cache_length += prompt.attention_mask.shape[1]
             if model_kwargs.get("past_key_values") is not None:
                 model_kwargs["past_key_values"] = as_llm2slm_cache(model_kwargs["past_key_values"])
+        given = model_kwargs.get("past_key_values")
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
@@ -109,6 +110,8 @@ class LLM2SLMGenerationMixin(GenerationMixin):
                 f"A static cache is not supported: {type(self.decoder).__name__} is wrong with one in transformers. "
                 "Leave `cache_implementation` out."
             )
+        if cache is not None and given is None:
+            cache = with_room(cache)
         if prompt_in_cache and cache is not None:
             model_kwargs["past_key_values"] = as_llm2slm_cache(cache)
         if not can_repeat(model_kwargs.get("past_key_values")):
