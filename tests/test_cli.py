@@ -25,7 +25,8 @@ from modeling_llm2slm.text_to_text import TextToText
 
 
 COMMANDS = (
-    "build", "train", "encode", "distill", "plan", "speedup", "generate", "evaluate", "info", "card", "convert",
+    "build", "train", "encode", "distill", "plan", "speedup", "benchmark", "generate", "evaluate", "info", "card",
+    "convert",
 )  # fmt: skip
 CONVERSIONS = ("compose", "lean", "full", "merge", "split", "import")
 
@@ -324,6 +325,24 @@ def test_evaluate_prints_and_writes_the_same_numbers(composite, tmp_path, capsys
     assert result["data"] == "pairs.jsonl"
     assert f"{result['scores']['chrf']:.2f}" in printed
     assert result["signatures"]["bleu"] in printed
+
+
+def test_benchmark_prints_a_table_of_each_cell(tmp_path, capsys):
+    pytest.importorskip("psutil")
+    (tmp_path / "sweep.yaml").write_text(
+        "cells: [{preset: tiny, prompt: 8, answer: 3, repeats: 1, contestants: [slm, llm2slm]}]", encoding="utf-8"
+    )
+    arguments = ("benchmark", tmp_path / "sweep.yaml", "--work", tmp_path, "--output", tmp_path / "benchmark.json")
+    assert run(*arguments) == 0
+    result = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
+    (cell,) = result["cells"].values()
+    printed = capsys.readouterr().out
+    assert "tiny 8/3 batch 1 beams 1" in printed
+    for name in ("slm", "llm2slm"):
+        row = next(line for line in printed.splitlines()[::-1] if f" {name} " in line)
+        assert f"{cell['results'][name]['ms_per_token']:.1f}" in row
+    assert run(*arguments, "--llm", "runs/llm") == 2
+    assert "--llm2slm" in capsys.readouterr().err
 
 
 def test_card_writes_scores_and_keeps_what_is_written_by_hand(composite, tmp_path, capsys):
