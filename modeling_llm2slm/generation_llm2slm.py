@@ -71,6 +71,17 @@ class LLM2SLMGenerationMixin(GenerationMixin):
             model_kwargs["attention_mask"] = self.encoder.prompt_mask(model_kwargs["input_ids"], mask)
         return generation_config, model_kwargs | {"answer_length": answer_length}
 
+    def _prepare_model_inputs(self, inputs: Any, bos_token_id: Any, model_kwargs: dict[str, Any]) -> Any:
+        # Of the LLM's states alone, stock generation would not know that they are a prompt.
+        given = (inputs, model_kwargs.get("input_ids"), model_kwargs.get("encoder_outputs"))
+        states = model_kwargs.get("llm_hidden_states")
+        if states is not None and all(prompt is None for prompt in given):
+            prompt = self.get_encoder()(
+                None, model_kwargs.get("attention_mask"), states, model_kwargs["answer_length"], return_dict=True
+            )
+            model_kwargs.update(encoder_outputs=prompt, attention_mask=prompt.attention_mask)
+        return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
         return StopAfterStart(super()._get_stopping_criteria(*args, **kwargs))
 
