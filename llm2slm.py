@@ -467,6 +467,86 @@ def _overrides(words: list[str]) -> Iterator[tuple[str, str]]:
 
 
 @app.command()
+def benchmark(
+    sweep: Annotated[Path | None, typer.Argument(help="A YAML file of cells. Default: the one installed.")] = None,
+    output: Annotated[Path, typer.Option(help="The JSON file; a run that was stopped goes on in it.")] = Path(
+        "runs/benchmark/benchmark.json"
+    ),
+    work: Annotated[Path, typer.Option(help="The folder for models with random weights, kept.")] = Path(
+        "runs/benchmark"
+    ),
+    llm: Annotated[
+        str | None, typer.Option(help="Given checkpoints in place of presets: the LLM with its decoder.")
+    ] = None,
+    llm2slm: Annotated[str | None, typer.Option(help="And the composite that is built on it.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Write plots to this folder.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of every contestant.")] = 1,
+    device: Device = "cpu",
+) -> None:
+    """
+    Time the LLM, the SLM and LLM-to-SLM by turns, on every runtime that is installed.
+
+    `llm2slm benchmark --plots docs/plots`
+
+    `llm2slm benchmark --llm google-t5/t5-large --llm2slm runs/model`
+    """
+    if (llm is None) != (llm2slm is None):
+        raise typer.BadParameter("--llm and --llm2slm belong together.")
+    _quiet()
+    from importlib.resources import files
+
+    from modeling_llm2slm.benchmark import Benchmark, load_sweep
+    from modeling_llm2slm.benchmark_contestants import Cell, Models
+
+    default = Path(str(files("modeling_llm2slm.configuration"))) / "benchmark.yaml"
+    models = Models(work / "given", llm, llm2slm) if llm is not None and llm2slm is not None else None
+    cells = [Cell()] if models is not None and sweep is None else load_sweep(sweep or default)
+    with err.status("") as status:
+        result = Benchmark(cells, output, work, models, device, threads, status.update).run()
+    _print_benchmark(result, [cell.key for cell in cells])
+    out.print(f"Everything is in {output}.", soft_wrap=True, highlight=False)
+    if plots is not None:
+        from modeling_llm2slm.benchmark_plots import plot
+
+        for file in plot(result, plots):
+            out.print(f"Plotted {file}.", soft_wrap=True, highlight=False)
+
+
+def _print_benchmark(result: dict[str, Any], keys: list[str]) -> None:
+    for preset in dict.fromkeys(result["cells"][key]["preset"] or "given" for key in keys):
+        table = Table("", "load, s", "memory", title=preset)
+        for name, cost in result["contestants"][preset].items():
+            table.add_row(name, f"{cost['load_seconds']:.1f}", _size(cost["peak_bytes"]))
+        _print_numbers(table)
+    for key in keys:
+        cell = result["cells"][key]
+        noise = f", disturbed: others kept {cell['others_busy']:.1f} processors busy" if cell["noisy"] else ""
+        table = Table("", "s", "x LLM", "first, ms", "token, ms", "floor, ms", "tokens/s", title=f"{key}{noise}")
+        llm = cell["results"].get("llm")
+        for name, row in cell["results"].items():
+            values = [
+                f"{row['seconds']:.2f}",
+                f"{llm['seconds'] / row['seconds']:.2f}" if llm else "",
+                f"{row['first_token_ms']:.0f}",
+                f"{row['ms_per_token']:.1f}",
+                f"{row['floor_ms_per_token']:.1f}" if "floor_ms_per_token" in row else "",
+                f"{row['tokens_per_second']:.1f}",
+            ]
+            table.add_row(name, *values)
+        _print_numbers(table)
+        stages = ", ".join(f"{name} {value:.0f} ms" for name, value in cell["stages_ms"].items())
+        reading = f"weights are read at {cell['gigabytes_per_second']:.1f} GB/s"
+        out.print(f"{stages}; {reading}." if stages else f"{reading}.".capitalize(), soft_wrap=True, highlight=False)
+
+
+def _print_numbers(table: Table) -> None:
+    table.columns[0].no_wrap = True
+    for column in table.columns[1:]:
+        column.justify = "right"
+    out.print(table)
+
+
+@app.command()
 def generate(
     model: ModelArgument,
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; default: standard input.")] = None,

@@ -13,9 +13,52 @@
 # limitations under the License.
 """The cache of an LLM-to-SLM model, and the masks and positions that go with it."""
 
+from typing import Any
+
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+
+
+class ReservingLayer(DynamicLayer):
+    """
+    A layer that writes new keys and values behind the old ones, in room reserved for more; stock copies all of them at
+    each step, and in a batch of long prompts that takes longer than the arithmetic.
+    """
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.room: dict[str, torch.Tensor] = {}
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if torch.is_grad_enabled() and key_states.requires_grad:  # a gradient needs the old ones as they were
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = self.get_seq_length()
+        self.keys = self._append("keys", self.keys, key_states, length)
+        self.values = self._append("values", self.values, value_states, length)
+        return self.keys, self.values
+
+    def _append(self, name: str, old: torch.Tensor, new: torch.Tensor, length: int) -> torch.Tensor:
+        end, room = length + new.shape[-2], self.room.get(name)
+        # Rows may have been reordered or repeated since, which makes them anew and without room.
+        if room is None or room.data_ptr() != old.data_ptr() or len(room) != len(new) or room.shape[-2] < end:
+            room = self.room[name] = new.new_empty(*new.shape[:-2], end + max(end // 2, 32), new.shape[-1])
+            if length:
+                room[..., :length, :] = old
+        room[..., length:end, :] = new
+        return room[..., :end, :]
+
+
+def with_room(cache: Cache) -> Cache:
+    """The same cache, still empty, with layers that keep room for more where stock ones would copy."""
+    growing = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    if type(growing) is DynamicCache and not growing.offloading:
+        growing.layers = [ReservingLayer() if type(layer) is DynamicLayer else layer for layer in growing.layers]
+    return cache
 
 
 class LLM2SLMCache(EncoderDecoderCache):
@@ -51,6 +94,20 @@ def as_llm2slm_cache(cache: Cache | None) -> LLM2SLMCache | None:
             "`past_key_values` holds tokens of another model. Pass one that this model returned, or an empty one."
         )
     return LLM2SLMCache(slm_cache)
+
+
+def can_repeat(cache: Cache | None) -> bool:
+    """Whether each row of a cache can be repeated for beams; a static one has its size from the start."""
+    return isinstance(cache, EncoderDecoderCache) and all(
+        type(part) is DynamicCache for part in (cache.self_attention_cache, cache.cross_attention_cache)
+    )
+
+
+def has_read_prompt(cache: Cache | None) -> bool:
+    """Whether the SLM has read the prompt of a cache, before the answer or in its cross-attention."""
+    if isinstance(cache, LLM2SLMCache):
+        return cache.prompt_length > 0
+    return bool(getattr(cache, "is_updated", {}).get(0))
 
 
 def check_cross_attention(cache: Cache | None, width: int) -> None:

@@ -13,15 +13,14 @@
 # limitations under the License.
 """What an LLM-to-SLM model adds to stock `generate()`: the prompt in the cache, and checks before any compute."""
 
-import copy
 from typing import Any
 
 import torch
 from transformers.generation import GenerationConfig, GenerationMixin, StoppingCriteriaList
 
-from .cache_llm2slm import LLM2SLMCache, as_llm2slm_cache, mask_and_positions
+from .cache_llm2slm import LLM2SLMCache, as_llm2slm_cache, can_repeat, mask_and_positions, with_room
 from .configuration_llm2slm import LLM2SLMConfig
-from .prompt_llm2slm import as_prompt_states
+from .prompt_llm2slm import PromptStates, as_prompt_states
 
 
 def check_generation(config: LLM2SLMConfig, generation_config: GenerationConfig) -> None:
@@ -86,9 +85,12 @@ class LLM2SLMGenerationMixin(GenerationMixin):
         return StopAfterStart(super()._get_stopping_criteria(*args, **kwargs))
 
     def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, dict[str, Any]]:
-        # Stock beam search expands the prompt's states in place, but they may be the caller's to use again.
-        kwargs["encoder_outputs"] = copy.copy(kwargs["encoder_outputs"])
-        return super()._expand_inputs_for_generation(*args, **kwargs)
+        # The mask gets a row for each beam; the states, which stock would expand in place, have one for each prompt.
+        states = as_prompt_states(kwargs["encoder_outputs"], kwargs.get("attention_mask"))
+        kwargs["encoder_outputs"] = PromptStates(attention_mask=states.attention_mask)
+        input_ids, kwargs = super()._expand_inputs_for_generation(*args, **kwargs)
+        states.attention_mask = kwargs["encoder_outputs"].attention_mask
+        return input_ids, kwargs | {"encoder_outputs": states}
 
     def _prepare_cache_for_generation(
         self,
@@ -109,6 +111,7 @@ class LLM2SLMGenerationMixin(GenerationMixin):
             max_cache_length += prompt.attention_mask.shape[1]
             if model_kwargs.get("past_key_values") is not None:
                 model_kwargs["past_key_values"] = as_llm2slm_cache(model_kwargs["past_key_values"])
+        given = model_kwargs.get("past_key_values")
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
@@ -118,8 +121,12 @@ class LLM2SLMGenerationMixin(GenerationMixin):
                 f"A static cache is not supported: {type(self.decoder).__name__} is wrong with one in transformers. "
                 "Leave `cache_implementation` out."
             )
+        if cache is not None and given is None:
+            cache = with_room(cache)
         if prompt_in_cache and cache is not None:
             model_kwargs["past_key_values"] = as_llm2slm_cache(cache)
+        if not can_repeat(model_kwargs.get("past_key_values")):
+            model_kwargs["encoder_outputs"] = model_kwargs["encoder_outputs"].one_for_each()
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
@@ -138,15 +145,17 @@ class LLM2SLMGenerationMixin(GenerationMixin):
         Hook of `generate()`. Once the prompt is cached, a step takes positions and a mask of the cache's full length
         in place of the prompt: the same shapes for every prompt and step, so that a compiled step is compiled once.
         """
-        cached = int(past_key_values.get_seq_length()) if is_first_iteration and past_key_values is not None else 0
-        if cached >= input_ids.shape[1]:
-            raise ValueError(
-                f"`past_key_values` holds {cached} answer tokens and `decoder_input_ids` has no more than "
-                f"{input_ids.shape[1]}. Pass the answer from its start, with a token that is not cached yet."
-            )
-        if cached and next_sequence_length is None and kwargs.get("decoder_attention_mask") is None:
-            # An answer goes on: of one given from its start, only what is not in the cache is new.
-            next_sequence_length = input_ids.shape[1] - cached
+        if next_sequence_length is None and past_key_values is not None:
+            # The first step of an answer or, of an assistant, of a draft. Stock cuts off what is cached only where a
+            # mask tells how much was given.
+            cached = int(past_key_values.get_seq_length())
+            if cached >= input_ids.shape[1]:
+                raise ValueError(
+                    f"`past_key_values` holds {cached} answer tokens and `decoder_input_ids` has no more than "
+                    f"{input_ids.shape[1]}. Pass the answer from its start, with a token that is not cached yet."
+                )
+            if cached and kwargs.get("decoder_attention_mask") is None:
+                next_sequence_length = input_ids.shape[1] - cached
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,

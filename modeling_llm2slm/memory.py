@@ -53,7 +53,7 @@ def training_memory(
         `llm`, `trained`, `frozen` (of the SLM, with LoRA), `gradients`, `optimizer`, `activations`,
         `llm_activations` and `total`.
     """
-    model = _model(config, llm_states, lora)
+    model = without_storage(config, llm_states, lora)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     llm = sum(parameter.nbytes for name, parameter in model.named_parameters() if ".llm." in name)
     every = sum(parameter.nbytes for parameter in model.parameters())
@@ -87,7 +87,7 @@ def answering_memory(
     Returns:
         `weights`, `cache` and `total`.
     """
-    model = _model(config, llm_states=False, lora=None)
+    model = without_storage(config, llm_states=False, lora=None)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     slm = config.decoder
     heads = getattr(slm, "num_key_value_heads", None) or slm.num_attention_heads
@@ -99,8 +99,8 @@ def answering_memory(
     return {"weights": weights, "cache": cache, "total": weights + cache}
 
 
-def _model(config: LLM2SLMConfig, llm_states: bool, lora: Mapping[str, Any] | None) -> Any:
-    """The model as it trains, without storage."""
+def without_storage(config: LLM2SLMConfig, llm_states: bool = False, lora: Mapping[str, Any] | None = None) -> Any:
+    """The model as it trains, on the meta device."""
     config = copy.deepcopy(config)
     with torch.device("meta"), no_init_weights():
         model = (LLM2SLMWithoutLLM if llm_states else LLM2SLMForConditionalGeneration)(config).train()
@@ -137,8 +137,8 @@ def _saved_bytes(
     config: LLM2SLMConfig, lora: Mapping[str, Any] | None, bf16: bool, batch: int, prompt: int, answer: int
 ) -> int:
     """Bytes of all tensors but the weights that a forward pass saves, and of the logits with their gradients."""
-    model, fake = _model(config, llm_states=True, lora=lora), FakeTensorMode()
-    _make_fake(model, fake)
+    model, fake = without_storage(config, llm_states=True, lora=lora), FakeTensorMode()
+    make_fake(model, fake)
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     saved: dict[int, Any] = {}
 
@@ -164,7 +164,7 @@ def _saved_bytes(
     return sum(storage.nbytes() for storage in saved.values()) + logits
 
 
-def _make_fake(model: nn.Module, fake: FakeTensorMode) -> None:
+def make_fake(model: nn.Module, fake: FakeTensorMode) -> None:
     """Gives every tensor of a model on the meta device a device to compute on, and no storage; ties stay ties."""
     made: dict[int, Any] = {}
     for module in model.modules():

@@ -32,7 +32,13 @@ from transformers.modeling_outputs import BaseModelOutput, ModelOutput, Seq2SeqL
 from transformers.utils.generic import can_return_tuple
 
 from .assistant_llm2slm import RecentStates, as_assistant_of
-from .cache_llm2slm import LLM2SLMCache, as_llm2slm_cache, check_cross_attention, mask_and_positions
+from .cache_llm2slm import (
+    LLM2SLMCache,
+    as_llm2slm_cache,
+    check_cross_attention,
+    has_read_prompt,
+    mask_and_positions,
+)
 from .checkpoint_llm2slm import LLM2SLMCheckpointMixin, record_sources
 from .configuration_llm2slm import LLM2SLMConfig, llm_sizes
 from .generation_llm2slm import LLM2SLMGenerationMixin
@@ -47,7 +53,7 @@ from .parts_llm2slm import (
     reading_arguments,
     slm_class,
 )
-from .prompt_llm2slm import PromptStates, as_prompt_states, padding_to, reorder
+from .prompt_llm2slm import PromptStates, as_prompt_states, padding_to, reorder, repeat_outputs
 
 
 class LLM2SLMProjector(nn.Module):
@@ -478,6 +484,12 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
                 input_ids, attention_mask, llm_hidden_states, decoder_input_ids.shape[1], return_dict=True, **kwargs
             )
         prompt = as_prompt_states(encoder_outputs, attention_mask, check) if encoder_outputs is not None else None
+        # Beams and samples of a prompt begin alike: the SLM reads prompt and beginning once for all of them.
+        copies = prompt.copies if prompt is not None and not has_read_prompt(past_key_values) else 1
+        if prompt is not None and copies > 1:
+            prompt, decoder_input_ids = prompt.one_of_each(), decoder_input_ids[::copies]
+            if decoder_attention_mask is not None:
+                decoder_attention_mask = decoder_attention_mask[::copies]
         # CODEPATH: encoder-decoder SLMs (T5-small) against decoder-only ones (GPT-2).
         decode = self._decode_with_encoder if self.config.decoder.is_encoder_decoder else self._decode_after_prompt
         outputs = decode(
@@ -490,6 +502,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+        if copies > 1:
+            outputs = repeat_outputs(outputs, copies)
         loss = None
         if labels is not None:
             # `num_items_in_batch` makes the loss under gradient accumulation that of the whole batch.
@@ -568,11 +582,17 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         if prompt is None:
             raise ValueError("There is no prompt: pass `input_ids`, `llm_hidden_states` or `encoder_outputs`.")
         check_cross_attention(kwargs.get("past_key_values"), prompt.attention_mask.shape[1])
-        if not getattr(kwargs.get("past_key_values"), "is_updated", {}).get(0):
+        states = prompt.last_hidden_state
+        if not has_read_prompt(kwargs.get("past_key_values")):
             self.encoder.check_prompt(prompt.attention_mask, kwargs["decoder_input_ids"].shape[1])
-        states = ModelOutput(last_hidden_state=prompt.last_hidden_state)
+        elif prompt.copies > 1:
+            # Their keys are cached: only the shape of the states is read, which has a row for each beam.
+            states = states[:1].expand(prompt.attention_mask.shape[0], -1, -1)
         outputs = self.decoder(
-            encoder_outputs=states, attention_mask=prompt.attention_mask, return_dict=True, **kwargs
+            encoder_outputs=ModelOutput(last_hidden_state=states),
+            attention_mask=prompt.attention_mask,
+            return_dict=True,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         outputs.logits = outputs.logits[:, kept]

@@ -13,7 +13,8 @@
 # limitations under the License.
 """Prompts on their way through an LLM-to-SLM model: their states, and the place of their padding."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers.modeling_outputs import ModelOutput
@@ -29,7 +30,8 @@ class PromptStates(ModelOutput):
             For a decoder-only SLM the prompt embeddings P, any padding moved before the prompt; for an
             encoder-decoder SLM the output of the SLM's own encoder.
         attention_mask (`torch.LongTensor` of shape `(B, N)`):
-            1 where `last_hidden_state` holds a prompt token, 0 on padding.
+            1 where `last_hidden_state` holds a prompt token, 0 on padding. Within `generate()` it has a row for each
+            beam or sample, next to each other where they are of one prompt.
         hidden_states (`tuple(torch.Tensor)`, *optional*): The LLM's, if asked for, in the layout of its input.
         attentions (`tuple(torch.Tensor)`, *optional*): The LLM's, if asked for, in the layout of its input.
     """
@@ -39,6 +41,31 @@ class PromptStates(ModelOutput):
     attention_mask: torch.Tensor = None  # type: ignore[assignment]
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+
+    @property
+    def copies(self) -> int:
+        """How many beams or samples there are of each prompt."""
+        return self.attention_mask.shape[0] // self.last_hidden_state.shape[0]
+
+    def one_of_each(self) -> "PromptStates":
+        """Each prompt once, whatever the number of its beams."""
+        return replace(self, attention_mask=self.attention_mask[:: self.copies])
+
+    def one_for_each(self) -> "PromptStates":
+        """The states of a prompt again for each of its beams."""
+        return replace(self, last_hidden_state=self.last_hidden_state.repeat_interleave(self.copies, dim=0))
+
+
+def repeat_outputs(outputs: ModelOutput, copies: int) -> ModelOutput:
+    """An output of the SLM, its cache included, with each row as often as there are beams of it."""
+
+    def repeat(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(repeat, value))
+        return value.repeat_interleave(copies, dim=0) if isinstance(value, torch.Tensor) else value
+
+    outputs.past_key_values.batch_repeat_interleave(copies)
+    return type(outputs)(**{name: repeat(value) for name, value in outputs.items()})
 
 
 def as_prompt_states(

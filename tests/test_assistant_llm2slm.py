@@ -86,6 +86,26 @@ def test_the_answer_is_the_llms_own(family: str, slm: str, teach: bool, padding:
         assert steps < 0.7 * tokens
 
 
+@pytest.mark.parametrize("slm", SLMS)
+def test_a_draft_goes_on_from_its_cache_as_from_none(slm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that holds tokens twice costs no answer, only drafts: those after the first would be of no use."""
+    llm = whole_llm()
+    assistant = draft_model(llm, slm, teach=False).as_assistant_of(llm)
+    batch, own, drafts = pad_prompts(PROMPTS[:1]), assistant.generate, []
+
+    def generate(**kwargs: Any) -> Any:
+        output = own(**kwargs)
+        drafts.append((kwargs["decoder_input_ids"].clone(), output.sequences))
+        return output
+
+    monkeypatch.setattr(assistant, "generate", generate)
+    llm.generate(**batch, max_new_tokens=LENGTH, do_sample=False, assistant_model=assistant)
+    assert len(drafts) > 2
+    for given, drafted in drafts:
+        length = drafted.shape[1] - given.shape[1]
+        assert own(**batch, decoder_input_ids=given, max_new_tokens=length, do_sample=False).equal(drafted)
+
+
 def test_weights_are_shared_and_the_model_stays_as_it_was() -> None:
     llm = whole_llm()
     model = draft_model(llm, teach=False)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import ModuleList
 from transformers import (
     DynamicCache,
     LogitsProcessor,
@@ -44,6 +45,7 @@ from common import (
     reference_logits,
     reference_prompt,
     reference_sample,
+    shared_family,
     shared_parts,
     slm_tokenizer,
     stock_slm_generate,
@@ -300,6 +302,21 @@ def test_the_llm_runs_once_per_generate(kwargs: dict[str, Any]) -> None:
     with count_calls(parts.model.encoder.llm) as calls:
         generate(parts, padding, **kwargs)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("slm", ["gpt2", "t5"])
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name not in ("greedy", "sampling")])
+def test_the_slm_reads_a_prompt_once_for_all_its_beams(slm: str, strategy: str) -> None:
+    parts = shared_family(slm)
+    kwargs = STRATEGIES[strategy]
+    beams = max(kwargs.get("num_beams", 1), kwargs.get("num_return_sequences", 1))
+    rows = []
+    blocks = next(module for module in parts.model.decoder.get_decoder().modules() if isinstance(module, ModuleList))
+    handle = blocks[0].register_forward_hook(lambda module, args, output: rows.append(len(args[0])), always_call=True)
+    with handle:
+        generate(parts, "right", min_new_tokens=3, **kwargs)
+    assert rows[0] == len(PROMPTS)
+    assert set(rows[1:]) == {beams * len(PROMPTS)}
 
 
 @pytest.mark.parametrize("kwargs", [*STRATEGIES.values(), {"prompt_lookup_num_tokens": 3}])
