@@ -149,6 +149,10 @@ class LLM2SLMGenerationMixin(GenerationMixin):
             # The first step of an answer or, of an assistant, of a draft. Stock cuts off what is cached only where a
             # mask tells how much was given.
             cached = int(past_key_values.get_seq_length())
+            if cached >= input_ids.shape[1] and not is_first_iteration:
+                # An assistant's: up to transformers 5.15 what was rejected of its last draft is still there.
+                past_key_values.crop(input_ids.shape[1] - 1 - cached)
+                cached = input_ids.shape[1] - 1
             if cached >= input_ids.shape[1]:
                 raise ValueError(
                     f"`past_key_values` holds {cached} answer tokens and `decoder_input_ids` has no more than "
