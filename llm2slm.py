@@ -54,6 +54,7 @@ REMEDIES = {
     errno.ENOSPC: "Free some space, or choose another disk.",
     errno.EDQUOT: "Free some space, or choose another disk.",
     errno.ENOENT: "Check the path.",
+    errno.EEXIST: "It is a file, where a folder is needed: choose another place.",
 }
 
 ModelArgument = Annotated[

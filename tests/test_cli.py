@@ -458,8 +458,10 @@ def test_where_nothing_can_be_written_gives_one_sentence(number, message, compos
         raise OSError(number, os.strerror(number))
 
     data, output = write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "metrics.json"
-    monkeypatch.setattr(Path, "write_text", fail)
     words = ("evaluate", composite, data, "--limit", 1, "--timed-answers", 0, "--max-new-tokens", 2)
+    assert run(*words, "--output", f"{data}/metrics.json") == 1
+    assert f"Error: {data}: file exists. It is a file" in capsys.readouterr().err
+    monkeypatch.setattr(Path, "write_text", fail)
     assert run(*words, "--output", output) == 1
     assert capsys.readouterr().err == f"Error: {output}: {message}\n"
 
