@@ -7,6 +7,7 @@ commands.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -39,10 +40,22 @@ convert = typer.Typer(
     help="Turn one form of a checkpoint into another. Each result is loaded and compared before it is put in place.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
+    # An option that is called `force` in the functions may be called so here as well.
+    context_settings={"token_normalize_func": lambda name: "overwrite" if name == "force" else name},
 )
 app.add_typer(convert, name="convert")
 out = Console()
 err = Console(stderr=True)
+
+# What to do about what the system says of a file; of all else, to take another.
+REMEDIES = {
+    errno.EACCES: "Change its permissions, or choose another place.",
+    errno.EPERM: "Change its permissions, or choose another place.",
+    errno.ENOSPC: "Free some space, or choose another disk.",
+    errno.EDQUOT: "Free some space, or choose another disk.",
+    errno.ENOENT: "Check the path.",
+    errno.EEXIST: "It is a file, where a folder is needed: choose another place.",
+}
 
 ModelArgument = Annotated[
     str, typer.Argument(help="A checkpoint: a folder, or a name on the Hub.", show_default=False)
@@ -73,6 +86,9 @@ def _fail(error: Exception) -> NoReturn:
         raise SystemExit(1)
     if isinstance(error, ModuleNotFoundError):
         message = f"{error.name} is not installed. Try: pip install 'modeling-llm2slm[train]'"
+    elif isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        fix = REMEDIES.get(error.errno, "Choose another place.")
+        message = f"{error.filename}: {(error.strerror or type(error).__name__).lower()}. {fix}"
     else:
         message = " ".join(str(error).split()) or type(error).__name__
     err.print(f"[bold red]Error:[/] {escape(message)}", soft_wrap=True, highlight=False)
@@ -780,7 +796,7 @@ SourceArgument = Annotated[
 ]
 OutputArgument = Annotated[Path, typer.Argument(help="The folder to write to.", show_default=False)]
 LLMOption = Annotated[str | None, typer.Option(help="Where the LLM is. Default: what the checkpoint says.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is in the folder.")]
+Force = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")]
 Lean = Annotated[bool, typer.Option("--lean", help="Leave out the LLM, and say where it is.")]
 ShardSize = Annotated[str, typer.Option(help="The largest file of weights.")]
 

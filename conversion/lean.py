@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.checkpoint_llm2slm import describe_source
 from modeling_llm2slm.files_llm2slm import WEIGHTS
-from modeling_llm2slm.text_to_text import load_model
+from modeling_llm2slm.text_to_text import load, load_model
 
 from .output import composite_config, copy_processor, output_folder, size_of
 from .report import Report, check_finite, composite_logits
@@ -43,6 +45,7 @@ def lean(
         source = describe_source(str(llm), revision=revision)
         if source is None:
             raise ValueError(f"{llm} is neither a folder nor the id of a repository.")
+        load(AutoConfig, str(llm), revision=revision)  # if it is not there, said in its own name
         model.config.llm_source = source
     return _save(model, checkpoint, output, False, force, max_shard_size)
 

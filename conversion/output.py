@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoProcessor
 from transformers.utils.logging import tqdm
@@ -40,7 +39,7 @@ def output_folder(path: str | Path, force: bool, needed: int = 0) -> Iterator[Pa
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())) and not force:
-        raise FileExistsError(f"{path} is not empty. Choose another folder, or add --force.")
+        raise FileExistsError(f"{path} is not empty. Choose another folder, or add --overwrite (`force=True`).")
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if needed > free:
@@ -48,11 +47,10 @@ def output_folder(path: str | Path, force: bool, needed: int = 0) -> Iterator[Pa
     with write_aside(path, keep=False) as folder, _quiet():
         try:
             yield folder
-        except (SafetensorError, OSError) as error:
-            reason = getattr(error, "strerror", None) or first_line(error)
-            if isinstance(error, SafetensorError) or error.errno is not None:
-                reason = f"{path} could not be written: {reason}"
-            raise OSError(reason.replace(str(folder), str(path))) from error
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise OSError(first_line(error).replace(str(folder), str(path))) from error
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def compare(
         limit: Compare only this many answers, from the top.
         batch_size: How many prompts are answered at once. Answers are timed one at a time.
         timed_answers: How many answers of each model are timed, in turns; 0 times none.
-        worst: How many of the answers that agree least are returned.
+        worst: How many of the answers that agree least are returned, of those that differ.
         generate_kwargs: Arguments of `generate()`, for both.
 
     Returns:
@@ -108,14 +108,14 @@ def _speed(times: Sequence[tuple[float, int]]) -> dict[str, float]:
 def least_agreement(
     prompts: Sequence[str], answers: Sequence[str], llm_answers: Sequence[str], count: int
 ) -> list[dict[str, Any]]:
-    """The `count` rows whose two answers agree least, by the chrF of the sentence, the worst first."""
+    """Up to `count` rows whose two answers differ, and agree least by the chrF of the sentence, the worst first."""
     from sacrebleu import sentence_chrf
 
     rows: list[dict[str, Any]] = [
         {"row": row, "prompt": prompt, "answer": answer, "llm_answer": expected}
         for row, (prompt, answer, expected) in enumerate(zip(prompts, answers, llm_answers, strict=True))
+        if answer.strip() != expected.strip()
     ]
     for row in rows:
-        same = row["answer"].strip() == row["llm_answer"].strip()
-        row["chrf"] = 100.0 if same else sentence_chrf(row["answer"], [row["llm_answer"]]).score
+        row["chrf"] = sentence_chrf(row["answer"], [row["llm_answer"]]).score
     return sorted(rows, key=lambda row: row["chrf"])[:count]

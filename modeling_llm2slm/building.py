@@ -56,9 +56,12 @@ def build(
 
     Raises:
         ValueError: If nothing is given to build from, or parts do not fit together.
-        OSError: If a model or a tokenizer cannot be loaded.
+        OSError: If a model or a tokenizer is not there, or cannot be loaded.
     """
     set_seed(seed)
+    for source in filter(None, (llm, slm, preset)):
+        if _is_config(source) and not Path(source).is_file():
+            raise FileNotFoundError(f"There is no config file {source}.")
     if preset is not None:
         if llm or slm:
             raise ValueError("A preset names both models: give either a preset or an LLM and an SLM.")

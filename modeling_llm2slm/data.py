@@ -124,16 +124,20 @@ def _load_texts(
         numbers = np.setdiff1d(numbers, list(bad))
         dataset = dataset.select(numbers)
     if not len(dataset):
-        raise ValueError(f"{source} holds no pairs.")
+        raise ValueError(f"{source} holds no rows.")
     return (dataset.remove_columns(ROW_ERROR) if ROW_ERROR in dataset.column_names else dataset), numbers
 
 
 def check_columns(source: str, needed: Sequence[str], there: Sequence[str]) -> None:
     """Raises `ValueError` if a column is not there."""
+    is_text = file_format_of(Path(source))[0] == "text"
     for column in needed:
         if column not in there:
             raise ValueError(
-                f"{source} has no column {column!r}; it has {', '.join(map(repr, there))}. "
+                f"{source} has prompts and no answers: take a file with a column of each, such as a .jsonl, or "
+                "compare with an LLM, `llm2slm evaluate --against`."
+                if is_text
+                else f"{source} has no column {column!r}; it has {', '.join(map(repr, there))}. "
                 "Name the columns with prompt_column and answer_column."
             )
 
@@ -171,16 +175,27 @@ def _load(source: str, split: str, columns: Sequence[str]) -> Dataset:
         return _load_from_hub(source, split)
     if file_format is None:
         raise ValueError(f"{source} is none of {', '.join(FILE_FORMATS)}: the ending of the name tells the format.")
+    if _is_empty(path):
+        raise ValueError(f"{source} holds no rows.")
     try:
         return load_dataset(file_format, data_files=str(path), split="train", **options)
     except Exception as error:  # every reader has exceptions of its own
         reason = reason_of(error.__cause__ or error)
         if "corresponds to no data" in reason:
-            raise ValueError(f"{source} holds no pairs.") from error
+            raise ValueError(f"{source} holds no rows.") from error
         dataset = _read_lines(path, columns) if ".jsonl" in path.suffixes else None
         if dataset is None:
             raise ValueError(f"{source} cannot be read as {file_format}: {reason}") from error
         return dataset
+
+
+def _is_empty(path: Path) -> bool:
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rb") as content:
+            return not content.read(1)
+    except (OSError, EOFError):  # a damaged archive, of which the reader says more
+        return False
 
 
 def file_format_of(path: Path) -> tuple[str | None, dict[str, Any]]:

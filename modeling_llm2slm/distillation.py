@@ -15,7 +15,7 @@ from datasets import Dataset
 from .data import load_prompts, write_aside
 from .encoding import processes, share
 from .state_store import weights_fingerprint
-from .text_to_text import TextToText
+from .text_to_text import DecoderOnlyTextToText, TextToText
 
 
 ANSWER_COLUMN = "llm_answer"
@@ -46,7 +46,7 @@ def distill(
     has `RANK` and `WORLD_SIZE` (`torchrun`), each process answers its part, and the last to finish writes the output.
 
     Args:
-        llm: The checkpoint, a folder or a name on the Hub: an encoder-decoder, or any other kind that answers.
+        llm: The checkpoint of an encoder-decoder, a folder or a name on the Hub.
         data: See [`load_prompts`].
         output: A file of JSON lines, `.jsonl` or `.jsonl.gz`.
         prompt_column: The column that holds what the model reads.
@@ -66,7 +66,8 @@ def distill(
 
     Raises:
         FileExistsError: If the output exists.
-        ValueError: If the output is no `.jsonl`, or what is left of a run was made by another LLM or other settings.
+        ValueError: If the output is no `.jsonl`, the LLM is decoder-only, or what is left of a run was made by another
+            LLM or other settings.
     """
     output = Path(output)
     if ".jsonl" not in output.suffixes or output.suffixes[-1] not in (".jsonl", ".gz"):
@@ -75,6 +76,11 @@ def distill(
         raise FileExistsError(f"{output} exists. Choose another file, or add --overwrite.")
     rows = load_prompts(data, prompt_column, split=split, limit=limit, skip_bad_rows=skip_bad_rows)
     text_to_text = TextToText.from_pretrained(llm, device=device, prompt_max_length=prompt_max_length)
+    if isinstance(text_to_text, DecoderOnlyTextToText):
+        raise ValueError(
+            f"{llm} is decoder-only, and nothing says where its prompts end and its answers begin: take an "
+            "encoder-decoder, or write its answers to a column of the data with the tools that it comes with."
+        )
     settings = {"llm": weights_fingerprint(llm), "prompt_max_length": prompt_max_length, **generate_kwargs}
     rank, world = processes(overwrite)
     parts = AnswerParts(output, settings, rank, overwrite)

@@ -56,21 +56,40 @@ def write_aside(path: str | os.PathLike, keep: bool = True) -> Iterator[Path]:
     If the body raises or the process dies, nothing at `path` has changed. A folder that is there already is exchanged
     in one step, and keeps what is not written anew, but for weights where new ones are written: `from_pretrained`
     would take the old ones if both were there. With `keep=False` it keeps nothing.
+
+    An `OSError` of the system names `path`, also where a full disk has no name.
     """
     path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")  # as deep as `path`: relative paths stay true
+    with _named(path, aside):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield aside
+            if aside.is_dir() and path.is_dir():
+                _replace_folder(aside, path, keep)
+            else:
+                aside.replace(path)
+        finally:
+            if aside.is_dir():
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _named(path: Path, aside: Path) -> Iterator[None]:
+    """Errors of the system about `aside`, or about nothing that has a name, as `OSError`s about `path`."""
     try:
-        yield aside
-        if aside.is_dir() and path.is_dir():
-            _replace_folder(aside, path, keep)
-        else:
-            aside.replace(path)
-    finally:
-        if aside.is_dir():
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            aside.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.errno is not None and (error.filename is None or str(error.filename).startswith(str(aside))):
+            error.filename = str(path)
+        raise
+    except SafetensorError as error:
+        number = re.search(r"serializing.*\(os error (\d+)\)", str(error))
+        if number is None:
+            raise OSError(f"{path} could not be written: {first_line(error)}") from error
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def _replace_folder(new: Path, old: Path, keep: bool) -> None:

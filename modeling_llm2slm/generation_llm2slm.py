@@ -70,6 +70,17 @@ class LLM2SLMGenerationMixin(GenerationMixin):
             model_kwargs["attention_mask"] = self.encoder.prompt_mask(model_kwargs["input_ids"], mask)
         return generation_config, model_kwargs | {"answer_length": answer_length}
 
+    def _prepare_model_inputs(self, inputs: Any, bos_token_id: Any, model_kwargs: dict[str, Any]) -> Any:
+        # Of the LLM's states alone, stock generation would not know that they are a prompt.
+        given = (inputs, model_kwargs.get("input_ids"), model_kwargs.get("encoder_outputs"))
+        states = model_kwargs.get("llm_hidden_states")
+        if states is not None and all(prompt is None for prompt in given):
+            prompt = self.get_encoder()(
+                None, model_kwargs.get("attention_mask"), states, model_kwargs["answer_length"], return_dict=True
+            )
+            model_kwargs.update(encoder_outputs=prompt, attention_mask=prompt.attention_mask)
+        return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
         return StopAfterStart(super()._get_stopping_criteria(*args, **kwargs))
 
@@ -138,6 +149,10 @@ class LLM2SLMGenerationMixin(GenerationMixin):
             # The first step of an answer or, of an assistant, of a draft. Stock cuts off what is cached only where a
             # mask tells how much was given.
             cached = int(past_key_values.get_seq_length())
+            if cached >= input_ids.shape[1] and not is_first_iteration:
+                # An assistant's: up to transformers 5.15 what was rejected of its last draft is still there.
+                past_key_values.crop(input_ids.shape[1] - 1 - cached)
+                cached = input_ids.shape[1] - 1
             if cached >= input_ids.shape[1]:
                 raise ValueError(
                     f"`past_key_values` holds {cached} answer tokens and `decoder_input_ids` has no more than "

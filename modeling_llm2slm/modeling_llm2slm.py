@@ -468,6 +468,12 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
             if labels is None:
                 raise ValueError("There is no answer to score or go on from: pass `labels` or `decoder_input_ids`.")
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if labels is not None and (scored := decoder_input_ids[:, kept].shape) != labels.shape:
+            raise ValueError(
+                f"`labels` have shape {tuple(labels.shape)}, but there will be logits for {tuple(scored)}. Cut them "
+                "to what `decoder_input_ids` and `logits_to_keep` leave, or leave these out."
+            )
         if use_cache is None:
             use_cache = self.config.use_cache and labels is None and not self.training
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)

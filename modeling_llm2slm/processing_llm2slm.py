@@ -15,6 +15,7 @@
 
 import copy
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,8 @@ class LLM2SLMProcessor(ProcessorMixin):
     ) -> list[list[int]]:
         if not prompts:
             raise ValueError("`text` is an empty list. Pass at least one prompt.")
-        are_conversations = not isinstance(prompts[0], str)
+        are_conversations = not _is_text(prompts[0])
+        _check_kind("text", prompts, _is_conversation if are_conversations else _is_text)
         if are_conversations:
             prompts = self.apply_chat_template(prompts, add_generation_prompt=add_generation_prompt)
         special = {"add_special_tokens": not are_conversations}  # the template writes its own
@@ -192,6 +194,7 @@ class LLM2SLMProcessor(ProcessorMixin):
     def _encode_answers(self, answers: list[str], max_length: int | None) -> list[list[int]]:
         if not answers:
             raise ValueError("`text_target` is an empty list. Pass at least one answer.")
+        _check_kind("text_target", answers, _is_text)
         eos = self.decoder_tokenizer.eos_token_id
         encoded = self.decoder_tokenizer(answers, add_special_tokens=False, verbose=False).input_ids
         for row in encoded:
@@ -272,7 +275,22 @@ def are_same_tokenizer(first: PreTrainedTokenizerBase, second: PreTrainedTokeniz
 
 def _is_one(text: Any) -> bool:
     """Whether this is one text or one conversation, and not a list of them."""
-    return isinstance(text, str) or (isinstance(text, list) and bool(text) and isinstance(text[0], dict))
+    return _is_text(text) or _is_conversation(text)
+
+
+def _is_text(text: Any) -> bool:
+    return isinstance(text, str)
+
+
+def _is_conversation(text: Any) -> bool:
+    return isinstance(text, list) and bool(text) and all(isinstance(message, dict) for message in text)
+
+
+def _check_kind(name: str, texts: list[Any], is_right: Callable[[Any], bool]) -> None:
+    wrong = [text for text in texts if not is_right(text)]
+    if wrong:
+        kinds = "texts, or conversations" if name == "text" else "texts"
+        raise ValueError(f"`{name}` holds {wrong[0]!r:.60}, but it takes {kinds}. Join words to a text first.")
 
 
 _HUB_ARGUMENTS = (

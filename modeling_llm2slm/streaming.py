@@ -58,7 +58,7 @@ class StreamedFeatures(IterableDataset):
         self.skip_bad_rows = skip_bad_rows
         first = next((row for row in self._rows() if ROW_ERROR not in row), None)
         if first is None:
-            raise ValueError(f"{source} holds no pairs.")
+            raise ValueError(f"{source} holds no rows.")
         check_columns(source, self.columns, list(first))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

@@ -450,5 +450,15 @@ def one_sentence(path: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a damaged checkpoint raises a different class for each file and format
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OSError(f"{path} cannot be loaded: {reason}") from error
+        raise OSError(f"{path} cannot be loaded: {_reason(str(path), error)}") from error
+
+
+def _reason(path: str, error: Exception) -> str:
+    """What is wrong, in a line. Where a folder is not there, transformers speaks of its name, or of the Hub alone."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if Path(path).exists():
+        return reason
+    if path.endswith(".json"):
+        return "there is no such file"
+    is_folder = path.startswith((".", "/", "~")) or path.count("/") > 1 or ("/" in path and Path(path).parent.is_dir())
+    return "there is no such folder" if is_folder else f"there is no such folder, and on the Hub: {reason}"

@@ -21,6 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 LARGE = 10_000
 OWNER, TOKEN = "tester", "hf_tester"
+GUEST_TOKEN = "hf_guest"  # of somebody who may read what is public, and write nowhere
 
 # A file as (oid of its large content or None, its small content).
 Blob = tuple[str | None, bytes]
@@ -134,6 +135,13 @@ class Handler(BaseHTTPRequestHandler):
     def is_owner(self) -> bool:
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
 
+    def refuse(self) -> None:
+        """A write: of somebody unknown, or of somebody known without the right to it."""
+        if self.headers.get("Authorization") == f"Bearer {GUEST_TOKEN}":
+            self.fail(403, "Forbidden", "You have no right to write")
+        else:
+            self.fail(401, "Unauthorized", "Invalid credentials")
+
     def find(self, repo: str) -> Repository | None:
         """The repository, if it exists and the client may know."""
         found = self.server.repositories.get(repo)
@@ -163,7 +171,7 @@ class Handler(BaseHTTPRequestHandler):
     def create(self) -> None:
         wanted = json.loads(self.data)
         if not self.is_owner:
-            self.fail(401, "Unauthorized", "Invalid credentials")
+            self.refuse()
             return
         repo = f"{wanted.get('organization') or OWNER}/{wanted['name']}"
         if repo in self.server.repositories:
@@ -241,7 +249,7 @@ class Handler(BaseHTTPRequestHandler):
         if not found or not current:
             return
         if not self.is_owner:
-            self.fail(403, "Forbidden", "You have no right to write")
+            self.refuse()
             return
         files = dict(current[1])
         for line in lines:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -371,6 +372,12 @@ def test_conversions_print_one_table(composite, tmp_path, capsys):
     assert "logits of the SLM, largest difference" in printed
     assert "projector.linear_1.weight" in printed
     assert run("generate", tmp_path / "parts" / "slm", "src1", "--max-new-tokens", 2) == 0
+    assert run("convert", "split", composite, tmp_path / "parts") == 1
+    assert "add --overwrite" in capsys.readouterr().err
+    for option in ("--overwrite", "--force"):  # the second for scripts, and in no help
+        assert run("convert", "split", composite, tmp_path / "parts", option) == 0
+    assert run("convert", "split", "--help") == 0
+    assert "--force" not in capsys.readouterr().out
 
 
 def test_info_names_the_parts(composite, capsys):
@@ -385,7 +392,8 @@ MODEL, DATA, RECIPE, OUT = "<model>", "<data>", "<recipe>", "<out>"
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
-        (["generate", "no/such/model", "hello"], 1, "no/such/model cannot be loaded"),
+        (["generate", "no/such/model", "hello"], 1, "no/such/model cannot be loaded: there is no such folder"),
+        (["generate", OUT, "hello"], 1, "cannot be loaded: there is no such folder"),
         (["generate", MODEL, "--file", "no.txt"], 1, "There is no file no.txt"),
         (["generate", MODEL, "hello", "--top-p", "0.5"], 2, "--sample"),
         (["generate", MODEL, "hello", "--num-beams", "0"], 2, "num-beams"),
@@ -403,6 +411,8 @@ MODEL, DATA, RECIPE, OUT = "<model>", "<data>", "<recipe>", "<out>"
         (["train", RECIPE, "stray"], 2, "stray"),
         (["build", OUT], 1, "nothing to build from"),
         (["build", OUT, "--llm", "no/such/model"], 1, "no/such/model cannot be loaded"),
+        (["build", OUT, "--llm", "no.json", "--slm", "no.json"], 1, "There is no config file no.json"),
+        (["build", OUT, "--preset", "no.json"], 1, "There is no config file no.json"),
         (["info", DATA], 1, "cannot be loaded"),
         (["card", MODEL, "--evaluation", "no.json"], 1, "There is no file no.json"),
         (["convert", "lean", MODEL, OUT], 1, "not known where the LLM comes from"),
@@ -419,6 +429,7 @@ MODEL, DATA, RECIPE, OUT = "<model>", "<data>", "<recipe>", "<out>"
         (["encode", MODEL, DATA, "--output", OUT, "--prompt-column", "x"], 1, "no column 'x'"),
         (["encode", MODEL, DATA], 2, "output"),
         (["distill", "no/such/model", DATA, "--output", f"{OUT}.jsonl"], 1, "no/such/model cannot be loaded"),
+        (["convert", "lean", "no/such/model", OUT], 1, "no/such/model cannot be loaded: there is no such folder"),
         (["distill", MODEL, DATA, "--output", DATA], 1, "exists. Choose another file, or add --overwrite"),
         (["distill", MODEL, DATA, "--output", f"{OUT}.csv"], 1, "none of .jsonl"),
         (["train", RECIPE, "--llm_states", "no/store", "--output_dir", OUT], 1, "no/store is no store of LLM states"),
@@ -451,6 +462,41 @@ def test_what_is_wrong_gives_one_sentence_and_leaves_nothing(
         assert error.startswith("Error: ")
         assert len(error.splitlines()) == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.EACCES, "permission denied. Change its permissions, or choose another place."),
+        (errno.ENOSPC, "no space left on device. Free some space, or choose another disk."),
+        (errno.EROFS, "read-only file system. Choose another place."),
+    ],
+)
+def test_where_nothing_can_be_written_gives_one_sentence(number, message, composite, tmp_path, capsys, monkeypatch):
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    data, output = write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "metrics.json"
+    words = ("evaluate", composite, data, "--limit", 1, "--timed-answers", 0, "--max-new-tokens", 2)
+    assert run(*words, "--output", f"{data}/metrics.json") == 1
+    assert f"Error: {data}: file exists. It is a file" in capsys.readouterr().err
+    monkeypatch.setattr(Path, "write_text", fail)
+    assert run(*words, "--output", output) == 1
+    assert capsys.readouterr().err == f"Error: {output}: {message}\n"
+
+
+def test_lines_of_text_are_scored_against_an_llm_only(composite, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("src1\n")
+    assert run("evaluate", composite, tmp_path / "prompts.txt") == 1
+    assert "prompts.txt has prompts and no answers" in capsys.readouterr().err
+
+
+def test_answers_that_are_all_the_same_have_no_worst(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("src1\n")
+    llm = write_checkpoint("llm", tmp_path)
+    words = ("evaluate", llm, tmp_path / "prompts.txt", "--against", llm, "--max-new-tokens", 2)
+    assert run(*words, "--timed-answers", 0) == 0
+    assert "chrF 100" not in capsys.readouterr().out
 
 
 def test_a_corrupt_checkpoint_gives_one_sentence(tmp_path, capsys):

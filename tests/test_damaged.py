@@ -100,4 +100,4 @@ def test_what_is_there_is_replaced_only_on_request(conversion, copy, capfd):
     status = convert(conversion)
     error = capfd.readouterr().err
     check_refusal(status, error, copy, before)
-    assert "add --force" in error
+    assert "add --overwrite" in error

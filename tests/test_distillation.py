@@ -118,3 +118,9 @@ def test_what_another_run_left_is_not_mixed_in(llm: str, data: str, tmp_path: Pa
         distill(llm, data, output, **OPTIONS)
     with pytest.raises(ValueError, match=r"none of \.jsonl"):
         distill(llm, data, tmp_path / "answers.csv", **OPTIONS)
+
+
+def test_a_decoder_only_llm_is_refused(data: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is decoder-only.* take an encoder-decoder"):
+        distill(write_checkpoint("slm", tmp_path), data, tmp_path / "answers.jsonl", **OPTIONS)
+    assert not list(tmp_path.glob("answers*"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from common import build_parts, same_tensors
@@ -32,6 +34,26 @@ class TestWriteAside:
             assert not target.exists()
         assert target.read_text() == "whole"
         assert list(target.parent.iterdir()) == [target]
+
+    @pytest.mark.parametrize("kind", ["write", "open", "safetensors"])
+    def test_what_the_system_says_is_about_the_target(self, kind, tmp_path):
+        """Not about the place beside it, and about something that has a name."""
+        target, number = tmp_path / "result", errno.ENOSPC
+        raised: dict[str, Any] = {
+            "write": lambda name: OSError(number, os.strerror(number)),
+            "open": lambda name: OSError(number, os.strerror(number), name),
+            "safetensors": lambda name: SafetensorError(
+                f"Error while serializing: I/O error: full (os error {number})"
+            ),
+        }
+        with pytest.raises(OSError, match="No space left") as caught, write_aside(target) as temporary:
+            raise raised[kind](str(temporary / "model"))
+        assert (caught.value.errno, caught.value.filename) == (number, str(target))
+
+    def test_a_file_in_the_way_is_named(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(OSError, match=str(tmp_path / "file")), write_aside(tmp_path / "file" / "result"):
+            raise AssertionError("there is no place to write to")
 
     @pytest.mark.parametrize("kind", ["file", "folder"])
     def test_a_failure_leaves_what_was_there(self, kind, tmp_path):

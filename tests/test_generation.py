@@ -715,6 +715,21 @@ def test_states_of_the_llm_in_place_of_running_it(fusion: str, strategy: str) ->
     assert answers.tolist() == parts.model.generate(**batch, **kwargs).tolist()
 
 
+@pytest.mark.parametrize("strategy", ["greedy", "beam"])
+def test_states_of_the_llm_are_a_prompt(strategy: str) -> None:
+    """Where the tokens are not embedded: states in, and the answers of the prompts out."""
+    model, batch = shared_parts("replace").model, pad_prompts(PROMPTS)
+    states, kwargs = model.encode_llm(**batch), {**STRATEGIES[strategy], "max_new_tokens": LENGTH}
+    with count_calls(model.encoder.llm) as calls:
+        answers = model.generate(llm_hidden_states=states, attention_mask=batch["attention_mask"], **kwargs)
+    assert not calls
+    assert answers.tolist() == model.generate(**batch, **kwargs).tolist()
+    with pytest.raises(ValueError, match="Pass the `attention_mask`"):
+        model.generate(llm_hidden_states=states, **kwargs)
+    with pytest.raises(ValueError, match="pass its `input_ids` beside `llm_hidden_states`"):
+        shared_parts("add").model.generate(llm_hidden_states=states, attention_mask=batch["attention_mask"], **kwargs)
+
+
 def test_an_encoder_decoder_slm() -> None:
     """The SLM's own encoder reads P; its decoder's answers do not depend on padding, cache or passed states."""
     torch.manual_seed(1)

@@ -124,12 +124,14 @@ print(json.dumps({{
     "processor revision": outcome(AutoProcessor.from_pretrained, "tester/model", revision="nowhere"),
     "config revision": outcome(AutoConfig.from_pretrained, "tester/model", revision="nowhere"),
     "write": outcome(model.push_to_hub, "tester/model"),
+    "write as guest": outcome(model.push_to_hub, "tester/model", token={hub_server.GUEST_TOKEN!r}),
     "llm": outcome(load, "tester/lean", **at_llm),
     "offline": outcome(load, "tester/lean", local_files_only=True),
     "elsewhere": outcome(load, "tester/lean", local_files_only=True, cache_dir={str(tmp_path / "empty")!r}),
 }}))
 """
     )
+    before = hub.repositories["tester/model"].at("main")
     said = fresh_process.run(code, **client(hub, tmp_path, HF_TOKEN=""))
     assert said["sums"] == [32.0, 0.0, 0.0]
     assert said["lean"] is True
@@ -141,12 +143,13 @@ print(json.dumps({{
         "revision": "nowhere is not a valid git identifier",
         "processor revision": "nowhere",
         "config revision": "nowhere is not a valid git identifier",
-        "write": "403 Forbidden",
+        "write": "401 Unauthorized",
+        "write as guest": "403 Forbidden",
         "llm": "tester/llm cannot be fetched from the Hub",
         "elsewhere": "couldn't find them in the cached files",
     }.items():
         assert words in said[what], said[what]
-    assert hub.repositories["tester/model"].at("main")[1]
+    assert hub.repositories["tester/model"].at("main") == before
 
 
 def test_the_code_of_an_upload_runs_without_the_package(hub, pushed, tmp_path):

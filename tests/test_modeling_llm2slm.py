@@ -724,6 +724,10 @@ LABELS = torch.tensor([[4, END]])
         ({"llm_hidden_states": torch.zeros(2, 8, 24), "labels": LABELS}, "mask"),
         ({"inputs_embeds": torch.zeros(1, 8, 24), "labels": LABELS}, "inputs_embeds"),
         (
+            {"input_ids": IDS, "labels": LABELS, "logits_to_keep": 1},
+            "`labels` have shape .* for .1, 1.. Cut them",
+        ),
+        (
             {"input_ids": IDS, "decoder_inputs_embeds": torch.zeros(1, 2, 32), "labels": LABELS},
             "decoder_inputs_embeds",
         ),

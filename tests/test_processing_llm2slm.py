@@ -373,3 +373,13 @@ def test_empty_lists_are_errors() -> None:
         processor(text=[])
     with pytest.raises(ValueError, match="`text_target` is an empty list"):
         processor(text=["src1"], text_target=[])
+
+
+def test_what_is_no_text_is_an_error() -> None:
+    processor = LLM2SLMProcessor(llm_tokenizer(), slm_tokenizer())
+    conversation = [{"role": "user", "content": "src1"}]
+    for texts in ([["src1", "src2"]], ["src1", ["src2"]], ["src1", None], [None], ["src1", conversation], [3]):
+        with pytest.raises(ValueError, match="`text` holds .* texts, or conversations"):
+            processor(text=texts)
+    with pytest.raises(ValueError, match="`text_target` holds .*'out1'.* takes texts"):
+        processor(text_target=[["out1", "out2"]])

@@ -59,7 +59,7 @@ def test_what_is_wrong_is_said_before_or_with_its_number(tmp_path: Path) -> None
     with pytest.raises(FileNotFoundError, match="no data file"):
         make_stream(str(tmp_path / "no.jsonl"))
     (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(ValueError, match="holds no pairs"):
+    with pytest.raises(ValueError, match="holds no rows"):
         make_stream(str(tmp_path / "empty.jsonl"))
     path = tmp_path / "bad.jsonl"
     path.write_text("\n".join([json.dumps(PAIRS[0]), *BAD_LINES]) + "\n")

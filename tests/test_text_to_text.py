@@ -175,6 +175,26 @@ def test_a_damaged_checkpoint_is_an_error_of_one_line(checkpoints, tmp_path, kin
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("./nope", "no such folder"),
+        ("/nope/model", "no such folder"),
+        ("~/nope", "no such folder"),
+        ("runs/nope", "no such folder"),
+        ("no/such/model", "no such folder"),
+        ("nobody/nope", "no such folder, and on the Hub: .+"),
+        ("nope", "no such folder, and on the Hub: .+"),
+        ("runs/nope.json", "no such file"),
+    ],
+)
+def test_what_is_not_there_is_an_error_that_says_so(path, reason, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match=f"^{path} cannot be loaded: there is {reason}$"):
+        TextToText.from_pretrained(path)
+
+
 def test_a_model_of_another_type_is_an_error(tmp_path):
     config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=16)
     ViTModel(config).save_pretrained(tmp_path)
