@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, redirect_stdout, suppress
+from io import StringIO
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
-from modeling_llm2slm.exported import EMBEDDINGS, MANIFEST, ExportedLLM2SLM
-from modeling_llm2slm.graphs import exported_model_class
+from modeling_llm2slm.exported import EMBEDDINGS, ExportedLLM2SLM
+from modeling_llm2slm.graphs import MANIFEST, exported_model_class
 from modeling_llm2slm.parts_llm2slm import reading_arguments
-from modeling_llm2slm.text_to_text import load_model
+from modeling_llm2slm.text_to_text import composite_parts, count_parameters, decoding_modules, load_model
 
 from .output import composite_config, copy_processor, output_folder, size_of
 from .report import Report, check_finite, probe
@@ -190,7 +191,7 @@ def export(
     *,
     runtime: str = "openvino",
     weights: str = "fp32",
-    force: bool = False,
+    overwrite: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Report:
     """
@@ -202,7 +203,7 @@ def export(
         runtime: `"openvino"` or `"onnx"`.
         weights: What matrices are stored in: `"fp32"`, `"bf16"` (computed in it, too), `"int8"` (one scale per row,
             activations quantized as they come), `"int4"` (the SLM's blocks in groups of 128; the rest int8).
-        force: Replace what is there.
+        overwrite: Replace what is there.
         progress: Told what is being done.
 
     Raises:
@@ -221,19 +222,24 @@ def export(
     expected = answer_logits(model)
     report = Report(f"{checkpoint} becomes {output} for {runtime}, weights in {weights}")
     size, tolerance = WEIGHTS[weights]
-    with output_folder(output, force, int(size_of(state) / 4 * size)) as folder:
+    needed = int(size_of(state) / 4 * size)
+    with output_folder(output, overwrite, needed, option="--overwrite") as folder:
+        folder.mkdir()
         details = describe(model, weights)
+        graphs = {name: (graph.eval(), graph.sample()) for name, graph in graphs_of(model).items()}
+        save_file({"weight": embeddings_of(model.decoder, weights)}, folder / EMBEDDINGS)
+        if weights == "bf16":
+            model.to(torch.bfloat16)
         components = {}
         with quiet_exporters():
-            for name, graph in graphs_of(model).items():
+            for name, (graph, sample) in graphs.items():
                 progress(f"exporting {name}")
-                components[name] = openvino_component(graph.eval(), weights, is_step=name == "step")
+                components[name] = openvino_component(graph, sample, weights, is_step=name == "step")
         progress("writing")
         exported_model(components, runtime, model.config, model.generation_config).save_pretrained(folder)
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         manifest["llm2slm"] = details
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        save_file({"weight": embeddings_of(model.decoder, weights)}, folder / EMBEDDINGS)
         copy_processor(checkpoint, folder, report)
         del components
         progress("comparing")
@@ -243,17 +249,32 @@ def export(
     return report
 
 
-def openvino_component(graph: Any, weights: str, is_step: bool) -> Any:
-    """A module as a component of an exported model."""
+def openvino_component(graph: Any, sample: dict[str, Any], weights: str, is_step: bool) -> Any:
+    """A module, and a sample of its inputs, as a component of an exported model."""
     from transformers.exporters import OpenVINOConfig, OpenVINOExporter
 
     quantizer = openvino_quantizer(weights, is_step) if weights.startswith("int") else None
-    if weights == "bf16":
-        graph = graph.to(torch.bfloat16)
-    config = OpenVINOConfig(dynamic=True, quantizer=quantizer)
+    config = OpenVINOConfig(dynamic_shapes=dynamic_shapes(sample), quantizer=quantizer)
     with torch.no_grad():
-        exported = OpenVINOExporter().export(graph, graph.sample(), config)
+        exported = OpenVINOExporter().export(graph, sample, config)
     return exported.components["model"]
+
+
+def dynamic_shapes(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Which axes of a graph's inputs vary: rows, and lengths. To name them spares finding out about all others."""
+
+    from transformers.exporters.utils import get_leaf_tensors
+
+    def vary(tensor: torch.Tensor) -> dict[int, Any]:
+        axes = (0, 2) if tensor.dim() == 4 else (0, 1)  # keys and values are (B, heads, N, width)
+        return {axis: torch.export.Dim.AUTO for axis in axes if axis < tensor.dim()}
+
+    return {
+        name: vary(value)
+        if isinstance(value, torch.Tensor)
+        else [vary(tensor) for tensor in get_leaf_tensors(value).values()]
+        for name, value in inputs.items()
+    }
 
 
 def openvino_quantizer(weights: str, is_step: bool) -> Any:
@@ -266,8 +287,8 @@ def openvino_quantizer(weights: str, is_step: bool) -> Any:
     return NNCFOpenVINOQuantizer(
         NNCFWeightCompressionConfig(
             mode=nncf.CompressWeightsMode.INT4_SYM,
-            ratio=1.0,
             group_size=INT4_GROUP,
+            backup_mode=nncf.BackupMode.INT8_SYM,
             advanced_parameters=nncf.AdvancedCompressionParameters(
                 group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST
             ),
@@ -282,7 +303,9 @@ def describe(model: LLM2SLMForConditionalGeneration, weights: str) -> dict[str, 
         options |= {"INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": "bf16"}
     if weights.startswith("int"):
         options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = str(activation_group(model))
-    return {"weights": weights, "options": options}
+    parts = {part.name: part.parameters for part in composite_parts(model)}
+    decode = count_parameters(*decoding_modules(model.decoder))
+    return {"weights": weights, "options": options, "parameters": parts, "decode": decode}
 
 
 def activation_group(model: nn.Module, largest: int = 128) -> int:
@@ -314,13 +337,16 @@ def answer_logits(model: Any) -> torch.Tensor:
 
 @contextmanager
 def quiet_exporters() -> Iterator[None]:
-    """Without notes on versions and shapes, which are ours to look after."""
+    """Without notes on versions and shapes, which are ours to look after, and tables of what was quantized."""
+    with suppress(ImportError):
+        import nncf  # noqa: F401 - sets its logger up
     loggers = [logging.getLogger(name) for name in ("transformers.exporters", "nncf")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"), redirect_stdout(StringIO()):
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

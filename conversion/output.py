@@ -25,7 +25,7 @@ from .report import Report
 
 
 @contextmanager
-def output_folder(path: str | Path, force: bool, needed: int = 0) -> Iterator[Path]:
+def output_folder(path: str | Path, force: bool, needed: int = 0, option: str = "--force") -> Iterator[Path]:
     """
     A folder to write to that becomes `path` at the end.
 
@@ -33,6 +33,7 @@ def output_folder(path: str | Path, force: bool, needed: int = 0) -> Iterator[Pa
         path: Where the result goes.
         force: Whether a folder that is there and not empty is replaced.
         needed: The size of the result in bytes, which must be free on the disk.
+        option: What a user adds to replace it.
 
     Raises:
         FileExistsError: If there is something at `path`.
@@ -40,7 +41,7 @@ def output_folder(path: str | Path, force: bool, needed: int = 0) -> Iterator[Pa
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())) and not force:
-        raise FileExistsError(f"{path} is not empty. Choose another folder, or add --force.")
+        raise FileExistsError(f"{path} is not empty. Choose another folder, or add {option}.")
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if needed > free:

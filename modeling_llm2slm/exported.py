@@ -22,19 +22,12 @@ from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 from .cache_llm2slm import mask_and_positions
 from .configuration_llm2slm import LLM2SLMConfig
 from .generation_llm2slm import LLM2SLMGenerationMixin
-from .graphs import load_graphs
+from .graphs import MANIFEST, is_exported, load_graphs
 from .modeling_llm2slm import LLM2SLMEncoder
 from .prompt_llm2slm import PromptStates, as_prompt_states, padding_to, reorder
 
 
-MANIFEST = "export.json"  # transformers' own; what this package adds to it is under "llm2slm"
 EMBEDDINGS = "embeddings.safetensors"
-
-
-def is_exported(path: str | Path) -> bool:
-    """Whether a folder is what `llm2slm export` wrote."""
-    file = Path(path) / MANIFEST
-    return file.is_file() and "llm2slm" in json.loads(file.read_text(encoding="utf-8"))
 
 
 class ExportedEncoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,7 +12,14 @@ import torch
 
 
 NEEDS = "5.23"  # the first transformers with transformers.exporters.ExportedModel
+MANIFEST = "export.json"  # transformers' own; what this package adds to it is under "llm2slm"
 PACKAGES = {"openvino": ("openvino", "nncf"), "onnx": ("onnxruntime", "onnxscript")}
+
+
+def is_exported(path: str | Path) -> bool:
+    """Whether a folder is what `llm2slm export` wrote."""
+    file = Path(path) / MANIFEST
+    return file.is_file() and "llm2slm" in json.loads(file.read_text(encoding="utf-8"))
 
 
 def exported_model_class(runtime: str) -> Any:
