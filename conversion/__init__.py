@@ -14,4 +14,14 @@ from .report import Report
 from .split import split
 
 
-__all__ = ["Report", "compose", "export", "full", "import_encoder_decoder", "import_projector", "lean", "merge", "split"]
+__all__ = [
+    "Report",
+    "compose",
+    "export",
+    "full",
+    "import_encoder_decoder",
+    "import_projector",
+    "lean",
+    "merge",
+    "split",
+]

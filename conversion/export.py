@@ -45,9 +45,7 @@ class PromptGraph(nn.Module):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, inputs_embeds: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         llm = self.encoder.llm
-        outputs = llm(
-            input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **reading_arguments(llm)
-        )
+        outputs = llm(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **reading_arguments(llm))
         prompt = self.encoder.projector(outputs.last_hidden_state)
         if inputs_embeds is not None:  # fusion "add" with a shared tokenizer: the SLM's table is in no graph
             prompt = prompt + inputs_embeds
@@ -278,7 +276,7 @@ def dynamic_shapes(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def openvino_quantizer(weights: str, is_step: bool) -> Any:
-    """int4 only in the step, where reading weights takes the time; the prompt is bound by arithmetic, and int8 is it."""
+    """int4 only in the step, whose time is that of reading weights; a prompt's is that of arithmetic in int8."""
     import nncf
     from transformers.exporters import NNCFOpenVINOQuantizer, NNCFWeightCompressionConfig
 

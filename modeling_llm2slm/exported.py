@@ -1,9 +1,9 @@
 """
 LLM-to-SLM in graphs of another runtime, as `llm2slm export` writes them: the fastest way to answer on a CPU.
 
-Three graphs: `prompt` is all that turns token ids into what the SLM reads, `step` reads embeddings and gives the logits
-of the token that follows the last of them, and `cross`, of an encoder-decoder SLM alone, gives the keys and values of
-the prompt that each step attends to. What an SLM's embedding gives for each of its tokens is a file that stays mapped.
+Three graphs: `prompt` is all that turns token ids into what the SLM reads, `step` reads embeddings and gives the
+logits of the token that follows the last of them, and `cross`, of an encoder-decoder SLM alone, gives the keys and
+values of the prompt that each step attends to. What the SLM's embedding gives for each token is a file, mapped.
 Shapes: batch B, prompt length N, width d_slm.
 """
 
@@ -35,8 +35,8 @@ class ExportedEncoder:
 
     main_input_name = "input_ids"
     # Both need nothing but the configuration.
-    prompt_mask = LLM2SLMEncoder.prompt_mask
-    check_prompt = LLM2SLMEncoder.check_prompt
+    prompt_mask: Any = LLM2SLMEncoder.prompt_mask
+    check_prompt: Any = LLM2SLMEncoder.check_prompt
 
     def __init__(self, config: LLM2SLMConfig, graph: Any, embed: Any):
         self.config = config
@@ -56,8 +56,8 @@ class ExportedEncoder:
         output_hidden_states: bool | None = None,
     ) -> PromptStates:
         """Prompt token ids `(B, N)` to what the SLM reads, in the layout of [`LLM2SLMEncoder`]."""
-        mask = self.prompt_mask(input_ids, attention_mask)  # type: ignore[arg-type]
-        self.check_prompt(mask, answer_length)  # type: ignore[arg-type]
+        mask = self.prompt_mask(input_ids, attention_mask)
+        self.check_prompt(mask, answer_length)
         assert input_ids is not None  # else `prompt_mask` has raised
         self.config.check_llm_length(input_ids.shape[1])
         padded = not bool(mask.all())
@@ -127,8 +127,8 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
     An LLM-to-SLM model that a runtime other than PyTorch computes, with stock `generate()`: greedy, sampled, beams,
     streamed, in padded batches, from `encode_prompt()`'s states. Threads may generate at once.
 
-    It scores no labels and does not train; attentions and hidden states stay in the graphs, and no token is taken back,
-    so that it neither drafts nor is drafted for.
+    It scores no labels and does not train; attentions and hidden states stay in the graphs, and no token is taken
+    back, so that it neither drafts nor is drafted for.
 
     Args:
         config ([`LLM2SLMConfig`]): As of the model that was exported.
@@ -252,8 +252,8 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
             logits = logits.repeat_interleave(cache.repeats, dim=0)
         return Seq2SeqLMOutput(
             logits=logits,
-            past_key_values=cache,  # type: ignore[arg-type]
-            encoder_last_hidden_state=states and states.last_hidden_state,  # type: ignore[arg-type]
+            past_key_values=cache,
+            encoder_last_hidden_state=states and states.last_hidden_state,
         )
 
     def _read_after_prompt(
@@ -282,8 +282,8 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
     def _validate_generation_mode(self, generation_mode: GenerationMode, *args: Any) -> None:
         if generation_mode == GenerationMode.ASSISTED_GENERATION:
             raise ValueError(
-                "An exported model takes no drafts (`assistant_model`, `prompt_lookup_num_tokens`): what its graph has "
-                "read stays read. Leave them out, or use the checkpoint that was exported."
+                "An exported model takes no drafts (`assistant_model`, `prompt_lookup_num_tokens`): what its graph "
+                "has read stays read. Leave them out, or use the checkpoint that was exported."
             )
         super()._validate_generation_mode(generation_mode, *args)
 
@@ -310,9 +310,9 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
         past_key_values: Any = None,
-        encoder_outputs: Any = None,
-        attention_mask: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Hook of `generate()`: what is not in the cache yet."""
@@ -325,8 +325,8 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
         return {
             "decoder_input_ids": input_ids[:, cached:],
             "past_key_values": past_key_values,
-            "encoder_outputs": encoder_outputs,
-            "attention_mask": attention_mask,
+            "encoder_outputs": kwargs.get("encoder_outputs"),
+            "attention_mask": kwargs.get("attention_mask"),
         }
 
 

@@ -36,9 +36,7 @@ def exported_model_class(runtime: str) -> Any:
         try:
             version(package)
         except PackageNotFoundError as error:
-            raise ImportError(
-                f"{package} is not installed. Try: pip install 'modeling-llm2slm[{runtime}]'"
-            ) from error
+            raise ImportError(f"{package} is not installed. Try: pip install 'modeling-llm2slm[{runtime}]'") from error
     try:
         from transformers.exporters import ExportedModel
     except ImportError as error:

@@ -26,7 +26,6 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-
 from .graphs import is_exported
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 from filelock import FileLock
-from transformers import GPT2LMHeadModel, T5EncoderModel
+from transformers import GPT2LMHeadModel, T5EncoderModel, T5ForConditionalGeneration
 
-import families
 from common import (
     LLM_VOCAB_SIZE,
     SLM_VOCAB_SIZE,
@@ -24,6 +25,7 @@ from common import (
     t5_config,
 )
 from modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
+from modeling_llm2slm.conversion import export
 
 
 def needs(*packages: str) -> None:
@@ -41,8 +43,11 @@ def learned(slm: str, fusion: str) -> LLM2SLMForConditionalGeneration:
     torch.manual_seed(0)
     vocab_size = SLM_VOCAB_SIZE if fusion == "add_shared" else LLM_VOCAB_SIZE
     llm = T5EncoderModel(t5_config(num_layers=1, vocab_size=vocab_size)).eval()
-    small = GPT2LMHeadModel(gpt2_config(n_layer=1)).eval() if slm == "gpt2" else families.build_slm(slm)
-    model = compose(llm, small, fusion).model
+    small: dict[str, Any] = {
+        "gpt2": lambda: GPT2LMHeadModel(gpt2_config(n_layer=1)),
+        "t5": lambda: T5ForConditionalGeneration(families.SLMS["t5"].config(num_decoder_layers=1)),
+    }
+    model = compose(llm, small.get(slm, lambda: families.build_slm(slm))().eval(), fusion).model
     learn_by_heart(model)
     return model.eval()
 
@@ -57,8 +62,6 @@ def checkpoint(slm: str, fusion: str, folder: Path) -> Path:
 
 def exported_folder(tmp_path_factory: Any, slm: str, fusion: str, weights: str = "fp32", to: str = "openvino") -> Path:
     """What the exported composite is in, not to be changed."""
-    from modeling_llm2slm.conversion import export
-
     shared = tmp_path_factory.getbasetemp().parent if _in_worker() else tmp_path_factory.getbasetemp()
     folder = shared / f"{to}-{slm}-{fusion}-{weights}"
     with FileLock(f"{folder}.lock"):
@@ -69,6 +72,4 @@ def exported_folder(tmp_path_factory: Any, slm: str, fusion: str, weights: str =
 
 
 def _in_worker() -> bool:
-    import os
-
     return "PYTEST_XDIST_WORKER" in os.environ

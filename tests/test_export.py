@@ -10,19 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from exports import checkpoint, exported_folder, needs
+from test_cli import run
 from transformers import T5ForConditionalGeneration
 
 import llm2slm
 from common import t5_config
-from exports import checkpoint, exported_folder, needs
 from modeling_llm2slm.conversion import export
 from modeling_llm2slm.evaluation import evaluate
 from modeling_llm2slm.exported import ExportedLLM2SLM
+from modeling_llm2slm.graphs import exported_model_class
 from modeling_llm2slm.text_to_text import ExportedTextToText, TextToText
-from test_cli import run
 
 
 KIND = ("gpt2", "add_shared")
+MODULE = sys.modules[export.__module__]
 TEXTS = ["out11 out52 out7 out93", "out85 out29"]
 
 
@@ -71,34 +73,50 @@ def test_weights_are_stored_once(source, folder) -> None:
     assert weights <= size < weights + table / 2
 
 
-def test_the_command_exports_and_does_not_overwrite(source, tmp_path, capsys, monkeypatch) -> None:
+@pytest.fixture
+def traced(folder, monkeypatch) -> None:
+    """Graphs are those of the exported folder: to make them anew takes seconds."""
+    components = exported_model_class("openvino").from_pretrained(folder).components
+    monkeypatch.setattr(
+        MODULE, "openvino_component", lambda graph, *_, is_step: components["step" if is_step else "prompt"]
+    )
+
+
+@pytest.mark.usefixtures("traced")
+def test_the_command_does_not_overwrite(source, tmp_path, capsys) -> None:
     written = tmp_path / "exported"
     written.mkdir()
     (written / "precious").write_text("")
     assert run("export", source, written) == 1
     assert "add --overwrite" in capsys.readouterr().err
     assert [file.name for file in written.iterdir()] == ["precious"]
-    assert run("export", source, written, "--weights", "int8", "--overwrite") == 0
-    output = capsys.readouterr()
-    assert "answers, largest difference" in output.out
-    assert "bitwidth" not in output.out
-    assert TextToText.from_pretrained(written).model.details["weights"] == "int8"
-    fp32 = exported_size(exported := ExportedLLM2SLM.from_pretrained(written), written)
-    assert fp32
-    assert exported.details["options"]["DYNAMIC_QUANTIZATION_GROUP_SIZE"] == "8"
+    assert run("export", source, written, "--overwrite") == 0
+    assert "answers, largest difference" in capsys.readouterr().out
+    assert TextToText.from_pretrained(written).generate(TEXTS, max_new_tokens=4)
+    assert not (written / "precious").exists()
 
 
-def exported_size(exported: ExportedLLM2SLM, folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.bin"))
-
-
+@pytest.mark.usefixtures("traced")
 def test_a_result_that_differs_is_not_put_in_place(source, tmp_path, monkeypatch) -> None:
-    module = sys.modules["modeling_llm2slm.conversion.export"]
-    wrong = module.embeddings_of
-    monkeypatch.setattr(module, "embeddings_of", lambda *args: wrong(*args).roll(1, 0).contiguous())
+    table = MODULE.embeddings_of
+    monkeypatch.setattr(MODULE, "embeddings_of", lambda *args: table(*args).roll(1, 0).contiguous())
     with pytest.raises(ValueError, match="answers differ"):
         export(source, tmp_path / "exported")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("weights", "part"), [("bf16", 0.75), ("int8", 0.5), ("int4", 0.5)])
+def test_smaller_weights(source, folder, tmp_path_factory, weights, part, capfd) -> None:
+    small = exported_folder(tmp_path_factory, *KIND, weights)
+    assert "bitwidth" not in capfd.readouterr().out
+    sizes = [sum(file.stat().st_size for file in place.glob("*.bin")) for place in (small, folder)]
+    assert sizes[0] < part * sizes[1]
+    text_to_text = TextToText.from_pretrained(small)
+    assert {part.dtype for part in text_to_text.parts()} == {weights}
+    assert text_to_text.generate(TEXTS, max_new_tokens=8) == TextToText.from_pretrained(source).generate(
+        TEXTS, max_new_tokens=8
+    )
 
 
 def test_what_is_wrong_takes_one_sentence(source, tmp_path, capsys) -> None:

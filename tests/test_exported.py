@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from exports import exported_folder, learned, needs
 from transformers import GenerationConfig
 
 from common import END, PROMPTS, check_answers_say_something, pad_prompts, strip_padding
-from exports import exported_folder, learned, needs
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.exported import ExportedLLM2SLM
 
@@ -99,9 +99,7 @@ def test_states_of_a_prompt_are_those_of_pytorch_and_serve_often(pair) -> None:
     states, expected = pair.exported.encode_prompt(**batch), pair.model.encode_prompt(**batch)
     assert torch.equal(states.attention_mask, expected.attention_mask)
     kept = states.attention_mask.bool()
-    torch.testing.assert_close(
-        states.last_hidden_state[kept], expected.last_hidden_state[kept], rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(states.last_hidden_state[kept], expected.last_hidden_state[kept], rtol=1e-4, atol=1e-4)
     before = states.last_hidden_state.clone()
     direct = pair.answers(**batch, num_beams=2)[1]
     for _ in range(2):
