@@ -352,6 +352,32 @@ def _print_plan(result: dict[str, Any]) -> None:
     out.print(result["recommendation"], style="bold", highlight=False, soft_wrap=True)
 
 
+@app.command()
+def export(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Argument(help="The folder to write to.", show_default=False)],
+    runtime: Annotated[str, typer.Option(help="What is to compute it: openvino or onnx.")] = "openvino",
+    weights: Annotated[str, typer.Option(help="What weights become: fp32, bf16, int8, int4.")] = "fp32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
+) -> None:
+    """
+    Write a composite for a runtime that answers faster than PyTorch on a CPU.
+
+    `llm2slm export runs/model runs/fast --runtime openvino --weights int8`
+
+    `llm2slm generate`, `evaluate` and `info` take the result as they take a checkpoint. It is loaded and compared with
+    PyTorch before it is put in place.
+    """
+    _quiet()
+    from modeling_llm2slm.conversion import export as convert_to
+
+    with err.status("loading") as status:
+        report = convert_to(
+            model, output, runtime=runtime, weights=weights, overwrite=overwrite, progress=status.update
+        )
+    _print_report(report)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def speedup(
     context: typer.Context,
@@ -779,11 +805,10 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _print_model(name: str, text_to_text: TextToText) -> None:
     table = Table("part", "model", "parameters", "width", "vocabulary", "dtype", title=escape(name))
-    for part, module, config in text_to_text.parts():
-        parameters = sum(tensor.numel() for tensor in module.parameters())
-        dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
-        sizes = [str(getattr(config, key, "")) for key in ("hidden_size", "vocab_size")]
-        table.add_row(part, getattr(config, "model_type", ""), f"{parameters:,}", *sizes, dtype)
+    for part in text_to_text.parts():
+        sizes = [str(getattr(part.config, key, "")) for key in ("hidden_size", "vocab_size")]
+        kind = getattr(part.config, "model_type", "")
+        table.add_row(part.name, kind, f"{part.parameters:,}", *sizes, part.dtype)
     out.print(table)
     counts = {name: f"{count:,}" for name, count in text_to_text.parameters().items()}
     out.print(

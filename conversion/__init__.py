@@ -6,6 +6,7 @@ puts it in place. All return a [`Report`].
 """
 
 from .compose import compose
+from .export import export
 from .importing import import_encoder_decoder, import_projector
 from .lean import full, lean
 from .merge import merge
@@ -13,4 +14,14 @@ from .report import Report
 from .split import split
 
 
-__all__ = ["Report", "compose", "full", "import_encoder_decoder", "import_projector", "lean", "merge", "split"]
+__all__ = [
+    "Report",
+    "compose",
+    "export",
+    "full",
+    "import_encoder_decoder",
+    "import_projector",
+    "lean",
+    "merge",
+    "split",
+]

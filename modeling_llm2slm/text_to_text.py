@@ -26,6 +26,8 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+from .graphs import is_exported
+
 
 if TYPE_CHECKING:
     from .state_store import StateStore
@@ -41,7 +43,7 @@ class TextToText:
     A model that reads a prompt and writes an answer, with whatever turns texts into its tensors and back.
 
     Use [`TextToText.from_pretrained`]: it looks at the checkpoint and returns the subclass for an encoder-decoder
-    (T5, or an LLM-to-SLM composite) or for a decoder-only model (GPT-2).
+    (T5, or an LLM-to-SLM composite, exported or not) or for a decoder-only model (GPT-2).
 
     Args:
         model: The model, as loaded by its Auto class.
@@ -92,10 +94,13 @@ class TextToText:
             states: Of a composite: a store to take the LLM's states from; the LLM itself is not loaded then.
 
         Raises:
+            ImportError: If it is an exported model, and its runtime is not installed.
             OSError: If there is no such checkpoint, or if it is damaged or incomplete.
             ValueError: If the model is of a kind that does not write text, there is no such device, or the states are
                 another LLM's.
         """
+        if is_exported(path):
+            return ExportedTextToText.load(path, dtype, device, states, prompt_max_length, answer_max_length)
         config = load(AutoConfig, path)
         encoder_decoder = getattr(config, "is_encoder_decoder", False)
         auto_class = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
@@ -205,16 +210,16 @@ class TextToText:
         """How many positions prompt and answer share, if any number limits them."""
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
-    def parts(self) -> list[tuple[str, Any, Any]]:
-        """Name, module and config of each part."""
-        return [("model", self.model, self.model.config)]
+    def parts(self) -> list[Part]:
+        """What it consists of."""
+        return [part_of("model", self.model, self.model.config)]
 
     def parameters(self) -> dict[str, int]:
         """The number of parameters: `total`, `trainable`, and `decode`, those that every answer token goes through."""
         return {
             "total": self.model.num_parameters(),
             "trainable": self.model.num_parameters(only_trainable=True),
-            "decode": _count(*self._decoding_modules()),
+            "decode": count_parameters(*self._decoding_modules()),
         }
 
     def _decoding_modules(self) -> list[Any]:
@@ -302,23 +307,62 @@ class EncoderDecoderTextToText(TextToText):
     def _answers(self, generated: torch.Tensor, inputs: Any) -> torch.Tensor:
         return generated[:, 1:]  # the start token
 
-    def parts(self) -> list[tuple[str, Any, Any]]:
-        if not self._composite:
-            return super().parts()
-        encoder, config = self.model.encoder, self.model.config
-        others = [("prompt embedding", encoder.prompt_embedding, None)] if encoder.prompt_embedding is not None else []
-        return [
-            ("LLM", encoder.llm, config.encoder),
-            ("projector", encoder.projector, None),
-            *others,
-            ("SLM", self.model.decoder, config.decoder),
-        ]
+    def parts(self) -> list[Part]:
+        return composite_parts(self.model) if self._composite else super().parts()
 
     def _decoding_modules(self) -> list[Any]:
-        slm = self.model.decoder if self._composite else self.model
-        if not slm.config.is_encoder_decoder:
-            return [slm]
-        return [slm.get_decoder(), slm.get_output_embeddings()]
+        return decoding_modules(self.model.decoder if self._composite else self.model)
+
+
+def composite_parts(model: Any) -> list[Part]:
+    """What a composite consists of."""
+    encoder, config = model.encoder, model.config
+    others = [part_of("prompt embedding", encoder.prompt_embedding)] if encoder.prompt_embedding is not None else []
+    return [
+        part_of("LLM", encoder.llm, config.encoder),
+        part_of("projector", encoder.projector),
+        *others,
+        part_of("SLM", model.decoder, config.decoder),
+    ]
+
+
+def decoding_modules(slm: Any) -> list[Any]:
+    """What of a model every answer token goes through."""
+    return [slm.get_decoder(), slm.get_output_embeddings()] if slm.config.is_encoder_decoder else [slm]
+
+
+class ExportedTextToText(EncoderDecoderTextToText):
+    """An LLM-to-SLM composite that `llm2slm export` wrote for a runtime other than PyTorch."""
+
+    @classmethod
+    def load(
+        cls, path: str | Path, dtype: Any, device: Any, states: StateStore | None, *lengths: int | None
+    ) -> ExportedTextToText:
+        """As [`TextToText.from_pretrained`]."""
+        from .exported import ExportedLLM2SLM
+
+        if torch.device(device or "cpu").type != "cpu":
+            raise ValueError(f"{path} is an exported model, which runs on the CPU, not on {device}. Leave it out.")
+        if states is not None or dtype not in (None, torch.float32):
+            raise ValueError(f"{path} is an exported model, with all of its weights as they are.")
+        with one_sentence(path):
+            model = ExportedLLM2SLM.from_pretrained(path)
+        return cls(model, load(AutoProcessor, path), *lengths)
+
+    def parts(self) -> list[Part]:
+        config = self.model.config
+        configs = {"LLM": config.encoder, "SLM": config.decoder}
+        weights = self.model.details["weights"]
+        return [
+            Part(name, configs.get(name), count, weights) for name, count in self.model.details["parameters"].items()
+        ]
+
+    def parameters(self) -> dict[str, int]:
+        total = sum(part.parameters for part in self.parts())
+        return {"total": total, "trainable": 0, "decode": self.model.details["decode"]}
+
+    def save_pretrained(self, path: str | Path, **kwargs: Any) -> None:
+        raise ValueError("An exported model is not saved again: copy its folder.")
 
 
 @dataclass
@@ -417,7 +461,23 @@ def _warn_of_cut(what: str, rows: list[list[int]], max_length: int | None) -> in
     return cut
 
 
-def _count(*modules: torch.nn.Module | None) -> int:
+@dataclass
+class Part:
+    """A part of a model: its config, if it has one of its own, and the number and type of its weights."""
+
+    name: str
+    config: Any
+    parameters: int
+    dtype: str
+
+
+def part_of(name: str, module: torch.nn.Module, config: Any = None) -> Part:
+    """A part that is a module."""
+    tensors = list(module.parameters())
+    return Part(name, config, sum(tensor.numel() for tensor in tensors), str(tensors[0].dtype).removeprefix("torch."))
+
+
+def count_parameters(*modules: torch.nn.Module | None) -> int:
     tensors = {tensor for module in modules if module is not None for tensor in module.parameters()}  # ties count once
     return sum(tensor.numel() for tensor in tensors)
 
