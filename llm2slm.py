@@ -599,6 +599,50 @@ def _one_line(text: str) -> str:
 
 
 @app.command()
+def serve(
+    model: ModelArgument,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0 takes a free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="The model's name in requests. Default: its folder's.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Prompts that are answered at once.")] = 16,
+    max_wait: Annotated[float, typer.Option(min=0, help="Milliseconds that a batch waits for more prompts.")] = 5,
+    max_queue: Annotated[int, typer.Option(min=1, help="Prompts that may wait; more are refused.")] = 64,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The longest prompt; default: the checkpoint's limit, or 2048.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The longest answer that may be asked for; default: 1024.")
+    ] = None,
+    num_beams: Annotated[int, typer.Option(min=1, help="Beams; above 1 nothing streams or is sampled.")] = 1,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds after which a request is given up.")] = 120,
+    shutdown_timeout: Annotated[float, typer.Option(min=1, help="Seconds to finish requests in, at the end.")] = 30,
+    device: Device = "cpu",
+) -> None:
+    """
+    Answer prompts over HTTP, as OpenAI's completions: those that arrive together in one batch.
+
+    `llm2slm serve runs/model --port 8000`
+
+    `curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "A man sleeps."}'`
+
+    There are /v1/completions (also streamed), /v1/models, /health and /metrics. Answers are greedy unless a request
+    has a temperature. SIGTERM finishes what runs, and exits. There is no authentication: put a proxy before it.
+    """
+    from modeling_llm2slm.serving import ServeSettings, bind
+    from modeling_llm2slm.serving import serve as serve_model
+
+    settings = ServeSettings(
+        name or Path(model).name, max_batch, max_wait / 1000, max_queue, max_prompt_tokens, max_new_tokens,
+        num_beams=num_beams, timeout=timeout, shutdown_timeout=shutdown_timeout,
+    )  # fmt: skip
+    sock = bind(host, port)
+    text_to_text = _load_model(model, device)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
+    said = f"{settings.name} is served at {address}. Stop it with Ctrl-C."
+    serve_model(text_to_text, settings, sock, lambda: out.print(said, soft_wrap=True, highlight=False))
+
+
+@app.command()
 def evaluate(
     model: ModelArgument,
     data: Annotated[str, typer.Argument(help="A .jsonl, .json, .csv, .parquet or .txt file, or a data set's name.")],
