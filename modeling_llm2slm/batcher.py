@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -135,7 +134,7 @@ class Batcher:
         self.max_queue = max_queue
         self.num_beams = num_beams
         self.running = self.prompts = self.tokens = self.batches = 0
-        self._waiting: deque[Job] = deque()
+        self._waiting: list[Job] = []
         self._changed = threading.Condition()
         self._stopping = False
         self._batch: list[Job] = []
@@ -161,6 +160,7 @@ class Batcher:
     def submit(self, jobs: Sequence[Job]) -> None:
         """Takes all of some jobs, or raises [`QueueFull`]."""
         with self._changed:
+            self._drop_cancelled()
             if self._stopping or len(self._waiting) + len(jobs) > self.max_queue:
                 raise QueueFull
             self._waiting.extend(jobs)
@@ -182,15 +182,18 @@ class Batcher:
                         break
                 if self._stopping:
                     return []
-                waiting = [job for job in self._waiting if not job.cancelled]
+                self._drop_cancelled()
                 batch: list[Job] = []
-                for job in waiting:
+                for job in self._waiting:
                     if len(batch) < self.max_batch and self._go_together([*batch, job]):
                         batch.append(job)
-                self._waiting = deque(job for job in waiting if job not in batch)
+                self._waiting = [job for job in self._waiting if job not in batch]
                 if batch:
                     self._batch, self.running = batch, len(batch)
                     return batch
+
+    def _drop_cancelled(self) -> None:
+        self._waiting = [job for job in self._waiting if not job.cancelled]
 
     def _go_together(self, jobs: list[Job]) -> bool:
         """Whether jobs may share a batch, which is as wide as the longest prompt and as long as the longest answer."""

@@ -105,7 +105,8 @@ class Service:
     def __init__(self, text_to_text: TextToText, settings: ServeSettings):
         self.text_to_text = text_to_text
         self.settings = settings
-        self.max_prompt_tokens = settings.max_prompt_tokens or _stop_cutting(text_to_text) or 2048
+        own_limit = _stop_cutting(text_to_text)
+        self.max_prompt_tokens = settings.max_prompt_tokens or own_limit or 2048
         self.default_tokens: int = text_to_text.with_limit({})["max_new_tokens"]
         self.max_new_tokens = settings.max_new_tokens or max(1024, self.default_tokens)
         self.default_tokens = min(self.default_tokens, self.max_new_tokens)

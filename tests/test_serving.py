@@ -338,6 +338,18 @@ class TestBounds:
         assert response.status == status
         assert message in json.loads(response.read())["error"]["message"]
 
+    @pytest.mark.parametrize(("limit", "status"), [(None, 400), (30, 200)])
+    def test_a_prompt_is_refused_and_not_cut(self, tmp_path: Path, limit: int | None, status: int) -> None:
+        path, prompt = write_checkpoint("llm2slm", tmp_path), "src1 src2 src3 src4 src5 src6"
+        expected = TextToText.from_pretrained(path).generate([prompt], max_new_tokens=8)[0]
+        with serving(TextToText.from_pretrained(path, prompt_max_length=4), max_prompt_tokens=limit) as client:
+            found, content = client.post(prompt=prompt, max_tokens=8)
+        assert found == status
+        if status == 200:
+            assert content["choices"][0]["text"] == expected
+        else:
+            assert "prompt has 7 tokens, but at most 4 are taken" in content["error"]["message"]
+
     def test_a_full_queue_says_when_to_come_again(self, model: TextToText, prompts: list[str]) -> None:
         with serving(model, max_batch=1, max_queue=2) as client, slow(model, 0.01), ThreadPoolExecutor(4) as pool:
             first = pool.submit(client.text, prompt=prompts[2])
