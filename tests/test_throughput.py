@@ -250,6 +250,7 @@ class TestFiles:
         assert output.read_bytes() == prompts.with_name("whole.txt").read_bytes()
         assert not list(prompts.parent.glob("*.part*"))
 
+    @pytest.mark.slow
     def test_a_killed_process_goes_on(
         self, composite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: dict[str, TextToText]
     ) -> None:
