@@ -331,17 +331,13 @@ class _Answer:
                 yield index, piece
         finally:
             self._watching.cancel()
-            self._close()
-
-    def _close(self) -> None:
-        self.service.open.discard(self)
-        for job in self.jobs:
-            job.cancel()
+            self.service.open.discard(self)
+            for job in self.jobs:
+                job.cancel()
 
     async def _watch(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
-        self._close()
         self.end(ClientDisconnect())
 
     def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:

@@ -165,6 +165,11 @@ def slow(model: TextToText, seconds: float = 0.03) -> Iterator[None]:
         handle.remove()
 
 
+def hang_up(connection: http.client.HTTPConnection) -> None:
+    connection.sock.shutdown(socket.SHUT_RDWR)
+    connection.close()
+
+
 def wait_until(reached: Any, seconds: float = 10) -> None:
     end = time.monotonic() + seconds
     while not reached():
@@ -376,21 +381,24 @@ class TestBounds:
                 assert half.recv(100).startswith(b"HTTP/1.1 408")
 
     def test_nothing_is_written_for_clients_that_have_gone(self, model: TextToText, prompts: list[str]) -> None:
-        with serving(model, max_batch=1) as client, slow(model, 0.05):
+        with serving(model, max_batch=1, max_queue=2) as client, slow(model, 0.05):
             batcher = client.service.batcher
-            waiting: list[http.client.HTTPConnection] = []
             for stream in (True, False):
                 connection = client.send({"prompt": prompts[2], "stream": stream})
                 wait_until(lambda: batcher.running == 1)
                 waiting = [client.send({"prompt": prompts[0], "stream": not stream}) for _ in range(2)]
                 wait_until(lambda: len(batcher) == 2)
-                for gone in (*waiting, connection):
-                    gone.sock.shutdown(socket.SHUT_RDWR)
-                    gone.close()
+                for gone in waiting:
+                    hang_up(gone)
+                wait_until(lambda: len(client.service.open) == 1)
+                last = client.send({"prompt": [prompts[1]] * 2, "max_tokens": 1})  # in place of those that have gone
+                wait_until(lambda: len(client.service.open) == 2)
+                assert batcher.running == 1
+                hang_up(connection)
+                assert last.getresponse().status == 200
                 wait_until(lambda: batcher.running == 0)
             assert batcher.tokens < len(ANSWERS[2].encode())
-            assert batcher.batches == 2  # nothing of those that waited
-            assert client.text(prompt=prompts[1]) == ANSWERS[1]
+            assert batcher.batches == 2 + 4  # nothing of those that waited
 
     def test_a_prompt_that_fails_spoils_no_other(
         self, model: TextToText, prompts: list[str], monkeypatch: pytest.MonkeyPatch
@@ -416,10 +424,12 @@ class TestBounds:
     def test_requests_that_need_too_many_positions_together_are_answered_apart(self, model: TextToText) -> None:
         long, short = " ".join(["src1"] * 50), "src2"
         expected = [model.generate([long], max_new_tokens=10)[0], model.generate([short], max_new_tokens=55)[0]]
-        with serving(model, max_wait=0.1) as client, ThreadPoolExecutor(2) as pool:
-            jobs = [(long, 10), (short, 55)]
+        with serving(model, max_wait=0.1) as client, ThreadPoolExecutor(4) as pool:
+            jobs = [(long, 10), (short, 55)] * 2
             found = list(pool.map(lambda job: client.text(prompt=job[0], max_tokens=job[1]), jobs))
-        assert found == expected
+            wait_until(lambda: client.service.batcher.prompts == 4)
+            assert client.service.batcher.batches == 2
+        assert found == expected * 2
 
 
 class TestBatcher:
