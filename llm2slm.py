@@ -577,15 +577,32 @@ def _print_numbers(table: Table) -> None:
 def generate(
     model: ModelArgument,
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; default: standard input.")] = None,
-    file: Annotated[Path | None, typer.Option(help="Read prompts from this file, one a line.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Write answers to this file, one a line.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Read prompts from this file: lines of text, or .jsonl, .csv, .parquet.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write answers to this file, one a line; to a .jsonl with all columns.")
+    ] = None,
     max_new_tokens: MaxNewTokens = None,
     num_beams: NumBeams = 1,
     sample: Annotated[bool, typer.Option("--sample", help="Draw tokens in place of taking the likeliest.")] = False,
     temperature: Annotated[float | None, typer.Option(help="Of sampling.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Of sampling.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once; above 1 nothing streams.")] = 1,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Prompts at once; above 1 nothing streams. Default: 1, from file to file 128."),
+    ] = None,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="From file to file: prompt tokens at once, padding included. Default: 4096."),
+    ] = None,
+    prompt_column: PromptColumn = "prompt",
+    column: Annotated[str, typer.Option(help="The column for the answers, in a .jsonl.")] = "model_answer",
+    skip_bad_rows: SkipBadRows = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin anew where another run was stopped before this output.")
+    ] = False,
     device: Device = "cpu",
 ) -> None:
     """
@@ -594,6 +611,11 @@ def generate(
     `llm2slm generate runs/model "A man sleeps." "Two dogs play."`
 
     `cat prompts.txt | llm2slm generate runs/model --num-beams 4 --batch-size 16 > answers.txt`
+
+    `llm2slm generate runs/model --file prompts.jsonl --output answers.jsonl`
+
+    From file to file, prompts of similar length go together, equal ones are answered once (with `--sample`, read
+    once), and a run that was stopped continues where it was.
     """
     if prompts and file:
         raise typer.BadParameter("Give prompts or --file, not both.")
@@ -604,18 +626,55 @@ def generate(
         options.update(do_sample=True, temperature=temperature or 1.0, top_p=1.0 if top_p is None else top_p)
     elif temperature is not None or top_p is not None:
         raise typer.BadParameter("--temperature and --top-p belong to --sample.")
-    text_to_text = _load_model(model, device, seed)
+    if file is not None and output is not None:
+        _quiet()
+        _quiet_data()
+        limits = _limits(batch_size, batch_tokens)
+        _answer_file(
+            model, file, output, prompt_column, column=column, limits=limits, seed=seed if sample else None,
+            device=_local(device), skip_bad_rows=skip_bad_rows, overwrite=overwrite, **options,
+        )  # fmt: skip
+        return
+    if batch_tokens is not None:
+        raise typer.BadParameter("--batch-tokens belongs to --file with --output.")
+    text_to_text, size = _load_model(model, device, seed), batch_size or 1
+    texts = _prompts(prompts, file, prompt_column, skip_bad_rows)
     if output is not None:
         from modeling_llm2slm.data import write_aside
 
-        answers = text_to_text.generate(list(_prompts(prompts, file)), batch_size, **options)
+        answers = text_to_text.generate(list(texts), size, **options)
         with write_aside(output) as temporary:
             temporary.write_text("".join(f"{_one_line(answer)}\n" for answer in answers), encoding="utf-8")
-    elif batch_size == 1 and num_beams == 1:
-        for prompt in _prompts(prompts, file):
+    elif size == 1 and num_beams == 1:
+        for prompt in texts:
             _stream(text_to_text, prompt, options)
     else:
-        _print_batches(text_to_text, _prompts(prompts, file), batch_size, options)
+        _print_batches(text_to_text, texts, size, options)
+
+
+def _limits(batch_size: int | None, batch_tokens: int | None) -> dict[str, int | None]:
+    if batch_size is None:
+        return {"rows": 128, "tokens": batch_tokens or 4096}
+    return {"rows": batch_size, "tokens": batch_tokens}
+
+
+def _answer_file(
+    model: str, file: Path, output: Path, prompt_column: str, limits: dict[str, Any], **options: Any
+) -> None:
+    from modeling_llm2slm.answer_file import answer_file
+    from modeling_llm2slm.throughput import BatchLimits
+
+    with _progress("answers") as counter:
+        report = answer_file(
+            model, file, output, prompt_column, limits=BatchLimits(**limits),
+            progress=partial(counter.count, "Answering"), **options,
+        )  # fmt: skip
+    out.print(
+        f"{report.rows:,} answers are in {output}: {report.duplicates:,} prompts occurred before, {report.kept:,} "
+        f"answers were there already, {report.tokens:,} tokens were written in {report.seconds:.1f} s "
+        f"({report.tokens_per_second:,.0f} tokens/s).",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip
 
 
 def _decoding(max_new_tokens: int | None, num_beams: int) -> dict[str, Any]:
@@ -623,12 +682,17 @@ def _decoding(max_new_tokens: int | None, num_beams: int) -> dict[str, Any]:
     return {**limit, "num_beams": num_beams}
 
 
-def _prompts(prompts: list[str] | None, file: Path | None) -> Iterator[str]:
+def _prompts(prompts: list[str] | None, file: Path | None, prompt_column: str, skip_bad_rows: bool) -> Iterator[str]:
     if prompts:
         yield from prompts
-    elif file is not None:
+    elif file is not None and not {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz"} & set(file.suffixes):
         with file.open(encoding="utf-8") as lines:
             yield from (line.rstrip("\r\n") for line in lines)
+    elif file is not None:
+        _quiet_data()
+        from modeling_llm2slm.data import load_prompts
+
+        yield from load_prompts(file, prompt_column, skip_bad_rows=skip_bad_rows)["prompt"]
     else:
         if sys.stdin.isatty():
             err.print("One prompt a line; end with Ctrl-D.")
@@ -654,6 +718,50 @@ def _print_batches(text_to_text: TextToText, prompts: Iterator[str], size: int, 
 
 def _one_line(text: str) -> str:
     return text.replace("\n", " ")
+
+
+@app.command()
+def serve(
+    model: ModelArgument,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0 takes a free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="The model's name in requests. Default: its folder's.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Prompts that are answered at once.")] = 16,
+    max_wait: Annotated[float, typer.Option(min=0, help="Milliseconds that a batch waits for more prompts.")] = 5,
+    max_queue: Annotated[int, typer.Option(min=1, help="Prompts that may wait; more are refused.")] = 64,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The longest prompt; default: the checkpoint's limit, or 2048.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The longest answer that may be asked for; default: 1024.")
+    ] = None,
+    num_beams: Annotated[int, typer.Option(min=1, help="Beams; above 1 nothing streams or is sampled.")] = 1,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds after which a request is given up.")] = 120,
+    shutdown_timeout: Annotated[float, typer.Option(min=1, help="Seconds to finish requests in, at the end.")] = 30,
+    device: Device = "cpu",
+) -> None:
+    """
+    Answer prompts over HTTP, as OpenAI's completions: those that arrive together in one batch.
+
+    `llm2slm serve runs/model --port 8000`
+
+    `curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "A man sleeps."}'`
+
+    There are /v1/completions (also streamed), /v1/models, /health and /metrics. Answers are greedy unless a request
+    has a temperature. SIGTERM finishes what runs, and exits. There is no authentication: put a proxy before it.
+    """
+    from modeling_llm2slm.serving import ServeSettings, bind
+    from modeling_llm2slm.serving import serve as serve_model
+
+    settings = ServeSettings(
+        name or Path(model).name, max_batch, max_wait / 1000, max_queue, max_prompt_tokens, max_new_tokens,
+        num_beams=num_beams, timeout=timeout, shutdown_timeout=shutdown_timeout,
+    )  # fmt: skip
+    sock = bind(host, port)
+    text_to_text = _load_model(model, device)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
+    said = f"{settings.name} is served at {address}. Stop it with Ctrl-C."
+    serve_model(text_to_text, settings, sock, lambda: out.print(said, soft_wrap=True, highlight=False))
 
 
 @app.command()

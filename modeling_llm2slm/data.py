@@ -91,15 +91,16 @@ def load_prompts(
     Like [`load_pairs`], for data that may have no answers: the column `prompt` and all others as they are.
 
     Args:
-        source: See [`load_pairs`]. Of a `.txt` file every line is a prompt.
+        source: See [`load_pairs`]. Of a `.txt` file, and of one of a name that says no format, every line is a prompt.
         prompt_column: The column that holds what the model reads.
         split: See [`load_pairs`].
         limit: See [`load_pairs`].
         skip_bad_rows: See [`load_pairs`].
     """
-    if Path(source).suffix == ".txt":
+    path = Path(source).expanduser()
+    if path.is_file() and file_format_of(path)[0] in ("text", None):
         prompt_column = "text"
-    dataset, _ = _load_texts(str(source), {prompt_column: "prompt"}, split, limit, skip_bad_rows)
+    dataset, _ = _load_texts(str(source), {prompt_column: "prompt"}, split, limit, skip_bad_rows, "text")
     if prompt_column == "prompt":
         return dataset
     if "prompt" in dataset.column_names:
@@ -108,13 +109,18 @@ def load_prompts(
 
 
 def _load_texts(
-    source: str, columns: dict[str, str], split: str, limit: int | None, skip_bad_rows: bool
+    source: str,
+    columns: dict[str, str],
+    split: str,
+    limit: int | None,
+    skip_bad_rows: bool,
+    default_format: str | None = None,
 ) -> tuple[Dataset, np.ndarray]:
     """
     The rows of a source, with texts in all the columns that are named, each with what it is to us; and the number of
     each row in the source.
     """
-    dataset = _load(source, split, list(columns))
+    dataset = _load(source, split, list(columns), default_format)
     check_columns(source, list(columns), dataset.column_names)
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
@@ -166,13 +172,14 @@ def _bad_rows(dataset: Dataset, columns: Mapping[str, str]) -> dict[int, str]:
     return dict(sorted(bad.items()))
 
 
-def _load(source: str, split: str, columns: Sequence[str]) -> Dataset:
+def _load(source: str, split: str, columns: Sequence[str], default_format: str | None) -> Dataset:
     path = Path(source).expanduser()
     file_format, options = file_format_of(path)
     if not path.is_file():
         if file_format is not None or source.count("/") > 1 or path.is_dir():
             raise FileNotFoundError(f"There is no data file {source}.")
         return _load_from_hub(source, split)
+    file_format = file_format or default_format
     if file_format is None:
         raise ValueError(f"{source} is none of {', '.join(FILE_FORMATS)}: the ending of the name tells the format.")
     if _is_empty(path):

@@ -350,7 +350,7 @@ def weights_fingerprint(model: str | Path, prefix: str = "") -> str:
 
 def _tensors(model: str | Path, prefix: str) -> dict[str, Path]:
     """The name of each tensor in a checkpoint that begins with `prefix`, and the weight file that holds it."""
-    folder = _folder(model)
+    folder = checkpoint_folder(model)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -363,7 +363,8 @@ def _tensors(model: str | Path, prefix: str) -> dict[str, Path]:
     return found
 
 
-def _folder(model: str | Path) -> Path:
+def checkpoint_folder(model: str | Path) -> Path:
+    """Where the files of a checkpoint are, which is a folder or a name on the Hub."""
     if Path(model).is_dir():
         return Path(model)
     from transformers.utils import cached_file

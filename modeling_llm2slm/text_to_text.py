@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from .graphs import is_exported
+from .throughput import BatchLimits, Draw, PromptTable, answer, is_sampled
 
 
 if TYPE_CHECKING:
@@ -157,7 +158,8 @@ class TextToText:
         Writes the answers to prompts.
 
         Args:
-            prompts: Any number of prompts; prompts of similar length go together, the order of the answers is kept.
+            prompts: Any number of prompts; prompts of similar length go together, the order of the answers is kept. A
+                prompt that occurs twice is answered once, unless answers are sampled.
             batch_size: How many prompts go through the model at once.
             generate_kwargs: Arguments of `model.generate()`, such as `num_beams` and `max_new_tokens`.
         """
@@ -169,20 +171,24 @@ class TextToText:
         if not prompts:
             return []
         features, generate_kwargs = self._prepare(prompts, generate_kwargs)
-        order = sorted(range(len(prompts)), key=lambda index: -len(features["input_ids"][index]))
-        answers: dict[int, list[int]] = {}
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            inputs = self._pad({name: [rows[index] for index in batch] for name, rows in features.items()})
-            generated = self._answers(self.model.generate(**inputs, **generate_kwargs), inputs)
-            answers.update(zip(batch, map(self._until_end, generated.tolist()), strict=True))
-        return [answers[index] for index in range(len(prompts))]
+        table, limits = PromptTable(is_sampled(self, generate_kwargs)), BatchLimits(batch_size)
+        table.add(prompts, lambda rows: [len(features["input_ids"][row]) for row in rows])
+
+        def of_rows(rows: list[int]) -> dict[str, list[list[int]]]:
+            return {name: [values[row] for row in rows] for name, values in features.items()}
+
+        answers: dict[Draw, list[int]] = {}
+        batches = table.batches(limits)
+        # One thread: a model that is being trained may be in parts on several devices, which work in step.
+        for draws, tokens in answer(self, table, batches, of_rows, limits, overlap=False, **generate_kwargs):
+            answers.update(zip(draws, tokens, strict=True))
+        return [answers[draw] for draw in table.draws]
 
     def stream(self, prompt: str, **generate_kwargs: Any) -> Iterator[str]:
         """Writes the answer to one prompt piece by piece, as `generate` finds it (greedy or sampled, not by beams)."""
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         features, generate_kwargs = self._prepare([prompt], generate_kwargs)
-        inputs = self._pad(features)
+        inputs = self.read(features)
         errors: list[BaseException] = []
 
         def write() -> None:
@@ -199,11 +205,37 @@ class TextToText:
         if errors:
             raise errors[0]
 
-    def _prepare(self, prompts: list[str], generate_kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Features, and the arguments of `generate` with a limit: its own would be 20 tokens, prompt included."""
+    def read(self, features: dict[str, list[list[int]]]) -> dict[str, Any]:
+        """
+        Reads a batch of prompts: all of `generate()` that comes before the answer.
+
+        Args:
+            features: What [`~TextToText.features`] returns, of one batch.
+
+        Returns:
+            Arguments of `model.generate()`: padded tensors `(B, N)`, and the encoder's output where there is one.
+        """
+        return dict(self._pad(features))
+
+    def write(self, inputs: dict[str, Any], **generate_kwargs: Any) -> list[list[int]]:
+        """The ids of each answer to what [`~TextToText.read`] returned, the end token included."""
+        generated = self._answers(self.model.generate(**inputs, **generate_kwargs), inputs)
+        return [self._until_end(tokens) for tokens in generated.tolist()]
+
+    def with_limit(self, generate_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of `generate()` with a limit: its own would be 20 tokens, prompt included."""
         limit = self.answer_max_length or min(DEFAULT_MAX_NEW_TOKENS, (self._positions or sys.maxsize) // 2)
         limits = {} if "max_length" in generate_kwargs else {"max_new_tokens": limit}
-        return self.features(prompts), {**limits, **generate_kwargs}
+        return {**limits, **generate_kwargs}
+
+    def check_room(self, prompt_length: int, new_tokens: int) -> None:
+        """Raises `ValueError` where a prompt and an answer of these lengths need more positions than there are."""
+
+    def _prepare(self, prompts: list[str], generate_kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Features and arguments of `generate`, checked before any compute."""
+        features, generate_kwargs = self.features(prompts), self.with_limit(generate_kwargs)
+        self.check_room(max(map(len, features["input_ids"])), generate_kwargs.get("max_new_tokens", 0))
+        return features, generate_kwargs
 
     @property
     def _positions(self) -> int | None:
@@ -303,6 +335,19 @@ class EncoderDecoderTextToText(TextToText):
         if not _warn_of_cut(what, ids, max_length):
             return ids
         return self.processor(**texts, truncation=True, max_length=max_length)["input_ids"]
+
+    @torch.no_grad()
+    def read(self, features: dict[str, list[list[int]]]) -> dict[str, Any]:
+        # Token ids stay with the states: some logits processors, and an assistant, look at the prompt.
+        inputs = super().read(features)
+        if self._composite:
+            return {**inputs, "encoder_outputs": self.model.encode_prompt(**inputs)}
+        return {**inputs, "encoder_outputs": self.model.get_encoder()(**inputs, return_dict=True)}
+
+    def check_room(self, prompt_length: int, new_tokens: int) -> None:
+        if self._composite:
+            self.model.config.check_llm_length(prompt_length)
+            self.model.config.check_length(prompt_length, new_tokens)
 
     def _answers(self, generated: torch.Tensor, inputs: Any) -> torch.Tensor:
         return generated[:, 1:]  # the start token
@@ -437,12 +482,8 @@ class DecoderOnlyTextToText(TextToText):
         _warn_of_cut(what, ids, max_length)
         return [row[:max_length] for row in ids]
 
-    def _prepare(self, prompts: list[str], generate_kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        features, generate_kwargs = super()._prepare(prompts, generate_kwargs)
-        self._check_positions(max(map(len, features["input_ids"])) + generate_kwargs.get("max_new_tokens", 0))
-        return features, generate_kwargs
-
-    def _check_positions(self, length: int) -> None:
+    def check_room(self, prompt_length: int, new_tokens: int) -> None:
+        length = prompt_length + new_tokens
         if self._positions is not None and length > self._positions:
             raise ValueError(
                 f"Prompt and answer are {length} tokens together, but the model has {self._positions} positions. "

@@ -75,16 +75,17 @@ def test_lines_of_text_and_other_names_will_do(llm: str, expected: list[str], tm
 def test_a_killed_run_goes_on(
     llm: str, data: str, expected: list[str], tmp_path: Path, tail: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answered: list[str] = []
-    generate = TextToText.generate
+    answered: list[list[int]] = []
+    write = TextToText.write
 
-    def stopping(self: TextToText, prompts: list[str], *args: Any, **kwargs: Any) -> list[str]:
+    def stopping(self: TextToText, *args: Any, **kwargs: Any) -> list[list[int]]:
         if len(answered) == 4 and not (tmp_path / "again").exists():
             raise KeyboardInterrupt
-        answered.extend(prompts)
-        return generate(self, prompts, *args, **kwargs)
+        answers = write(self, *args, **kwargs)
+        answered.extend(answers)
+        return answers
 
-    monkeypatch.setattr(TextToText, "generate", stopping)
+    monkeypatch.setattr(TextToText, "write", stopping)
     output = tmp_path / "answers.jsonl"
     with pytest.raises(KeyboardInterrupt):
         distill(llm, data, output, batch_size=2, **OPTIONS)
@@ -93,7 +94,7 @@ def test_a_killed_run_goes_on(
         part.write(tail)
     (tmp_path / "again").touch()
     distill(llm, data, output, batch_size=2, **OPTIONS)
-    assert sorted(answered) == sorted(PROMPTS)  # none twice
+    assert len(answered) == len(PROMPTS)  # none twice
     assert [row["llm_answer"] for row in rows_of(output)] == expected
 
 
@@ -111,7 +112,7 @@ def test_processes_share_the_work(
 def test_what_another_run_left_is_not_mixed_in(llm: str, data: str, tmp_path: Path) -> None:
     output = tmp_path / "answers.jsonl"
     (tmp_path / "answers.jsonl.part").write_text('{"num_beams": 9}\n')
-    with pytest.raises(ValueError, match="left by a run with another LLM or other settings"):
+    with pytest.raises(ValueError, match="left by a run with another model, other data or other settings"):
         distill(llm, data, output, **OPTIONS)
     distill(llm, data, output, overwrite=True, **OPTIONS)
     with pytest.raises(FileExistsError, match="--overwrite"):

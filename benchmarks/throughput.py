@@ -1,0 +1,131 @@
+"""
+A file of prompts, answered as a stream of batches in its own order and as `llm2slm generate --file --output` does it.
+
+    python -m benchmarks.throughput --model runs/multi30k/llm2slm-distilled --data /path/to/data
+
+The first prompts of Multi30k's training split, English to German, greedy. In order: 32 at once, those of 512 lines
+sorted by length. Else the whole file is sorted, equal prompts are answered once, and batches are cut by tokens; with
+and without reading a batch while the one before it is answered. Seconds are those of the answers, without loading the
+model. All have to give the same answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modeling_llm2slm.answer_file import answer_file
+from modeling_llm2slm.data import load_prompts, versions, write_aside
+from modeling_llm2slm.text_to_text import TextToText
+from modeling_llm2slm.throughput import BatchLimits
+
+
+ROOT = Path(__file__).parents[1]
+MAX_NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to answer a file; how often it is timed, on how many threads, on how many cores."""
+
+    limits: BatchLimits | None
+    overlap: bool = False
+    threads: int = 1
+    cores: int | None = None
+    rounds: int = 2
+
+
+BY_TOKENS = BatchLimits(128, 4096)
+WAYS = {
+    "in order, 32 at once": Way(None),
+    "sorted, 32 at once": Way(BatchLimits(32)),
+    "by tokens": Way(BY_TOKENS),
+    "by tokens, read ahead": Way(BY_TOKENS, overlap=True),
+    "by tokens, read ahead, one core": Way(BY_TOKENS, overlap=True, cores=1),
+    "by tokens, two threads": Way(BY_TOKENS, threads=2, rounds=1),
+    "by tokens, read ahead, two threads": Way(BY_TOKENS, overlap=True, threads=2, rounds=1),
+}
+
+
+def in_order(model: str, data: Path, limit: int) -> tuple[float, list[str]]:
+    """Seconds and answers, in batches of the file's own order."""
+    prompts = load_prompts(data, "source", limit=limit)["prompt"][:]
+    text_to_text = TextToText.from_pretrained(model)
+    answers: list[str] = []
+    start = time.perf_counter()
+    for first in range(0, len(prompts), 512):
+        answers += text_to_text.generate(prompts[first : first + 512], 32, max_new_tokens=MAX_NEW_TOKENS)
+    return time.perf_counter() - start, answers
+
+
+def from_file(model: str, data: Path, limit: int, way: Way, output: Path) -> tuple[float, list[str], dict[str, int]]:
+    """Seconds, answers and counts, of the command."""
+    report = answer_file(
+        model, data, output, "source", limit=limit, limits=way.limits, overlap=way.overlap,
+        max_new_tokens=MAX_NEW_TOKENS,
+    )  # fmt: skip
+    answers = output.read_text(encoding="utf-8").splitlines()
+    output.unlink()
+    return report.seconds, answers, {"duplicates": report.duplicates, "answer_tokens": report.tokens}
+
+
+def measure(model: str, data: Path, limit: int) -> dict[str, Any]:
+    cores = os.sched_getaffinity(0)
+    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+    counts: dict[str, int] = {}
+    expected: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(max(way.rounds for way in WAYS.values())):
+            for name, way in WAYS.items():
+                if turn >= way.rounds:
+                    continue
+                torch.set_num_threads(way.threads)
+                os.sched_setaffinity(0, sorted(cores)[: way.cores])
+                if way.limits is None:
+                    taken, answers = in_order(model, data, limit)
+                else:
+                    taken, answers, counts = from_file(model, data, limit, way, Path(folder) / "answers.txt")
+                expected = expected or answers
+                assert answers == expected, "the answers are not the same"
+                seconds[name].append(taken)
+                print(f"{name}: {limit / taken:.1f} prompts/s", flush=True)
+    os.sched_setaffinity(0, cores)
+    rates = {name: limit / statistics.median(times) for name, times in seconds.items()}
+    return {
+        "prompts": limit,
+        **counts,
+        "prompts_per_second": rates,
+        "times_as_fast": {name: rate / rates["in order, 32 at once"] for name, rate in rates.items()},
+        "seconds": seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").strip().splitlines()[0])
+    parser.add_argument("--model", default="runs/multi30k/llm2slm-distilled")
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("LLM2SLM_DATA", "data")))
+    parser.add_argument("--limit", type=int, default=2000)
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "throughput.json")
+    arguments = parser.parse_args()
+    data = arguments.data / "multi30k" / "en-de" / "train.jsonl.gz"
+    result: dict[str, Any] = {
+        "model": Path(arguments.model).name,
+        "parameters": TextToText.from_pretrained(arguments.model).parameters(),
+    }
+    result |= measure(arguments.model, data, arguments.limit)
+    result |= {"cores": len(os.sched_getaffinity(0)), "versions": versions()}
+    with write_aside(arguments.output) as temporary:
+        temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""A file of prompts in, a file of answers out, whatever stops the work on the way."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from .data import load_prompts, write_aside
+from .encoding import processes
+from .state_store import checkpoint_folder
+from .text_to_text import TextToText
+from .throughput import AnswerParts, BatchLimits, PromptTable, answer, is_sampled, writing
+
+
+Progress = Callable[[int, int], None]
+WEIGHTS = (".safetensors", ".bin", ".xml", ".onnx")
+
+
+@dataclass(frozen=True)
+class AnswerReport:
+    """
+    What a run did.
+
+    Args:
+        rows: The number of prompts.
+        duplicates: How many of them occurred before.
+        kept: How many answers were there already, from a run that was stopped.
+        tokens: The tokens of the answers that this run wrote, end tokens included.
+        seconds: The time it took to write them, without loading the model and the data.
+    """
+
+    rows: int
+    duplicates: int
+    kept: int
+    tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of this run; 0 if it had nothing to write."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def answer_file(
+    model: str | Path,
+    data: str | Path,
+    output: str | Path,
+    prompt_column: str = "prompt",
+    *,
+    column: str = "model_answer",
+    split: str = "train",
+    limit: int | None = None,
+    prompt_max_length: int | None = None,
+    limits: BatchLimits | None = None,
+    overlap: bool | None = None,
+    seed: int | None = None,
+    device: str = "cpu",
+    skip_bad_rows: bool = False,
+    overwrite: bool = False,
+    progress: Progress = lambda done, total: None,
+    **generate_kwargs: Any,
+) -> AnswerReport:
+    """
+    Answers every prompt of some data.
+
+    Answers are kept in `<output>.part` as they come, and a run that was killed goes on from there; the output appears
+    when it is complete. Prompts of similar length are answered together, the longest first; a prompt that occurs twice
+    is read once, and answered once unless answers are sampled. Where the environment has `RANK` and `WORLD_SIZE`
+    (`torchrun`), each process answers its part, and the last to finish writes the output.
+
+    Args:
+        model: A checkpoint, a folder or a name on the Hub, of any kind that answers.
+        data: See [`load_prompts`].
+        output: The file to write; of a name that ends in `.jsonl` or `.jsonl.gz` the rows of the data with the answers
+            in a column of their own, of any other one answer a line.
+        prompt_column: The column that holds what the model reads.
+        column: The column for the answers; all others are kept as they are.
+        split: The split to take from a data set on the Hub.
+        limit: Answer only this many prompts, from the top.
+        prompt_max_length: Prompts are cut to this many tokens (default: the checkpoint's limit, or never).
+        limits: How much is answered at once.
+        overlap: See [`answer`].
+        seed: Of sampled answers.
+        device: Where to compute.
+        skip_bad_rows: See [`load_pairs`].
+        overwrite: Remove what another run has left.
+        progress: Called with the numbers of answers done and in all.
+        generate_kwargs: Arguments of `generate()`, such as `num_beams` and `max_new_tokens`.
+
+    Raises:
+        OSError: If the output cannot be written.
+        ValueError: If what is left of a run was made by another model or other settings.
+    """
+    output, limits = Path(output), limits or BatchLimits()
+    rank, world = processes(overwrite)
+    check_writable(output)
+    rows = load_prompts(data, prompt_column, split=split, limit=limit, skip_bad_rows=skip_bad_rows)
+    text_to_text = TextToText.from_pretrained(model, device=device, prompt_max_length=prompt_max_length)
+    generate_kwargs = text_to_text.with_limit(generate_kwargs)
+    table = _table(text_to_text, rows, is_sampled(text_to_text, generate_kwargs))
+    text_to_text.check_room(max(table.lengths), generate_kwargs.get("max_new_tokens", 0))
+    parts = AnswerParts(output, _settings(model, text_to_text, table, limits, seed, generate_kwargs), rank, overwrite)
+    batches = table.batches(limits, parts.answers, rank, world)
+    total, tokens = table.answers(), 0
+    kept = done = sum(table.key(draw) in parts.answers for draw in set(table.draws))
+    progress(done, total)
+    start = time.perf_counter()
+
+    def features(numbers: list[int]) -> dict[str, list[list[int]]]:
+        return text_to_text.features(rows[numbers]["prompt"])
+
+    for draws, ids in answer(text_to_text, table, batches, features, limits, overlap, seed, **generate_kwargs):
+        texts = text_to_text.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        parts.keep({table.key(draw): text for draw, text in zip(draws, texts, strict=True)})
+        tokens += sum(map(len, ids))
+        done = min(done + world * len(draws), total)
+        progress(done, total)
+    seconds = time.perf_counter() - start
+    answers = parts.read_all() if world > 1 else parts.answers
+    if len(answers) >= total:  # of several processes, only the last to finish finds all answers
+        with writing(output, "All answers are kept; make room, and repeat the command."):
+            _write(output, rows, prompt_column, column, (answers[table.key(draw)] for draw in table.draws))
+        parts.remove()
+    return AnswerReport(len(rows), len(rows) - len(table.rows), kept, tokens, seconds if batches else 0.0)
+
+
+def check_writable(output: Path) -> None:
+    """Raises `OSError` unless a file can be made where `output` is to be, and something written to it."""
+    with writing(output, "Choose another output, or make room."):
+        if output.is_dir():
+            raise IsADirectoryError(21, "it is a folder")
+        existing = next(parent for parent in output.absolute().parents if parent.exists())
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(bytes(4096))
+
+
+def checkpoint_fingerprint(model: str | Path) -> str:
+    """SHA-256 over the files of a checkpoint that decide about answers: its weights and its configs."""
+    folder, digest = checkpoint_folder(model), hashlib.sha256()
+    files = [folder / "config.json", folder / "generation_config.json"]
+    files += [path for path in sorted(folder.rglob("*")) if path.suffix in WEIGHTS]
+    for path in files:
+        name = path.relative_to(folder)
+        if path.is_file() and not name.parts[0].startswith("checkpoint-"):  # what a training keeps beside its result
+            with path.open("rb") as file:
+                digest.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
+    return digest.hexdigest()
+
+
+def _settings(
+    model: str | Path,
+    text_to_text: TextToText,
+    table: PromptTable,
+    limits: BatchLimits,
+    seed: int | None,
+    generate_kwargs: dict[str, Any],
+) -> dict[str, Any]:
+    settings = {"model": checkpoint_fingerprint(model), "texts": text_to_text.fingerprint(), **generate_kwargs}
+    if table.sampled:  # a draw depends on what is drawn together
+        settings |= {"seed": seed, "rows": limits.rows, "tokens": limits.tokens, "data": table.fingerprint()}
+    return settings
+
+
+def _table(text_to_text: TextToText, rows: Dataset, sampled: bool) -> PromptTable:
+    table = PromptTable(sampled)
+    for batch in rows.select_columns(["prompt"]).iter(batch_size=1000):
+        prompts: list[str] = batch["prompt"]
+
+        def lengths(new: list[int], prompts: list[str] = prompts) -> list[int]:
+            return [len(ids) for ids in text_to_text.features([prompts[place] for place in new])["input_ids"]]
+
+        table.add(prompts, lambda new: lengths(new) if new else [])
+    return table
+
+
+def _write(output: Path, rows: Dataset, prompt_column: str, column: str, answers: Iterator[str]) -> None:
+    opener: Any = gzip.open if output.suffix == ".gz" else open
+    with write_aside(output) as temporary, opener(temporary, "wt", encoding="utf-8") as file:
+        if not is_jsonl(output):
+            file.writelines(f"{one_line(text)}\n" for text in answers)
+            return
+        for row, text in zip(rows, answers, strict=True):
+            line = {prompt_column: row.pop("prompt"), **row, column: text}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def is_jsonl(path: Path) -> bool:
+    """Whether a name says JSON lines."""
+    return path.suffixes[-1:] == [".jsonl"] or path.suffixes[-2:] == [".jsonl", ".gz"]
+
+
+def one_line(text: str) -> str:
+    """A text without line breaks."""
+    return text.replace("\n", " ")
