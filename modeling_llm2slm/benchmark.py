@@ -166,7 +166,7 @@ class Benchmark:
         for name, answer in answers.items():
             self.progress(f"{cell.key}: warming up {name}")
             answer(replace(cell, answer=min(cell.answer, 8)))
-        bandwidth = {stages.decode_bytes: _bandwidth(stages.decode_bytes, self.device)}
+        bandwidth = _bandwidth(stages.decode_bytes, self.device)
         with _disturbance() as disturbance:
             for turn in range(cell.repeats):
                 order = list(answers)[turn % len(answers) :] + list(answers)[: turn % len(answers)]
@@ -180,7 +180,9 @@ class Benchmark:
             contestant = CONTESTANTS[name]
             if contestant.small:
                 size = stages.decode_bytes * contestant.bits // 32
-                row["floor_ms_per_token"] = 1000 * size / bandwidth[stages.decode_bytes]
+                if contestant.step:
+                    size = (stages.models.folder / name / contestant.step).stat().st_size
+                row["floor_ms_per_token"] = 1000 * size / bandwidth
         return {
             **{key: value for key, value in asdict(cell).items() if key != "contestants"},
             "results": rows,
@@ -188,7 +190,7 @@ class Benchmark:
             if parts
             else {},
             "llm_flops_by_llm2slm_flops": flops.ratio(cell),
-            "gigabytes_per_second": bandwidth[stages.decode_bytes] / 1e9,
+            "gigabytes_per_second": bandwidth / 1e9,
             **disturbance,
         }
 
@@ -201,6 +203,7 @@ class Stages:
     """The parts of an answer of the composite, eager: the LLM, the projector (and the SLM's encoder), the prefill."""
 
     def __init__(self, models: Models, device: str):
+        self.models = models
         self.model: Any = load_composite(models, device)
         slm = self.model.decoder
         parts = [slm.get_decoder(), slm.get_output_embeddings()] if slm.config.is_encoder_decoder else [slm]

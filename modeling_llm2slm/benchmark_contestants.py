@@ -136,14 +136,14 @@ def load_llm(models: Models, device: str, threads: int, **kwargs: Any) -> Answer
     return lambda cell: time_answer(model, cell, _prompts(model, cell, model.config.vocab_size), **kwargs)
 
 
-def load_composite(models: Models, device: str) -> LLM2SLMForConditionalGeneration:
+def load_composite(models: Models, device: str, dtype: torch.dtype | None = None) -> LLM2SLMForConditionalGeneration:
     """The LLM-to-SLM model; both parts in float32 on a CPU, in bfloat16 elsewhere."""
-    model = LLM2SLMForConditionalGeneration.from_pretrained(models.llm2slm, dtype=_dtype(device))
-    return _endless(model.to(_dtype(device)), device)
+    dtype = dtype or _dtype(device)
+    return _endless(LLM2SLMForConditionalGeneration.from_pretrained(models.llm2slm, dtype=dtype).to(dtype), device)
 
 
-def load_llm2slm(models: Models, device: str, threads: int, **kwargs: Any) -> Answer:
-    model = load_composite(models, device)
+def load_llm2slm(models: Models, device: str, threads: int, dtype: torch.dtype | None = None, **kwargs: Any) -> Answer:
+    model = load_composite(models, device, dtype)
     return lambda cell: time_answer(model, cell, _prompts(model, cell, model.config.encoder.vocab_size), **kwargs)
 
 
@@ -210,12 +210,30 @@ def load_ctranslate2(models: Models, device: str, threads: int, weights: str) ->
     return answer
 
 
+def make_exported(models: Models, output: Path, weights: str) -> None:
+    """What `llm2slm export` writes."""
+    from .conversion import export
+
+    export(models.llm2slm, output, runtime="openvino", weights=weights)
+
+
+def load_exported(models: Models, device: str, threads: int, name: str) -> Answer:
+    """An exported model, which computes on a CPU whatever the device of the others is."""
+    from .exported import ExportedLLM2SLM
+
+    model: Any = ExportedLLM2SLM.from_pretrained(models.folder / name)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return lambda cell: time_answer(model, cell, _prompts(model, cell, model.config.encoder.vocab_size))
+
+
 @dataclass(frozen=True)
 class Contestant:
     """
     Args:
         load: Loads it, on a device, with a number of threads, ready to answer.
         bits: Of a weight that a token goes through, on a CPU.
+        step: The file, in what `make` makes, with all that a token goes through, in place of counting bits.
         small: It decodes with the SLM.
         make: Makes what `load` reads, once; it is kept in the folder, under the contestant's name.
         needs: The package it runs on, and the extra that installs it.
@@ -223,6 +241,7 @@ class Contestant:
 
     load: Load
     bits: int = 32
+    step: str = ""
     small: bool = True
     make: Callable[[Models, Path], None] | None = None
     needs: tuple[str, str] | None = None
@@ -239,6 +258,14 @@ def _ctranslate2(weights: str, bits: int) -> Contestant:
     )  # fmt: skip
 
 
+def _openvino(weights: str) -> Contestant:
+    name = f"llm2slm-openvino-{weights}"
+    return Contestant(
+        partial(load_exported, name=name), step="openvino_step.bin", make=partial(make_exported, weights=weights),
+        needs=("openvino", "openvino"),
+    )  # fmt: skip
+
+
 CONTESTANTS = {
     "llm": Contestant(load_llm, small=False),
     "llm-compiled": Contestant(compiled(load_llm), small=False),
@@ -247,6 +274,8 @@ CONTESTANTS = {
     "slm": Contestant(load_slm),
     "llm2slm": Contestant(load_llm2slm),
     "llm2slm-compiled": Contestant(compiled(load_llm2slm)),
+    "llm2slm-bfloat16": Contestant(partial(load_llm2slm, dtype=torch.bfloat16), bits=16),
+    **{f"llm2slm-openvino-{weights}": _openvino(weights) for weights in ("fp32", "bf16", "int8", "int4")},
 }
 
 

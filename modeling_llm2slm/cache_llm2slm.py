@@ -26,6 +26,9 @@ class ReservingLayer(DynamicLayer):
     each step, and in a batch of long prompts that takes longer than the arithmetic.
     """
 
+    keys: torch.Tensor
+    values: torch.Tensor
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         self.room: dict[str, torch.Tensor] = {}

@@ -26,9 +26,8 @@ from modeling_llm2slm.text_to_text import TextToText
 
 
 COMMANDS = (
-    "build", "train", "encode", "distill", "plan", "speedup", "benchmark", "generate", "serve", "evaluate", "info",
-    "card",
-    "convert",
+    "build", "train", "encode", "distill", "plan", "speedup", "export", "benchmark", "generate", "serve", "evaluate",
+    "info", "card", "convert",
 )  # fmt: skip
 CONVERSIONS = ("compose", "lean", "full", "merge", "split", "import")
 
