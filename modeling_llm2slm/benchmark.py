@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -303,8 +304,6 @@ def _bandwidth(size: int, device: str) -> float:
 @contextmanager
 def _disturbance() -> Iterator[dict[str, Any]]:
     """How many processors others kept busy meanwhile, and whether that was too many."""
-    import psutil
-
     found: dict[str, Any] = {}
     own, start = psutil.Process(), time.perf_counter()
 

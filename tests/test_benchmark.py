@@ -96,8 +96,7 @@ def test_flops_are_those_of_weights_and_tokens(measured: tuple[Path, dict[str, A
 
 
 def test_a_disturbed_cell_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
-    import psutil
-
+    psutil = benchmark.psutil
     ticks = iter([100.0, 109.0])
     times = type("Times", (), {"system": 0.0, "nice": 0.0})
     monkeypatch.setattr(psutil, "cpu_times", lambda: type("Now", (times,), {"user": next(ticks)})())
