@@ -755,7 +755,7 @@ def serve(
     from modeling_llm2slm.serving import serve as serve_model
 
     settings = ServeSettings(
-        name or Path(model).name, max_batch, max_wait / 1000, max_queue, max_prompt_tokens, max_new_tokens,
+        name or Path(model).resolve().name, max_batch, max_wait / 1000, max_queue, max_prompt_tokens, max_new_tokens,
         num_beams=num_beams, timeout=timeout, shutdown_timeout=shutdown_timeout,
     )  # fmt: skip
     sock = bind(host, port)

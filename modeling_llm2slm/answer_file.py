@@ -186,7 +186,7 @@ def _write(output: Path, rows: Dataset, prompt_column: str, column: str, answers
     opener: Any = gzip.open if output.suffix == ".gz" else open
     with write_aside(output) as temporary, opener(temporary, "wt", encoding="utf-8") as file:
         if not is_jsonl(output):
-            file.writelines(f"{one_line(text)}\n" for text in answers)
+            file.writelines(text.replace("\n", " ") + "\n" for text in answers)
             return
         for row, text in zip(rows, answers, strict=True):
             line = {prompt_column: row.pop("prompt"), **row, column: text}
@@ -196,8 +196,3 @@ def _write(output: Path, rows: Dataset, prompt_column: str, column: str, answers
 def is_jsonl(path: Path) -> bool:
     """Whether a name says JSON lines."""
     return path.suffixes[-1:] == [".jsonl"] or path.suffixes[-2:] == [".jsonl", ".gz"]
-
-
-def one_line(text: str) -> str:
-    """A text without line breaks."""
-    return text.replace("\n", " ")

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from .sampling import seeded
+
 
 if TYPE_CHECKING:
     from .text_to_text import TextToText
@@ -171,7 +173,8 @@ def answer(
         for piece in table.pieces(batch, limits):
             if seed is not None:
                 # By the row, so that what is left of an interrupted run is drawn as it would have been.
-                torch.manual_seed((seed * 1_000_003 + table.rows[piece[0][0]] * 1_009 + piece[0][1]) % (1 << 62))
+                number, which = piece[0]
+                torch.manual_seed(seeded(seed, table.rows[number], which).initial_seed())
             chosen = _take(inputs, [place[number] for number, _ in piece])
             yield piece, text_to_text.write(chosen, **generate_kwargs)
 
