@@ -85,7 +85,7 @@ def _fail(error: Exception) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1)
     if isinstance(error, ModuleNotFoundError):
-        extra = "benchmark" if error.name in ("ctranslate2", "matplotlib", "psutil") else "train"
+        extra = "benchmark" if error.name in ("ctranslate2", "matplotlib") else "train"
         message = f"{error.name} is not installed. Try: pip install 'modeling-llm2slm[{extra}]'"
     elif isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         fix = REMEDIES.get(error.errno, "Choose another place.")
