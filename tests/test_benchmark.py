@@ -111,7 +111,7 @@ def test_a_disturbed_cell_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("cells: 3", "not a sweep"),
         ("rows: []", "not a sweep"),
-        ("cells: [{prompt: 3, lenght: 4}]", "lenght"),
+        ("cells: [{prompt: 3, reply: 4}]", "reply"),
         ("cells: [" + "{prompt: 3}, " * 41 + "]", "41 cells"),
     ],
 )
