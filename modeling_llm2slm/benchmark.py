@@ -41,7 +41,7 @@ from .memory import make_fake, without_storage
 
 MAX_CELLS = 40
 BUSY = 0.15  # processors that others may keep busy before a cell counts as disturbed
-PACKAGES = ("ctranslate2", "nncf", "onnxruntime", "openvino", "torchao")
+PACKAGES = ("ctranslate2", "nncf", "onnxruntime", "openvino")
 Progress = Callable[[str], None]
 
 
