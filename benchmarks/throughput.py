@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("LLM2SLM_DATA", "data")))
     parser.add_argument("--limit", type=int, default=2000)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "throughput.json")
+    parser.add_argument("--note", help="what else has to be known of this run")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     data = arguments.data / "multi30k" / "en-de" / "train.jsonl.gz"
@@ -124,7 +125,7 @@ def main() -> None:
         "parameters": TextToText.from_pretrained(arguments.model).parameters(),
     }
     result |= measure(arguments.model, data, arguments.limit)
-    result |= {"cores": len(os.sched_getaffinity(0)), "versions": versions()}
+    result |= {"cores": len(os.sched_getaffinity(0)), "note": arguments.note, "versions": versions()}
     with write_aside(arguments.output) as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
