@@ -64,6 +64,9 @@ MaxNewTokens = Annotated[
     int | None, typer.Option(min=1, help="The longest answer, in tokens; default: the model's, or 128.")
 ]
 NumBeams = Annotated[int, typer.Option(min=1, help="Beams to search with; 1 is greedy.")]
+Quantize = Annotated[
+    str | None, typer.Option(help="Keep the matrices in fewer bits: int8 (torchao) or nf4 (bitsandbytes).")
+]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
 PromptColumn = Annotated[str, typer.Option(help="The column that holds what the model reads.")]
 SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out rows that are no text, with a warning.")]
@@ -604,6 +607,7 @@ def generate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Begin anew where another run was stopped before this output.")
     ] = False,
+    quantize: Quantize = None,
     device: Device = "cpu",
 ) -> None:
     """
@@ -633,12 +637,12 @@ def generate(
         limits = _limits(batch_size, batch_tokens)
         _answer_file(
             model, file, output, prompt_column, column=column, limits=limits, seed=seed if sample else None,
-            device=_local(device), skip_bad_rows=skip_bad_rows, overwrite=overwrite, **options,
+            device=_local(device), skip_bad_rows=skip_bad_rows, overwrite=overwrite, quantize=quantize, **options,
         )  # fmt: skip
         return
     if batch_tokens is not None:
         raise typer.BadParameter("--batch-tokens belongs to --file with --output.")
-    text_to_text, size = _load_model(model, device, seed), batch_size or 1
+    text_to_text, size = _load_model(model, device, seed, quantize), batch_size or 1
     texts = _prompts(prompts, file, prompt_column, skip_bad_rows)
     if output is not None:
         from modeling_llm2slm.data import write_aside
@@ -739,6 +743,7 @@ def serve(
     num_beams: Annotated[int, typer.Option(min=1, help="Beams; above 1 nothing streams or is sampled.")] = 1,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds after which a request is given up.")] = 120,
     shutdown_timeout: Annotated[float, typer.Option(min=1, help="Seconds to finish requests in, at the end.")] = 30,
+    quantize: Quantize = None,
     device: Device = "cpu",
 ) -> None:
     """
@@ -759,7 +764,7 @@ def serve(
         num_beams=num_beams, timeout=timeout, shutdown_timeout=shutdown_timeout,
     )  # fmt: skip
     sock = bind(host, port)
-    text_to_text = _load_model(model, device)
+    text_to_text = _load_model(model, device, quantize=quantize)
     address = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
     said = f"{settings.name} is served at {address}. Stop it with Ctrl-C."
     serve_model(text_to_text, settings, sock, lambda: out.print(said, soft_wrap=True, highlight=False))
@@ -780,6 +785,7 @@ def evaluate(
     timed_answers: Annotated[int, typer.Option(min=0, help="Time this many answers.")] = 50,
     against: Annotated[str | None, typer.Option(help="Compare with this LLM; references are not needed then.")] = None,
     worst: Annotated[int, typer.Option(min=0, help="With --against: show this many that agree least.")] = 5,
+    quantize: Quantize = None,
     device: Device = "cpu",
 ) -> None:
     """
@@ -789,7 +795,7 @@ def evaluate(
 
     `llm2slm evaluate runs/model prompts.txt --against google-t5/t5-large` tells how far it agrees with the LLM.
     """
-    text_to_text = _load_model(model, device)
+    text_to_text = _load_model(model, device, quantize=quantize)
     _quiet_data()
     if against is not None:
         from modeling_llm2slm.agreement import compare
@@ -1071,7 +1077,7 @@ def _print_report(report: Report) -> None:
     out.print(table)
 
 
-def _load_model(path: str, device: str = "cpu", seed: int | None = None) -> TextToText:
+def _load_model(path: str, device: str = "cpu", seed: int | None = None, quantize: str | None = None) -> TextToText:
     _quiet()
     from transformers import set_seed
 
@@ -1079,7 +1085,7 @@ def _load_model(path: str, device: str = "cpu", seed: int | None = None) -> Text
 
     if seed is not None:
         set_seed(seed)
-    return TextToText.from_pretrained(path, device=device)
+    return TextToText.from_pretrained(path, device=device, quantize=quantize)
 
 
 def _quiet(progress: bool = False) -> None:

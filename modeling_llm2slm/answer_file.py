@@ -66,6 +66,7 @@ def answer_file(
     device: str = "cpu",
     skip_bad_rows: bool = False,
     overwrite: bool = False,
+    quantize: str | None = None,
     progress: Progress = lambda done, total: None,
     **generate_kwargs: Any,
 ) -> AnswerReport:
@@ -93,6 +94,7 @@ def answer_file(
         device: Where to compute.
         skip_bad_rows: See [`load_pairs`].
         overwrite: Remove what another run has left.
+        quantize: See [`TextToText.from_pretrained`].
         progress: Called with the numbers of answers done and in all.
         generate_kwargs: Arguments of `generate()`, such as `num_beams` and `max_new_tokens`.
 
@@ -104,11 +106,16 @@ def answer_file(
     rank, world = processes(overwrite)
     check_writable(output)
     rows = load_prompts(data, prompt_column, split=split, limit=limit, skip_bad_rows=skip_bad_rows)
-    text_to_text = TextToText.from_pretrained(model, device=device, prompt_max_length=prompt_max_length)
+    text_to_text = TextToText.from_pretrained(
+        model, device=device, prompt_max_length=prompt_max_length, quantize=quantize
+    )
     generate_kwargs = text_to_text.with_limit(generate_kwargs)
     table = _table(text_to_text, rows, is_sampled(text_to_text, generate_kwargs))
     text_to_text.check_room(max(table.lengths), generate_kwargs.get("max_new_tokens", 0))
-    parts = AnswerParts(output, _settings(model, text_to_text, table, limits, seed, generate_kwargs), rank, overwrite)
+    settings = _settings(model, text_to_text, table, limits, seed, generate_kwargs)
+    if quantize is not None:
+        settings["quantize"] = quantize
+    parts = AnswerParts(output, settings, rank, overwrite)
     batches = table.batches(limits, parts.answers, rank, world)
     total, tokens = table.answers(), 0
     kept = done = sum(table.key(draw) in parts.answers for draw in set(table.draws))

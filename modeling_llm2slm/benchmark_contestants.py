@@ -26,6 +26,7 @@ from transformers import (
 from .building import preset_config
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
 from .parts_llm2slm import slm_class
+from .quantization import quantize
 
 
 FIRST_ID = 10  # token ids below are special ones
@@ -142,8 +143,17 @@ def load_composite(models: Models, device: str, dtype: torch.dtype | None = None
     return _endless(LLM2SLMForConditionalGeneration.from_pretrained(models.llm2slm, dtype=dtype).to(dtype), device)
 
 
-def load_llm2slm(models: Models, device: str, threads: int, dtype: torch.dtype | None = None, **kwargs: Any) -> Answer:
+def load_llm2slm(
+    models: Models,
+    device: str,
+    threads: int,
+    dtype: torch.dtype | None = None,
+    quantized: str | None = None,
+    **kwargs: Any,
+) -> Answer:
     model = load_composite(models, device, dtype)
+    if quantized is not None:
+        quantize(model, quantized)
     return lambda cell: time_answer(model, cell, _prompts(model, cell, model.config.encoder.vocab_size), **kwargs)
 
 
@@ -275,6 +285,9 @@ CONTESTANTS = {
     "llm2slm": Contestant(load_llm2slm),
     "llm2slm-compiled": Contestant(compiled(load_llm2slm)),
     "llm2slm-bfloat16": Contestant(partial(load_llm2slm, dtype=torch.bfloat16), bits=16),
+    "llm2slm-int8": Contestant(
+        partial(load_llm2slm, dtype=torch.bfloat16, quantized="int8"), bits=8, needs=("torchao", "quantization")
+    ),
     **{f"llm2slm-openvino-{weights}": _openvino(weights) for weights in ("fp32", "bf16", "int8", "int4")},
 }
 

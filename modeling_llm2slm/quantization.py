@@ -1,9 +1,11 @@
-"""Fewer bits for the frozen LLM while the rest trains in full precision."""
+"""Fewer bits for the frozen LLM while the rest trains in full precision, or for all of a model that only answers."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
 
@@ -32,18 +34,55 @@ def quantize_llm(model: LLM2SLMForConditionalGeneration, to: str = "int8") -> No
         raise ValueError(f"An LLM is quantized to one of {', '.join(map(repr, QUANTIZATIONS))}, not to {to!r}.")
     if not model.config.freeze_llm:
         raise ValueError("A quantized LLM cannot train: set `freeze_llm=True`, or leave it as it is.")
+    _quantize(model.encoder.llm, to)
+
+
+def quantize(model: PreTrainedModel, to: str = "int8") -> None:
+    """
+    Keeps the matrices of a model that only answers in 8 or 4 bits, in place: of a composite those of LLM and SLM, of
+    any other model all. Embeddings, norms and the projector stay as they are; an output layer that shares its matrix
+    with the embedding gets one of its own.
+
+    Args:
+        model: The model, on the device it will run on.
+        to: See [`quantize_llm`].
+
+    Raises:
+        ImportError: If the library is not installed.
+        ValueError: If `to` is something else.
+    """
+    if to not in QUANTIZATIONS:
+        raise ValueError(f"A model is quantized to one of {', '.join(map(repr, QUANTIZATIONS))}, not to {to!r}.")
+    composite = isinstance(model, LLM2SLMForConditionalGeneration)
+    for part in (model.encoder.llm, model.decoder) if composite else (model,):
+        with_linear_layers(part)
+        _quantize(part, to)
+
+
+def with_linear_layers(module: nn.Module) -> None:
+    """Turns the transposed layers of a GPT-2 into linear ones, in place: no library quantizes others."""
+    for parent in list(module.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, Conv1D):
+                linear = nn.Linear(*layer.weight.shape, device="meta")
+                linear.weight = nn.Parameter(layer.weight.data.T.contiguous(), layer.weight.requires_grad)
+                linear.bias = layer.bias
+                setattr(parent, name, linear)
+
+
+def _quantize(module: nn.Module, to: str) -> None:
     try:
-        _to_int8(model.encoder.llm) if to == "int8" else _to_nf4(model.encoder.llm)
+        _to_int8(module) if to == "int8" else _to_nf4(module)
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"Quantizing the LLM to {to} needs {error.name}: pip install 'modeling-llm2slm[quantization]'."
+            f"Quantizing to {to} needs {error.name}: pip install 'modeling-llm2slm[quantization]'."
         ) from error
 
 
-def _to_int8(llm: nn.Module) -> None:
+def _to_int8(module: nn.Module) -> None:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    quantize_(llm, Int8WeightOnlyConfig(), filter_fn=lambda module, _: isinstance(module, nn.Linear))
+    quantize_(module, Int8WeightOnlyConfig(), filter_fn=lambda module, _: isinstance(module, nn.Linear))
 
 
 def _to_nf4(llm: nn.Module) -> None:

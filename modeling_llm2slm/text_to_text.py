@@ -82,6 +82,7 @@ class TextToText:
         prompt_max_length: int | None = None,
         answer_max_length: int | None = None,
         states: StateStore | None = None,
+        quantize: str | None = None,
     ) -> TextToText:
         """
         Loads a checkpoint of any of the three kinds.
@@ -93,14 +94,17 @@ class TextToText:
             prompt_max_length: See the class.
             answer_max_length: See the class.
             states: Of a composite: a store to take the LLM's states from; the LLM itself is not loaded then.
+            quantize: Keep the matrices in fewer bits, to answer with: see [`quantize`].
 
         Raises:
-            ImportError: If it is an exported model, and its runtime is not installed.
+            ImportError: If it is an exported model, and its runtime is not installed, or the library that quantizes.
             OSError: If there is no such checkpoint, or if it is damaged or incomplete.
             ValueError: If the model is of a kind that does not write text, there is no such device, or the states are
                 another LLM's.
         """
         if is_exported(path):
+            if quantize is not None:
+                raise ValueError(f"{path} is an exported model: export it with the weights that you want.")
             return ExportedTextToText.load(path, dtype, device, states, prompt_max_length, answer_max_length)
         config = load(AutoConfig, path)
         encoder_decoder = getattr(config, "is_encoder_decoder", False)
@@ -116,7 +120,12 @@ class TextToText:
             states.check(path, config, processor.tokenizer)
         model = load_model(auto_class, path, dtype=dtype or torch.float32)
         kind = EncoderDecoderTextToText if encoder_decoder else DecoderOnlyTextToText
-        text_to_text = kind(_move(model, device or "cpu").eval(), processor, prompt_max_length, answer_max_length)
+        model = _move(model, device or "cpu").eval()
+        if quantize is not None:
+            from .quantization import quantize as quantize_model
+
+            quantize_model(model, quantize)
+        text_to_text = kind(model, processor, prompt_max_length, answer_max_length)
         text_to_text.states = states
         return text_to_text
 

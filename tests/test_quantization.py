@@ -12,7 +12,7 @@ import torch
 from checkpoints import write_pairs
 from common import PROMPTS, gpt2_config, llm_tokenizer, make_labels, pad_prompts, slm_tokenizer, t5_config
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
-from modeling_llm2slm.quantization import QUANTIZATIONS, nbytes, quantize_llm
+from modeling_llm2slm.quantization import QUANTIZATIONS, nbytes, quantize, quantize_llm, with_linear_layers
 from modeling_llm2slm.state_store import llm_fingerprint
 from modeling_llm2slm.training import train
 
@@ -45,6 +45,29 @@ def test_states_are_near_and_memory_is_saved(to: str, error: float, part: float)
     for name, parameter in model.named_parameters():
         if ".llm." not in name:
             assert torch.equal(parameter, whole.get_parameter(name))
+
+
+def test_a_gpt2_of_linear_layers_is_the_same() -> None:
+    model, whole = make_model(), make_model()
+    with_linear_layers(model.decoder)
+    assert not any(type(module).__name__ == "Conv1D" for module in model.modules())
+    batch = {**pad_prompts(PROMPTS), "labels": make_labels()}
+    torch.testing.assert_close(model(**batch).logits, whole(**batch).logits)
+
+
+@pytest.mark.parametrize(("to", "error", "part"), [("int8", 0.05, 0.5), ("nf4", 0.4, 0.8)])
+def test_a_model_that_answers_is_quantized_as_a_whole(to: str, error: float, part: float) -> None:
+    needs(to)
+    model, whole = make_model(), make_model()
+    quantize(model, to)
+    batch = {**pad_prompts(PROMPTS), "labels": make_labels()}
+    logits, expected = model(**batch).logits, whole(**batch).logits
+    assert 0 < float((logits - expected).norm() / expected.norm()) < error
+    blocks, before = model.decoder.transformer.h, whole.decoder.transformer.h
+    assert nbytes(blocks) < part * nbytes(before)
+    assert torch.equal(model.get_input_embeddings().weight, whole.get_input_embeddings().weight)
+    answers = model.generate(**pad_prompts(PROMPTS), max_new_tokens=4)
+    assert answers.shape[0] == len(PROMPTS)
 
 
 @pytest.mark.parametrize("to", QUANTIZATIONS)
@@ -109,6 +132,8 @@ def test_an_llm_that_transformers_quantizes_while_it_loads_it(to: str, tmp_path:
 def test_what_is_wrong_is_said() -> None:
     with pytest.raises(ValueError, match="not to 'int3'"):
         quantize_llm(make_model(), "int3")
+    with pytest.raises(ValueError, match="not to 'int3'"):
+        quantize(make_model(), "int3")
     with pytest.raises(ValueError, match="freeze_llm=True"):
         quantize_llm(make_model(freeze_llm=False))
 
