@@ -6,7 +6,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from math import gcd
 from pathlib import Path
@@ -199,8 +199,9 @@ def export(
         checkpoint: Folder or repository of a composite.
         output: The folder to write to.
         runtime: `"openvino"` or `"onnx"`.
-        weights: What matrices are stored in: `"fp32"`, `"bf16"` (computed in it, too), `"int8"` (one scale per row,
-            activations quantized as they come), `"int4"` (the SLM's blocks in groups of 128; the rest int8).
+        weights: What matrices are stored in: `"fp32"`, `"bf16"` (OpenVINO alone; computed in it, too), `"int8"` (one
+            scale per row, activations quantized as they come), `"int4"` (the SLM's blocks in groups of 128; the rest
+            int8).
         overwrite: Replace what is there.
         progress: Told what is being done.
 
@@ -212,6 +213,8 @@ def export(
     exported_model = exported_model_class(runtime)
     if weights not in WEIGHTS:
         raise ValueError(f"There are no weights {weights!r}. Choose one of: {', '.join(WEIGHTS)}.")
+    if runtime == "onnx" and weights == "bf16":
+        raise ValueError("ONNX Runtime has no bf16 on a CPU. Choose fp32, int8 or int4, or --runtime openvino.")
     composite_config(checkpoint)
     progress("loading")
     model = load_model(LLM2SLMForConditionalGeneration, checkpoint, dtype=torch.float32).eval()
@@ -232,7 +235,7 @@ def export(
         with quiet_exporters():
             for name, (graph, sample) in graphs.items():
                 progress(f"exporting {name}")
-                components[name] = openvino_component(graph, sample, weights, is_step=name == "step")
+                components[name] = component(graph, sample, runtime, weights, is_step=name == "step")
         progress("writing")
         exported_model(components, runtime, model.config, model.generation_config).save_pretrained(folder)
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -247,15 +250,17 @@ def export(
     return report
 
 
-def openvino_component(graph: Any, sample: dict[str, Any], weights: str, is_step: bool) -> Any:
+def component(graph: Any, sample: dict[str, Any], runtime: str, weights: str, is_step: bool) -> Any:
     """A module, and a sample of its inputs, as a component of an exported model."""
-    from transformers.exporters import OpenVINOConfig, OpenVINOExporter
+    from transformers.exporters import OnnxConfig, OnnxExporter, OpenVINOConfig, OpenVINOExporter
 
-    quantizer = openvino_quantizer(weights, is_step) if weights.startswith("int") else None
-    config = OpenVINOConfig(dynamic_shapes=dynamic_shapes(sample), quantizer=quantizer)
+    if runtime == "onnx":
+        exporter, config_class, quantizer = OnnxExporter(), OnnxConfig, onnx_quantizer(weights, is_step)
+    else:
+        exporter, config_class, quantizer = OpenVINOExporter(), OpenVINOConfig, openvino_quantizer(weights, is_step)
+    config = config_class(dynamic_shapes=dynamic_shapes(sample), quantizer=quantizer)
     with torch.no_grad():
-        exported = OpenVINOExporter().export(graph, sample, config)
-    return exported.components["model"]
+        return exporter.export(graph, sample, config).components["model"]
 
 
 def dynamic_shapes(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -280,17 +285,36 @@ def openvino_quantizer(weights: str, is_step: bool) -> Any:
     import nncf
     from transformers.exporters import NNCFOpenVINOQuantizer, NNCFWeightCompressionConfig
 
+    if not weights.startswith("int"):
+        return None
     if weights == "int8" or not is_step:
         return NNCFOpenVINOQuantizer(NNCFWeightCompressionConfig(mode=nncf.CompressWeightsMode.INT8_SYM))
-    return NNCFOpenVINOQuantizer(
-        NNCFWeightCompressionConfig(
-            mode=nncf.CompressWeightsMode.INT4_SYM,
-            group_size=INT4_GROUP,
-            backup_mode=nncf.BackupMode.INT8_SYM,
-            advanced_parameters=nncf.AdvancedCompressionParameters(
-                group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST
-            ),
-        )
+    return NNCFOpenVINOQuantizer(int4_weights())
+
+
+def onnx_quantizer(weights: str, is_step: bool) -> Any:
+    """As [`openvino_quantizer`], with what ONNX Runtime computes: int8 by its own tools, int4 as `MatMulNBits`."""
+    from transformers.exporters import NNCFOnnxQuantizer, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
+
+    if not weights.startswith("int"):
+        return None
+    if weights == "int8" or not is_step:
+        return OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig(per_channel=True))
+    return NNCFOnnxQuantizer(int4_weights())
+
+
+def int4_weights() -> Any:
+    """int4 in groups; what is sensitive, the head first of all, in int8."""
+    import nncf
+    from transformers.exporters import NNCFWeightCompressionConfig
+
+    return NNCFWeightCompressionConfig(
+        mode=nncf.CompressWeightsMode.INT4_SYM,
+        group_size=INT4_GROUP,
+        backup_mode=nncf.BackupMode.INT8_SYM,
+        advanced_parameters=nncf.AdvancedCompressionParameters(
+            group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST
+        ),
     )
 
 
@@ -336,15 +360,10 @@ def answer_logits(model: Any) -> torch.Tensor:
 @contextmanager
 def quiet_exporters() -> Iterator[None]:
     """Without notes on versions and shapes, which are ours to look after, and tables of what was quantized."""
-    with suppress(ImportError):
-        import nncf  # noqa: F401 - sets its logger up
-    loggers = [logging.getLogger(name) for name in ("transformers.exporters", "nncf")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(action="ignore"), redirect_stdout(StringIO()):
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicCache
 
 
 NEEDS = "5.23"  # the first transformers with transformers.exporters.ExportedModel
 MANIFEST = "export.json"  # transformers' own; what this package adds to it is under "llm2slm"
-PACKAGES = {"openvino": ("openvino", "nncf"), "onnx": ("onnxruntime", "onnxscript")}
+PACKAGES = {"openvino": ("openvino", "nncf"), "onnx": ("onnx", "onnxruntime", "onnxscript", "nncf")}
 
 
 def is_exported(path: str | Path) -> bool:
@@ -51,9 +52,16 @@ def load_graphs(path: Path, details: dict[str, Any]) -> dict[str, Any]:
     """The graphs in a folder by name, ready to run on `torch.get_num_threads()` threads."""
     runtime = details["runtime"]
     exported_model = exported_model_class(runtime)
+    if runtime == "onnx":
+        from onnxruntime import SessionOptions
+
+        session_options = SessionOptions()
+        session_options.intra_op_num_threads = torch.get_num_threads()
+        exported = exported_model.from_pretrained(path, device="cpu", session_options=session_options)
+        return {name: ONNXGraph(runner) for name, runner in exported.runners.items()}
     config = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1, **details["options"]}
-    runners = exported_model.from_pretrained(path, device="cpu", config=config).runners
-    return {name: OpenVINOGraph(runner.compiled_model) for name, runner in runners.items()}
+    exported = exported_model.from_pretrained(path, device="cpu", config=config)
+    return {name: OpenVINOGraph(runner.compiled_model) for name, runner in exported.runners.items()}
 
 
 class OpenVINOGraph:
@@ -94,6 +102,45 @@ class OpenVINOState:
             _feed({**inputs, "beam_idx": rows.int()}), share_inputs=True, share_outputs=False
         )
         return torch.from_numpy(outputs["logits"])
+
+
+class ONNXGraph:
+    """A session of ONNX Runtime, which threads may run at once."""
+
+    def __init__(self, runner: Any):
+        self._runner = runner
+
+    def run(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """All outputs by name, for inputs by name."""
+        return self._runner(**inputs)
+
+    def new_state(self) -> ONNXState:
+        return ONNXState(self._runner)
+
+
+class ONNXState:
+    """Keys and values, which go into the graph and come out longer."""
+
+    def __init__(self, runner: Any):
+        self._runner = runner
+        self._cache: DynamicCache | None = None
+
+    def run(self, inputs: dict[str, torch.Tensor], rows: torch.Tensor | None) -> torch.Tensor:
+        """As of [`OpenVINOState`]."""
+        if self._cache is None:
+            self._cache = self._empty(len(inputs["inputs_embeds"]))
+        elif rows is not None:
+            self._cache.batch_select_indices(rows)
+        outputs = self._runner(**inputs, past_key_values=self._cache)
+        self._cache = outputs["past_key_values"]
+        return outputs["logits"]
+
+    def _empty(self, rows: int) -> DynamicCache:
+        """No keys and values, in the shapes that the graph was traced with."""
+        inputs = self._runner.session.get_inputs()
+        shapes = [spec.shape for spec in inputs if spec.name.endswith((".keys", ".values"))]
+        tensors = [torch.zeros(rows, heads, 0, width) for _, heads, _, width in shapes]
+        return DynamicCache(list(zip(tensors[::2], tensors[1::2], strict=True)))
 
 
 def _feed(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -77,9 +77,7 @@ def test_weights_are_stored_once(source, folder) -> None:
 def traced(folder, monkeypatch) -> None:
     """Graphs are those of the exported folder: to make them anew takes seconds."""
     components = exported_model_class("openvino").from_pretrained(folder).components
-    monkeypatch.setattr(
-        MODULE, "openvino_component", lambda graph, *_, is_step: components["step" if is_step else "prompt"]
-    )
+    monkeypatch.setattr(MODULE, "component", lambda graph, *_, is_step: components["step" if is_step else "prompt"])
 
 
 @pytest.mark.usefixtures("traced")
