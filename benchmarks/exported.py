@@ -1,7 +1,7 @@
 """
 What `llm2slm export` gains: one prompt and its answer by exported models, against PyTorch and the memory's bandwidth.
 
-    python benchmarks/exported.py --runs runs/exported --output docs/results/exported.json
+    python -m benchmarks.exported --runs runs/exported --output docs/results/exported.json
 
 Sizes are those of a preset, weights are random, one thread by default. All decode greedily from `--prompt` tokens, and
 always `--answer` of them; models take turns. A prompt's time is that of `encode_prompt`, a token's that between the
@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode_overhead import StepClock
 from transformers import StoppingCriteriaList, T5ForConditionalGeneration
 
+from benchmarks.decode_overhead import StepClock
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
 from modeling_llm2slm.conversion import export
 from modeling_llm2slm.exported import ExportedLLM2SLM

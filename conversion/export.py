@@ -210,7 +210,7 @@ def export(
         OSError: If something cannot be read or written.
         ValueError: If the result does not answer as the checkpoint does.
     """
-    exported_model = exported_model_class(runtime)
+    exported_model = exported_model_class(runtime, *(("nncf",) if weights.startswith("int") else ()))
     if weights not in WEIGHTS:
         raise ValueError(f"There are no weights {weights!r}. Choose one of: {', '.join(WEIGHTS)}.")
     if runtime == "onnx" and weights == "bf16":

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 
 NEEDS = "5.23"  # the first transformers with transformers.exporters.ExportedModel
 MANIFEST = "export.json"  # transformers' own; what this package adds to it is under "llm2slm"
-PACKAGES = {"openvino": ("openvino", "nncf"), "onnx": ("onnx", "onnxruntime", "onnxscript", "nncf")}
+PACKAGES = {"openvino": ("openvino",), "onnx": ("onnx", "onnxruntime", "onnxscript")}
 
 
 def is_exported(path: str | Path) -> bool:
@@ -23,9 +23,13 @@ def is_exported(path: str | Path) -> bool:
     return file.is_file() and "llm2slm" in json.loads(file.read_text(encoding="utf-8"))
 
 
-def exported_model_class(runtime: str) -> Any:
+def exported_model_class(runtime: str, *packages: str) -> Any:
     """
     Transformers' class of exported models.
+
+    Args:
+        runtime: What computes them.
+        packages: What is needed beside the runtime's own.
 
     Raises:
         ValueError: If there is no such runtime.
@@ -33,7 +37,7 @@ def exported_model_class(runtime: str) -> Any:
     """
     if runtime not in PACKAGES:
         raise ValueError(f"There is no runtime {runtime!r}. Choose one of: {', '.join(PACKAGES)}.")
-    for package in PACKAGES[runtime]:
+    for package in (*PACKAGES[runtime], *packages):
         try:
             version(package)
         except PackageNotFoundError as error:

@@ -26,6 +26,7 @@ from modeling_llm2slm.text_to_text import TextToText
 
 COMMANDS = (
     "build", "train", "encode", "distill", "plan", "speedup", "generate", "evaluate", "info", "card", "convert",
+    "export",
 )  # fmt: skip
 CONVERSIONS = ("compose", "lean", "full", "merge", "split", "import")
 
