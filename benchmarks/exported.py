@@ -40,7 +40,6 @@ def answer(model: Any, prompt: torch.Tensor, tokens: int) -> dict[str, float]:
     model.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
-        min_new_tokens=tokens,
         max_new_tokens=tokens,
         do_sample=False,
         stopping_criteria=StoppingCriteriaList([clock]),
@@ -92,6 +91,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         models["llm"] = T5ForConditionalGeneration(config.encoder.__class__(**config.encoder.to_dict())).eval()
     if "llm2slm" in arguments.pytorch:
         models["llm2slm"] = LLM2SLMForConditionalGeneration.from_pretrained(arguments.runs / arguments.preset).eval()
+    for model in models.values():
+        model.generation_config.eos_token_id = None  # all write the same number of tokens
+        model.generation_config.pad_token_id = config.pad_token_id
     decode = next(iter(models.values())).details["decode"]
     prompt = torch.randint(2, config.encoder.vocab_size, (1, arguments.prompt))
     rounds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))

@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.pytorch_utils import Conv1D
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.exported import EMBEDDINGS, ExportedLLM2SLM
-from modeling_llm2slm.graphs import MANIFEST, exported_model_class
+from modeling_llm2slm.graphs import MANIFEST, check_packages, exported_model_class
 from modeling_llm2slm.parts_llm2slm import reading_arguments
 from modeling_llm2slm.text_to_text import composite_parts, count_parameters, decoding_modules, load_model
 
@@ -210,7 +211,8 @@ def export(
         OSError: If something cannot be read or written.
         ValueError: If the result does not answer as the checkpoint does.
     """
-    exported_model = exported_model_class(runtime, *(("nncf",) if weights.startswith("int") else ()))
+    check_packages(runtime, *(("nncf",) if weights.startswith("int") else ()))
+    exported_model = exported_model_class()
     if weights not in WEIGHTS:
         raise ValueError(f"There are no weights {weights!r}. Choose one of: {', '.join(WEIGHTS)}.")
     if runtime == "onnx" and weights == "bf16":
@@ -320,20 +322,29 @@ def int4_weights() -> Any:
 
 def describe(model: LLM2SLMForConditionalGeneration, weights: str) -> dict[str, Any]:
     """What `export.json` says beside what transformers writes: how the graphs are to be run, and what they are of."""
-    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
-    if weights == "bf16":
-        options |= {"INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": "bf16"}
-    if weights.startswith("int"):
-        options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = str(activation_group(model))
+    precision = "bf16" if weights == "bf16" else "f32"
+    options = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": precision,
+        "KV_CACHE_PRECISION": precision,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(activation_group(model) if weights.startswith("int") else 0),
+    }
+    # Between matrices in int8 a prompt's activations lose nothing in bf16, and there are many of them.
+    prompt = options | ({"INFERENCE_PRECISION_HINT": "bf16"} if weights.startswith("int") else {})
     parts = {part.name: part.parameters for part in composite_parts(model)}
     decode = count_parameters(*decoding_modules(model.decoder))
-    return {"weights": weights, "options": options, "parameters": parts, "decode": decode}
+    return {
+        "weights": weights,
+        "options": {"prompt": prompt, "cross": options, "step": options},
+        "parameters": parts,
+        "decode": decode,
+    }
 
 
-def activation_group(model: nn.Module, largest: int = 128) -> int:
-    """So many activations share a scale: the largest power of two that divides all rows of all matrices."""
-    widths = [module.weight.shape[-1] for module in model.modules() if isinstance(module, nn.Linear)]
-    return gcd(largest, *widths)
+def activation_group(model: nn.Module) -> int:
+    """So many activations share a scale: the largest power of two up to 256 that divides the rows of all matrices."""
+    widths = [module.in_features for module in model.modules() if isinstance(module, nn.Linear)]
+    return gcd(256, *widths, *(module.nx for module in model.modules() if isinstance(module, Conv1D)))
 
 
 def embeddings_of(slm: Any, weights: str) -> torch.Tensor:

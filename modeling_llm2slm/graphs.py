@@ -23,18 +23,8 @@ def is_exported(path: str | Path) -> bool:
     return file.is_file() and "llm2slm" in json.loads(file.read_text(encoding="utf-8"))
 
 
-def exported_model_class(runtime: str, *packages: str) -> Any:
-    """
-    Transformers' class of exported models.
-
-    Args:
-        runtime: What computes them.
-        packages: What is needed beside the runtime's own.
-
-    Raises:
-        ValueError: If there is no such runtime.
-        ImportError: If transformers is too old for it, or its packages are not installed.
-    """
+def check_packages(runtime: str, *packages: str) -> None:
+    """Raise `ValueError` if there is no such runtime, and `ImportError` if what it needs is not installed."""
     if runtime not in PACKAGES:
         raise ValueError(f"There is no runtime {runtime!r}. Choose one of: {', '.join(PACKAGES)}.")
     for package in (*PACKAGES[runtime], *packages):
@@ -42,30 +32,52 @@ def exported_model_class(runtime: str, *packages: str) -> Any:
             version(package)
         except PackageNotFoundError as error:
             raise ImportError(f"{package} is not installed. Try: pip install 'modeling-llm2slm[{runtime}]'") from error
+
+
+def exported_model_class() -> Any:
+    """
+    Transformers' class of exported models, which writes all of them and runs those of ONNX Runtime.
+
+    Raises:
+        ImportError: If transformers is too old to have it.
+    """
     try:
         from transformers.exporters import ExportedModel
     except ImportError as error:
         raise ImportError(
-            f"Exported models need transformers {NEEDS} or newer, and {version('transformers')} is installed. "
+            f"This needs transformers {NEEDS} or newer, and {version('transformers')} is installed. "
             f"Try: pip install 'transformers>={NEEDS}'"
         ) from error
     return ExportedModel
 
 
-def load_graphs(path: Path, details: dict[str, Any]) -> dict[str, Any]:
-    """The graphs in a folder by name, ready to run on `torch.get_num_threads()` threads."""
-    runtime = details["runtime"]
-    exported_model = exported_model_class(runtime)
-    if runtime == "onnx":
-        from onnxruntime import SessionOptions
+def load_graphs(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The graphs in a folder by name, as its manifest lists them, on `torch.get_num_threads()` threads."""
+    runtime = manifest["export_format"]
+    check_packages(runtime)
+    return (_load_openvino if runtime == "openvino" else _load_onnx)(path, manifest)
 
-        session_options = SessionOptions()
-        session_options.intra_op_num_threads = torch.get_num_threads()
-        exported = exported_model.from_pretrained(path, device="cpu", session_options=session_options)
-        return {name: ONNXGraph(runner) for name, runner in exported.runners.items()}
-    config = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1, **details["options"]}
-    exported = exported_model.from_pretrained(path, device="cpu", config=config)
-    return {name: OpenVINOGraph(runner.compiled_model) for name, runner in exported.runners.items()}
+
+def _load_openvino(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    import openvino
+
+    # Not by transformers' runner, which has one configuration for all graphs: each has a precision of its own.
+    core, threads = openvino.Core(), {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1}
+    options = manifest["llm2slm"]["options"]
+    return {
+        name: OpenVINOGraph(core.compile_model(path / component["file"], "CPU", threads | options[name]))
+        for name, component in manifest["components"].items()
+    }
+
+
+def _load_onnx(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    exported_model = exported_model_class()
+    from onnxruntime import SessionOptions
+
+    session_options = SessionOptions()
+    session_options.intra_op_num_threads = torch.get_num_threads()
+    exported = exported_model.from_pretrained(path, device="cpu", session_options=session_options)
+    return {name: ONNXGraph(runner) for name, runner in exported.runners.items()}
 
 
 class OpenVINOGraph:
@@ -101,10 +113,9 @@ class OpenVINOState:
             rows: Which row of the state each row of the inputs goes on from; None: the same.
         """
         if rows is None:
-            rows = torch.arange(len(inputs["inputs_embeds"]))
-        outputs = self._request.infer(
-            _feed({**inputs, "beam_idx": rows.int()}), share_inputs=True, share_outputs=False
-        )
+            rows = torch.arange(len(inputs["inputs_embeds"]), dtype=torch.int32)
+        feed = _feed({**inputs, "beam_idx": rows.int()})
+        outputs = self._request.infer(feed, share_inputs=True, share_outputs=False)
         return torch.from_numpy(outputs["logits"])
 
 

@@ -76,7 +76,7 @@ def test_weights_are_stored_once(source, folder) -> None:
 @pytest.fixture
 def traced(folder, monkeypatch) -> None:
     """Graphs are those of the exported folder: to make them anew takes seconds."""
-    components = exported_model_class("openvino").from_pretrained(folder).components
+    components = exported_model_class().from_pretrained(folder).components
     monkeypatch.setattr(MODULE, "component", lambda graph, *_, is_step: components["step" if is_step else "prompt"])
 
 
@@ -152,7 +152,7 @@ def test_a_missing_package_names_its_extra(tmp_path, monkeypatch, capsys) -> Non
 def test_an_older_transformers_names_the_version(source, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "transformers.exporters", None)
     assert run("export", source, tmp_path / "e") == 1
-    assert "need transformers 5.23 or newer" in capsys.readouterr().err
+    assert "needs transformers 5.23 or newer" in capsys.readouterr().err
 
 
 def test_an_exported_model_stays_what_it_is(folder, tmp_path) -> None:
