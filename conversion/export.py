@@ -267,7 +267,6 @@ def component(graph: Any, sample: dict[str, Any], runtime: str, weights: str, is
 
 def dynamic_shapes(inputs: dict[str, Any]) -> dict[str, Any]:
     """Which axes of a graph's inputs vary: rows, and lengths. To name them spares finding out about all others."""
-
     from transformers.exporters.utils import get_leaf_tensors
 
     def vary(tensor: torch.Tensor) -> dict[int, Any]:
@@ -284,11 +283,11 @@ def dynamic_shapes(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def openvino_quantizer(weights: str, is_step: bool) -> Any:
     """int4 only in the step, whose time is that of reading weights; a prompt's is that of arithmetic in int8."""
+    if not weights.startswith("int"):
+        return None
     import nncf
     from transformers.exporters import NNCFOpenVINOQuantizer, NNCFWeightCompressionConfig
 
-    if not weights.startswith("int"):
-        return None
     if weights == "int8" or not is_step:
         return NNCFOpenVINOQuantizer(NNCFWeightCompressionConfig(mode=nncf.CompressWeightsMode.INT8_SYM))
     return NNCFOpenVINOQuantizer(int4_weights())
@@ -296,10 +295,10 @@ def openvino_quantizer(weights: str, is_step: bool) -> Any:
 
 def onnx_quantizer(weights: str, is_step: bool) -> Any:
     """As [`openvino_quantizer`], with what ONNX Runtime computes: int8 by its own tools, int4 as `MatMulNBits`."""
-    from transformers.exporters import NNCFOnnxQuantizer, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
-
     if not weights.startswith("int"):
         return None
+    from transformers.exporters import NNCFOnnxQuantizer, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
+
     if weights == "int8" or not is_step:
         return OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig(per_channel=True))
     return NNCFOnnxQuantizer(int4_weights())

@@ -354,19 +354,18 @@ def check_supported(generation_config: GenerationConfig, model_kwargs: dict[str,
         "cache_implementation": "the runtime holds keys and values itself",
         "is_assistant": "what its graph has read stays read",
     }
-    wanted = {name: getattr(generation_config, name, None) for name in reasons}
+    wanted = [name for name in reasons if getattr(generation_config, name, None)]
     reasons |= {
+        "use_cache=False": "its graph reads no token twice",
         "llm_hidden_states": "the LLM is part of the graph that reads prompts",
         "decoder_attention_mask": "all answers of a batch have one length",
     }
-    given = {"decoder_attention_mask": model_kwargs.get("decoder_attention_mask")}
-    wanted |= {"llm_hidden_states": model_kwargs.get("llm_hidden_states") is not None}
-    wanted |= {name: mask is not None and not bool(mask.all()) for name, mask in given.items()}
-    for name, value in wanted.items():
-        if value:
-            raise ValueError(f"`{name}` is not supported by an exported model: {reasons[name]}. Leave it out.")
-    if generation_config.use_cache is False:
-        raise ValueError("`use_cache=False` is not supported by an exported model. Leave it out.")
+    mask = model_kwargs.get("decoder_attention_mask")
+    wanted += ["use_cache=False"] if generation_config.use_cache is False else []
+    wanted += ["llm_hidden_states"] if model_kwargs.get("llm_hidden_states") is not None else []
+    wanted += ["decoder_attention_mask"] if mask is not None and not bool(mask.all()) else []
+    if wanted:
+        raise ValueError(f"`{wanted[0]}` is not supported by an exported model: {reasons[wanted[0]]}. Leave it out.")
 
 
 __all__ = ["ExportedCache", "ExportedEncoder", "ExportedLLM2SLM"]
