@@ -105,7 +105,8 @@ def imported(paths: Iterable[Path]) -> set[str]:
             elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
                 modules.add(node.module.split(".")[0])
     own = {"llm2slm", "modeling_llm2slm"} | sys.stdlib_module_names
-    own |= {name for name, needed in declared().items() if 'extra == "quantization"' in str(needed.marker)}  # not here
+    optional = [f'extra == "{extra}"' for extra in ("quantization", "openvino", "onnx")]  # may not be here
+    own |= {name for name, needed in declared().items() if any(extra in str(needed.marker) for extra in optional)}
     return {distributions[module][0].lower().replace("_", "-") for module in modules - own}
 
 
