@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.exported import EMBEDDINGS, ExportedLLM2SLM
-from modeling_llm2slm.graphs import MANIFEST, check_packages, exported_model_class
+from modeling_llm2slm.graphs import MANIFEST, check_packages, exported_model_class, read_manifest
 from modeling_llm2slm.parts_llm2slm import reading_arguments
 from modeling_llm2slm.text_to_text import composite_parts, count_parameters, decoding_modules, load_model
 
@@ -240,9 +240,8 @@ def export(
                 components[name] = component(graph, sample, runtime, weights, is_step=name == "step")
         progress("writing")
         exported_model(components, runtime, model.config, model.generation_config).save_pretrained(folder)
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        manifest["llm2slm"] = details
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        manifest = json.dumps({**read_manifest(folder), "llm2slm": details}, indent=2)
+        (folder / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
         copy_processor(checkpoint, folder, report)
         del components
         progress("comparing")

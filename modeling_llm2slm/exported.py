@@ -9,7 +9,6 @@ Shapes: batch B, prompt length N, width d_slm.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 
 from .configuration_llm2slm import LLM2SLMConfig
 from .generation_llm2slm import LLM2SLMGenerationMixin
-from .graphs import MANIFEST, is_exported, load_graphs
+from .graphs import MANIFEST, is_exported, load_graphs, read_manifest
 from .modeling_llm2slm import LLM2SLMEncoder
 from .prompt_llm2slm import PromptStates, as_prompt_states, padding_to, reorder
 
@@ -191,7 +190,7 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
         path = Path(path)
         if not is_exported(path):
             raise OSError(f"{path} is not an exported model: it has no {MANIFEST} that `llm2slm export` wrote.")
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_manifest(path)
         details = {"runtime": manifest["export_format"], **manifest["llm2slm"]}
         return cls(
             LLM2SLMConfig.from_pretrained(path),

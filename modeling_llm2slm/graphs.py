@@ -19,8 +19,16 @@ PACKAGES = {"openvino": ("openvino",), "onnx": ("onnx", "onnxruntime", "onnxscri
 
 def is_exported(path: str | Path) -> bool:
     """Whether a folder is what `llm2slm export` wrote."""
+    return (Path(path) / MANIFEST).is_file() and "llm2slm" in read_manifest(path)
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """What `export.json` says; `OSError` if it is no JSON."""
     file = Path(path) / MANIFEST
-    return file.is_file() and "llm2slm" in json.loads(file.read_text(encoding="utf-8"))
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise OSError(f"{file} is damaged: {error}") from error
 
 
 def check_packages(runtime: str, *packages: str) -> None:

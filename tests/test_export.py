@@ -169,6 +169,9 @@ def test_an_exported_model_stays_what_it_is(folder, tmp_path) -> None:
     (broken / "openvino_step.bin").unlink()
     with pytest.raises(OSError, match="cannot be loaded"):
         TextToText.from_pretrained(broken)
+    (broken / "export.json").write_text("{")
+    with pytest.raises(OSError, match="export.json is damaged"):
+        TextToText.from_pretrained(broken)
 
 
 @pytest.fixture(autouse=True)
