@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import StoppingCriteriaList, T5ForConditionalGeneration
+from transformers import StoppingCriteriaList, T5Config, T5ForConditionalGeneration
 
 from benchmarks.decode_overhead import StepClock
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
@@ -88,7 +88,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     models = exported_models(arguments)
     config = next(iter(models.values())).config
     if "llm" in arguments.pytorch:
-        models["llm"] = T5ForConditionalGeneration(config.encoder.__class__(**config.encoder.to_dict())).eval()
+        # Its config here is that of a reader alone.
+        whole = {**config.encoder.to_dict(), "is_encoder_decoder": True, "use_cache": True}
+        models["llm"] = T5ForConditionalGeneration(T5Config.from_dict(whole)).eval()
     if "llm2slm" in arguments.pytorch:
         models["llm2slm"] = LLM2SLMForConditionalGeneration.from_pretrained(arguments.runs / arguments.preset).eval()
     for model in models.values():

@@ -99,9 +99,11 @@ def test_parameters_are_counted_once(checkpoints):
 
 def test_parts_of_a_composite_are_all_of_it(checkpoints):
     composite = TextToText.from_pretrained(checkpoints["llm2slm"])
-    parts = {name: sum(tensor.numel() for tensor in module.parameters()) for name, module, _ in composite.parts()}
+    parts = {part.name: part for part in composite.parts()}
     assert list(parts) == ["LLM", "projector", "SLM"]
-    assert sum(parts.values()) == composite.parameters()["total"]
+    assert sum(part.parameters for part in parts.values()) == composite.parameters()["total"]
+    assert parts["SLM"].config is composite.model.config.decoder
+    assert {part.dtype for part in parts.values()} == {"float32"}
 
 
 class TestDecoderOnly:
