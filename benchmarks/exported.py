@@ -1,7 +1,7 @@
 """
 What `llm2slm export` gains: one prompt and its answer by exported models, against PyTorch and the memory's bandwidth.
 
-    python benchmarks/exported.py --runs runs/exported --output docs/results/exported.json
+    python -m benchmarks.exported --runs runs/exported --output docs/results/exported.json
 
 Sizes are those of a preset, weights are random, one thread by default. All decode greedily from `--prompt` tokens, and
 always `--answer` of them; models take turns. A prompt's time is that of `encode_prompt`, a token's that between the
@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode_overhead import StepClock
-from transformers import StoppingCriteriaList, T5ForConditionalGeneration
+from transformers import StoppingCriteriaList, T5Config, T5ForConditionalGeneration
 
+from benchmarks.decode_overhead import StepClock
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
 from modeling_llm2slm.conversion import export
 from modeling_llm2slm.exported import ExportedLLM2SLM
@@ -40,7 +40,6 @@ def answer(model: Any, prompt: torch.Tensor, tokens: int) -> dict[str, float]:
     model.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
-        min_new_tokens=tokens,
         max_new_tokens=tokens,
         do_sample=False,
         stopping_criteria=StoppingCriteriaList([clock]),
@@ -89,9 +88,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     models = exported_models(arguments)
     config = next(iter(models.values())).config
     if "llm" in arguments.pytorch:
-        models["llm"] = T5ForConditionalGeneration(config.encoder.__class__(**config.encoder.to_dict())).eval()
+        # Its config here is that of a reader alone.
+        whole = {**config.encoder.to_dict(), "is_encoder_decoder": True, "use_cache": True}
+        models["llm"] = T5ForConditionalGeneration(T5Config.from_dict(whole)).eval()
     if "llm2slm" in arguments.pytorch:
         models["llm2slm"] = LLM2SLMForConditionalGeneration.from_pretrained(arguments.runs / arguments.preset).eval()
+    for model in models.values():
+        model.generation_config.eos_token_id = None  # all write the same number of tokens
+        model.generation_config.pad_token_id = config.pad_token_id
     decode = next(iter(models.values())).details["decode"]
     prompt = torch.randint(2, config.encoder.vocab_size, (1, arguments.prompt))
     rounds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))

@@ -6,7 +6,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from math import gcd
 from pathlib import Path
@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.pytorch_utils import Conv1D
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.exported import EMBEDDINGS, ExportedLLM2SLM
-from modeling_llm2slm.graphs import MANIFEST, exported_model_class
+from modeling_llm2slm.graphs import MANIFEST, check_packages, exported_model_class, read_manifest
 from modeling_llm2slm.parts_llm2slm import reading_arguments
 from modeling_llm2slm.text_to_text import composite_parts, count_parameters, decoding_modules, load_model
 
@@ -199,8 +200,9 @@ def export(
         checkpoint: Folder or repository of a composite.
         output: The folder to write to.
         runtime: `"openvino"` or `"onnx"`.
-        weights: What matrices are stored in: `"fp32"`, `"bf16"` (computed in it, too), `"int8"` (one scale per row,
-            activations quantized as they come), `"int4"` (the SLM's blocks in groups of 128; the rest int8).
+        weights: What matrices are stored in: `"fp32"`, `"bf16"` (OpenVINO alone; computed in it, too), `"int8"` (one
+            scale per row, activations quantized as they come), `"int4"` (the SLM's blocks in groups of 128; the rest
+            int8).
         overwrite: Replace what is there.
         progress: Told what is being done.
 
@@ -209,9 +211,12 @@ def export(
         OSError: If something cannot be read or written.
         ValueError: If the result does not answer as the checkpoint does.
     """
-    exported_model = exported_model_class(runtime)
+    check_packages(runtime, *(("nncf",) if weights.startswith("int") else ()))
+    exported_model = exported_model_class()
     if weights not in WEIGHTS:
         raise ValueError(f"There are no weights {weights!r}. Choose one of: {', '.join(WEIGHTS)}.")
+    if runtime == "onnx" and weights == "bf16":
+        raise ValueError("ONNX Runtime has no bf16 on a CPU. Choose fp32, int8 or int4, or --runtime openvino.")
     composite_config(checkpoint)
     progress("loading")
     model = load_model(LLM2SLMForConditionalGeneration, checkpoint, dtype=torch.float32).eval()
@@ -232,12 +237,11 @@ def export(
         with quiet_exporters():
             for name, (graph, sample) in graphs.items():
                 progress(f"exporting {name}")
-                components[name] = openvino_component(graph, sample, weights, is_step=name == "step")
+                components[name] = component(graph, sample, runtime, weights, is_step=name == "step")
         progress("writing")
         exported_model(components, runtime, model.config, model.generation_config).save_pretrained(folder)
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        manifest["llm2slm"] = details
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        manifest = json.dumps({**read_manifest(folder), "llm2slm": details}, indent=2)
+        (folder / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
         copy_processor(checkpoint, folder, report)
         del components
         progress("comparing")
@@ -247,20 +251,21 @@ def export(
     return report
 
 
-def openvino_component(graph: Any, sample: dict[str, Any], weights: str, is_step: bool) -> Any:
+def component(graph: Any, sample: dict[str, Any], runtime: str, weights: str, is_step: bool) -> Any:
     """A module, and a sample of its inputs, as a component of an exported model."""
-    from transformers.exporters import OpenVINOConfig, OpenVINOExporter
+    from transformers.exporters import OnnxConfig, OnnxExporter, OpenVINOConfig, OpenVINOExporter
 
-    quantizer = openvino_quantizer(weights, is_step) if weights.startswith("int") else None
-    config = OpenVINOConfig(dynamic_shapes=dynamic_shapes(sample), quantizer=quantizer)
+    if runtime == "onnx":
+        exporter, config_class, quantizer = OnnxExporter(), OnnxConfig, onnx_quantizer(weights, is_step)
+    else:
+        exporter, config_class, quantizer = OpenVINOExporter(), OpenVINOConfig, openvino_quantizer(weights, is_step)
+    config = config_class(dynamic_shapes=dynamic_shapes(sample), quantizer=quantizer)
     with torch.no_grad():
-        exported = OpenVINOExporter().export(graph, sample, config)
-    return exported.components["model"]
+        return exporter.export(graph, sample, config).components["model"]
 
 
 def dynamic_shapes(inputs: dict[str, Any]) -> dict[str, Any]:
     """Which axes of a graph's inputs vary: rows, and lengths. To name them spares finding out about all others."""
-
     from transformers.exporters.utils import get_leaf_tensors
 
     def vary(tensor: torch.Tensor) -> dict[int, Any]:
@@ -277,39 +282,67 @@ def dynamic_shapes(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def openvino_quantizer(weights: str, is_step: bool) -> Any:
     """int4 only in the step, whose time is that of reading weights; a prompt's is that of arithmetic in int8."""
+    if not weights.startswith("int"):
+        return None
     import nncf
     from transformers.exporters import NNCFOpenVINOQuantizer, NNCFWeightCompressionConfig
 
     if weights == "int8" or not is_step:
         return NNCFOpenVINOQuantizer(NNCFWeightCompressionConfig(mode=nncf.CompressWeightsMode.INT8_SYM))
-    return NNCFOpenVINOQuantizer(
-        NNCFWeightCompressionConfig(
-            mode=nncf.CompressWeightsMode.INT4_SYM,
-            group_size=INT4_GROUP,
-            backup_mode=nncf.BackupMode.INT8_SYM,
-            advanced_parameters=nncf.AdvancedCompressionParameters(
-                group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST
-            ),
-        )
+    return NNCFOpenVINOQuantizer(int4_weights())
+
+
+def onnx_quantizer(weights: str, is_step: bool) -> Any:
+    """As [`openvino_quantizer`], with what ONNX Runtime computes: int8 by its own tools, int4 as `MatMulNBits`."""
+    if not weights.startswith("int"):
+        return None
+    from transformers.exporters import NNCFOnnxQuantizer, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
+
+    if weights == "int8" or not is_step:
+        return OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig(per_channel=True))
+    return NNCFOnnxQuantizer(int4_weights())
+
+
+def int4_weights() -> Any:
+    """int4 in groups; what is sensitive, the head first of all, in int8."""
+    import nncf
+    from transformers.exporters import NNCFWeightCompressionConfig
+
+    return NNCFWeightCompressionConfig(
+        mode=nncf.CompressWeightsMode.INT4_SYM,
+        group_size=INT4_GROUP,
+        backup_mode=nncf.BackupMode.INT8_SYM,
+        advanced_parameters=nncf.AdvancedCompressionParameters(
+            group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST
+        ),
     )
 
 
 def describe(model: LLM2SLMForConditionalGeneration, weights: str) -> dict[str, Any]:
     """What `export.json` says beside what transformers writes: how the graphs are to be run, and what they are of."""
-    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
-    if weights == "bf16":
-        options |= {"INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": "bf16"}
-    if weights.startswith("int"):
-        options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = str(activation_group(model))
+    precision = "bf16" if weights == "bf16" else "f32"
+    options = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": precision,
+        "KV_CACHE_PRECISION": precision,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(activation_group(model) if weights.startswith("int") else 0),
+    }
+    # Between matrices in int8 a prompt's activations lose nothing in bf16, and there are many of them.
+    prompt = options | ({"INFERENCE_PRECISION_HINT": "bf16"} if weights.startswith("int") else {})
     parts = {part.name: part.parameters for part in composite_parts(model)}
     decode = count_parameters(*decoding_modules(model.decoder))
-    return {"weights": weights, "options": options, "parameters": parts, "decode": decode}
+    return {
+        "weights": weights,
+        "options": {"prompt": prompt, "cross": options, "step": options},
+        "parameters": parts,
+        "decode": decode,
+    }
 
 
-def activation_group(model: nn.Module, largest: int = 128) -> int:
-    """So many activations share a scale: the largest power of two that divides all rows of all matrices."""
-    widths = [module.weight.shape[-1] for module in model.modules() if isinstance(module, nn.Linear)]
-    return gcd(largest, *widths)
+def activation_group(model: nn.Module) -> int:
+    """So many activations share a scale: the largest power of two up to 256 that divides the rows of all matrices."""
+    widths = [module.in_features for module in model.modules() if isinstance(module, nn.Linear)]
+    return gcd(256, *widths, *(module.nx for module in model.modules() if isinstance(module, Conv1D)))
 
 
 def embeddings_of(slm: Any, weights: str) -> torch.Tensor:
@@ -336,15 +369,10 @@ def answer_logits(model: Any) -> torch.Tensor:
 @contextmanager
 def quiet_exporters() -> Iterator[None]:
     """Without notes on versions and shapes, which are ours to look after, and tables of what was quantized."""
-    with suppress(ImportError):
-        import nncf  # noqa: F401 - sets its logger up
-    loggers = [logging.getLogger(name) for name in ("transformers.exporters", "nncf")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(action="ignore"), redirect_stdout(StringIO()):
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)

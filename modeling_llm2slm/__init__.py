@@ -4,6 +4,8 @@ LLM-to-SLM for transformers: a large frozen language model reads the prompt once
 Importing this package registers config, model and processor with transformers' Auto classes.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoProcessor
 
 from .configuration_llm2slm import LLM2SLMConfig
@@ -14,6 +16,9 @@ from .optimization import parameter_groups
 from .processing_llm2slm import LLM2SLMProcessor
 
 
+if TYPE_CHECKING:
+    from .exported import ExportedLLM2SLM
+
 AutoConfig.register(LLM2SLMConfig.model_type, LLM2SLMConfig)
 AutoModelForSeq2SeqLM.register(LLM2SLMConfig, LLM2SLMForConditionalGeneration)
 AutoProcessor.register(LLM2SLMConfig, LLM2SLMProcessor)
@@ -22,8 +27,19 @@ LLM2SLMConfig.register_for_auto_class()
 LLM2SLMForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
 LLM2SLMProcessor.register_for_auto_class()
 
+
+def __getattr__(name: str) -> Any:
+    """What few need is imported when it is asked for."""
+    if name == "ExportedLLM2SLM":
+        from .exported import ExportedLLM2SLM
+
+        return ExportedLLM2SLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "DataCollatorForLLM2SLM",
+    "ExportedLLM2SLM",
     "LLM2SLMConfig",
     "LLM2SLMForConditionalGeneration",
     "LLM2SLMProcessor",

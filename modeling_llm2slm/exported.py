@@ -9,7 +9,6 @@ Shapes: batch B, prompt length N, width d_slm.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,15 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 
-from .cache_llm2slm import mask_and_positions
 from .configuration_llm2slm import LLM2SLMConfig
 from .generation_llm2slm import LLM2SLMGenerationMixin
-from .graphs import MANIFEST, is_exported, load_graphs
+from .graphs import MANIFEST, is_exported, load_graphs, read_manifest
 from .modeling_llm2slm import LLM2SLMEncoder
 from .prompt_llm2slm import PromptStates, as_prompt_states, padding_to, reorder
 
 
 EMBEDDINGS = "embeddings.safetensors"
+MASK_AHEAD = 256  # a mask is made for so many tokens more than there are
 
 
 class ExportedEncoder:
@@ -92,9 +91,9 @@ class ExportedCache:
     def __init__(self, state: Any, repeats: int = 1):
         self.state = state
         self.repeats = repeats
-        self.prompt_length = 0  # N once the SLM has read the prompt
-        self.prompt_mask: torch.Tensor | None = None
+        self.prompt_mask: torch.Tensor | None = None  # (B, N) once the SLM has read the prompt
         self.answer_length = 0
+        self._mask: torch.Tensor | None = None  # the prompt's, and ones for an answer to come
         self.cross: dict[str, torch.Tensor] = {}  # of an encoder-decoder SLM: keys and values of the prompt
         self.rows: torch.Tensor | None = None  # which row of the state each row of the next step goes on from
 
@@ -105,6 +104,23 @@ class ExportedCache:
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Let each row go on from another one, in the next step."""
         self.rows = beam_idx if self.rows is None else self.rows[beam_idx]
+
+    def mask_and_positions(self, new: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        For a decoder-only SLM: the mask over prompt and answer, and the positions of the `new` last of them. With few
+        operations: after a step, which reads all weights, nothing that they need is in the processor's caches.
+        """
+        assert self.prompt_mask is not None
+        rows, prompt_length = self.prompt_mask.shape
+        begins = self.answer_length == 0
+        width = new if begins else prompt_length + self.answer_length + new
+        if self._mask is None or len(self._mask) != rows or self._mask.shape[1] < width:
+            self._mask = torch.cat([self.prompt_mask, self.prompt_mask.new_ones(rows, width + MASK_AHEAD)], dim=1)
+            self._prompt_lengths = self.prompt_mask.sum(-1, keepdim=True)
+        mask = self._mask[:, :width]
+        if begins:
+            return mask, (mask.cumsum(-1) - 1).clamp(min=0)
+        return mask, self._prompt_lengths + torch.arange(self.answer_length, self.answer_length + new)
 
     def run(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Read more, and return the logits `(B, 1, vocabulary)` of what follows."""
@@ -174,12 +190,12 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
         path = Path(path)
         if not is_exported(path):
             raise OSError(f"{path} is not an exported model: it has no {MANIFEST} that `llm2slm export` wrote.")
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_manifest(path)
         details = {"runtime": manifest["export_format"], **manifest["llm2slm"]}
         return cls(
             LLM2SLMConfig.from_pretrained(path),
             GenerationConfig.from_pretrained(path),
-            load_graphs(path, details),
+            load_graphs(path, manifest),
             load_file(path / EMBEDDINGS)["weight"],
             details,
         )
@@ -261,10 +277,9 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
     ) -> torch.Tensor:
         """A decoder-only SLM reads `[P ; E(start, answer)]`, or what follows."""
         assert cache.prompt_mask is not None
-        mask, position_ids = mask_and_positions(cache.prompt_mask, None, embeds.shape[1], cache)  # type: ignore[arg-type]
         if prompt is not None:
             embeds = torch.cat([prompt, embeds], dim=1)
-            cache.prompt_length = prompt.shape[1]
+        mask, position_ids = cache.mask_and_positions(embeds.shape[1])
         return cache.run({"inputs_embeds": embeds, "attention_mask": mask, "position_ids": position_ids})
 
     def _read_across(self, prompt: torch.Tensor | None, embeds: torch.Tensor, cache: ExportedCache) -> torch.Tensor:
@@ -338,19 +353,18 @@ def check_supported(generation_config: GenerationConfig, model_kwargs: dict[str,
         "cache_implementation": "the runtime holds keys and values itself",
         "is_assistant": "what its graph has read stays read",
     }
-    wanted = {name: getattr(generation_config, name, None) for name in reasons}
+    wanted = [name for name in reasons if getattr(generation_config, name, None)]
     reasons |= {
+        "use_cache=False": "its graph reads no token twice",
         "llm_hidden_states": "the LLM is part of the graph that reads prompts",
         "decoder_attention_mask": "all answers of a batch have one length",
     }
-    given = {"decoder_attention_mask": model_kwargs.get("decoder_attention_mask")}
-    wanted |= {"llm_hidden_states": model_kwargs.get("llm_hidden_states") is not None}
-    wanted |= {name: mask is not None and not bool(mask.all()) for name, mask in given.items()}
-    for name, value in wanted.items():
-        if value:
-            raise ValueError(f"`{name}` is not supported by an exported model: {reasons[name]}. Leave it out.")
-    if generation_config.use_cache is False:
-        raise ValueError("`use_cache=False` is not supported by an exported model. Leave it out.")
+    mask = model_kwargs.get("decoder_attention_mask")
+    wanted += ["use_cache=False"] if generation_config.use_cache is False else []
+    wanted += ["llm_hidden_states"] if model_kwargs.get("llm_hidden_states") is not None else []
+    wanted += ["decoder_attention_mask"] if mask is not None and not bool(mask.all()) else []
+    if wanted:
+        raise ValueError(f"`{wanted[0]}` is not supported by an exported model: {reasons[wanted[0]]}. Leave it out.")
 
 
 __all__ = ["ExportedCache", "ExportedEncoder", "ExportedLLM2SLM"]

@@ -9,51 +9,83 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicCache
 
 
 NEEDS = "5.23"  # the first transformers with transformers.exporters.ExportedModel
 MANIFEST = "export.json"  # transformers' own; what this package adds to it is under "llm2slm"
-PACKAGES = {"openvino": ("openvino", "nncf"), "onnx": ("onnxruntime", "onnxscript")}
+PACKAGES = {"openvino": ("openvino",), "onnx": ("onnx", "onnxruntime", "onnxscript")}
 
 
 def is_exported(path: str | Path) -> bool:
     """Whether a folder is what `llm2slm export` wrote."""
+    return (Path(path) / MANIFEST).is_file() and "llm2slm" in read_manifest(path)
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """What `export.json` says; `OSError` if it is no JSON."""
     file = Path(path) / MANIFEST
-    return file.is_file() and "llm2slm" in json.loads(file.read_text(encoding="utf-8"))
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise OSError(f"{file} is damaged: {error}") from error
 
 
-def exported_model_class(runtime: str) -> Any:
-    """
-    Transformers' class of exported models.
-
-    Raises:
-        ValueError: If there is no such runtime.
-        ImportError: If transformers is too old for it, or its packages are not installed.
-    """
+def check_packages(runtime: str, *packages: str) -> None:
+    """Raise `ValueError` if there is no such runtime, and `ImportError` if what it needs is not installed."""
     if runtime not in PACKAGES:
         raise ValueError(f"There is no runtime {runtime!r}. Choose one of: {', '.join(PACKAGES)}.")
-    for package in PACKAGES[runtime]:
+    for package in (*PACKAGES[runtime], *packages):
         try:
             version(package)
         except PackageNotFoundError as error:
             raise ImportError(f"{package} is not installed. Try: pip install 'modeling-llm2slm[{runtime}]'") from error
+
+
+def exported_model_class() -> Any:
+    """
+    Transformers' class of exported models, which writes all of them and runs those of ONNX Runtime.
+
+    Raises:
+        ImportError: If transformers is too old to have it.
+    """
     try:
         from transformers.exporters import ExportedModel
     except ImportError as error:
         raise ImportError(
-            f"Exported models need transformers {NEEDS} or newer, and {version('transformers')} is installed. "
+            f"This needs transformers {NEEDS} or newer, and {version('transformers')} is installed. "
             f"Try: pip install 'transformers>={NEEDS}'"
         ) from error
     return ExportedModel
 
 
-def load_graphs(path: Path, details: dict[str, Any]) -> dict[str, Any]:
-    """The graphs in a folder by name, ready to run on `torch.get_num_threads()` threads."""
-    runtime = details["runtime"]
-    exported_model = exported_model_class(runtime)
-    config = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1, **details["options"]}
-    runners = exported_model.from_pretrained(path, device="cpu", config=config).runners
-    return {name: OpenVINOGraph(runner.compiled_model) for name, runner in runners.items()}
+def load_graphs(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The graphs in a folder by name, as its manifest lists them, on `torch.get_num_threads()` threads."""
+    runtime = manifest["export_format"]
+    check_packages(runtime)
+    return (_load_openvino if runtime == "openvino" else _load_onnx)(path, manifest)
+
+
+def _load_openvino(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    import openvino
+
+    # Not by transformers' runner, which has one configuration for all graphs: each has a precision of its own.
+    core, threads = openvino.Core(), {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1}
+    options = manifest["llm2slm"]["options"]
+    return {
+        name: OpenVINOGraph(core.compile_model(path / component["file"], "CPU", threads | options[name]))
+        for name, component in manifest["components"].items()
+    }
+
+
+def _load_onnx(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    exported_model = exported_model_class()
+    from onnxruntime import SessionOptions
+
+    session_options = SessionOptions()
+    session_options.intra_op_num_threads = torch.get_num_threads()
+    exported = exported_model.from_pretrained(path, device="cpu", session_options=session_options)
+    return {name: ONNXGraph(runner) for name, runner in exported.runners.items()}
 
 
 class OpenVINOGraph:
@@ -89,11 +121,49 @@ class OpenVINOState:
             rows: Which row of the state each row of the inputs goes on from; None: the same.
         """
         if rows is None:
-            rows = torch.arange(len(inputs["inputs_embeds"]))
-        outputs = self._request.infer(
-            _feed({**inputs, "beam_idx": rows.int()}), share_inputs=True, share_outputs=False
-        )
+            rows = torch.arange(len(inputs["inputs_embeds"]), dtype=torch.int32)
+        feed = _feed({**inputs, "beam_idx": rows.int()})
+        outputs = self._request.infer(feed, share_inputs=True, share_outputs=False)
         return torch.from_numpy(outputs["logits"])
+
+
+class ONNXGraph:
+    """A session of ONNX Runtime, which threads may run at once."""
+
+    def __init__(self, runner: Any):
+        self._runner = runner
+
+    def run(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """All outputs by name, for inputs by name."""
+        return self._runner(**inputs)
+
+    def new_state(self) -> ONNXState:
+        return ONNXState(self._runner)
+
+
+class ONNXState:
+    """Keys and values, which go into the graph and come out longer."""
+
+    def __init__(self, runner: Any):
+        self._runner = runner
+        self._cache: DynamicCache | None = None
+
+    def run(self, inputs: dict[str, torch.Tensor], rows: torch.Tensor | None) -> torch.Tensor:
+        """As of [`OpenVINOState`]."""
+        if self._cache is None:
+            self._cache = self._empty(len(inputs["inputs_embeds"]))
+        elif rows is not None:
+            self._cache.batch_select_indices(rows)
+        outputs = self._runner(**inputs, past_key_values=self._cache)
+        self._cache = outputs["past_key_values"]
+        return outputs["logits"]
+
+    def _empty(self, rows: int) -> DynamicCache:
+        """No keys and values, in the shapes that the graph was traced with."""
+        inputs = self._runner.session.get_inputs()
+        shapes = [spec.shape for spec in inputs if spec.name.endswith((".keys", ".values"))]
+        tensors = [torch.zeros(rows, heads, 0, width) for _, heads, _, width in shapes]
+        return DynamicCache(list(zip(tensors[::2], tensors[1::2], strict=True)))
 
 
 def _feed(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -26,13 +26,14 @@ from common import (
 )
 from modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from modeling_llm2slm.conversion import export
+from modeling_llm2slm.graphs import PACKAGES
 
 
-def needs(*packages: str) -> None:
-    """Skip where a package, or transformers' exported models, are missing."""
-    for package in (*packages, "nncf"):
+def needs(runtime: str) -> None:
+    """Skip where the packages of a runtime, or transformers' exported models, are missing."""
+    for package in (*PACKAGES[runtime], "nncf"):
         if importlib.util.find_spec(package) is None:
-            pytest.skip(f"needs {package}: pip install 'modeling-llm2slm[openvino,onnx]'")
+            pytest.skip(f"needs {package}: pip install 'modeling-llm2slm[{runtime}]'")
     if importlib.util.find_spec("transformers.exporters.metadata") is None:
         pytest.skip("needs transformers 5.23, the first with exported models")
 
@@ -60,14 +61,16 @@ def checkpoint(slm: str, fusion: str, folder: Path) -> Path:
     return folder
 
 
-def exported_folder(tmp_path_factory: Any, slm: str, fusion: str, weights: str = "fp32", to: str = "openvino") -> Path:
+def exported_folder(
+    tmp_path_factory: Any, slm: str, fusion: str, weights: str = "fp32", runtime: str = "openvino"
+) -> Path:
     """What the exported composite is in, not to be changed."""
     shared = tmp_path_factory.getbasetemp().parent if _in_worker() else tmp_path_factory.getbasetemp()
-    folder = shared / f"{to}-{slm}-{fusion}-{weights}"
+    folder = shared / f"{runtime}-{slm}-{fusion}-{weights}"
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             source = checkpoint(slm, fusion, tmp_path_factory.mktemp("source"))
-            export(source, folder, runtime=to, weights=weights)
+            export(source, folder, runtime=runtime, weights=weights)
     return folder
 
 

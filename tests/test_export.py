@@ -76,10 +76,8 @@ def test_weights_are_stored_once(source, folder) -> None:
 @pytest.fixture
 def traced(folder, monkeypatch) -> None:
     """Graphs are those of the exported folder: to make them anew takes seconds."""
-    components = exported_model_class("openvino").from_pretrained(folder).components
-    monkeypatch.setattr(
-        MODULE, "openvino_component", lambda graph, *_, is_step: components["step" if is_step else "prompt"]
-    )
+    components = exported_model_class().from_pretrained(folder).components
+    monkeypatch.setattr(MODULE, "component", lambda graph, *_, is_step: components["step" if is_step else "prompt"])
 
 
 @pytest.mark.usefixtures("traced")
@@ -106,17 +104,23 @@ def test_a_result_that_differs_is_not_put_in_place(source, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("weights", "part"), [("bf16", 0.75), ("int8", 0.5), ("int4", 0.5)])
-def test_smaller_weights(source, folder, tmp_path_factory, weights, part, capfd) -> None:
-    small = exported_folder(tmp_path_factory, *KIND, weights)
-    assert "bitwidth" not in capfd.readouterr().out
-    sizes = [sum(file.stat().st_size for file in place.glob("*.bin")) for place in (small, folder)]
+@pytest.mark.parametrize(
+    ("runtime", "weights", "part"),
+    [("openvino", "bf16", 0.75), ("openvino", "int8", 0.5), ("openvino", "int4", 0.5), ("onnx", "int8", 0.7)],
+)
+def test_smaller_weights(source, folder, tmp_path_factory, runtime, weights, part, capfd) -> None:
+    needs(runtime)
+    small = exported_folder(tmp_path_factory, *KIND, weights, runtime)
+    assert not capfd.readouterr().out
+    sizes = [
+        sum(file.stat().st_size for file in place.glob("*") if file.suffix in (".bin", ".data"))
+        for place in (small, folder)
+    ]
     assert sizes[0] < part * sizes[1]
     text_to_text = TextToText.from_pretrained(small)
     assert {part.dtype for part in text_to_text.parts()} == {weights}
-    assert text_to_text.generate(TEXTS, max_new_tokens=8) == TextToText.from_pretrained(source).generate(
-        TEXTS, max_new_tokens=8
-    )
+    expected = TextToText.from_pretrained(source).generate(TEXTS, max_new_tokens=8)
+    assert text_to_text.generate(TEXTS, max_new_tokens=8) == expected
 
 
 def test_what_is_wrong_takes_one_sentence(source, tmp_path, capsys) -> None:
@@ -127,6 +131,8 @@ def test_what_is_wrong_takes_one_sentence(source, tmp_path, capsys) -> None:
     T5ForConditionalGeneration(t5_config()).save_pretrained(tmp_path / "t5")
     assert run("export", tmp_path / "t5", tmp_path / "e") == 1
     assert "is a t5 model, not a composite" in capsys.readouterr().err
+    assert run("export", source, tmp_path / "e", "--runtime", "onnx", "--weights", "bf16") == 1
+    assert "has no bf16" in capsys.readouterr().err
     assert not (tmp_path / "e").exists()
 
 
@@ -146,7 +152,7 @@ def test_a_missing_package_names_its_extra(tmp_path, monkeypatch, capsys) -> Non
 def test_an_older_transformers_names_the_version(source, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "transformers.exporters", None)
     assert run("export", source, tmp_path / "e") == 1
-    assert "need transformers 5.23 or newer" in capsys.readouterr().err
+    assert "needs transformers 5.23 or newer" in capsys.readouterr().err
 
 
 def test_an_exported_model_stays_what_it_is(folder, tmp_path) -> None:
@@ -162,6 +168,9 @@ def test_an_exported_model_stays_what_it_is(folder, tmp_path) -> None:
     broken = shutil.copytree(folder, tmp_path / "broken")
     (broken / "openvino_step.bin").unlink()
     with pytest.raises(OSError, match="cannot be loaded"):
+        TextToText.from_pretrained(broken)
+    (broken / "export.json").write_text("{")
+    with pytest.raises(OSError, match="export.json is damaged"):
         TextToText.from_pretrained(broken)
 
 

@@ -11,8 +11,7 @@ from exports import exported_folder, learned, needs
 from transformers import GenerationConfig
 
 from common import END, PROMPTS, check_answers_say_something, pad_prompts, strip_padding
-from modeling_llm2slm import LLM2SLMForConditionalGeneration
-from modeling_llm2slm.exported import ExportedLLM2SLM
+from modeling_llm2slm import ExportedLLM2SLM, LLM2SLMForConditionalGeneration
 
 
 KINDS = (("gpt2", "add_shared"), ("t5", "replace"))
@@ -39,9 +38,10 @@ class Pair:
         return both
 
 
-def pair_of(tmp_path_factory: Any, slm: str, fusion: str) -> Pair:
-    needs("openvino")
-    return Pair(learned(slm, fusion), ExportedLLM2SLM.from_pretrained(exported_folder(tmp_path_factory, slm, fusion)))
+def pair_of(tmp_path_factory: Any, slm: str, fusion: str, runtime: str = "openvino") -> Pair:
+    needs(runtime)
+    folder = exported_folder(tmp_path_factory, slm, fusion, runtime=runtime)
+    return Pair(learned(slm, fusion), ExportedLLM2SLM.from_pretrained(folder))
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind[0])
@@ -76,6 +76,18 @@ def test_all_strategies_give_the_tokens_of_pytorch(pair) -> None:
 @pytest.mark.parametrize(("slm", "fusion"), SLOW_KINDS)
 def test_other_families(tmp_path_factory, slm, fusion) -> None:
     check_strategies(pair_of(tmp_path_factory, slm, fusion))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("slm", "fusion"), KINDS)
+def test_onnx_runtime(tmp_path_factory, slm, fusion) -> None:
+    pair = pair_of(tmp_path_factory, slm, fusion, "onnx")
+    check_strategies(pair)
+    assert pair.exported.details["runtime"] == "onnx"
+    for graph in pair.exported._graphs.values():
+        assert graph._runner.session.get_session_options().intra_op_num_threads == torch.get_num_threads()
+    test_an_answer_goes_on_from_its_cache(pair)
+    test_two_threads_get_their_own_answers(pair)
 
 
 def test_a_prompt_alone_and_in_a_batch_and_without_a_mask(pair) -> None:
