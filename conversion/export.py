@@ -329,6 +329,8 @@ def describe(model: LLM2SLMForConditionalGeneration, weights: str) -> dict[str, 
     }
     # Between matrices in int8 a prompt's activations lose nothing in bf16, and there are many of them.
     prompt = options | ({"INFERENCE_PRECISION_HINT": "bf16"} if weights.startswith("int") else {})
+    if weights == "int4":  # a group of activations that is larger than one of weights takes a slower path
+        options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = str(gcd(activation_group(model), INT4_GROUP))
     parts = {part.name: part.parameters for part in composite_parts(model)}
     decode = count_parameters(*decoding_modules(model.decoder))
     return {
