@@ -92,7 +92,8 @@ def _to_nf4(llm: nn.Module) -> None:
     linears = [(name, module) for name, module in llm.named_modules() if isinstance(module, nn.Linear)]
     for name, linear in linears:
         parent, _, last = name.rpartition(".")
-        if last in kept or linear.out_features % 32:  # the CPU's kernel wants blocks of rows
+        # The CPU's kernel wants blocks of rows, and is wrong where a block of 64 weights is not of one row.
+        if last in kept or linear.out_features % 32 or linear.in_features % 64:
             continue
         weight = linear.weight.data
         quantized = Linear4bit(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from checkpoints import write_pairs
 from common import PROMPTS, gpt2_config, llm_tokenizer, make_labels, pad_prompts, slm_tokenizer, t5_config
@@ -28,8 +29,18 @@ def needs(to: str) -> None:
 
 def make_model(**overrides: Any) -> LLM2SLMForConditionalGeneration:
     torch.manual_seed(0)
-    llm = t5_config(d_model=64, d_kv=32, d_ff=128, num_heads=2)
-    return LLM2SLMForConditionalGeneration(LLM2SLMConfig(encoder=llm, decoder=gpt2_config(), **overrides)).eval()
+    llm, slm = t5_config(d_model=64, d_kv=32, d_ff=128, num_heads=2), gpt2_config(n_embd=64)
+    return LLM2SLMForConditionalGeneration(LLM2SLMConfig(encoder=llm, decoder=slm, **overrides)).eval()
+
+
+def test_rows_that_are_no_whole_blocks_stay_as_they_are() -> None:
+    """The kernel of a CPU is wrong there by a multiple of what NF4 rounds."""
+    needs("nf4")
+    model = make_model()
+    model.decoder.narrow = nn.Sequential(nn.Linear(32, 96), nn.Linear(96, 64), nn.Linear(64, 32))
+    quantize(model, "nf4")
+    kinds = [type(layer).__name__ for layer in model.decoder.narrow]
+    assert kinds == ["Linear", "Linear", "Linear4bit"]
 
 
 @pytest.mark.parametrize(("to", "error", "part"), [("int8", 0.03, 0.5), ("nf4", 0.25, 0.7)])
@@ -55,13 +66,14 @@ def test_a_gpt2_of_linear_layers_is_the_same() -> None:
     torch.testing.assert_close(model(**batch).logits, whole(**batch).logits)
 
 
-@pytest.mark.parametrize(("to", "error", "part"), [("int8", 0.05, 0.5), ("nf4", 0.4, 0.8)])
+@pytest.mark.parametrize(("to", "error", "part"), [("int8", 0.05, 0.5), ("nf4", 0.5, 0.5)])
 def test_a_model_that_answers_is_quantized_as_a_whole(to: str, error: float, part: float) -> None:
     needs(to)
     model, whole = make_model(), make_model()
     quantize(model, to)
     batch = {**pad_prompts(PROMPTS), "labels": make_labels()}
-    logits, expected = model(**batch).logits, whole(**batch).logits
+    with torch.no_grad():
+        logits, expected = model(**batch).logits, whole(**batch).logits
     assert 0 < float((logits - expected).norm() / expected.norm()) < error
     blocks, before = model.decoder.transformer.h, whole.decoder.transformer.h
     assert nbytes(blocks) < part * nbytes(before)
