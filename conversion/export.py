@@ -211,12 +211,12 @@ def export(
         OSError: If something cannot be read or written.
         ValueError: If the result does not answer as the checkpoint does.
     """
-    check_packages(runtime, *(("nncf",) if weights.startswith("int") else ()))
-    exported_model = exported_model_class()
     if weights not in WEIGHTS:
         raise ValueError(f"There are no weights {weights!r}. Choose one of: {', '.join(WEIGHTS)}.")
     if runtime == "onnx" and weights == "bf16":
         raise ValueError("ONNX Runtime has no bf16 on a CPU. Choose fp32, int8 or int4, or --runtime openvino.")
+    check_packages(runtime, *(("nncf",) if weights.startswith("int") else ()))
+    exported_model = exported_model_class()
     composite_config(checkpoint)
     progress("loading")
     model = load_model(LLM2SLMForConditionalGeneration, checkpoint, dtype=torch.float32).eval()

@@ -64,7 +64,7 @@ def with_linear_layers(module: nn.Module) -> None:
     for parent in list(module.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, Conv1D):
-                linear = nn.Linear(*layer.weight.shape, device="meta")
+                linear = nn.Linear(layer.weight.shape[0], layer.weight.shape[1], device="meta")
                 linear.weight = nn.Parameter(layer.weight.data.T.contiguous(), layer.weight.requires_grad)
                 linear.bias = layer.bias
                 setattr(parent, name, linear)
