@@ -255,6 +255,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/multi30k"))
     parser.add_argument("--demo", type=Path, help="the folder of a demonstration; none: leave it out")
     parser.add_argument("--profile", action="store_true", help="only time the parts at T5-large with T5-small sizes")
+    parser.add_argument("--bfloat16", action="store_true", help="only T5-large with T5-small sizes, in bfloat16")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "assisted.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -266,6 +267,15 @@ def main() -> None:
         print(json.dumps(result, indent=2))
         return
     llm, assistant, batches = multi30k(arguments.data, arguments.runs)
+    if arguments.bfloat16:
+        accepted = rounds_of(llm, assistant, batches["test"][:VALIDATION_PROMPTS], 3)
+        llm, assistant, batch = sized_models()
+        models = llm.to(torch.bfloat16), assistant.to(torch.bfloat16), batch
+        result = {**at_real_sizes(models, accepted, 3, repeats=3), "threads": 1, "versions": versions()}
+        with write_aside(arguments.output.with_name("assisted-bfloat16.json")) as temporary:
+            temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        print(json.dumps(result, indent=2))
+        return
     result = {"Multi30k": measure(llm, assistant, batches)}
 
     # The length of a draft is chosen on the validation split once more, as real sizes have other costs.
