@@ -821,10 +821,9 @@ def evaluate(
 
 def _write_json(output: Path | None, result: dict[str, Any]) -> None:
     if output is not None:
-        from modeling_llm2slm.data import write_aside
+        from modeling_llm2slm.data import write_json
 
-        with write_aside(output) as temporary:
-            temporary.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(output, result)
 
 
 def _print_comparison(result: dict[str, Any]) -> None:

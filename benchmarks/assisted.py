@@ -30,7 +30,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, 
 from demo import corpus
 from demo.llm import LLM as DEMO_LLM
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
-from modeling_llm2slm.data import load_pairs, versions, write_aside
+from modeling_llm2slm.data import load_pairs, versions, write_json
 
 
 ROOT = Path(__file__).parents[1]
@@ -259,25 +259,40 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "assisted.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    result: dict[str, Any]
+    output, result = arguments.output, {"threads": 1, "versions": versions()}
     if arguments.profile:
-        result = {"profile": profile(sized_models()), "threads": torch.get_num_threads(), "versions": versions()}
-        with write_aside(arguments.output.with_name("assisted-profile.json")) as temporary:
-            temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        print(json.dumps(result, indent=2))
-        return
-    llm, assistant, batches = multi30k(arguments.data, arguments.runs)
-    if arguments.bfloat16:
-        accepted = rounds_of(llm, assistant, batches["test"][:VALIDATION_PROMPTS], 3)
-        llm, assistant, batch = sized_models()
-        models = llm.to(torch.bfloat16), assistant.to(torch.bfloat16), batch
-        result = {**at_real_sizes(models, accepted, 3, repeats=3), "threads": 1, "versions": versions()}
-        with write_aside(arguments.output.with_name("assisted-bfloat16.json")) as temporary:
-            temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        print(json.dumps(result, indent=2))
-        return
-    result = {"Multi30k": measure(llm, assistant, batches)}
+        output = output.with_name("assisted-profile.json")
+        result = profiles() | result
+    elif arguments.bfloat16:
+        output = output.with_name("assisted-bfloat16.json")
+        result = in_bfloat16(*multi30k(arguments.data, arguments.runs)) | result
+    else:
+        result = everything(arguments.demo, *multi30k(arguments.data, arguments.runs)) | result
+    write_json(output, result)
+    print(json.dumps(result, indent=2))
 
+
+def profiles() -> dict[str, Any]:
+    """The profile in each dtype."""
+    llm, assistant, batch = sized_models()
+    return {
+        str(dtype).removeprefix("torch."): profile((llm.to(dtype), assistant.to(dtype), batch))
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+
+
+def in_bfloat16(llm: PreTrainedModel, assistant: Any, batches: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The real sizes in bfloat16, with drafts of three tokens, none other tried, accepted as on test prompts."""
+    accepted = rounds_of(llm, assistant, batches["test"][:VALIDATION_PROMPTS], 3)
+    llm, assistant, batch = sized_models()
+    return at_real_sizes((llm.to(torch.bfloat16), assistant.to(torch.bfloat16), batch), accepted, 3, repeats=3)
+
+
+def everything(
+    demo: Path | None, llm: PreTrainedModel, assistant: Any, batches: dict[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
+    """The trained models, and the real sizes in float32."""
+    result: dict[str, Any] = {"Multi30k": measure(llm, assistant, batches)}
     # The length of a draft is chosen on the validation split once more, as real sizes have other costs.
     models = sized_models()
     chosen = {
@@ -289,12 +304,9 @@ def main() -> None:
         "validation": list(chosen.values()),
         "test": at_real_sizes(models, rounds_of(llm, assistant, batches["test"], best), best, SIZED_REPEATS),
     }
-    if arguments.demo:
-        result["demonstration"] = measure(*demonstration(arguments.demo))
-    result |= {"threads": torch.get_num_threads(), "versions": versions()}
-    with write_aside(arguments.output) as temporary:
-        temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
+    if demo:
+        result["demonstration"] = measure(*demonstration(demo))
+    return result
 
 
 if __name__ == "__main__":

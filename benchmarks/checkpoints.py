@@ -210,11 +210,12 @@ def main() -> None:
         print(json.dumps(load(*arguments) if function == "load" else compose(*arguments)))
         return
     measure = measure_sizes if args.what == "sizes" else measure_compose
-    text = json.dumps(measure(args.preset or PRESETS[args.what]), indent=2)
-    print(text)
+    report = measure(args.preset or PRESETS[args.what])
+    print(json.dumps(report, indent=2))
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n", encoding="utf-8")
+        from modeling_llm2slm.data import write_json
+
+        write_json(args.output, report)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
 from modeling_llm2slm.configuration_llm2slm import llm_sizes
+from modeling_llm2slm.data import write_json
 from modeling_llm2slm.state_store import StateStore, StateWriter, StoreDescription
 
 
@@ -116,11 +117,9 @@ def main() -> None:
         "transformers": transformers.__version__,
         "machine": platform.machine(),
     }
-    text = json.dumps(report, indent=2)
-    print(text)
+    print(json.dumps(report, indent=2))
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n", encoding="utf-8")
+        write_json(args.output, report)
 
 
 if __name__ == "__main__":

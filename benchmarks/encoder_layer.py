@@ -21,7 +21,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration as Model
-from modeling_llm2slm.data import versions, write_aside
+from modeling_llm2slm.data import versions, write_json
 
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "results" / "encoder-layer.json"
@@ -78,8 +78,7 @@ def main() -> None:
         ],
         "versions": versions(),
     }
-    with write_aside(arguments.output) as temporary:
-        temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(arguments.output, result)
     print(json.dumps(result["rows"], indent=2))
 
 

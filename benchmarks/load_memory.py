@@ -81,11 +81,12 @@ def main() -> None:
     if args.folder:
         print(json.dumps(load(args.folder, json.loads(args.kwargs))))
         return
-    text = json.dumps(measure(args.preset), indent=2)
-    print(text)
+    report = measure(args.preset)
+    print(json.dumps(report, indent=2))
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n", encoding="utf-8")
+        from modeling_llm2slm.data import write_json
+
+        write_json(args.output, report)
 
 
 if __name__ == "__main__":

@@ -96,11 +96,12 @@ def main() -> None:
         command = [sys.executable, __file__, "--folder", folder, *sizes]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     sizes_of = {"batch": args.batch, "prompt": args.prompt, "answer": args.answer}
-    text = json.dumps({"preset": args.preset, **sizes_of, **json.loads(output.splitlines()[-1])}, indent=2)
-    print(text)
+    report = {"preset": args.preset, **sizes_of, **json.loads(output.splitlines()[-1])}
+    print(json.dumps(report, indent=2))
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n", encoding="utf-8")
+        from modeling_llm2slm.data import write_json
+
+        write_json(args.output, report)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from modeling_llm2slm.building import build
-from modeling_llm2slm.data import load_pairs, train_tokenizer, write_aside
+from modeling_llm2slm.data import load_pairs, train_tokenizer, write_aside, write_json
 from modeling_llm2slm.evaluation import evaluate, time_answers
 from modeling_llm2slm.text_to_text import TextToText
 from modeling_llm2slm.training import load_recipe, train
@@ -101,8 +101,7 @@ def main() -> None:
         _run_stage(name, runs / name, stages[name])
     if not arguments.only:
         result = _compare(data, runs)
-        with write_aside(arguments.output) as temporary:
-            temporary.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(arguments.output, result)
         _print(result)
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5EncoderModel
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
+from modeling_llm2slm.data import write_json
 from modeling_llm2slm.parts_llm2slm import rms
 
 
@@ -67,11 +68,9 @@ def main() -> None:
         for states_rms in (0.05, 1.0, 20.0)
         for embedding_rms in (0.02, 0.14)
     ]
-    text = json.dumps(rows, indent=2)
-    print(text)
+    print(json.dumps(rows, indent=2))
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n", encoding="utf-8")
+        write_json(args.output, rows)
 
 
 if __name__ == "__main__":

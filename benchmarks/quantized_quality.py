@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from modeling_llm2slm.conversion import export
-from modeling_llm2slm.data import load_pairs, versions
+from modeling_llm2slm.data import load_pairs, versions, write_json
 from modeling_llm2slm.evaluation import score_and_sign
 from modeling_llm2slm.text_to_text import TextToText
 
@@ -79,10 +79,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    text = json.dumps(measure(arguments), indent=2, ensure_ascii=False)
-    print(text)
+    result = measure(arguments)
+    print(json.dumps(result, indent=2))
     if arguments.output:
-        arguments.output.write_text(text + "\n", encoding="utf-8")
+        write_json(arguments.output, result)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from demo import corpus
-from modeling_llm2slm.data import versions, write_aside
+from modeling_llm2slm.data import versions, write_json
 
 
 ROOT = Path(__file__).parents[1]
@@ -130,8 +130,7 @@ def main() -> None:
     }
     tokens = [answer.tokens for answer in answers[1, 1]]
     result |= {"tokens_per_answer": statistics.mean(tokens), "cores": os.cpu_count(), "versions": versions()}
-    with write_aside(arguments.output) as temporary:
-        temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(arguments.output, result)
     print(json.dumps(result, indent=2))
 
 

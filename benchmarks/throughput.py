@@ -13,7 +13,6 @@ same answers.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 
 from modeling_llm2slm.answer_file import answer_file
-from modeling_llm2slm.data import load_prompts, versions, write_aside
+from modeling_llm2slm.data import load_prompts, versions, write_json
 from modeling_llm2slm.text_to_text import TextToText
 from modeling_llm2slm.throughput import BatchLimits
 
@@ -126,8 +125,7 @@ def main() -> None:
     }
     result |= measure(arguments.model, data, arguments.limit)
     result |= {"cores": len(os.sched_getaffinity(0)), "note": arguments.note, "versions": versions()}
-    with write_aside(arguments.output) as temporary:
-        temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(arguments.output, result)
 
 
 if __name__ == "__main__":

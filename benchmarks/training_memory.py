@@ -8,11 +8,11 @@ several_nodes.yaml train with. `tests/test_memory.py` compares the count with a 
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from modeling_llm2slm.building import preset_config
+from modeling_llm2slm.data import write_json
 from modeling_llm2slm.memory import training_memory
 
 
@@ -43,7 +43,7 @@ def main() -> None:
             parts = ", ".join(f"{part} {count / 1e9:.2f}" for part, count in memory.items())
             print(f"{preset:18} {name:44} GB: {parts}")
     if args.output:
-        args.output.write_text(json.dumps({**SIZES, "bytes": rows}, indent=2) + "\n", encoding="utf-8")
+        write_json(args.output, {**SIZES, "bytes": rows})
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoProcessor, loggi
 from demo import corpus
 from demo.llm import BATCH, LLM, LLM_PAIRS, RECIPES
 from modeling_llm2slm.building import build
-from modeling_llm2slm.data import load_pairs, versions, write_aside
+from modeling_llm2slm.data import load_pairs, versions, write_aside, write_json
 from modeling_llm2slm.evaluation import score
 from modeling_llm2slm.text_to_text import TextToText
 from modeling_llm2slm.training import load_recipe, train
@@ -161,8 +161,7 @@ def save_results(file: Path, rows: dict[str, dict[str, float]], trained: Sequenc
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
-    with write_aside(file) as aside:
-        aside.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(file, report)
 
 
 def main() -> None:

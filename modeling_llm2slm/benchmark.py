@@ -35,8 +35,9 @@ from .benchmark_contestants import (
     time_answer,
 )
 from .configuration_llm2slm import LLM2SLMConfig
-from .data import versions, write_aside
+from .data import versions, write_aside, write_json
 from .memory import make_fake, without_storage
+from .text_to_text import decoding_modules
 
 
 MAX_CELLS = 40
@@ -105,8 +106,12 @@ class Benchmark:
         setting = {"device": _device_name(self.device), "threads": self.threads, "versions": _versions()}
         if not self.output.is_file():
             return {"setting": setting, "contestants": {}, "cells": {}}
-        result = json.loads(self.output.read_text(encoding="utf-8"))
-        if result.get("setting") != setting:
+        try:
+            result = json.loads(self.output.read_text(encoding="utf-8"))
+            found = result["setting"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.output} is no result of a benchmark. Name another file, or remove it.") from error
+        if found != setting:
             raise ValueError(f"{self.output} was measured in another setting. Name another file, or remove it.")
         return result
 
@@ -124,7 +129,7 @@ class Benchmark:
                     self.progress(f"{preset}: loading {name}")
                     costs[name] = self._cost(name, models)
                     self._keep()
-            self._measure_all(cells, models, costs)
+            self._measure_all(cells, models)
         return self.result
 
     def _models(self, preset: str) -> Models:
@@ -145,7 +150,7 @@ class Benchmark:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             return pool.submit(_load_apart, name, models, self.device, self.threads).result()
 
-    def _measure_all(self, cells: list[Cell], models: Models, costs: Mapping[str, Any]) -> None:
+    def _measure_all(self, cells: list[Cell], models: Models) -> None:
         flops = _Flops(models)
         stages = Stages(models, self.device)
         answers: dict[str, Answer] = {}
@@ -196,8 +201,7 @@ class Benchmark:
         }
 
     def _keep(self) -> None:
-        with write_aside(self.output) as temporary:
-            temporary.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
+        write_json(self.output, self.result)
 
 
 class Stages:
@@ -206,9 +210,8 @@ class Stages:
     def __init__(self, models: Models, device: str):
         self.models = models
         self.model: Any = load_composite(models, device)
-        slm = self.model.decoder
-        parts = [slm.get_decoder(), slm.get_output_embeddings()] if slm.config.is_encoder_decoder else [slm]
-        self.decode_bytes = sum(p.nbytes for p in {p for part in parts for p in part.parameters()})
+        weights = {weight for part in decoding_modules(self.model.decoder) for weight in part.parameters()}
+        self.decode_bytes = sum(weight.nbytes for weight in weights)
 
     def __call__(self, cell: Cell) -> dict[str, float]:
         ids = cell.ids(self.model.config.encoder.vocab_size).to(self.model.device)

@@ -117,13 +117,16 @@ def time_answer(model: Any, cell: Cell, inputs: Mapping[str, Any], **options: An
     return Timing(clock.times[1] - clock.times[0], sorted(steps)[len(steps) // 2] if steps else 0.0, total)
 
 
-def _endless(model: Any, device: str = "cpu") -> Any:
-    """The model to answer with: it ends nowhere, so that every answer has as many tokens as the cell says."""
-    for part in (model, model.decoder):  # of an LLM-to-SLM model the SLM, which answers alone as well
-        if getattr(part, "generation_config", None) is not None:
-            part.generation_config.eos_token_id = None
-            part.generation_config.pad_token_id = 0
-    return model.to(device).eval()
+def _endless(model: Any) -> Any:
+    """The model, which ends nowhere now, so that every answer has as many tokens as the cell says."""
+    for part in (
+        model,
+        getattr(model, "decoder", None),
+    ):  # of an LLM-to-SLM model the SLM, which answers alone as well
+        config = getattr(part, "generation_config", None)
+        if config is not None:
+            config.eos_token_id, config.pad_token_id = None, 0
+    return model
 
 
 def _prompts(model: Any, cell: Cell, vocab_size: int) -> dict[str, torch.Tensor]:
@@ -133,14 +136,14 @@ def _prompts(model: Any, cell: Cell, vocab_size: int) -> dict[str, torch.Tensor]
 
 def load_llm(models: Models, device: str, threads: int, **kwargs: Any) -> Answer:
     """The LLM under its own `generate()`."""
-    model = _endless(AutoModelForSeq2SeqLM.from_pretrained(models.llm, dtype=_dtype(device)), device)
+    model = _endless(AutoModelForSeq2SeqLM.from_pretrained(models.llm, dtype=_dtype(device)).to(device))
     return lambda cell: time_answer(model, cell, _prompts(model, cell, model.config.vocab_size), **kwargs)
 
 
 def load_composite(models: Models, device: str, dtype: torch.dtype | None = None) -> LLM2SLMForConditionalGeneration:
     """The LLM-to-SLM model; both parts in float32 on a CPU, in bfloat16 elsewhere."""
     dtype = dtype or _dtype(device)
-    return _endless(LLM2SLMForConditionalGeneration.from_pretrained(models.llm2slm, dtype=dtype).to(dtype), device)
+    return _endless(LLM2SLMForConditionalGeneration.from_pretrained(models.llm2slm, dtype=dtype).to(device, dtype))
 
 
 def load_llm2slm(
@@ -231,9 +234,7 @@ def load_exported(models: Models, device: str, threads: int, name: str) -> Answe
     """An exported model, which computes on a CPU whatever the device of the others is."""
     from .exported import ExportedLLM2SLM
 
-    model: Any = ExportedLLM2SLM.from_pretrained(models.folder / name)
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
+    model: Any = _endless(ExportedLLM2SLM.from_pretrained(models.folder / name))
     return lambda cell: time_answer(model, cell, _prompts(model, cell, model.config.encoder.vocab_size))
 
 
@@ -246,7 +247,7 @@ class Contestant:
         step: The file, in what `make` makes, with all that a token goes through, in place of counting bits.
         small: It decodes with the SLM.
         make: Makes what `load` reads, once; it is kept in the folder, under the contestant's name.
-        needs: The package it runs on, and the extra that installs it.
+        needs: The package it runs on; empty for what the others need as well.
     """
 
     load: Load
@@ -254,17 +255,17 @@ class Contestant:
     step: str = ""
     small: bool = True
     make: Callable[[Models, Path], None] | None = None
-    needs: tuple[str, str] | None = None
+    needs: str = ""
 
     @property
     def can_run(self) -> bool:
-        return self.needs is None or find_spec(self.needs[0]) is not None
+        return not self.needs or find_spec(self.needs) is not None
 
 
 def _ctranslate2(weights: str, bits: int) -> Contestant:
     return Contestant(
         partial(load_ctranslate2, weights=weights), bits, small=False, make=partial(make_ctranslate2, weights=weights),
-        needs=("ctranslate2", "benchmark"),
+        needs="ctranslate2",
     )  # fmt: skip
 
 
@@ -272,7 +273,7 @@ def _openvino(weights: str) -> Contestant:
     name = f"llm2slm-openvino-{weights}"
     return Contestant(
         partial(load_exported, name=name), step="openvino_step.bin", make=partial(make_exported, weights=weights),
-        needs=("openvino", "openvino"),
+        needs="openvino",
     )  # fmt: skip
 
 
@@ -285,9 +286,7 @@ CONTESTANTS = {
     "llm2slm": Contestant(load_llm2slm),
     "llm2slm-compiled": Contestant(compiled(load_llm2slm)),
     "llm2slm-bfloat16": Contestant(partial(load_llm2slm, dtype=torch.bfloat16), bits=16),
-    "llm2slm-int8": Contestant(
-        partial(load_llm2slm, dtype=torch.bfloat16, quantized="int8"), bits=8, needs=("torchao", "quantization")
-    ),
+    "llm2slm-int8": Contestant(partial(load_llm2slm, dtype=torch.bfloat16, quantized="int8"), bits=8, needs="torchao"),
     **{f"llm2slm-openvino-{weights}": _openvino(weights) for weights in ("fp32", "bf16", "int8", "int4")},
 }
 

@@ -113,6 +113,15 @@ def has_read_prompt(cache: Cache | None) -> bool:
     return bool(getattr(cache, "is_updated", {}).get(0))
 
 
+def check_goes_on(cached: int, given: int) -> None:
+    """Raise `ValueError` where a cache holds all of the answer so far, so that there is nothing to go on with."""
+    if cached >= given:
+        raise ValueError(
+            f"`past_key_values` holds {cached} answer tokens and `decoder_input_ids` has no more than {given}. Pass "
+            "the answer from its start, with a token that is not cached yet."
+        )
+
+
 def check_cross_attention(cache: Cache | None, width: int) -> None:
     """Raise `ValueError` where the cache of an encoder-decoder SLM was made for prompts of another width."""
     if isinstance(cache, EncoderDecoderCache) and isinstance(cache.cross_attention_cache, DynamicCache):

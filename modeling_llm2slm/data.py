@@ -300,6 +300,12 @@ def _unigram_scores(tokenizer: Any) -> list[tuple[str, float]]:
     return [(token, score) for token, score in vocabulary]
 
 
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes a value to a JSON file, whole or not at all."""
+    with write_aside(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def versions() -> dict[str, str]:
     """The versions of everything that a result depends on."""
     names = ("accelerate", "datasets", "rouge-score", "sacrebleu", "tokenizers", "torch", "transformers")

@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 
+from .cache_llm2slm import check_goes_on
 from .configuration_llm2slm import LLM2SLMConfig
 from .generation_llm2slm import LLM2SLMGenerationMixin
 from .graphs import MANIFEST, is_exported, load_graphs, read_manifest
@@ -332,11 +333,7 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
     ) -> dict[str, Any]:
         """Hook of `generate()`: what is not in the cache yet."""
         cached = past_key_values.get_seq_length()
-        if cached >= input_ids.shape[1]:
-            raise ValueError(
-                f"`past_key_values` holds {cached} answer tokens and `decoder_input_ids` has no more than "
-                f"{input_ids.shape[1]}. Pass the answer from its start, with a token that is not cached yet."
-            )
+        check_goes_on(cached, input_ids.shape[1])
         return {
             "decoder_input_ids": input_ids[:, cached:],
             "past_key_values": past_key_values,

@@ -18,7 +18,14 @@ from typing import Any
 import torch
 from transformers.generation import GenerationConfig, GenerationMixin, StoppingCriteriaList
 
-from .cache_llm2slm import LLM2SLMCache, as_llm2slm_cache, can_repeat, mask_and_positions, with_room
+from .cache_llm2slm import (
+    LLM2SLMCache,
+    as_llm2slm_cache,
+    can_repeat,
+    check_goes_on,
+    mask_and_positions,
+    with_room,
+)
 from .configuration_llm2slm import LLM2SLMConfig
 from .prompt_llm2slm import PromptStates, as_prompt_states
 
@@ -153,11 +160,7 @@ class LLM2SLMGenerationMixin(GenerationMixin):
                 # An assistant's: up to transformers 5.15 what was rejected of its last draft is still there.
                 past_key_values.crop(input_ids.shape[1] - 1 - cached)
                 cached = input_ids.shape[1] - 1
-            if cached >= input_ids.shape[1]:
-                raise ValueError(
-                    f"`past_key_values` holds {cached} answer tokens and `decoder_input_ids` has no more than "
-                    f"{input_ids.shape[1]}. Pass the answer from its start, with a token that is not cached yet."
-                )
+            check_goes_on(cached, input_ids.shape[1])
             if cached and kwargs.get("decoder_attention_mask") is None:
                 next_sequence_length = input_ids.shape[1] - cached
         model_inputs = super().prepare_inputs_for_generation(

@@ -18,7 +18,7 @@ from .data import load_prompts
 from .memory import answering_memory, training_memory
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
 from .parts_llm2slm import slm_class
-from .text_to_text import TextToText
+from .text_to_text import TextToText, count_parameters, decoding_modules
 
 
 # The presets with different SLMs, each with the checkpoint its SLM is trained from, whose tokenizer counts tokens.
@@ -212,7 +212,7 @@ def _measure(
     sizes: dict[str, Any] = {"prompt_length": round(prompt_length), "answer_length": round(statistics.mean(tokens))}
     encode = _seconds(lambda: [model.encode_llm(**sample.inputs(index)) for index in range(len(tokens))])
     return {
-        "slm_parameters": _decoding_parameters(model),
+        "slm_parameters": count_parameters(*decoding_modules(model.decoder)),
         "ms_per_answer": small,
         "llm_ms_per_answer": large,
         "speed_up": large / small,
@@ -221,12 +221,6 @@ def _measure(
         "encode_seconds": encode,
         "step_seconds": _step_seconds(model, batch_size, **sizes),
     }
-
-
-def _decoding_parameters(model: Any) -> int:
-    slm = model.decoder
-    parts = [slm.get_decoder(), slm.get_output_embeddings()] if slm.config.is_encoder_decoder else [slm]
-    return sum(p.numel() for p in {p for part in parts for p in part.parameters()})
 
 
 def _step_seconds(model: Any, batch_size: int, prompt_length: int, answer_length: int) -> float:

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from .agreement import compare
 from .building import build
-from .data import parse_lines, write_aside
+from .data import parse_lines, write_aside, write_json
 from .distillation import distill
 from .encoding import encode
 from .state_store import StateStore
@@ -155,8 +155,7 @@ class Speedup:
             )  # fmt: skip
         if not all((self.output / f"{split}.jsonl").is_file() for split in SPLITS):
             self._split(list(parse_lines(distilled, None)))
-        with write_aside(self.output / "speedup.json") as temporary:
-            temporary.write_text(json.dumps(self._kept(), indent=2) + "\n", encoding="utf-8")
+        write_json(self.output / "speedup.json", self._kept())
 
     def _split(self, rows: list[dict[str, Any]]) -> None:
         column = self.settings.prompt_column
@@ -220,8 +219,7 @@ class Speedup:
             TextToText.from_pretrained(path, device=self.device) for path in (self.output / "model", self.settings.llm)
         )
         result = compare(model, llm, self.output / "test.jsonl", max_new_tokens=self.settings.max_new_tokens)
-        with write_aside(evaluation) as temporary:
-            temporary.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(evaluation, result)
 
 
 def _is_complete(states: Path) -> bool:

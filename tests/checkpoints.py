@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from common import gpt2_config, llm_tokenizer, t5_config
 from modeling_llm2slm.building import build
+from modeling_llm2slm.training import TextToTextTrainer
 
 
 KINDS = ("llm", "slm", "llm2slm")
@@ -58,3 +62,23 @@ def write_checkpoint(kind: str, folder: Path) -> str:
     }
     build(**parts[kind]).save_pretrained(folder / kind)
     return str(folder / kind)
+
+
+class StoppedError(Exception):
+    pass
+
+
+@contextmanager
+def stopped_at(step: int) -> Iterator[None]:
+    """Within, a run ends at this step, as if its process had died."""
+    training_step = TextToTextTrainer.training_step
+
+    def stopping(self: TextToTextTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step:
+            raise StoppedError
+        return training_step(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(TextToTextTrainer, "training_step", stopping)
+        with pytest.raises(StoppedError):
+            yield

@@ -71,6 +71,15 @@ def test_another_setting_is_an_error(measured: tuple[Path, dict[str, Any]]) -> N
         Benchmark(CELLS, folder / "benchmark.json", folder, threads=2)
 
 
+@pytest.mark.parametrize("text", ['{"setting": {', "[1]", '{"cells": {}}'], ids=["cut", "list", "other"])
+def test_what_is_no_result_is_an_error_and_stays(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "benchmark.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match="no result of a benchmark"):
+        Benchmark(CELLS, file, tmp_path)
+    assert file.read_text() == text
+
+
 def test_answers_have_as_many_tokens_as_said(measured: tuple[Path, dict[str, Any]]) -> None:
     """An end token among random weights' answers would make an answer look fast."""
     folder, _ = measured

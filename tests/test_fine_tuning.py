@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
-from checkpoints import PAIRS, PROMPTS, write_checkpoint, write_pairs
+from checkpoints import PAIRS, PROMPTS, stopped_at, write_checkpoint, write_pairs
 from common import same_tensors
 from modeling_llm2slm import DataCollatorForLLM2SLM, LLM2SLMForConditionalGeneration, LLM2SLMProcessor, training
 from modeling_llm2slm.encoding import encode
@@ -175,15 +175,11 @@ class TestAdapters:
         assert [name for name in changed if "c_attn" in name]
         assert report["trained_parameters"] < TextToText.from_pretrained(recipe["model"]).model.num_parameters() / 2
 
-    def test_a_stopped_run_goes_on_from_the_adapter(
-        self, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_stopped_run_goes_on_from_the_adapter(self, recipe: dict[str, Any], tmp_path: Path) -> None:
         recipe["lora"] = "{r: 4}"
         whole = train({**recipe, "output_dir": str(tmp_path / "whole")})
-        with monkeypatch.context() as context:
-            stop_at(5, context)
-            with pytest.raises(StoppedError):
-                train(recipe)
+        with stopped_at(5):
+            train(recipe)
         again = train(recipe)
         assert again["resumed_at_step"] == 4
         assert losses(again) == losses(whole)
@@ -192,21 +188,6 @@ class TestAdapters:
     def test_only_a_composite_has_one(self, recipe: dict[str, Any], tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="no LLM-to-SLM model"):
             train({**recipe, "model": write_checkpoint("slm", tmp_path), "lora": {}})
-
-
-class StoppedError(Exception):
-    pass
-
-
-def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    training_step = TextToTextTrainer.training_step
-
-    def stopping(self: TextToTextTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.state.global_step == step:
-            raise StoppedError
-        return training_step(self, *args, **kwargs)
-
-    monkeypatch.setattr(TextToTextTrainer, "training_step", stopping)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +201,7 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["grouped", "accumulated", "streamed", "workers"],
 )
 def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(
-    recipe: dict[str, Any], tmp_path: Path, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    recipe: dict[str, Any], tmp_path: Path, change: dict[str, Any]
 ) -> None:
     """In the middle of an epoch, between two logs, with dropout."""
     recipe = {
@@ -228,10 +209,8 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(
         "save_steps": 5, "eval_strategy": "steps", "eval_steps": 5, **change,
     }  # fmt: skip
     whole = train({**recipe, "output_dir": str(tmp_path / "whole")})
-    with monkeypatch.context() as context:
-        stop_at(7, context)
-        with pytest.raises(StoppedError):
-            train(recipe)
+    with stopped_at(7):
+        train(recipe)
     again = train(recipe)
     assert again["resumed_at_step"] == 5
     assert losses(again) == losses(whole)

@@ -11,11 +11,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from checkpoints import ANSWERS, KINDS, PAIRS, PROMPTS, write_checkpoint, write_pairs
+from checkpoints import ANSWERS, KINDS, PAIRS, PROMPTS, stopped_at, write_checkpoint, write_pairs
 from common import same_tensors
 from modeling_llm2slm import LLM2SLMForConditionalGeneration, training
 from modeling_llm2slm.text_to_text import TextToText
-from modeling_llm2slm.training import TextToTextTrainer, last_checkpoint, load_recipe, parse_recipe, train
+from modeling_llm2slm.training import last_checkpoint, load_recipe, parse_recipe, train
 
 
 RECIPES = Path(__file__).parents[1] / "configuration" / "recipes"
@@ -192,27 +192,10 @@ def test_the_best_checkpoint_is_kept_not_the_last(recipe, monkeypatch):
     assert any(not torch.equal(tensor, last[name]) for name, tensor in weights(recipe["output_dir"]).items())
 
 
-class StoppedError(Exception):
-    pass
-
-
-def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    training_step = TextToTextTrainer.training_step
-
-    def stopping(self: TextToTextTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.state.global_step == step:
-            raise StoppedError
-        return training_step(self, *args, **kwargs)
-
-    monkeypatch.setattr(TextToTextTrainer, "training_step", stopping)
-
-
-def test_a_stopped_run_continues_to_the_same_weights(recipe, tmp_path, monkeypatch):
+def test_a_stopped_run_continues_to_the_same_weights(recipe, tmp_path):
     train({**recipe, "output_dir": str(tmp_path / "whole")})
-    with monkeypatch.context() as context:
-        stop_at(5, context)
-        with pytest.raises(StoppedError):
-            train(recipe)
+    with stopped_at(5):
+        train(recipe)
     assert not (Path(recipe["output_dir"]) / "config.json").exists()  # nothing that looks like a result
     report = train(recipe)
     assert (report["resumed_at_step"], report["steps"]) == (4, 6)
