@@ -131,7 +131,7 @@ def test_a_data_set_that_cannot_be_reached_is_an_error_of_one_line():
         ("pairs.jsonl", b'{"prompt": 3, "answer": "b"}\n', "prompt of row 0 is 3"),
         ("pairs.csv", b"prompt,answer\n", "holds no rows"),
         ("pairs.jsonl", b"", "holds no rows"),
-        ("pairs.jsonl.gz", gzip.compress(b""), "holds no rows"),
+        ("pairs.jsonl.gz", gzip.compress(b"", mtime=0), "holds no rows"),
         ("pairs.csv", b"", "holds no rows"),
         ("pairs.txt", b"a prompt\n", "has prompts and no answers: .* --against"),
         ("pairs.xml", b"a b", "ending of the name"),
