@@ -1,220 +1,318 @@
 """
-The Multi30k experiment, English to German: a T5 from scratch, a small GPT-2 behind it, and the same GPT-2 alone.
+The Multi30k experiment: what LLM-to-SLM keeps of an LLM's quality, what it saves of its time, and what matters.
 
-    python benchmarks/multi30k.py --data /path/to/data --runs runs/multi30k
+    python -m benchmarks.multi30k --data /path/to/data --runs runs/multi30k --workers 2
 
-One command for all stages: tokenizer, LLM, LLM-to-SLM and SLM alone on the references, the LLM's own answers to the
-training prompts, LLM-to-SLM going on with these, and the scores of all on the test split. A finished stage is skipped,
-a stopped one continues. All is trained on the training split and chosen on the validation split; the test split is
-read once, at the end. All have the same tokenizer.
+`configuration/recipes/multi30k.yaml` says what is trained; this script does it, in that order and as many jobs at once
+as there are workers, of one thread each. A finished job is skipped and a stopped one continues, so the command is
+repeated until it ends with the report (benchmarks/multi30k_report.py). Everything is trained on the training split and
+chosen on the validation split; a trained model answers the test split once, into `answers.json`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from torch import nn
 
 from modeling_llm2slm.building import build
 from modeling_llm2slm.data import load_pairs, train_tokenizer, write_aside, write_json
-from modeling_llm2slm.evaluation import evaluate, time_answers
+from modeling_llm2slm.distillation import distill
+from modeling_llm2slm.encoding import encode
 from modeling_llm2slm.text_to_text import TextToText
-from modeling_llm2slm.training import load_recipe, train
+from modeling_llm2slm.training import train
 
 
 ROOT = Path(__file__).parents[1]
-RECIPES = ROOT / "configuration" / "recipes"
-VOCABULARY = 6000
-CONFIGS: dict[str, dict[str, Any]] = {
-    "t5": {
-        "model_type": "t5",
-        "vocab_size": VOCABULARY,
-        "d_model": 256,
-        "d_ff": 1024,
-        "num_layers": 3,
-        "num_decoder_layers": 3,
-        "num_heads": 4,
-        "d_kv": 64,
-        "dropout_rate": 0.15,
-    },
-    "gpt2": {
-        "model_type": "gpt2",
-        "vocab_size": VOCABULARY,
-        "n_embd": 256,
-        "n_layer": 3,
-        "n_head": 4,
-        "n_positions": 256,
-    },
-    # A small T5 that drafts for the LLM, a third of whose decoder it has.
-    "draft": {
-        "model_type": "t5",
-        "vocab_size": VOCABULARY,
-        "d_model": 256,
-        "d_ff": 1024,
-        "num_layers": 1,
-        "num_decoder_layers": 1,
-        "num_heads": 4,
-        "d_kv": 64,
-        "dropout_rate": 0.1,
-    },
-}
-ROWS = {
-    "llm": "LLM",
-    "slm": "SLM alone",
-    "llm2slm": "LLM-to-SLM",
-    "llm2slm-distilled": "LLM-to-SLM, distilled",
-}
-MAX_NEW_TOKENS = 64
-TIMED_ANSWERS, TIMED_ROUNDS = 50, 5
+EXPERIMENT = ROOT / "configuration" / "recipes" / "multi30k.yaml"
+REFERENCES = {"train": "train.jsonl.gz", "validation": "val.jsonl.gz", "test": "test_2016_flickr.jsonl.gz"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """
+    Args:
+        pair: The language pair.
+        name: The folder of what it makes: `tokenizer`, `states`, `distilled` or a row, with its seed if not the first.
+        needs: Names of what it is made from.
+        row: Of a row, what the experiment says.
+        seed: Of its weights and its training.
+    """
+
+    pair: str
+    name: str
+    needs: tuple[str, ...]
+    row: dict[str, Any] | None = field(default=None, hash=False)
+    seed: int = 0
+
+    @property
+    def key(self) -> str:
+        return f"{self.pair}/{self.name}"
+
+
+class Experiment:
+    """
+    The experiment of a file, with what it has made so far.
+
+    Args:
+        data: The folder that holds the language pairs.
+        runs: The folder to make things in.
+        file: The experiment.
+    """
+
+    def __init__(self, data: Path, runs: Path, file: Path = EXPERIMENT):
+        self.data, self.runs = data, runs
+        self.settings: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+
+    @cached_property
+    def jobs(self) -> list[Job]:
+        """All jobs, in the order of the file; what several rows need comes right before the first of them."""
+        jobs: dict[str, Job] = {}
+        for pair, rows in self.settings["rows"].items():
+            for name, row in rows.items():
+                for seed in range(row.get("seeds", 1)):
+                    for job in self._with_needs(Job(pair, f"{name}-{seed}" if seed else name, (), row, seed), rows):
+                        jobs.setdefault(job.key, job)
+        return list(jobs.values())
+
+    def _with_needs(self, job: Job, rows: dict[str, Any]) -> Iterator[Job]:
+        row: dict[str, Any] = job.row or {}
+        parts = [part for part in row.get("build", {}).values() if part in rows]
+        needs = [*parts, row["ctranslate2"]] if "ctranslate2" in row else [*parts, "tokenizer"]
+        yield Job(job.pair, "tokenizer", ())
+        if self.uses_states(row):
+            needs.append("states")
+            yield Job(job.pair, "states", ("llm",))
+        if row.get("answers") == "distilled":
+            needs.append("distilled")
+            yield Job(job.pair, "distilled", ("llm",))
+        yield Job(job.pair, job.name, tuple(needs), row, job.seed)
+
+    def uses_states(self, row: dict[str, Any]) -> bool:
+        """Whether a row trains on stored states: all do whose LLM is frozen and is read at its last layer."""
+        parts = row.get("build", {})
+        return {"llm", "slm"} <= set(parts) and not {"encoder_layer", "freeze_llm"} & set(parts)
+
+    def split(self, pair: str, name: str) -> Path:
+        """A file of the data."""
+        return self.data / pair / REFERENCES[name]
+
+    def is_done(self, job: Job) -> bool:
+        folder = self.runs / job.pair / job.name
+        last = {"tokenizer": "tokenizer.json", "states": "store.json", "distilled": "train.jsonl"}
+        return (folder / last.get(job.name, "answers.json")).is_file()
+
+    def do(self, job: Job) -> None:
+        """Does a job."""
+        folder = self.runs / job.pair
+        if job.row is not None:
+            self._do_row(job, job.row, folder / job.name)
+        elif job.name == "tokenizer":
+            texts = load_pairs(str(self.split(job.pair, "train")), "source", "target")
+            with write_aside(folder / job.name) as aside:
+                tokenizer = train_tokenizer([*texts["prompt"], *texts["answer"]], self.settings["vocabulary"])
+                tokenizer.save_pretrained(aside)
+        elif job.name == "states":
+            with tempfile.TemporaryDirectory() as start:
+                slm = next(row["build"] for row in self.settings["rows"][job.pair].values() if self.uses_states(row))
+                self._build(job.pair, slm).save_pretrained(start)
+                data = [self.split(job.pair, name) for name in ("train", "validation")]
+                encode(start, data, folder / job.name, "source")
+        else:
+            options = {**self.settings["distilled"], "max_new_tokens": self.settings["max_new_tokens"]}
+            options["column"] = "target"  # in the place of the references, which are validated on
+            output = folder / job.name / "train.jsonl"
+            output.parent.mkdir(exist_ok=True)
+            distill(self.model(job.pair, "llm"), self.split(job.pair, "train"), output, "source", **options)
+
+    def model(self, pair: str, row: str) -> Path:
+        """Where the trained model of a row is."""
+        return self.runs / pair / row / "model"
+
+    def _build(self, pair: str, parts: dict[str, Any], seed: int = 0) -> TextToText:
+        arguments, folder = dict(parts), self.runs / pair
+        for part in {"llm", "slm"} & set(parts):
+            name = parts[part]
+            if name in self.settings["models"]:
+                config = folder / "models" / f"{name}.json"
+                config.parent.mkdir(parents=True, exist_ok=True)
+                write_json(config, {**self.settings["models"][name], "vocab_size": self.settings["vocabulary"]})
+                arguments |= {part: str(config), f"{part}_tokenizer": str(folder / "tokenizer")}
+            else:
+                arguments[part] = str(self.model(pair, name))
+        return build(**arguments, seed=seed)
+
+    def _do_row(self, job: Job, row: dict[str, Any], folder: Path) -> None:
+        if "build" in row:
+            if not (folder / "start").exists():
+                start = self._build(job.pair, row["build"], job.seed)
+                if "decoder_layers" in row:
+                    keep_decoder_layers(start.model, row["decoder_layers"])
+                with write_aside(folder / "start") as aside:
+                    start.save_pretrained(aside)
+            if not (folder / "model" / "training.json").is_file():
+                train(self.recipe(job))
+        model = self.load(job.pair, job.name, row)
+        prompts = load_pairs(str(self.split(job.pair, "test")), "source", "target")["prompt"][:]
+        options = {"batch_size": 50, "max_new_tokens": self.settings["max_new_tokens"]}
+        answers = {str(beams): model.generate(prompts, num_beams=beams, **options) for beams in (1, 4)}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "answers.json", answers)
+
+    def recipe(self, job: Job) -> dict[str, Any]:
+        """The recipe that a row is trained by."""
+        row, folder = job.row or {}, self.runs / job.pair
+        recipes = self.settings["recipes"]
+        recipe = {**recipes["all"], **recipes[row["recipe"]], "seed": job.seed}
+        recipe["generation"] = {"max_new_tokens": self.settings["max_new_tokens"]}
+        recipe |= {"model": str(folder / job.name / "start"), "output_dir": str(folder / job.name / "model")}
+        recipe |= {"train_data": str(self.split(job.pair, "train")), "answer_column": "target"}
+        recipe["validation_data"] = str(self.split(job.pair, "validation"))
+        if row.get("answers") == "distilled":
+            recipe["train_data"] = str(folder / "distilled" / "train.jsonl")
+        if self.uses_states(row):
+            recipe["llm_states"] = str(folder / "states")
+        return recipe
+
+    def load(self, pair: str, name: str, row: dict[str, Any]) -> Any:
+        """The trained model of a row."""
+        if "ctranslate2" not in row:
+            return TextToText.from_pretrained(self.model(pair, name))
+        return CTranslate2TextToText(self.model(pair, row["ctranslate2"]), self.runs / pair / name / "model")
+
+
+def keep_decoder_layers(t5: Any, kept: list[int]) -> None:
+    """Removes all other layers of a T5's decoder; the first has to stay, as it has the distances for all."""
+    t5.decoder.block = nn.ModuleList(t5.decoder.block[layer] for layer in kept)
+    for index, block in enumerate(t5.decoder.block):
+        block.layer[0].SelfAttention.layer_idx = block.layer[1].EncDecAttention.layer_idx = index
+    t5.config.num_decoder_layers = t5.decoder.config.num_layers = len(kept)
+
+
+class CTranslate2TextToText:
+    """
+    An LLM with weights in 8 bits under CTranslate2, to be scored and timed like a [`TextToText`].
+
+    Args:
+        llm: Its checkpoint.
+        folder: Where its converted form is, or is written to.
+    """
+
+    def __init__(self, llm: Path, folder: Path):
+        import ctranslate2
+        from ctranslate2.converters import TransformersConverter
+        from transformers import AutoTokenizer
+
+        if not folder.exists():
+            with write_aside(folder) as aside:
+                TransformersConverter(str(llm)).convert(str(aside), quantization="int8", force=True)
+        self.tokenizer = AutoTokenizer.from_pretrained(llm)
+        self.translator = ctranslate2.Translator(
+            str(folder), device="cpu", intra_threads=torch.get_num_threads(), inter_threads=1, compute_type="int8"
+        )
+
+    def generate(self, prompts: list[str], batch_size: int = 32, **options: Any) -> list[str]:
+        tokens = self.generate_tokens(prompts, batch_size, **options)
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+    def generate_tokens(
+        self, prompts: list[str], batch_size: int = 32, num_beams: int = 1, max_new_tokens: int = 64
+    ) -> list[list[int]]:
+        words = [self.tokenizer.convert_ids_to_tokens(ids) for ids in self.tokenizer(prompts).input_ids]
+        found = self.translator.translate_batch(
+            words, max_batch_size=batch_size, beam_size=num_beams, max_decoding_length=max_new_tokens
+        )
+        end = self.tokenizer.eos_token_id
+        return [[*self.tokenizer.convert_tokens_to_ids(answer.hypotheses[0]), end] for answer in found]
+
+
+def run(experiment: Experiment, arguments: argparse.Namespace) -> bool:
+    """Does all jobs that are not done, each in a process with a log beside its result; whether all are done."""
+    waiting = [job for job in experiment.jobs if not experiment.is_done(job)]
+    if arguments.only:
+        waiting = [job for job in waiting if job.key in arguments.only]
+    running: dict[Job, tuple[subprocess.Popen[bytes], float]] = {}
+    count, failed = len(waiting), []
+    try:
+        while waiting or running:
+            for job in [job for job in waiting if _is_ready(experiment, job)]:
+                if len(running) < arguments.workers:
+                    waiting.remove(job)
+                    running[job] = _start(job, arguments), time.time()
+            if not running:
+                break  # what is left waits for what failed
+            time.sleep(1)
+            for job, (process, start) in list(running.items()):
+                if process.poll() is not None:
+                    del running[job]
+                    failed += [job.key] if process.returncode else []
+                    outcome = "FAILED, see its log" if process.returncode else "done"
+                    minutes, left = (time.time() - start) / 60, len(waiting) + len(running)
+                    print(f"{job.key}: {outcome} after {minutes:.1f} min; {left} of {count} to do", flush=True)
+    finally:
+        for process, _ in running.values():
+            os.killpg(process.pid, signal.SIGTERM)
+    return not failed and not waiting
+
+
+def _is_ready(experiment: Experiment, job: Job) -> bool:
+    needed = [other for other in experiment.jobs if other.pair == job.pair and other.name in job.needs]
+    return all(experiment.is_done(other) for other in needed)
+
+
+def _start(job: Job, arguments: argparse.Namespace) -> subprocess.Popen[bytes]:
+    log = arguments.runs / job.pair / "logs" / f"{job.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{job.key}: {log}", flush=True)
+    command = [sys.executable, "-m", "benchmarks.multi30k", "--data", arguments.data, "--runs", arguments.runs]
+    environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [*map(str, command), "--job", job.key],
+            env=os.environ | environment, stdout=file, stderr=file, cwd=ROOT, start_new_session=True,
+        )  # fmt: skip
 
 
 def main() -> None:
-    """Runs what has not been run yet."""
-    arguments = _arguments()
-    data, runs = Path(arguments.data) / "multi30k" / "en-de", Path(arguments.runs)
-    if not data.is_dir():
-        raise SystemExit(
-            f"There is no folder {data}. Name the folder that holds multi30k with --data or LLM2SLM_DATA."
-        )
-    os.environ.update(LLM2SLM_DATA=arguments.data, LLM2SLM_RUNS=arguments.runs)
-    torch.set_num_threads(arguments.threads)
-    stages: dict[str, str | Callable[[], Any]] = {
-        "tokenizer": lambda: _train_tokenizer(data),
-        "llm-init": lambda: build(_config(runs, "t5"), llm_tokenizer=str(runs / "tokenizer"), seed=0),
-        "llm": "multi30k_en-de_llm",
-        "llm2slm-init": lambda: build(str(runs / "llm"), _config(runs, "gpt2"), seed=1),
-        "llm2slm": "multi30k_en-de_slm",
-        "slm-init": lambda: build(slm=_config(runs, "gpt2"), slm_tokenizer=str(runs / "tokenizer"), seed=1),
-        "slm": "multi30k_en-de_slm",
-        "distilled": lambda: LLMAnswers(data, runs),
-        "llm2slm-distilled": "multi30k_en-de_slm_distilled",
-        "draft-init": lambda: build(str(runs / "llm"), _config(runs, "draft"), seed=1),
-        "draft": "multi30k_en-de_draft",  # for benchmarks/assisted.py
-    }
-    for name in arguments.only or stages:
-        _run_stage(name, runs / name, stages[name])
-    if not arguments.only:
-        result = _compare(data, runs)
-        write_json(arguments.output, result)
-        _print(result)
-
-
-def _arguments() -> argparse.Namespace:
+    """Runs what has not been run yet, and reports."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().splitlines()[0])
-    parser.add_argument(
-        "--data", default=os.environ.get("LLM2SLM_DATA", "data"), help="the folder that holds multi30k"
-    )
-    parser.add_argument("--runs", default="runs/multi30k", help="the folder for checkpoints")
-    parser.add_argument("--output", default=ROOT / "docs" / "results" / "multi30k-en-de.json", type=Path)
-    parser.add_argument("--threads", default=1, type=int)
-    parser.add_argument("--only", nargs="*", help="run these stages and compare nothing")
-    return parser.parse_args()
+    parser.add_argument("--data", default=os.environ.get("LLM2SLM_DATA", "data"), help="the folder with multi30k")
+    parser.add_argument("--runs", default="runs/multi30k", type=Path, help="the folder for all that is made")
+    parser.add_argument("--workers", default=2, type=int, help="jobs at once, one thread each")
+    parser.add_argument("--only", nargs="*", help="do these jobs, such as en-de/t5-add, and report nothing")
+    parser.add_argument("--report", action="store_true", help="report what there is, and do nothing")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    arguments.runs, arguments.data = arguments.runs.absolute(), Path(arguments.data).absolute()
+    data = arguments.data / "multi30k"
+    if not data.is_dir():
+        raise SystemExit(f"There is no folder {data}. Name the one that holds it with --data or LLM2SLM_DATA.")
+    experiment = Experiment(data, arguments.runs)
+    keys = {job.key: job for job in experiment.jobs}
+    for key in (*(arguments.only or ()), *filter(None, [arguments.job])):
+        if key not in keys:
+            raise SystemExit(f"There is no job {key}; there are {', '.join(keys)}.")
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    if arguments.job:
+        experiment.do(keys[arguments.job])
+    elif arguments.report or (run(experiment, arguments) and not arguments.only):
+        from benchmarks.multi30k_report import report
 
-
-def _run_stage(name: str, folder: Path, stage: str | Callable[[], Any]) -> None:
-    if any((folder / file).is_file() for file in ("config.json", "tokenizer.json", "train.jsonl")):
-        print(f"{name}: done before")
-    elif isinstance(stage, str):
-        start = name.removesuffix("-distilled") if name.endswith("-distilled") else f"{name}-init"
-        paths = {"model": f"${{LLM2SLM_RUNS}}/{start}", "output_dir": f"${{LLM2SLM_RUNS}}/{name}"}
-        print(f"{name}: training")
-        train(load_recipe(RECIPES / f"{stage}.yaml", paths))
-    else:
-        print(f"{name}: building")
-        with write_aside(folder) as aside:
-            stage().save_pretrained(aside)
-
-
-def _config(runs: Path, name: str) -> str:
-    path = runs / f"{name}.json"
-    with write_aside(path) as temporary:
-        temporary.write_text(json.dumps(CONFIGS[name]), encoding="utf-8")
-    return str(path)
-
-
-def _train_tokenizer(data: Path) -> Any:
-    pairs = load_pairs(data / "train.jsonl.gz", "source", "target")
-    return train_tokenizer([*pairs["prompt"], *pairs["answer"]], VOCABULARY)
-
-
-class LLMAnswers:
-    """The training prompts with the LLM's greedy answers in place of the references."""
-
-    def __init__(self, data: Path, runs: Path) -> None:
-        self.prompts = load_pairs(data / "train.jsonl.gz", "source", "target")["prompt"][:]
-        llm = TextToText.from_pretrained(runs / "llm")
-        self.answers = llm.generate(self.prompts, batch_size=128, max_new_tokens=MAX_NEW_TOKENS)
-
-    def save_pretrained(self, folder: Path) -> None:
-        """Writes them to a file of JSON lines."""
-        folder.mkdir(parents=True, exist_ok=True)
-        pairs = zip(self.prompts, self.answers, strict=True)
-        lines = [json.dumps({"source": prompt, "target": answer}, ensure_ascii=False) for prompt, answer in pairs]
-        (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _compare(data: Path, runs: Path) -> dict[str, Any]:
-    models = {name: TextToText.from_pretrained(runs / name) for name in ROWS}
-    rows = {name: _score(model, data, runs / name) for name, model in models.items()}
-    for name, speed in _time(models, data).items():
-        rows[name]["speed"] = speed
-    best = "llm2slm-distilled"
-    bleu = {name: row["scores"]["bleu"] for name, row in rows.items()}
-    ms = {name: row["speed"]["ms_per_answer"] for name, row in rows.items()}
-    return {
-        "data": "Multi30k en-de, test_2016_flickr, 1,000 pairs",
-        "comparison": {
-            "bleu of LLM-to-SLM, distilled, relative to the LLM": bleu[best] / bleu["llm"],
-            "bleu of LLM-to-SLM relative to the LLM": bleu["llm2slm"] / bleu["llm"],
-            "bleu of LLM-to-SLM above the SLM alone, both on references": bleu["llm2slm"] - bleu["slm"],
-            "bleu of LLM-to-SLM, distilled, above the SLM alone": bleu[best] - bleu["slm"],
-            "time per answer of LLM-to-SLM, distilled, relative to the LLM": ms[best] / ms["llm"],
-        },
-        "configs": CONFIGS,
-        "rows": rows,
-    }
-
-
-def _score(model: TextToText, data: Path, folder: Path) -> dict[str, Any]:
-    def scored(**options: Any) -> dict[str, Any]:
-        options = {"max_new_tokens": MAX_NEW_TOKENS, "timed_answers": 0, "batch_size": 50, **options}
-        return evaluate(model, data / "test_2016_flickr.jsonl.gz", "source", "target", **options)
-
-    training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    training["validation"] = [row for row in training.pop("log") if "eval_loss" in row]
-    beams = scored(num_beams=4)
-    return {**scored(), "scores_with_4_beams": beams["scores"], "training": training}
-
-
-def _time(models: dict[str, TextToText], data: Path) -> dict[str, dict[str, Any]]:
-    """Times the models in turns, so that whatever else the machine does meets all of them; medians over the rounds."""
-    prompts = load_pairs(data / "test_2016_flickr.jsonl.gz", "source", "target", limit=TIMED_ANSWERS)["prompt"][:]
-    rounds = [
-        {name: time_answers(model, prompts, max_new_tokens=MAX_NEW_TOKENS) for name, model in models.items()}
-        for _ in range(TIMED_ROUNDS)
-    ]
-    return {
-        name: {key: statistics.median(one[name][key] for one in rounds) for key in rounds[0][name]} for name in models
-    }
-
-
-def _print(result: dict[str, Any]) -> None:
-    for name, row in result["rows"].items():
-        speed = row["speed"]
-        print(
-            f"{ROWS[name]:22} BLEU {row['scores']['bleu']:5.2f}  (4 beams {row['scores_with_4_beams']['bleu']:5.2f})  "
-            f"chrF {row['scores']['chrf']:5.2f}  {speed['ms_per_answer']:6.1f} ms an answer, "
-            f"{speed['ms_per_token']:5.2f} ms a token, {speed['tokens_per_answer']:4.1f} tokens, "
-            f"trained {row['training']['seconds'] / 60:.0f} min"
-        )
-    for name, value in result["comparison"].items():
-        print(f"{name}: {value:.3f}")
+        report(experiment)
 
 
 if __name__ == "__main__":

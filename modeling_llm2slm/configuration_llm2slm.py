@@ -64,6 +64,8 @@ class LLM2SLMConfig(PreTrainedConfig):
         encoder_layer (`int`, *optional*):
             The LLM's states are `hidden_states[encoder_layer]` of the full LLM, and no layer above is built.
             `None`: its `last_hidden_state`.
+        projector_layers (`int`, *optional*, defaults to 2):
+            Linear layers of the projector, with a ReLU between each two.
         freeze_llm (`bool`, *optional*, defaults to `True`):
             Whether the LLM is frozen: no gradient, no dropout, not even in `train()`.
         encoder_dtype (`str`, *optional*):
@@ -103,6 +105,7 @@ class LLM2SLMConfig(PreTrainedConfig):
     fusion: str = "add"
     shared_tokenizer: bool = False
     encoder_layer: int | None = None
+    projector_layers: int = 2
     freeze_llm: bool = True
     encoder_dtype: str | None = None
     llm_source: dict[str, Any] | None = None
@@ -255,6 +258,8 @@ class LLM2SLMConfig(PreTrainedConfig):
                 f"`encoder_layer` is {self.encoder_layer!r}, but the LLM ({self.encoder.model_type}) has {layers} "
                 f"layers. Use 0 (the embeddings) to {layers}, or None for its last hidden state."
             )
+        if not 1 <= self.projector_layers <= MAX_LAYERS:
+            raise ValueError(f"`projector_layers` is {self.projector_layers}, but must be from 1 to {MAX_LAYERS}.")
         positions = _positions(self.decoder)
         if not self.decoder.is_encoder_decoder and positions is not None and positions < 2:
             raise ValueError(

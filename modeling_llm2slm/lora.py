@@ -69,7 +69,8 @@ def ia3_config(model: "LLM2SLMForConditionalGeneration", **overrides: Any) -> "I
     family = model.config.decoder.model_type
     defaults = _defaults(model)
     # Layer by layer: peft 0.21 cannot merge IA3 beside a module that was saved as a whole and has layers inside.
-    defaults["modules_to_save"] = ["projector.linear_1", "projector.linear_2", *defaults["modules_to_save"][1:]]
+    linears = [f"projector.{name}" for name in model.encoder.projector.names]
+    defaults["modules_to_save"] = [*linears, *defaults["modules_to_save"][1:]]
     if "target_modules" not in overrides:
         if family not in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
             raise ValueError(

@@ -61,13 +61,22 @@ class LLM2SLMProjector(nn.Module):
 
     def __init__(self, config: LLM2SLMConfig):
         super().__init__()
-        self.linear_1 = nn.Linear(llm_sizes(config.encoder).hidden_size, config.prompt_size)
+        self.names = [f"linear_{number + 1}" for number in range(config.projector_layers)]
+        sizes = [llm_sizes(config.encoder).hidden_size, *[config.prompt_size] * config.projector_layers]
+        for name, size_in, size_out in zip(self.names, sizes, sizes[1:], strict=False):
+            self.add_module(name, nn.Linear(size_in, size_out))
         self.act = ACT2FN["relu"]
-        self.linear_2 = nn.Linear(config.prompt_size, config.prompt_size)
+
+    @property
+    def linears(self) -> list[nn.Linear]:
+        return [getattr(self, name) for name in self.names]  # an adapter may have put others in their places
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.linear_1(hidden_states.to(self.linear_1.weight.dtype))
-        return self.linear_2(self.act(hidden_states))
+        first, *others = self.linears
+        hidden_states = first(hidden_states.to(first.weight.dtype))
+        for linear in others:
+            hidden_states = linear(self.act(hidden_states))
+        return hidden_states
 
 
 class LLM2SLMPreTrainedModel(PreTrainedModel):
@@ -236,14 +245,16 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
     @torch.no_grad()
     def scale_prompt(self) -> None:
         """Draw the projector's weights such that prompt embeddings have the root mean square of the SLM's own."""
-        linear_1, linear_2 = self.projector.linear_1, self.projector.linear_2
         # CODEPATH: fusion "add": two terms of equal variance.
         scale = embedding_rms(self.slm) / 2**0.5 if self.config.fusion == "add" else embedding_rms(self.slm)
         if self.prompt_embedding is not None:
             size = self.prompt_embedding.in_features
             init.normal_(self.prompt_embedding.weight, std=scale / (embedding_rms(self.llm) * size**0.5))
-        init.normal_(linear_1.weight, std=1 / (self.states_rms() * linear_1.in_features**0.5))
-        init.normal_(linear_2.weight, std=scale * (2 / linear_2.in_features) ** 0.5)  # ReLU halves the mean square
+        linears = self.projector.linears
+        gains = [1 / self.states_rms(), *[2**0.5] * (len(linears) - 1)]  # ReLU halves the mean square
+        gains[-1] *= scale
+        for linear, gain in zip(linears, gains, strict=True):
+            init.normal_(linear.weight, std=gain / linear.in_features**0.5)
 
     @torch.no_grad()
     def states_rms(self) -> float:
@@ -283,7 +294,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
     def initialize_weights(self) -> None:
         """Initialize what was not loaded; the projector last, as its scale is that of the SLM's embeddings."""
         super().initialize_weights()
-        if not getattr(self.encoder.projector.linear_2.weight, "_is_hf_initialized", False):
+        if not getattr(self.encoder.projector.linears[-1].weight, "_is_hf_initialized", False):
             self.encoder.scale_prompt()
 
     @classmethod

@@ -134,7 +134,7 @@ def compose(llm_model: Any, slm_model: Any, fusion: str, **config: Any) -> Parts
     model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(
         encoder_model=llm_model, decoder_model=slm_model, **values
     )
-    for linear in (model.encoder.projector.linear_1, model.encoder.projector.linear_2):
+    for linear in model.encoder.projector.linears:
         nn.init.normal_(linear.bias, std=0.1)  # new biases are zero, and a forgotten one would not be seen
     return Parts(model, *plain)
 

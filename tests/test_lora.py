@@ -71,10 +71,11 @@ def test_what_trains(fusion: str) -> None:
         assert (parameter.grad is not None) == (name in trained), name
 
 
+@pytest.mark.parametrize("layers", [2, 3])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_an_adapter_loads_on_a_fresh_base(fusion: str, method: str, tmp_path: Path) -> None:
-    base = build_model(fusion)
+def test_an_adapter_loads_on_a_fresh_base(fusion: str, method: str, layers: int, tmp_path: Path) -> None:
+    base = build_model(fusion, projector_layers=layers)
     base.save_pretrained(tmp_path / "base")
     before = copy.deepcopy(base.state_dict())
     expected_start = logits_of(base)

@@ -521,6 +521,21 @@ def test_parameter_names() -> None:
         assert {"linear_1", "linear_2"} == {name.split(".")[2] for name in names if ".projector." in name}
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+def test_projectors_of_other_depths(layers: int, tmp_path: Path) -> None:
+    model = build_model("replace", projector_layers=layers)
+    projector = model.encoder.projector
+    names = {name.split(".")[0] for name, _ in projector.named_parameters()}
+    assert names == {f"linear_{number + 1}" for number in range(layers)}
+    states = expected = torch.randn(2, 5, projector.linear_1.in_features)
+    for name in sorted(names):
+        linear = getattr(projector, name)
+        expected = (expected.relu() if name != "linear_1" else expected) @ linear.weight.T + linear.bias
+    assert torch.allclose(projector(states), expected, atol=1e-6)
+    model.save_pretrained(tmp_path)
+    check_reload(model, tmp_path)
+
+
 def test_sharded_checkpoint(tmp_path: Path) -> None:
     model = build_model("add")
     model.save_pretrained(tmp_path, max_shard_size="20KB")

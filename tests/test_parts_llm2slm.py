@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +133,15 @@ def test_layers_that_are_not_found() -> None:
 
 
 @pytest.mark.parametrize("fusion", ["add", "replace"])
-@pytest.mark.parametrize("llm", ["t5", "llama", "bert"])
-@pytest.mark.parametrize("slm", SLMS)
-def test_a_new_projector_keeps_the_scale_of_the_slms_embeddings(slm: str, llm: str, fusion: str) -> None:
+@pytest.mark.parametrize(
+    ("slm", "llm", "layers"),
+    [*itertools.product(SLMS, ["t5", "llama", "bert"], [2]), ("gpt2", "t5", 1), ("gpt2", "t5", 3)],
+)
+def test_a_new_projector_keeps_the_scale_of_the_slms_embeddings(slm: str, llm: str, layers: int, fusion: str) -> None:
     """As the SLM reads them: Gemma's embedding is scaled inside, a small OPT's is narrower than its layers."""
-    parts = compose(build_llm(llm), build_slm(slm), fusion, encoder_layer=LLMS[llm].layer)
-    for linear in (parts.model.encoder.projector.linear_1, parts.model.encoder.projector.linear_2):
+    config = {"encoder_layer": LLMS[llm].layer, "projector_layers": layers}
+    parts = compose(build_llm(llm), build_slm(slm), fusion, **config)
+    for linear in parts.model.encoder.projector.linears:
         nn.init.zeros_(linear.bias)
     prompts = [[(17 * row + 7 * place) % 110 + 5 for place in range(20)] for row in range(8)]
     batch = pad_prompts(prompts)

@@ -1,0 +1,205 @@
+"""
+What came out of the Multi30k experiment: BLEU with paired bootstrap intervals, times by turns, a table and a plot.
+
+`python -m benchmarks.multi30k --report` calls this. It reads the answers that the experiment has left, times the
+models that there are, names the rows that were not run, and writes `docs/results/multi30k.json` and a plot for each
+language pair.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sacrebleu.metrics import BLEU
+
+from benchmarks.multi30k import ROOT, Experiment, Job
+from modeling_llm2slm.data import load_pairs, versions, write_json
+from modeling_llm2slm.evaluation import METRICS, score_and_sign, time_answers
+
+
+OUTPUT = ROOT / "docs" / "results" / "multi30k.json"
+PLOTS = ROOT / "docs" / "plots"
+RESAMPLES = 1000
+ROUNDS, PROMPTS_ALONE, PROMPTS_IN_BATCHES, BATCH = 3, 50, 320, 32
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # the 97.5th percentile, by the number of values
+
+
+def report(experiment: Experiment, output: Path = OUTPUT, plots: Path = PLOTS) -> dict[str, Any]:
+    """Scores, times, writes and prints what there is."""
+    result: dict[str, Any] = {"experiment": experiment.settings, "versions": versions(), "threads": 1, "pairs": {}}
+    for pair in experiment.settings["rows"]:
+        jobs = [job for job in experiment.jobs if job.pair == pair and job.row is not None]
+        done = [job for job in jobs if experiment.is_done(job)]
+        if "llm" not in {job.name for job in done}:
+            continue
+        rows = _score(experiment, pair, done)
+        for name, speed in _time(experiment, pair, [job for job in done if job.seed == 0]).items():
+            rows[name]["speed"] = speed
+        for row in rows.values():
+            if "speed" in row:
+                row["time_by_llm"] = row["speed"]["ms_per_answer"] / rows["llm"]["speed"]["ms_per_answer"]
+        not_run = [job.name for job in jobs if job not in done]
+        result["pairs"][pair] = {"rows": rows, "seeds": _seeds(done, rows), "not_run": not_run}
+        print(table(pair, result["pairs"][pair]), flush=True)
+        plot(pair, result["pairs"][pair], plots)
+    write_json(output, result)
+    return result
+
+
+def _score(experiment: Experiment, pair: str, jobs: list[Job]) -> dict[str, dict[str, Any]]:
+    references = load_pairs(str(experiment.split(pair, "test")), "source", "target")["answer"][:]
+    rows: dict[str, dict[str, Any]] = {job.name: {} for job in jobs}
+    for beams in ("1", "4"):
+        counts = {}
+        for job in jobs:
+            answers = json.loads((experiment.runs / pair / job.name / "answers.json").read_text(encoding="utf-8"))
+            scores, signatures = score_and_sign(answers[beams], references, METRICS if beams == "1" else ("bleu",))
+            rows[job.name] |= {f"{name}_{beams}": value for name, value in scores.items()} | {"signatures": signatures}
+            counts[job.name] = sentence_counts(answers[beams], references)
+        for name, intervals in bootstrap(counts, "llm").items():
+            rows[name] |= {f"{key}_{beams}": value for key, value in intervals.items()}
+    for job in jobs:
+        training = experiment.model(pair, job.name) / "training.json"
+        if training.is_file():
+            told = json.loads(training.read_text(encoding="utf-8"))
+            validation = [entry["eval_bleu"] for entry in told.pop("log") if "eval_bleu" in entry]
+            kept = ("seconds", "steps", "best_metric", "parameters", "trained_parameters")
+            rows[job.name]["training"] = {"validation_bleu": validation, **{key: told[key] for key in kept}}
+    return rows
+
+
+def sentence_counts(answers: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """What BLEU adds up of each sentence `(sentences, 10)`: matches and n-grams of 1 to 4 words, the two lengths."""
+    metric, rows = BLEU(effective_order=True), []
+    for answer, reference in zip(answers, references, strict=True):
+        score = metric.sentence_score(answer, [reference])
+        rows.append([*score.counts, *score.totals, score.sys_len, score.ref_len])
+    return np.array(rows)
+
+
+def bleu_of(counts: np.ndarray) -> float:
+    """BLEU of a corpus, from the counts of its sentences."""
+    matches, totals, (length, reference) = np.split(counts.sum(0), [4, 8])
+    return BLEU.compute_bleu(list(map(int, matches)), list(map(int, totals)), int(length), int(reference)).score
+
+
+def bootstrap(counts: dict[str, np.ndarray], baseline: str, samples: int = RESAMPLES) -> dict[str, dict[str, Any]]:
+    """
+    Intervals of 95 % by paired bootstrap (Koehn, 2004): every system on the same resampled sentences.
+
+    Args:
+        counts: Of each system, what [`sentence_counts`] returns.
+        baseline: The system to compare with.
+        samples: How often to resample.
+
+    Returns:
+        Of each system `bleu_interval`, and `relative` and `relative_interval`: its BLEU by that of the baseline.
+    """
+    generator = np.random.default_rng(0)
+    sentences = len(counts[baseline])
+    draws = [generator.integers(sentences, size=sentences) for _ in range(samples)]
+    found = {name: np.array([bleu_of(rows[draw]) for draw in draws]) for name, rows in counts.items()}
+    own = {name: bleu_of(rows) for name, rows in counts.items()}
+    return {
+        name: {
+            "bleu_interval": _middle(found[name]),
+            "relative": own[name] / own[baseline],
+            "relative_interval": _middle(found[name] / found[baseline]),
+        }
+        for name in counts
+    }
+
+
+def _middle(values: np.ndarray) -> list[float]:
+    return [float(bound) for bound in np.percentile(values, [2.5, 97.5])]
+
+
+def _seeds(jobs: list[Job], rows: dict[str, Any]) -> dict[str, Any]:
+    """Rows that were trained from several seeds: the mean, and the interval of 95 % by Student's t."""
+    found: dict[str, Any] = {}
+    for first in (job for job in jobs if job.seed == 0):
+        values = [rows[job.name]["bleu_1"] for job in jobs if job.row is first.row]
+        if len(values) > 1:
+            half = STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+            mean = statistics.mean(values)
+            relative = mean / rows["llm"]["bleu_1"]
+            found[first.name] = {"bleu": values, "mean": mean, "plus_minus": half, "relative": relative}
+    return found
+
+
+def _time(experiment: Experiment, pair: str, jobs: list[Job]) -> dict[str, dict[str, float]]:
+    """Answers one at a time and in batches, the models by turns; medians over the rounds."""
+    prompts = load_pairs(str(experiment.split(pair, "test")), "source", "target")["prompt"][:PROMPTS_IN_BATCHES]
+    models = {job.name: experiment.load(pair, job.name, job.row or {}) for job in jobs}
+    options = {"max_new_tokens": experiment.settings["max_new_tokens"]}
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in models}
+    for _ in range(ROUNDS):
+        for name, model in models.items():
+            alone = time_answers(model, prompts[:PROMPTS_ALONE], num_beams=1, **options)
+            start = time.perf_counter()
+            model.generate(prompts, BATCH, num_beams=1, **options)
+            alone["ms_per_answer_in_batches"] = 1000 * (time.perf_counter() - start) / len(prompts)
+            rounds[name].append(alone)
+    return {
+        name: {key: statistics.median(one[key] for one in times) for key in times[0]} for name, times in rounds.items()
+    }
+
+
+def table(pair: str, result: dict[str, Any]) -> str:
+    """The rows of a language pair as Markdown."""
+    lines = [
+        f"### {pair}",
+        "",
+        "| | BLEU | of the LLM's, % | 4 beams | ms per answer | of the LLM's | ms a token | tokens | ms in batches |",
+        "| --- | --: | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    for name, row in result["rows"].items():
+        low, high = (100 * bound for bound in row["relative_interval_1"])
+        cells = [
+            name, f"{row['bleu_1']:.1f}", f"{100 * row['relative_1']:.1f} ({low:.1f} to {high:.1f})",
+            f"{row['bleu_4']:.1f}",
+        ]  # fmt: skip
+        if "speed" in row:
+            speed = row["speed"]
+            cells += [f"{speed['ms_per_answer']:.1f}", f"{row['time_by_llm']:.2f}", f"{speed['ms_per_token']:.2f}"]
+            cells += [f"{speed['tokens_per_answer']:.1f}", f"{speed['ms_per_answer_in_batches']:.1f}"]
+        lines.append(f"| {' | '.join(cells + [''] * (9 - len(cells)))} |")
+    for name, seeds in result["seeds"].items():
+        lines += ["", f"{name}, {len(seeds['bleu'])} seeds: {seeds['mean']:.2f} ± {seeds['plus_minus']:.2f}"]
+        lines[-1] += f", {100 * seeds['relative']:.1f} % of the LLM's."
+    if result["not_run"]:
+        lines += ["", f"Not run: {', '.join(result['not_run'])}."]
+    return "\n".join(lines)
+
+
+def plot(pair: str, result: dict[str, Any], folder: Path) -> None:
+    """Quality against time per answer; the LLM and the SLMs alone as lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "llm2slm"  # the same plot is the same file
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for name, row in result["rows"].items():
+        if "speed" not in row or name.startswith("half"):
+            continue
+        point = (row["speed"]["ms_per_answer"], row["bleu_1"])
+        line = {"llm": ("LLM", "C3"), "t5": ("small T5 alone", "C0"), "gpt2": ("GPT-2 alone", "C2")}.get(name)
+        if line is not None:
+            axes.axhline(point[1], linestyle="--", linewidth=0.8, color=line[1], label=line[0])
+        axes.plot(*point, "o", color=line[1] if line else "C1")
+        axes.annotate(name, point, textcoords="offset points", xytext=(6, 3), fontsize="small")
+    axes.set(xlabel="ms per answer, one at a time, one thread", ylabel="BLEU, greedy", title=f"Multi30k {pair}")
+    axes.set_xlim(0, None)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="lower right")
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"multi30k-{pair}.svg", metadata={"Date": None})
+    pyplot.close(figure)

@@ -1,0 +1,150 @@
+"""The Multi30k experiment: that it holds together, its statistics, and (slow) all of it at a tiny size."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from sacrebleu.metrics import BLEU
+from transformers import AutoConfig, T5ForConditionalGeneration
+
+from benchmarks import multi30k, multi30k_report
+from benchmarks.multi30k import Experiment, Job, keep_decoder_layers
+from checkpoints import PAIRS
+from common import t5_config
+from modeling_llm2slm.training import parse_recipe
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Experiment:
+    return Experiment(tmp_path / "data", tmp_path / "runs")
+
+
+def test_every_job_comes_after_what_it_needs(experiment: Experiment) -> None:
+    before: set[tuple[str, str]] = set()
+    for job in experiment.jobs:
+        assert {(job.pair, name) for name in job.needs} <= before, job.key
+        before.add((job.pair, job.name))
+    assert len(before) == len(experiment.jobs)
+
+
+def test_every_row_has_a_recipe_and_models(experiment: Experiment) -> None:
+    for job in experiment.jobs:
+        if job.row and "build" in job.row:
+            recipe, arguments = parse_recipe(experiment.recipe(job))
+            assert arguments.seed == job.seed
+            assert bool(recipe.llm_states) == ("states" in job.needs)
+            assert arguments.per_device_train_batch_size == 64
+            for part in {"llm", "slm"} & set(job.row["build"]):
+                known = {**experiment.settings["models"], **experiment.settings["rows"][job.pair]}
+                assert job.row["build"][part] in known
+    for model in experiment.settings["models"].values():
+        AutoConfig.for_model(**model)
+
+
+def test_what_has_failed_is_told_and_nothing_that_needs_it_begins(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[str] = []
+
+    def start(job: Job, arguments: Any) -> Any:
+        started.append(job.key)
+        return subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+
+    monkeypatch.setattr(multi30k, "_start", start)
+    assert not multi30k.run(experiment, multi30k.argparse.Namespace(workers=2, only=None))
+    assert started == ["en-de/tokenizer", "en-fr/tokenizer"]
+    assert "en-de/tokenizer: FAILED" in capsys.readouterr().out
+
+
+def test_a_cut_decoder_decodes_and_loads(tmp_path: Path) -> None:
+    model = T5ForConditionalGeneration(t5_config(num_layers=2, num_decoder_layers=3, is_encoder_decoder=True)).eval()
+    keep_decoder_layers(model, [0, 2])
+    model.save_pretrained(tmp_path)
+    loaded, report = T5ForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    ids = torch.tensor([[5, 6, 7, 1]])
+    found = [
+        one.generate(ids, max_new_tokens=6, min_new_tokens=6, use_cache=cache, do_sample=False).tolist()
+        for one in (model, loaded)
+        for cache in (True, False)
+    ]
+    assert all(answer == found[0] for answer in found)
+
+
+ANSWERS = ["A man sits on a bench.", "Two dogs run.", "", "A woman with a red hat is reading a book outside."]
+REFERENCES = [
+    "A man is sitting on a bench.",
+    "Two dogs run on grass.",
+    "A cat.",
+    "A lady in a red hat reads outside.",
+]
+
+
+def test_bleu_from_counts_is_sacrebleus() -> None:
+    counts = multi30k_report.sentence_counts(ANSWERS, REFERENCES)
+    assert multi30k_report.bleu_of(counts) == pytest.approx(BLEU().corpus_score(ANSWERS, [REFERENCES]).score)
+
+
+def test_paired_intervals() -> None:
+    answers, references = ANSWERS * 5, REFERENCES * 5
+    good = multi30k_report.sentence_counts(references, references)
+    counts = {"llm": good, "same": good, "worse": multi30k_report.sentence_counts(answers, references)}
+    found = multi30k_report.bootstrap(counts, "llm", samples=200)
+    assert found["same"]["relative_interval"] == pytest.approx([1, 1])
+    low, high = found["worse"]["relative_interval"]
+    assert low < found["worse"]["relative"] < 1
+    assert low < high < 1
+    assert found["worse"] == multi30k_report.bootstrap(counts, "llm", samples=200)["worse"]
+
+
+TINY: dict[str, Any] = {
+    "vocabulary": 60,
+    "max_new_tokens": 8,
+    "distilled": {"num_beams": 2, "batch_size": 4},
+    "models": {"t5": {"model_type": "t5", "d_model": 16, "d_ff": 32, "num_layers": 2, "num_heads": 2, "d_kv": 8}},
+    "recipes": {
+        "all": {"prompt_column": "source", "metric": "bleu", "num_train_epochs": 1, "per_device_train_batch_size": 8}
+    },
+    "rows": {
+        "xx-yy": {
+            "llm": {"build": {"llm": "t5"}, "recipe": "all"},
+            "add": {"build": {"llm": "llm", "slm": "t5"}, "recipe": "all", "answers": "distilled", "seeds": 2},
+            "cut": {"build": {"llm": "llm"}, "decoder_layers": [0], "recipe": "all"},
+        }
+    },
+}
+
+
+@pytest.mark.slow
+def test_the_whole_at_a_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "xx-yy").mkdir()
+    rows: Any = [{"source": pair["prompt"], "target": pair["answer"]} for pair in PAIRS * 4]
+    for file in multi30k.REFERENCES.values():
+        with gzip.open(tmp_path / "xx-yy" / file, "wt") as lines:
+            lines.write("".join(json.dumps(row) + "\n" for row in rows))
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(TINY, sort_keys=False))
+    experiment = Experiment(tmp_path, tmp_path / "runs", file)
+    for job in experiment.jobs:
+        experiment.do(job)
+        assert experiment.is_done(job)
+    assert (tmp_path / "runs" / "xx-yy" / "states" / "store.json").is_file()
+    perfect = [row["target"] for row in rows]  # what is trained for a step has a BLEU of 0
+    (tmp_path / "runs" / "xx-yy" / "llm" / "answers.json").write_text(json.dumps({"1": perfect, "4": perfect}))
+    result = multi30k_report.report(experiment, tmp_path / "result.json", tmp_path / "plots")
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    rows = result["pairs"]["xx-yy"]["rows"]
+    assert list(rows) == ["llm", "add", "add-1", "cut"]
+    assert rows["llm"]["relative_1"] == rows["llm"]["time_by_llm"] == 1
+    assert rows["cut"]["training"]["parameters"]["total"] < rows["llm"]["training"]["parameters"]["total"]
+    assert result["pairs"]["xx-yy"]["seeds"]["add"]["bleu"] == [rows["add"]["bleu_1"], rows["add-1"]["bleu_1"]]
+    assert (tmp_path / "plots" / "multi30k-xx-yy.svg").is_file()
