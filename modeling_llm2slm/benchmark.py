@@ -187,7 +187,8 @@ class Benchmark:
             if contestant.small:
                 size = stages.decode_bytes * contestant.bits // 32
                 if contestant.step:
-                    size = (stages.models.folder / name / contestant.step).stat().st_size
+                    files = (stages.models.folder / name).glob(f"{contestant.step}*")
+                    size = sum(file.stat().st_size for file in files)
                 row["floor_ms_per_token"] = 1000 * size / bandwidth
         return {
             **{key: value for key, value in asdict(cell).items() if key != "contestants"},

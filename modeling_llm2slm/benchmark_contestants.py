@@ -223,11 +223,11 @@ def load_ctranslate2(models: Models, device: str, threads: int, weights: str) ->
     return answer
 
 
-def make_exported(models: Models, output: Path, weights: str) -> None:
+def make_exported(models: Models, output: Path, runtime: str, weights: str) -> None:
     """What `llm2slm export` writes."""
     from .conversion import export
 
-    export(models.llm2slm, output, runtime="openvino", weights=weights)
+    export(models.llm2slm, output, runtime=runtime, weights=weights)
 
 
 def load_exported(models: Models, device: str, threads: int, name: str) -> Answer:
@@ -244,7 +244,7 @@ class Contestant:
     Args:
         load: Loads it, on a device, with a number of threads, ready to answer.
         bits: Of a weight that a token goes through, on a CPU.
-        step: The file, in what `make` makes, with all that a token goes through, in place of counting bits.
+        step: How the files begin, in what `make` makes, with all that a token goes through, in place of counting bits.
         small: It decodes with the SLM.
         make: Makes what `load` reads, once; it is kept in the folder, under the contestant's name.
         needs: The package it runs on; empty for what the others need as well.
@@ -269,12 +269,9 @@ def _ctranslate2(weights: str, bits: int) -> Contestant:
     )  # fmt: skip
 
 
-def _openvino(weights: str) -> Contestant:
-    name = f"llm2slm-openvino-{weights}"
-    return Contestant(
-        partial(load_exported, name=name), step="openvino_step.bin", make=partial(make_exported, weights=weights),
-        needs="openvino",
-    )  # fmt: skip
+def _exported(runtime: str, weights: str, needs: str) -> dict[str, Contestant]:
+    name, make = f"llm2slm-{runtime}-{weights}", partial(make_exported, runtime=runtime, weights=weights)
+    return {name: Contestant(partial(load_exported, name=name), step=f"{runtime}_step", make=make, needs=needs)}
 
 
 CONTESTANTS = {
@@ -287,7 +284,12 @@ CONTESTANTS = {
     "llm2slm-compiled": Contestant(compiled(load_llm2slm)),
     "llm2slm-bfloat16": Contestant(partial(load_llm2slm, dtype=torch.bfloat16), bits=16),
     "llm2slm-int8": Contestant(partial(load_llm2slm, dtype=torch.bfloat16, quantized="int8"), bits=8, needs="torchao"),
-    **{f"llm2slm-openvino-{weights}": _openvino(weights) for weights in ("fp32", "bf16", "int8", "int4")},
+    **_exported("openvino", "fp32", "openvino"),
+    **_exported("openvino", "bf16", "openvino"),
+    **_exported("openvino", "int8", "openvino"),
+    **_exported("openvino", "int4", "openvino"),
+    **_exported("onnx", "fp32", "onnxruntime"),
+    **_exported("onnx", "int8", "onnxruntime"),
 }
 
 

@@ -72,10 +72,14 @@ def _load_openvino(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     # Not by transformers' runner, which has one configuration for all graphs: each has a precision of its own.
     core, threads = openvino.Core(), {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1}
     options = manifest["llm2slm"]["options"]
-    return {
-        name: OpenVINOGraph(core.compile_model(path / component["file"], "CPU", threads | options[name]))
-        for name, component in manifest["components"].items()
-    }
+    graphs = {}
+    for name, component in manifest["components"].items():
+        file = path / component["file"]
+        try:
+            graphs[name] = OpenVINOGraph(core.compile_model(file, "CPU", threads | options[name]))
+        except RuntimeError as error:  # of several lines, the cause last
+            raise OSError(f"{file.stem} is damaged: {str(error).strip().splitlines()[-1]}") from error
+    return graphs
 
 
 def _load_onnx(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:

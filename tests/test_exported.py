@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -162,6 +164,14 @@ def test_two_threads_get_their_own_answers(pair) -> None:
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(lambda batch: pair.exported.generate(**batch, max_new_tokens=12).tolist(), batches))
     assert found == expected
+
+
+def test_a_damaged_graph_is_named(tmp_path_factory, tmp_path) -> None:
+    needs("openvino")
+    folder = shutil.copytree(exported_folder(tmp_path_factory, *KINDS[0]), tmp_path / "cut")
+    os.truncate(folder / "openvino_step.bin", 100)
+    with pytest.raises(OSError, match="openvino_step is damaged"):
+        ExportedLLM2SLM.from_pretrained(folder)
 
 
 def rows_read(graph: Any, monkeypatch: Any) -> list[int]:
