@@ -1,12 +1,12 @@
 """
 The LLM's own answer, drafted by an LLM-to-SLM model: how many drafts it accepts, and what time that saves.
 
-    python -m benchmarks.assisted --data /path/to/data --runs runs/multi30k --demo runs/demo
+    python -m benchmarks.assisted --data /path/to/data --runs runs/multi30k/en-de --demo runs/demo
 
-Multi30k: the LLM and the `draft` stage of `benchmarks/multi30k.py`; the demonstration: its LLM and the model that
-`make demo` left in `runs/demo`. How far to draft is chosen by time on validation prompts, what is reported comes from
-the test split. Then the same at T5-large with T5-small sizes and random weights, where drafts are made to be accepted
-exactly as on Multi30k, round by round: both models do all of their work. Times are of one thread, by turns.
+Multi30k: the rows `llm` and `t5-add-distilled` of `benchmarks/multi30k.py`; the demonstration: its LLM and the model
+that `make demo` left in `runs/demo`. How far to draft is chosen by time on validation prompts, what is reported comes
+from the test split. Then the same at T5-large with T5-small sizes and random weights, where drafts are made to be
+accepted exactly as on Multi30k, round by round: both models do all of their work. Times are of one thread, by turns.
 """
 
 from __future__ import annotations
@@ -230,12 +230,12 @@ def accept_as(assistant: Any, wanted: torch.Tensor, accepted: list[int]) -> Iter
 
 
 def multi30k(data: Path, runs: Path) -> tuple[PreTrainedModel, Any, dict[str, list[dict[str, Any]]]]:
-    llm = AutoModelForSeq2SeqLM.from_pretrained(runs / "llm").eval()
-    model = LLM2SLMForConditionalGeneration.from_pretrained(runs / "draft").eval()
+    llm = AutoModelForSeq2SeqLM.from_pretrained(runs / "llm" / "model").eval()
+    model = LLM2SLMForConditionalGeneration.from_pretrained(runs / "t5-add-distilled" / "model").eval()
     folder = data / "multi30k" / "en-de"
     validation = load_pairs(folder / "val.jsonl.gz", "source", "target", limit=VALIDATION_PROMPTS)["prompt"][:]
     test = load_pairs(folder / "test_2016_flickr.jsonl.gz", "source", "target", limit=TEST_PROMPTS)["prompt"][:]
-    tokenizer = AutoTokenizer.from_pretrained(runs / "llm")
+    tokenizer = AutoTokenizer.from_pretrained(runs / "llm" / "model")
     return llm, model.as_assistant_of(llm), batches_of(tokenizer, validation=validation, test=test)
 
 
@@ -252,7 +252,7 @@ def demonstration(folder: Path) -> tuple[PreTrainedModel, Any, dict[str, list[di
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("LLM2SLM_DATA", "data")))
-    parser.add_argument("--runs", type=Path, default=Path("runs/multi30k"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/multi30k/en-de"))
     parser.add_argument("--demo", type=Path, help="the folder of a demonstration; none: leave it out")
     parser.add_argument("--profile", action="store_true", help="only time the parts at T5-large with T5-small sizes")
     parser.add_argument("--bfloat16", action="store_true", help="only T5-large with T5-small sizes, in bfloat16")

@@ -1,7 +1,7 @@
 """
 What exported weights cost in BLEU: a checkpoint and its exports on the same pairs, greedy.
 
-    python benchmarks/quantized_quality.py runs/multi30k/draft data/multi30k/en-de/val.jsonl.gz \\
+    python benchmarks/quantized_quality.py runs/multi30k/en-de/t5-add/model data/multi30k/en-de/val.jsonl.gz \\
         --prompt-column source --answer-column target --output docs/results/quantized-quality.json
 
 Every row answers all pairs in batches, which are sorted by length and padded. `same_answers` is the part of the

@@ -1,7 +1,7 @@
 """
 A file of prompts, answered as a stream of batches in its own order and as `llm2slm generate --file --output` does it.
 
-    python -m benchmarks.throughput --model runs/multi30k/llm2slm-distilled --data /path/to/data
+    python -m benchmarks.throughput --model runs/multi30k/en-de/t5-add-distilled/model --data /path/to/data
 
 The first prompts of Multi30k's training split, English to German, greedy. In order: 32 at once, those of 512 lines
 sorted by length. Else the whole file is sorted, equal prompts are answered once, and batches are cut by tokens; with
@@ -111,7 +111,7 @@ def measure(model: str, data: Path, limit: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().splitlines()[0])
-    parser.add_argument("--model", default="runs/multi30k/llm2slm-distilled")
+    parser.add_argument("--model", default="runs/multi30k/en-de/t5-add-distilled/model")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("LLM2SLM_DATA", "data")))
     parser.add_argument("--limit", type=int, default=2000)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "throughput.json")
