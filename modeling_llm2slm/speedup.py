@@ -18,6 +18,7 @@ from .building import build
 from .data import parse_lines, write_aside, write_json
 from .distillation import distill
 from .encoding import encode
+from .model_card_llm2slm import without_tokens
 from .state_store import StateStore
 from .text_to_text import TextToText, load
 from .training import load_recipe, parse_recipe, train
@@ -30,7 +31,7 @@ Progress = Callable[[str, int, int], None]
 @dataclass
 class SpeedupSettings:
     """
-    What a run is of; all of it is kept in `speedup.json`, and a run that is repeated with other settings is refused.
+    What a run is of; all but tokens is kept in `speedup.json`, and a run that is repeated with other settings is refused.
 
     Args:
         llm: The LLM with its decoder, a folder or a name on the Hub.
@@ -108,7 +109,7 @@ class Speedup:
             load(AutoConfig, part)
 
     def _kept(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self.settings)))
+        return json.loads(json.dumps({**asdict(self.settings), "recipe": without_tokens(self.settings.recipe)}))
 
     def stages(self) -> dict[str, tuple[str, Callable[[], Any]]]:
         """Each stage by its name, in order: the command that does the same, and what does it here."""
@@ -195,7 +196,7 @@ class Speedup:
         """Trains on the states, by the recipe that is written to the folder."""
         recipe = self._recipe()
         with write_aside(self.output / "recipe.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+            temporary.write_text(yaml.safe_dump(without_tokens(recipe), sort_keys=False), encoding="utf-8")
         if not (self.output / "model" / "training.json").is_file():
             train(recipe)
 

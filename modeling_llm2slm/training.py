@@ -24,6 +24,7 @@ from .checkpoint_llm2slm import describe_source, lean_source
 from .data import load_pairs, tell_bad_rows, versions, write_aside
 from .evaluation import METRICS, score
 from .lora import lora_config
+from .model_card_llm2slm import without_tokens
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
 from .optimization import parameter_groups, relative_adafactor
 from .quantization import QUANTIZATIONS, quantize_llm
@@ -567,7 +568,7 @@ def _report(
 ) -> dict[str, Any]:
     model, state = trainer.text_to_text.model, trainer.state
     return {
-        "recipe": dict(recipe),
+        "recipe": without_tokens(recipe),
         "seconds": round(seconds, 1),
         "resumed_at_step": int(resumed.rpartition("-")[2]) if resumed else None,
         "steps": state.global_step,

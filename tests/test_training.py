@@ -182,6 +182,12 @@ def test_the_record_tells_what_was_done(recipe):
     assert report["versions"]["torch"] == torch.__version__
 
 
+def test_the_record_tells_no_token(recipe):
+    report = train({**recipe, "max_steps": 1, "hub_token": "hf_secret"})
+    assert report["recipe"] == {**recipe, "max_steps": 1}
+    assert "hf_secret" not in (Path(recipe["output_dir"]) / "training.json").read_text()
+
+
 def test_the_best_checkpoint_is_kept_not_the_last(recipe, monkeypatch):
     scores = iter([10.0, 30.0, 20.0])
     monkeypatch.setattr(training, "score", lambda *_: {"chrf": next(scores)})
