@@ -590,7 +590,7 @@ def generate(
     max_new_tokens: MaxNewTokens = None,
     num_beams: NumBeams = 1,
     sample: Annotated[bool, typer.Option("--sample", help="Draw tokens in place of taking the likeliest.")] = False,
-    temperature: Annotated[float | None, typer.Option(help="Of sampling.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of sampling, above 0.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Of sampling.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
     batch_size: Annotated[
@@ -627,8 +627,12 @@ def generate(
     if file is not None and not file.is_file():
         raise FileNotFoundError(f"There is no file {file}.")
     options = _decoding(max_new_tokens, num_beams)
+    if temperature is not None and temperature <= 0:
+        raise typer.BadParameter("--temperature must be above 0; answers are greedy without --sample.")
     if sample:
-        options.update(do_sample=True, temperature=temperature or 1.0, top_p=1.0 if top_p is None else top_p)
+        defaults = {"temperature": 1.0, "top_p": 1.0}
+        given = {name: value for name, value in (("temperature", temperature), ("top_p", top_p)) if value is not None}
+        options |= {**defaults, **given, "do_sample": True}
     elif temperature is not None or top_p is not None:
         raise typer.BadParameter("--temperature and --top-p belong to --sample.")
     if file is not None and output is not None:
@@ -683,8 +687,9 @@ def _answer_file(
 
 
 def _decoding(max_new_tokens: int | None, num_beams: int) -> dict[str, Any]:
+    # A checkpoint may say that its answers are sampled.
     limit = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
-    return {**limit, "num_beams": num_beams}
+    return {**limit, "num_beams": num_beams, "do_sample": False}
 
 
 def _prompts(prompts: list[str] | None, file: Path | None, prompt_column: str, skip_bad_rows: bool) -> Iterator[str]:

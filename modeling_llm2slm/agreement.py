@@ -41,13 +41,14 @@ def compare(
         batch_size: How many prompts are answered at once. Answers are timed one at a time.
         timed_answers: How many answers of each model are timed, in turns; 0 times none.
         worst: How many of the answers that agree least are returned, of those that differ.
-        generate_kwargs: Arguments of `generate()`, for both.
+        generate_kwargs: Arguments of `generate()`, for both; without `do_sample` nothing is sampled.
 
     Returns:
         `agreement` (scores of the model's answers against the LLM's), `scores` and `llm_scores` (against references),
         `speed`, `llm_speed`, `speed_up` (time per answer, the LLM's by the model's), `worst`, `signatures`,
         `parameters`, `llm_parameters`, `prompts`, `generation`, `versions`, `device`, `threads`.
     """
+    generate_kwargs = {"do_sample": False, **generate_kwargs}
     rows = load_prompts(data, prompt_column, split=split, limit=limit)
     prompts, references = rows["prompt"][:], None
     if answer_column in rows.column_names:

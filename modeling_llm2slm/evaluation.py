@@ -126,11 +126,12 @@ def evaluate(
         limit: Score this many pairs, from the top (default: all).
         batch_size: How many prompts go through the model at once when it is scored. It is timed one at a time.
         timed_answers: How many answers to time; 0 times none.
-        generate_kwargs: Arguments of `generate()`.
+        generate_kwargs: Arguments of `generate()`; without `do_sample` nothing is sampled.
 
     Returns:
         `scores`, `signatures`, `speed`, `parameters`, `pairs`, `generation`, `versions`, `device`, `dtype`, `threads`.
     """
+    generate_kwargs = {"do_sample": False, **generate_kwargs}
     pairs = load_pairs(data, prompt_column, answer_column, split=split, limit=limit)
     text_to_text = model if isinstance(model, TextToText) else TextToText.from_pretrained(model)
     prompts, references = pairs["prompt"][:], pairs["answer"][:]

@@ -31,7 +31,8 @@ Progress = Callable[[str, int, int], None]
 @dataclass
 class SpeedupSettings:
     """
-    What a run is of; all but tokens is kept in `speedup.json`, and a run that is repeated with other settings is refused.
+    What a run is of; all of it but tokens is kept in `speedup.json`, and a run that is repeated with other settings is
+    refused.
 
     Args:
         llm: The LLM with its decoder, a folder or a name on the Hub.

@@ -54,7 +54,8 @@ class TrainingRecipe:
         optimizer: `"adamw"`, or `"adafactor"` with updates relative to each parameter, which a T5 needs from scratch.
         metric: What chooses the best checkpoint: `"loss"`, `"bleu"`, `"chrf"`, `"rouge1"`, `"rouge2"`, `"rougeL"` or
             `"exact_match"`; all but the loss are computed on generated answers.
-        generation: Arguments of `generate()` for that, such as `{num_beams: 4, max_new_tokens: 64}`.
+        generation: Arguments of `generate()` for that, such as `{num_beams: 4, max_new_tokens: 64}`; without
+            `do_sample: true` nothing is sampled.
         resume: Continue from the last checkpoint in the output folder, if there is one.
         include_llm: Whether the trained composite holds its frozen LLM, or says where it is (a lean checkpoint).
         include_llm_in_checkpoints: The same for the checkpoints along the way.
@@ -261,7 +262,7 @@ class TextToTextTrainer(Seq2SeqTrainer):
         text_to_text: The model with its processor.
         validation_pairs: The pairs to generate answers for and to score them by, or None.
         metric: One of [`METRICS`], reported as `eval_<metric>`; `"loss"` generates nothing.
-        generation: Arguments of `generate()`.
+        generation: Arguments of `generate()`; without `do_sample` nothing is sampled.
         learning_rate_mapping: See [`parameter_groups`].
         optimizer: `"adafactor"` for [`relative_adafactor`]; `"adamw"` leaves the choice to `args.optim`.
         without_llm: Leave the LLM out of checkpoints: they are there to go on from.
@@ -285,7 +286,7 @@ class TextToTextTrainer(Seq2SeqTrainer):
         self.text_to_text = text_to_text
         self.validation_pairs = validation_pairs
         self.metric = metric
-        self.generation = dict(generation or {})
+        self.generation = {"do_sample": False, **(generation or {})}
         self.learning_rate_mapping = dict(learning_rate_mapping or {})
         self.optimizer_name = optimizer
         self.without_llm = without_llm

@@ -182,6 +182,16 @@ def test_the_record_tells_what_was_done(recipe):
     assert report["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.parametrize("asked", [{}, {"do_sample": True}])
+def test_validation_samples_only_if_asked_to(recipe, monkeypatch, asked):
+    seen = []
+    monkeypatch.setattr(
+        TextToText, "generate", lambda self, prompts, *_, **kwargs: seen.append(kwargs) or ["src1"] * len(prompts)
+    )
+    train({**recipe, "max_steps": 1, "generation": {"max_new_tokens": 8, **asked}})
+    assert seen[0] == {"do_sample": False, "max_new_tokens": 8, **asked}
+
+
 def test_the_record_tells_no_token(recipe):
     report = train({**recipe, "max_steps": 1, "hub_token": "hf_secret"})
     assert report["recipe"] == {**recipe, "max_steps": 1}
