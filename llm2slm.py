@@ -175,12 +175,13 @@ def train(
 
     `llm2slm train recipe.yaml --num_train_epochs 5 --output_dir runs/five`
 
-    A recipe holds `model`, `train_data`, `output_dir`, and any of `validation_data`, `prompt_column`, `answer_column`,
-    `prompt_max_length`, `answer_max_length`, `train_samples`, `validation_samples`, `optimizer`, `metric`,
-    `generation`, `resume`, `llm_states`, `learning_rate_mapping`, `lora`, `quantize_llm`, `skip_bad_rows`,
-    `streaming`, `shuffle_buffer`, `preprocessing_num_workers`, and every field of transformers'
-    Seq2SeqTrainingArguments. Each is an option of this command as well, which goes before the recipe's own value. A
-    run that was stopped continues where it was. On several devices:
+    A recipe holds `model`, `train_data`, `output_dir`, and any of `validation_data`, `train_split`, `validation_split`
+    (of data sets on the Hub), `prompt_column`, `answer_column`, `prompt_max_length`, `answer_max_length`,
+    `train_samples`, `validation_samples`, `optimizer`, `metric`, `generation`, `resume`, `llm_states`,
+    `learning_rate_mapping`, `lora`, `quantize_llm`, `skip_bad_rows`, `streaming`, `shuffle_buffer`,
+    `preprocessing_num_workers`, and every field of transformers' Seq2SeqTrainingArguments. Each is an option of this
+    command as well, which goes before the recipe's own value. A run that was stopped continues where it was. On
+    several devices:
     `accelerate launch --config_file FILE -m llm2slm train recipe.yaml`.
     """
     overrides = dict(_overrides(context.args))

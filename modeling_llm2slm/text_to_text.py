@@ -232,7 +232,7 @@ class TextToText:
         return [self._until_end(tokens) for tokens in generated.tolist()]
 
     def with_limit(self, generate_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of `generate()` with a limit: the checkpoint's, where it has one, or [`DEFAULT_MAX_NEW_TOKENS`]."""
+        """Arguments of `generate()` with a limit: the checkpoint's, where it has one, or `DEFAULT_MAX_NEW_TOKENS`."""
         defaults = getattr(self.model, "generation_config", None)
         own = self.answer_max_length or getattr(defaults, "max_new_tokens", None)
         limit = own or min(DEFAULT_MAX_NEW_TOKENS, (self._positions or sys.maxsize) // 2)
