@@ -160,7 +160,7 @@ def build(
         llm, slm, llm_tokenizer, slm_tokenizer, preset=preset, prompt_max_length=prompt_max_length,
         answer_max_length=answer_max_length, seed=seed, **composite,
     )  # fmt: skip
-    with write_aside(output) as folder:
+    with write_aside(output, keep=not overwrite) as folder:
         text_to_text.save_pretrained(folder, **({"card": {"name": output.name}} if llm and slm or preset else {}))
     _print_model(str(output), text_to_text)
 

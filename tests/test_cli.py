@@ -140,6 +140,7 @@ class TestBuild:
         assert run(*words) == 1
         assert "add --overwrite" in capsys.readouterr().err
         assert run(*words, "--overwrite") == 0
+        assert not (tmp_path / "new" / "mine").exists()
 
 
 @pytest.fixture
