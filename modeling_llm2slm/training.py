@@ -75,8 +75,8 @@ class TrainingRecipe:
             the output folder has it merged in, the adapter itself lies in `adapter/`.
         quantize_llm: `"int8"` or `"nf4"` keeps the frozen LLM's matrices in 8 or 4 bits while the rest trains, see
             [`quantize_llm`]. The model in the output folder has the LLM as it was.
-        skip_bad_rows: Leave out rows that cannot be read, hold no text or are too long for the SLM, with a warning
-            that numbers them, in place of an error that does.
+        skip_bad_rows: Leave out rows that cannot be read, hold no text or are too long for the LLM or the SLM, with a
+            warning that numbers them, in place of an error that does.
         streaming: Read the training data while training, for data that is not to be indexed; needs `max_steps`.
         shuffle_buffer: Rows that streaming shuffles among.
         preprocessing_num_workers: Processes that turn texts into token ids (default: this one).

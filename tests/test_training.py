@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from checkpoints import ANSWERS, KINDS, PAIRS, PROMPTS, stopped_at, write_checkp
 from common import same_tensors
 from modeling_llm2slm import LLM2SLMForConditionalGeneration, data, training
 from modeling_llm2slm import streaming as streams
+from modeling_llm2slm.encoding import encode
 from modeling_llm2slm.text_to_text import TextToText
 from modeling_llm2slm.training import last_checkpoint, load_recipe, parse_recipe, train
 
@@ -214,6 +216,20 @@ def test_a_data_set_on_the_hub_is_read_by_its_splits(recipe, monkeypatch, stream
     hub = {"train_data": "user/pairs", "validation_data": "user/pairs", "streaming": streaming, "metric": "loss"}
     train({**recipe, **hub, **named, "max_steps": 1})
     assert set(read) == {("user/pairs", splits[0], streaming), ("user/pairs", splits[1], False)}
+
+
+def test_a_prompt_that_the_llm_has_no_positions_for_is_a_bad_row(recipe, checkpoints, tmp_path):
+    model = Path(shutil.copytree(checkpoints["llm2slm"], tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    config["encoder"]["max_position_embeddings"] = 5
+    (model / "config.json").write_text(json.dumps(config))
+    recipe = {**recipe, "model": str(model), "max_steps": 1, "metric": "loss"}
+    with pytest.raises(ValueError, match="row 0 has a prompt of 7 tokens, but the LLM has 5 positions"):
+        train(recipe)
+    with pytest.raises(ValueError, match="7 tokens wide, padding included, but the LLM has 5 positions"):
+        encode(model, [recipe["train_data"]], tmp_path / "states")
+    assert not (tmp_path / "states").exists()
+    assert train({**recipe, "skip_bad_rows": True})["steps"] == 1
 
 
 @pytest.mark.parametrize("settings", [{}, {"streaming": True}, {"streaming": True, "dataloader_num_workers": 1}])
