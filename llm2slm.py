@@ -791,6 +791,10 @@ def evaluate(
     timed_answers: Annotated[int, typer.Option(min=0, help="Time this many answers.")] = 50,
     against: Annotated[str | None, typer.Option(help="Compare with this LLM; references are not needed then.")] = None,
     worst: Annotated[int, typer.Option(min=0, help="With --against: show this many that agree least.")] = 5,
+    prompt_max_length: Annotated[int | None, typer.Option(help="Cut prompts to this many tokens.")] = None,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Leave out rows that are no text or too long, with a warning.")
+    ] = False,
     quantize: Quantize = None,
     device: Device = "cpu",
 ) -> None:
@@ -801,14 +805,15 @@ def evaluate(
 
     `llm2slm evaluate runs/model prompts.txt --against google-t5/t5-large` tells how far it agrees with the LLM.
     """
-    text_to_text = _load_model(model, device, quantize=quantize)
+    text_to_text = _load_model(model, device, quantize=quantize, prompt_max_length=prompt_max_length)
     _quiet_data()
     if against is not None:
         from modeling_llm2slm.agreement import compare
 
         comparison = compare(
-            text_to_text, _load_model(against, device), data, prompt_column, answer_column, split=split, limit=limit,
-            batch_size=batch_size, timed_answers=timed_answers, worst=worst, **_decoding(max_new_tokens, num_beams),
+            text_to_text, _load_model(against, device, prompt_max_length=prompt_max_length), data, prompt_column,
+            answer_column, split=split, limit=limit, batch_size=batch_size, timed_answers=timed_answers, worst=worst,
+            skip_bad_rows=skip_bad_rows, **_decoding(max_new_tokens, num_beams),
         )  # fmt: skip
         comparison = {"model": model, "against": against, "data": Path(data).name, **comparison}
         _write_json(output, comparison)
@@ -818,7 +823,7 @@ def evaluate(
 
     result = evaluate_model(
         text_to_text, data, prompt_column, answer_column, split=split, limit=limit, batch_size=batch_size,
-        timed_answers=timed_answers, **_decoding(max_new_tokens, num_beams),
+        timed_answers=timed_answers, skip_bad_rows=skip_bad_rows, **_decoding(max_new_tokens, num_beams),
     )  # fmt: skip
     result = {"model": model, "data": Path(data).name, **result}
     _write_json(output, result)
@@ -1082,7 +1087,13 @@ def _print_report(report: Report) -> None:
     out.print(table)
 
 
-def _load_model(path: str, device: str = "cpu", seed: int | None = None, quantize: str | None = None) -> TextToText:
+def _load_model(
+    path: str,
+    device: str = "cpu",
+    seed: int | None = None,
+    quantize: str | None = None,
+    prompt_max_length: int | None = None,
+) -> TextToText:
     _quiet()
     from transformers import set_seed
 
@@ -1090,7 +1101,7 @@ def _load_model(path: str, device: str = "cpu", seed: int | None = None, quantiz
 
     if seed is not None:
         set_seed(seed)
-    return TextToText.from_pretrained(path, device=device, quantize=quantize)
+    return TextToText.from_pretrained(path, device=device, prompt_max_length=prompt_max_length, quantize=quantize)
 
 
 def _quiet(progress: bool = False) -> None:

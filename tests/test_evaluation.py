@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import sacrebleu
 
-from checkpoints import KINDS, PROMPTS, sample_by_default, write_checkpoint, write_pairs
+from checkpoints import KINDS, PAIRS, PROMPTS, sample_by_default, write_checkpoint, write_pairs
 from modeling_llm2slm import evaluation
 from modeling_llm2slm.agreement import compare
 from modeling_llm2slm.evaluation import METRICS, evaluate, score, score_and_sign, time_answers
@@ -95,6 +96,20 @@ def test_nothing_is_sampled_unless_asked_for(tmp_path, monkeypatch, against):
     else:
         evaluate(model, data, timed_answers=0, max_new_tokens=5)
     assert answers == [greedy] * (1 + against)
+
+
+@pytest.mark.parametrize("against", [False, True])
+def test_rows_without_text_and_rows_that_are_too_long_are_left_out_on_request(tmp_path, against):
+    bad = [{"prompt": "src1", "answer": None}, {"prompt": " ".join(["src1"] * 70), "answer": "src2"}]
+    data, model = write_pairs(tmp_path / "pairs.jsonl", [*bad, *PAIRS]), write_checkpoint("llm2slm", tmp_path)
+    options = {"timed_answers": 0, "max_new_tokens": 3}
+    score_all = partial(compare, model, model) if against else partial(evaluate, model)
+    with pytest.raises(ValueError, match=r"answer of row 0 is None.* leave them out with skip_bad_rows"):
+        score_all(data, **options)
+    result = score_all(data, skip_bad_rows=True, **options)
+    assert result["prompts" if against else "pairs"] == len(PAIRS)
+    with pytest.raises(ValueError, match=r"no row can be used. The prompt has 71 tokens"):
+        score_all(write_pairs(tmp_path / "long.jsonl", bad), skip_bad_rows=True, **options)
 
 
 def test_a_model_already_loaded_is_scored_without_timing(slm, tmp_path):
