@@ -408,8 +408,8 @@ def speedup(
 
     `llm2slm speedup --llm google-t5/t5-large --prompts prompts.txt --output runs/fast --num_train_epochs 3`
 
-    Every field of a recipe is an option as well. A run that was stopped continues where it was; each stage tells the
-    command that does the same.
+    Every field of a recipe but its paths is an option as well. A run that was stopped continues where it was; each
+    stage tells the command that does the same.
     """
     _quiet()
     _quiet_data()
