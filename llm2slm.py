@@ -160,7 +160,7 @@ def build(
         llm, slm, llm_tokenizer, slm_tokenizer, preset=preset, prompt_max_length=prompt_max_length,
         answer_max_length=answer_max_length, seed=seed, **composite,
     )  # fmt: skip
-    with write_aside(output) as folder:
+    with write_aside(output, keep=not overwrite) as folder:
         text_to_text.save_pretrained(folder, **({"card": {"name": output.name}} if llm and slm or preset else {}))
     _print_model(str(output), text_to_text)
 
@@ -175,12 +175,13 @@ def train(
 
     `llm2slm train recipe.yaml --num_train_epochs 5 --output_dir runs/five`
 
-    A recipe holds `model`, `train_data`, `output_dir`, and any of `validation_data`, `prompt_column`, `answer_column`,
-    `prompt_max_length`, `answer_max_length`, `train_samples`, `validation_samples`, `optimizer`, `metric`,
-    `generation`, `resume`, `llm_states`, `learning_rate_mapping`, `lora`, `quantize_llm`, `skip_bad_rows`,
-    `streaming`, `shuffle_buffer`, `preprocessing_num_workers`, and every field of transformers'
-    Seq2SeqTrainingArguments. Each is an option of this command as well, which goes before the recipe's own value. A
-    run that was stopped continues where it was. On several devices:
+    A recipe holds `model`, `train_data`, `output_dir`, and any of `validation_data`, `train_split`, `validation_split`
+    (of data sets on the Hub), `prompt_column`, `answer_column`, `prompt_max_length`, `answer_max_length`,
+    `train_samples`, `validation_samples`, `optimizer`, `metric`, `generation`, `resume`, `llm_states`,
+    `learning_rate_mapping`, `lora`, `quantize_llm`, `skip_bad_rows`, `streaming`, `shuffle_buffer`,
+    `preprocessing_num_workers`, and every field of transformers' Seq2SeqTrainingArguments. Each is an option of this
+    command as well, which goes before the recipe's own value. A run that was stopped continues where it was. On
+    several devices:
     `accelerate launch --config_file FILE -m llm2slm train recipe.yaml`.
     """
     overrides = dict(_overrides(context.args))
@@ -407,8 +408,8 @@ def speedup(
 
     `llm2slm speedup --llm google-t5/t5-large --prompts prompts.txt --output runs/fast --num_train_epochs 3`
 
-    Every field of a recipe is an option as well. A run that was stopped continues where it was; each stage tells the
-    command that does the same.
+    Every field of a recipe but its paths is an option as well. A run that was stopped continues where it was; each
+    stage tells the command that does the same.
     """
     _quiet()
     _quiet_data()
@@ -590,7 +591,7 @@ def generate(
     max_new_tokens: MaxNewTokens = None,
     num_beams: NumBeams = 1,
     sample: Annotated[bool, typer.Option("--sample", help="Draw tokens in place of taking the likeliest.")] = False,
-    temperature: Annotated[float | None, typer.Option(help="Of sampling.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of sampling, above 0.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Of sampling.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
     batch_size: Annotated[
@@ -627,8 +628,12 @@ def generate(
     if file is not None and not file.is_file():
         raise FileNotFoundError(f"There is no file {file}.")
     options = _decoding(max_new_tokens, num_beams)
+    if temperature is not None and temperature <= 0:
+        raise typer.BadParameter("--temperature must be above 0; answers are greedy without --sample.")
     if sample:
-        options.update(do_sample=True, temperature=temperature or 1.0, top_p=1.0 if top_p is None else top_p)
+        defaults = {"temperature": 1.0, "top_p": 1.0}
+        given = {name: value for name, value in (("temperature", temperature), ("top_p", top_p)) if value is not None}
+        options |= {**defaults, **given, "do_sample": True}
     elif temperature is not None or top_p is not None:
         raise typer.BadParameter("--temperature and --top-p belong to --sample.")
     if file is not None and output is not None:
@@ -683,8 +688,9 @@ def _answer_file(
 
 
 def _decoding(max_new_tokens: int | None, num_beams: int) -> dict[str, Any]:
+    # A checkpoint may say that its answers are sampled.
     limit = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
-    return {**limit, "num_beams": num_beams}
+    return {**limit, "num_beams": num_beams, "do_sample": False}
 
 
 def _prompts(prompts: list[str] | None, file: Path | None, prompt_column: str, skip_bad_rows: bool) -> Iterator[str]:
@@ -785,6 +791,10 @@ def evaluate(
     timed_answers: Annotated[int, typer.Option(min=0, help="Time this many answers.")] = 50,
     against: Annotated[str | None, typer.Option(help="Compare with this LLM; references are not needed then.")] = None,
     worst: Annotated[int, typer.Option(min=0, help="With --against: show this many that agree least.")] = 5,
+    prompt_max_length: Annotated[int | None, typer.Option(help="Cut prompts to this many tokens.")] = None,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Leave out rows that are no text or too long, with a warning.")
+    ] = False,
     quantize: Quantize = None,
     device: Device = "cpu",
 ) -> None:
@@ -795,14 +805,15 @@ def evaluate(
 
     `llm2slm evaluate runs/model prompts.txt --against google-t5/t5-large` tells how far it agrees with the LLM.
     """
-    text_to_text = _load_model(model, device, quantize=quantize)
+    text_to_text = _load_model(model, device, quantize=quantize, prompt_max_length=prompt_max_length)
     _quiet_data()
     if against is not None:
         from modeling_llm2slm.agreement import compare
 
         comparison = compare(
-            text_to_text, _load_model(against, device), data, prompt_column, answer_column, split=split, limit=limit,
-            batch_size=batch_size, timed_answers=timed_answers, worst=worst, **_decoding(max_new_tokens, num_beams),
+            text_to_text, _load_model(against, device, prompt_max_length=prompt_max_length), data, prompt_column,
+            answer_column, split=split, limit=limit, batch_size=batch_size, timed_answers=timed_answers, worst=worst,
+            skip_bad_rows=skip_bad_rows, **_decoding(max_new_tokens, num_beams),
         )  # fmt: skip
         comparison = {"model": model, "against": against, "data": Path(data).name, **comparison}
         _write_json(output, comparison)
@@ -812,7 +823,7 @@ def evaluate(
 
     result = evaluate_model(
         text_to_text, data, prompt_column, answer_column, split=split, limit=limit, batch_size=batch_size,
-        timed_answers=timed_answers, **_decoding(max_new_tokens, num_beams),
+        timed_answers=timed_answers, skip_bad_rows=skip_bad_rows, **_decoding(max_new_tokens, num_beams),
     )  # fmt: skip
     result = {"model": model, "data": Path(data).name, **result}
     _write_json(output, result)
@@ -1076,7 +1087,13 @@ def _print_report(report: Report) -> None:
     out.print(table)
 
 
-def _load_model(path: str, device: str = "cpu", seed: int | None = None, quantize: str | None = None) -> TextToText:
+def _load_model(
+    path: str,
+    device: str = "cpu",
+    seed: int | None = None,
+    quantize: str | None = None,
+    prompt_max_length: int | None = None,
+) -> TextToText:
     _quiet()
     from transformers import set_seed
 
@@ -1084,7 +1101,7 @@ def _load_model(path: str, device: str = "cpu", seed: int | None = None, quantiz
 
     if seed is not None:
         set_seed(seed)
-    return TextToText.from_pretrained(path, device=device, quantize=quantize)
+    return TextToText.from_pretrained(path, device=device, prompt_max_length=prompt_max_length, quantize=quantize)
 
 
 def _quiet(progress: bool = False) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .data import load_pairs, load_prompts, versions
-from .evaluation import score_and_sign, time_answer
+from .evaluation import score_and_sign, time_answer, with_room
 from .text_to_text import TextToText
 
 
@@ -25,6 +25,7 @@ def compare(
     batch_size: int = 32,
     timed_answers: int = 50,
     worst: int = 5,
+    skip_bad_rows: bool = False,
     **generate_kwargs: Any,
 ) -> dict[str, Any]:
     """
@@ -41,19 +42,24 @@ def compare(
         batch_size: How many prompts are answered at once. Answers are timed one at a time.
         timed_answers: How many answers of each model are timed, in turns; 0 times none.
         worst: How many of the answers that agree least are returned, of those that differ.
-        generate_kwargs: Arguments of `generate()`, for both.
+        skip_bad_rows: Leave out rows that hold no text or are too long for a model, with a warning.
+        generate_kwargs: Arguments of `generate()`, for both; without `do_sample` nothing is sampled.
 
     Returns:
         `agreement` (scores of the model's answers against the LLM's), `scores` and `llm_scores` (against references),
         `speed`, `llm_speed`, `speed_up` (time per answer, the LLM's by the model's), `worst`, `signatures`,
         `parameters`, `llm_parameters`, `prompts`, `generation`, `versions`, `device`, `threads`.
     """
-    rows = load_prompts(data, prompt_column, split=split, limit=limit)
-    prompts, references = rows["prompt"][:], None
-    if answer_column in rows.column_names:
-        references = load_pairs(data, prompt_column, answer_column, split=split, limit=limit)["answer"][:]
+    generate_kwargs = {"do_sample": False, **generate_kwargs}
+    rows = load_prompts(data, prompt_column, split=split, limit=limit, skip_bad_rows=skip_bad_rows)
+    has_references = answer_column in rows.column_names
+    if has_references:
+        rows = load_pairs(data, prompt_column, answer_column, split=split, limit=limit, skip_bad_rows=skip_bad_rows)
     small = model if isinstance(model, TextToText) else TextToText.from_pretrained(model)
     large = llm if isinstance(llm, TextToText) else TextToText.from_pretrained(llm)
+    if skip_bad_rows:
+        rows = with_room([small, large], rows, str(data), generate_kwargs)
+    prompts, references = rows["prompt"][:], rows["answer"][:] if has_references else None
     answers = small.generate(prompts, batch_size, **generate_kwargs)
     llm_answers = large.generate(prompts, batch_size, **generate_kwargs)
     agreement, signatures = score_and_sign(answers, llm_answers)

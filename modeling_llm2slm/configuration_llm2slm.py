@@ -171,6 +171,11 @@ class LLM2SLMConfig(PreTrainedConfig):
         """`int`: Width of the embeddings that the SLM reads: `d_slm`, but for a small OPT, which projects them."""
         return getattr(self.decoder, "word_embed_proj_dim", None) or llm_sizes(self.decoder).hidden_size
 
+    @property
+    def llm_positions(self) -> int | None:
+        """`int`: How many positions the LLM has, if any number limits them."""
+        return _positions(self.encoder)
+
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """
         The SLM's config, from which sizes of caches and vocabularies are read: with `decoder=True`, that of its own
@@ -208,7 +213,7 @@ class LLM2SLMConfig(PreTrainedConfig):
 
     def check_llm_length(self, width: int) -> None:
         """Raise `ValueError` where prompts padded to `width` need more positions than the LLM has."""
-        limit = _positions(self.encoder)
+        limit = self.llm_positions
         if limit is not None and width > limit:
             raise ValueError(
                 f"The prompts are {width} tokens wide, padding included, but the LLM has {limit} positions. Shorten "

@@ -38,7 +38,8 @@ def distill(
         column: The column for the answers; all others are kept as they are.
         batch_size: How many prompts are answered at once.
         overwrite: Replace an output, or what another run has left of one.
-        kwargs: Of [`answer_file`], or of `generate()`, such as `num_beams` and `max_new_tokens`.
+        kwargs: Of [`answer_file`], or of `generate()`, such as `num_beams` and `max_new_tokens`; without `do_sample`
+            nothing is sampled, whatever the LLM's own default.
 
     Returns:
         The number of rows.
@@ -59,6 +60,7 @@ def distill(
             "encoder-decoder, or write its answers to a column of the data with the tools that it comes with."
         )
     report = answer_file(
-        llm, data, output, prompt_column, column=column, limits=BatchLimits(batch_size), overwrite=overwrite, **kwargs
-    )
+        llm, data, output, prompt_column, column=column, limits=BatchLimits(batch_size), overwrite=overwrite,
+        **{"do_sample": False, **kwargs},
+    )  # fmt: skip
     return report.rows

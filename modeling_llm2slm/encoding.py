@@ -64,7 +64,7 @@ def encode(
         What the store holds.
 
     Raises:
-        ValueError: If `output` is a store of something else, or the model has no LLM.
+        ValueError: If `output` is a store of something else, the model has no LLM, or a prompt no room in it.
         OSError: If the disk has not enough room.
     """
     if dtype not in ("bfloat16", "float16", "float32"):
@@ -75,6 +75,7 @@ def encode(
     prompts = _prompts(data, prompt_column, split, limit, skip_bad_rows)
     index = index_prompts(_token_ids(text_to_text, prompts))
     config, tokenizer = text_to_text.model.config, text_to_text.processor.tokenizer
+    config.check_llm_length(int(index["length"].max()))
     description = describe(model, config, tokenizer, index, dtype)
     rank, world = processes(overwrite)
     if overwrite:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 
-from .data import load_pairs, versions
+from .data import load_pairs, tell_bad_rows, versions
 from .text_to_text import TextToText
 
 
@@ -102,6 +103,23 @@ def time_answer(text_to_text: TextToText, prompt: str, **generate_kwargs: Any) -
     return time.perf_counter() - start, len(answer[0])
 
 
+def with_room(models: Sequence[TextToText], rows: Dataset, source: str, generate_kwargs: Mapping[str, Any]) -> Dataset:
+    """The rows whose prompts and answers all of some models have positions for; `ValueError` if there are none."""
+    bad: dict[int, str] = {}
+    for model in models:
+        new_tokens = model.with_limit(dict(generate_kwargs)).get("max_new_tokens", 0)
+        for row, ids in enumerate(model.features(rows["prompt"][:])["input_ids"]):
+            try:
+                model.check_room(len(ids), new_tokens)
+            except ValueError as error:
+                bad[row] = str(error)
+    if len(bad) == len(rows):
+        raise ValueError(f"{source}: no row can be used. {bad[0]}")
+    if bad:
+        tell_bad_rows(source, bad, skip=True)
+    return rows.select([row for row in range(len(rows)) if row not in bad])
+
+
 def evaluate(
     model: str | Path | TextToText,
     data: str | Path,
@@ -112,6 +130,7 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 32,
     timed_answers: int = 50,
+    skip_bad_rows: bool = False,
     **generate_kwargs: Any,
 ) -> dict[str, Any]:
     """
@@ -126,13 +145,17 @@ def evaluate(
         limit: Score this many pairs, from the top (default: all).
         batch_size: How many prompts go through the model at once when it is scored. It is timed one at a time.
         timed_answers: How many answers to time; 0 times none.
-        generate_kwargs: Arguments of `generate()`.
+        skip_bad_rows: Leave out rows that hold no text or are too long for the model, with a warning.
+        generate_kwargs: Arguments of `generate()`; without `do_sample` nothing is sampled.
 
     Returns:
         `scores`, `signatures`, `speed`, `parameters`, `pairs`, `generation`, `versions`, `device`, `dtype`, `threads`.
     """
-    pairs = load_pairs(data, prompt_column, answer_column, split=split, limit=limit)
+    generate_kwargs = {"do_sample": False, **generate_kwargs}
+    pairs = load_pairs(data, prompt_column, answer_column, split=split, limit=limit, skip_bad_rows=skip_bad_rows)
     text_to_text = model if isinstance(model, TextToText) else TextToText.from_pretrained(model)
+    if skip_bad_rows:
+        pairs = with_room([text_to_text], pairs, str(data), generate_kwargs)
     prompts, references = pairs["prompt"][:], pairs["answer"][:]
     answers = text_to_text.generate(prompts, batch_size, **generate_kwargs)
     scores, signatures = score_and_sign(answers, references)

@@ -223,7 +223,7 @@ def _training(recipe: Mapping[str, Any], training: Mapping[str, Any] | None, dat
         return f"## Training\n\n{data}" if data else ""
     shown = {
         key: Path(value).name if key in PATHS and value else value
-        for key, value in recipe.items()
+        for key, value in without_tokens(recipe).items()
         if key != "output_dir"
     }
     fields = "\n".join(f"{key}: {value}" for key, value in shown.items())
@@ -235,6 +235,11 @@ def _training(recipe: Mapping[str, Any], training: Mapping[str, Any] | None, dat
 
 
 PATHS = ("model", "train_data", "validation_data")
+
+
+def without_tokens(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without what nobody else may know, such as `hub_token`."""
+    return {key: value for key, value in recipe.items() if not key.endswith("token")}
 
 
 def _scores(evaluations: Sequence[Mapping[str, Any]]) -> str:

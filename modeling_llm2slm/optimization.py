@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -37,7 +38,7 @@ def parameter_groups(
         Groups with `params`, `lr` and `weight_decay`.
 
     Raises:
-        ValueError: If a pattern is no regular expression or matches nothing that trains.
+        ValueError: If a rate is no number, or a pattern is no regular expression or matches nothing that trains.
 
     Example:
 
@@ -46,7 +47,7 @@ def parameter_groups(
     Seq2SeqTrainer(model, optimizers=(torch.optim.AdamW(groups), None), ...)
     ```
     """
-    mapping = {_compiled(pattern): rate for pattern, rate in (learning_rate_mapping or {}).items()}
+    mapping = {_compiled(pattern): rate for pattern, rate in learning_rates(learning_rate_mapping or {}).items()}
     decaying = set(get_parameter_names(model, ALL_LAYERNORM_LAYERS, _WITHOUT_DECAY))
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     matched = set()
@@ -63,6 +64,21 @@ def parameter_groups(
                 "pattern before it matches. Parts are called projector, prompt_embedding and decoder."
             )
     return [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
+
+
+def learning_rates(mapping: Mapping[str, Any]) -> dict[str, float]:
+    """The rates as numbers: YAML has `1e-3` as a text. `ValueError` if one is none."""
+    rates = {}
+    for pattern, value in mapping.items():
+        try:
+            rates[pattern] = float(value)
+        except (TypeError, ValueError):
+            rates[pattern] = math.nan
+        if not math.isfinite(rates[pattern]):
+            raise ValueError(
+                f"learning_rate_mapping has {value!r} for {pattern!r}, which is no number such as 1.0e-3."
+            )
+    return rates
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

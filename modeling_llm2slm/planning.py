@@ -169,7 +169,7 @@ class _Sample:
     def __init__(self, large: TextToText, prompts: list[str], max_new_tokens: int):
         self.large = large
         self.prompts = prompts
-        self.options = {"max_new_tokens": max_new_tokens}
+        self.options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
 
     def answer(self, index: int) -> str:
         return self.large.generate([self.prompts[index]], **self.options)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
@@ -18,6 +19,7 @@ from .building import build
 from .data import parse_lines, write_aside, write_json
 from .distillation import distill
 from .encoding import encode
+from .model_card_llm2slm import without_tokens
 from .state_store import StateStore
 from .text_to_text import TextToText, load
 from .training import load_recipe, parse_recipe, train
@@ -30,7 +32,8 @@ Progress = Callable[[str, int, int], None]
 @dataclass
 class SpeedupSettings:
     """
-    What a run is of; all of it is kept in `speedup.json`, and a run that is repeated with other settings is refused.
+    What a run is of; all of it but tokens is kept in `speedup.json`, and a run that is repeated with other settings is
+    refused.
 
     Args:
         llm: The LLM with its decoder, a folder or a name on the Hub.
@@ -45,7 +48,8 @@ class SpeedupSettings:
         batch_size: Prompts that the LLM reads and answers at once.
         fusion: See [`LLM2SLMConfig`].
         encoder_dtype: The LLM's dtype in the composite.
-        recipe: Fields of a recipe in place of those of `recipes/speedup.yaml`, such as `num_train_epochs`.
+        recipe: Fields of a recipe in place of those of `recipes/speedup.yaml`, such as `num_train_epochs`, but for the
+            paths. Its `prompt_max_length` and `skip_bad_rows` hold for all stages.
     """
 
     llm: str
@@ -75,7 +79,7 @@ class Speedup:
         progress: Called with the stage and the numbers of prompts done and in all.
 
     Raises:
-        ValueError: If the folder holds a run with other settings, or a field of the recipe is wrong.
+        ValueError: If the folder holds a run with other settings, or a field of the recipe is wrong or a path.
         OSError: If one of the models cannot be found.
     """
 
@@ -103,38 +107,60 @@ class Speedup:
                     f"{self.output} was begun with another {changed[0]} ({before.get(changed[0])!r}). Repeat its "
                     "settings, or choose another folder with --output."
                 )
-        parse_recipe(self._recipe())
+        filled_in = [name for name in self._paths() if name in self.settings.recipe]
+        if filled_in:
+            raise ValueError(
+                f"{filled_in[0]} is what a speed-up fills in itself: leave it out, or train by a recipe of your own "
+                "(`llm2slm train`)."
+            )
+        self.recipe, _ = parse_recipe(self._recipe())
         for part in (self.settings.llm, self.settings.slm):
             load(AutoConfig, part)
 
     def _kept(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self.settings)))
+        return json.loads(json.dumps({**asdict(self.settings), "recipe": without_tokens(self.settings.recipe)}))
 
     def stages(self) -> dict[str, tuple[str, Callable[[], Any]]]:
         """Each stage by its name, in order: the command that does the same, and what does it here."""
-        settings, split = self.settings, {name: f"{self.output}/{name}.jsonl" for name in SPLITS}
-        recipe = f"{self.output}/recipe.yaml"
+        settings, output, data = self.settings, self.output, self._data_options()
+        llm, split = settings.llm, {name: f"{output}/{name}.jsonl" for name in SPLITS}
+        reading = {**data, "batch_size": settings.batch_size, "device": self.device}
+        answering = {"num_beams": settings.num_beams, "max_new_tokens": settings.max_new_tokens}
         return {
             "distill": (
-                f"llm2slm distill {settings.llm} {settings.prompts} --output {self.output}/distilled.jsonl "
-                f"--num-beams {settings.num_beams} --max-new-tokens {settings.max_new_tokens}"
-                + (f" --prompt-column {settings.prompt_column}" if settings.prompt_column != "prompt" else "")
-                + (f" --limit {settings.limit}" if settings.limit else ""),
+                _command(
+                    "distill", llm, settings.prompts, output=f"{output}/distilled.jsonl",
+                    prompt_column=settings.prompt_column, limit=settings.limit, **answering, **reading,
+                ),
                 self.distill,
             ),
-            "build": (f"llm2slm build {self.output}/start --llm {settings.llm} --slm {settings.slm}", self.build),
+            "build": (
+                _command(
+                    "build", f"{output}/start", llm=llm, slm=settings.slm, slm_tokenizer=settings.slm_tokenizer,
+                    fusion=settings.fusion, encoder_dtype=settings.encoder_dtype,
+                ),
+                self.build,
+            ),
             "encode": (
-                f"llm2slm encode {self.output}/start {split['train']} {split['validation']} "
-                f"--output {self.output}/states",
+                _command(
+                    "encode", f"{output}/start", split["train"], split["validation"], output=f"{output}/states",
+                    **reading,
+                ),
                 self.encode,
             ),
-            "train": (f"llm2slm train {recipe}", self.train),
+            "train": (_command("train", f"{output}/recipe.yaml"), self.train),
             "evaluate": (
-                f"llm2slm evaluate {self.output}/model {split['test']} --against {settings.llm} "
-                f"--output {self.output}/evaluation.json",
+                _command(
+                    "evaluate", f"{output}/model", split["test"], against=llm, output=f"{output}/evaluation.json",
+                    max_new_tokens=settings.max_new_tokens, device=self.device, **data,
+                ),
                 self.evaluate,
             ),
-        }
+        }  # fmt: skip
+
+    def _data_options(self) -> dict[str, Any]:
+        """What the recipe says of the data, which holds for every stage that reads some."""
+        return {"prompt_max_length": self.recipe.prompt_max_length, "skip_bad_rows": self.recipe.skip_bad_rows}
 
     def run(self, announce: Callable[[str, str], None] = lambda stage, command: None) -> dict[str, Any]:
         """Runs all stages that are not done, and returns the evaluation, as [`compare`] does."""
@@ -150,7 +176,7 @@ class Speedup:
             distill(
                 settings.llm, settings.prompts, distilled, settings.prompt_column, limit=settings.limit,
                 batch_size=settings.batch_size, device=self.device, num_beams=settings.num_beams,
-                max_new_tokens=settings.max_new_tokens,
+                max_new_tokens=settings.max_new_tokens, **self._data_options(),
                 progress=lambda done, total: self.progress("distill", done, total),
             )  # fmt: skip
         if not all((self.output / f"{split}.jsonl").is_file() for split in SPLITS):
@@ -188,27 +214,29 @@ class Speedup:
         if not _is_complete(states):
             encode(
                 self.output / "start", data, states, batch_size=self.settings.batch_size, device=self.device,
-                progress=lambda done, total: self.progress("encode", done, total),
+                progress=lambda done, total: self.progress("encode", done, total), **self._data_options(),
             )  # fmt: skip
 
     def train(self) -> None:
         """Trains on the states, by the recipe that is written to the folder."""
         recipe = self._recipe()
         with write_aside(self.output / "recipe.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+            temporary.write_text(yaml.safe_dump(without_tokens(recipe), sort_keys=False), encoding="utf-8")
         if not (self.output / "model" / "training.json").is_file():
             train(recipe)
 
-    def _recipe(self) -> dict[str, Any]:
-        paths = {
+    def _paths(self) -> dict[str, str]:
+        return {
             "model": f"{self.output}/start",
             "output_dir": f"{self.output}/model",
             "train_data": f"{self.output}/train.jsonl",
             "validation_data": f"{self.output}/validation.jsonl",
             "llm_states": f"{self.output}/states",
         }
+
+    def _recipe(self) -> dict[str, Any]:
         shipped = files("modeling_llm2slm.configuration") / "recipes" / "speedup.yaml"
-        return load_recipe(str(shipped), {**paths, **self.settings.recipe})
+        return load_recipe(str(shipped), {**self._paths(), **self.settings.recipe})
 
     def evaluate(self) -> None:
         """Compares the model with the LLM on the prompts that were held out."""
@@ -216,10 +244,23 @@ class Speedup:
         if evaluation.is_file():
             return
         model, llm = (
-            TextToText.from_pretrained(path, device=self.device) for path in (self.output / "model", self.settings.llm)
+            TextToText.from_pretrained(path, device=self.device, prompt_max_length=self.recipe.prompt_max_length)
+            for path in (self.output / "model", self.settings.llm)
         )
-        result = compare(model, llm, self.output / "test.jsonl", max_new_tokens=self.settings.max_new_tokens)
+        result = compare(
+            model, llm, self.output / "test.jsonl", skip_bad_rows=self.recipe.skip_bad_rows, num_beams=1,
+            max_new_tokens=self.settings.max_new_tokens,
+        )  # fmt: skip
         write_json(evaluation, result)
+
+
+def _command(*words: str, **options: Any) -> str:
+    """A command as a shell takes it, without the options that are None or switched off."""
+    line = ["llm2slm", *words]
+    for name, value in options.items():
+        if value is not None and value is not False:
+            line += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return shlex.join(line)
 
 
 def _is_complete(states: Path) -> bool:

@@ -25,6 +25,7 @@ class StreamedFeatures(IterableDataset):
         prompt_column: See [`load_pairs`].
         answer_columns: The columns that hold answers; each gives every row a pair.
         features: Turns prompts and answers into features, see [`TextToText.features`]; it may leave some out.
+        split: See [`load_pairs`].
         batch_size: The number of rows that are read together, over all processes.
         buffer: Rows are shuffled, and grouped by length, among this many.
         group_by_length: Put rows of similar length together, see [`grouped_order`].
@@ -40,6 +41,7 @@ class StreamedFeatures(IterableDataset):
         answer_columns: Sequence[str],
         features: Callable[[list[str], list[str]], dict[str, list[Any]]],
         *,
+        split: str = "train",
         batch_size: int,
         buffer: int = 10_000,
         group_by_length: bool = False,
@@ -50,6 +52,7 @@ class StreamedFeatures(IterableDataset):
         self.source = source
         self.columns = [prompt_column, *answer_columns]
         self.features = features
+        self.split = split
         self.batch_size = batch_size
         self.buffer = max(buffer // batch_size, 1) * batch_size
         self.group_by_length = group_by_length
@@ -66,11 +69,15 @@ class StreamedFeatures(IterableDataset):
         number, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         for epoch in count():
             pairs = islice(self._pairs(), number, None, workers)
-            index = 0
+            used = index = 0
             while chunk := list(islice(pairs, self.buffer)):
-                yield from self._shuffled(chunk, seeded(self.seed, epoch, number, index))
+                for row in self._shuffled(chunk, seeded(self.seed, epoch, number, index)):
+                    used += 1
+                    yield row
                 index += 1
-            if index == 0:
+            if used == 0 and workers == 1:
+                raise ValueError(f"{self.source}: no row can be used, see the warnings. Take other data.")
+            if used == 0:
                 return  # there is nothing for this worker, and there never will be
 
     def _shuffled(self, chunk: list[tuple[str, str]], generator: torch.Generator) -> Iterator[dict[str, Any]]:
@@ -107,7 +114,7 @@ class StreamedFeatures(IterableDataset):
             rows = (
                 load_dataset(file_format, data_files=str(path), split="train", streaming=True, **options)
                 if path.is_file()
-                else load_dataset(name, configuration or None, split="train", streaming=True)
+                else load_dataset(name, configuration or None, split=self.split, streaming=True)
             )
             yield from islice(rows, self.limit)
         except Exception as error:  # every reader has exceptions of its own

@@ -160,6 +160,7 @@ class TextToText:
         reader = getattr(self.processor, "tokenizer", self.processor)
         parts = [type(self).__name__, tokenizer_fingerprint(reader), tokenizer_fingerprint(self.tokenizer)]
         parts += [str(self.prompt_max_length), str(self.answer_max_length), str(self._positions)]
+        parts.append(str(getattr(self.model.config, "llm_positions", None)))
         return hashlib.sha256("|".join([*parts, str(self.states and self.states.description)]).encode()).hexdigest()
 
     def generate(self, prompts: list[str], batch_size: int = 32, **generate_kwargs: Any) -> list[str]:
@@ -232,8 +233,10 @@ class TextToText:
         return [self._until_end(tokens) for tokens in generated.tolist()]
 
     def with_limit(self, generate_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of `generate()` with a limit: its own would be 20 tokens, prompt included."""
-        limit = self.answer_max_length or min(DEFAULT_MAX_NEW_TOKENS, (self._positions or sys.maxsize) // 2)
+        """Arguments of `generate()` with a limit: the checkpoint's, where it has one, or `DEFAULT_MAX_NEW_TOKENS`."""
+        defaults = getattr(self.model, "generation_config", None)
+        own = self.answer_max_length or getattr(defaults, "max_new_tokens", None)
+        limit = own or min(DEFAULT_MAX_NEW_TOKENS, (self._positions or sys.maxsize) // 2)
         limits = {} if "max_length" in generate_kwargs else {"max_new_tokens": limit}
         return {**limits, **generate_kwargs}
 
@@ -335,6 +338,9 @@ class EncoderDecoderTextToText(TextToText):
             return "has an empty prompt"
         if self.states is not None and input_ids not in self.states:
             return f"is not in {self.states.path}, which was made of other data: encode all data that is trained on"
+        llm_positions = self.model.config.llm_positions
+        if llm_positions is not None and len(input_ids) > llm_positions:
+            return f"has a prompt of {len(input_ids)} tokens, but the LLM has {llm_positions} positions"
         if not self.model.config.has_room(len(input_ids), len(labels)):
             return f"has {len(input_ids) + len(labels)} tokens, but the SLM has {self._positions} positions"
         return None

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -17,15 +17,23 @@ import torch
 import yaml
 from datasets import Dataset
 from datasets.fingerprint import Hasher
-from transformers import HfArgumentParser, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback, set_seed
+from transformers import (
+    GenerationConfig,
+    HfArgumentParser,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+    set_seed,
+)
 from transformers.trainer_utils import EvalLoopOutput
 
 from .checkpoint_llm2slm import describe_source, lean_source
 from .data import load_pairs, tell_bad_rows, versions, write_aside
 from .evaluation import METRICS, score
 from .lora import lora_config
+from .model_card_llm2slm import without_tokens
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
-from .optimization import parameter_groups, relative_adafactor
+from .optimization import learning_rates, parameter_groups, relative_adafactor
 from .quantization import QUANTIZATIONS, quantize_llm
 from .sampling import EpochSampler
 from .state_store import StateStore
@@ -43,6 +51,8 @@ class TrainingRecipe:
         model: The checkpoint to start from, as `llm2slm build` makes it: a folder or a name on the Hub.
         train_data: A file or a data set on the Hub, see [`load_pairs`].
         validation_data: The same, for choosing the best checkpoint. None trains without validation.
+        train_split: The split of `train_data`, where that is a data set on the Hub. A file is one split.
+        validation_split: The same of `validation_data`.
         prompt_column: The column that holds what the model reads.
         answer_column: The column that holds what the model shall write; of several (a list), such as the references
             and the LLM's answers of `llm2slm distill`, each gives every row a pair. Validation takes the first.
@@ -53,7 +63,8 @@ class TrainingRecipe:
         optimizer: `"adamw"`, or `"adafactor"` with updates relative to each parameter, which a T5 needs from scratch.
         metric: What chooses the best checkpoint: `"loss"`, `"bleu"`, `"chrf"`, `"rouge1"`, `"rouge2"`, `"rougeL"` or
             `"exact_match"`; all but the loss are computed on generated answers.
-        generation: Arguments of `generate()` for that, such as `{num_beams: 4, max_new_tokens: 64}`.
+        generation: Arguments of `generate()` for that, such as `{num_beams: 4, max_new_tokens: 64}`; without
+            `do_sample: true` nothing is sampled.
         resume: Continue from the last checkpoint in the output folder, if there is one.
         include_llm: Whether the trained composite holds its frozen LLM, or says where it is (a lean checkpoint).
         include_llm_in_checkpoints: The same for the checkpoints along the way.
@@ -64,8 +75,8 @@ class TrainingRecipe:
             the output folder has it merged in, the adapter itself lies in `adapter/`.
         quantize_llm: `"int8"` or `"nf4"` keeps the frozen LLM's matrices in 8 or 4 bits while the rest trains, see
             [`quantize_llm`]. The model in the output folder has the LLM as it was.
-        skip_bad_rows: Leave out rows that cannot be read, hold no text or are too long for the SLM, with a warning
-            that numbers them, in place of an error that does.
+        skip_bad_rows: Leave out rows that cannot be read, hold no text or are too long for the LLM or the SLM, with a
+            warning that numbers them, in place of an error that does.
         streaming: Read the training data while training, for data that is not to be indexed; needs `max_steps`.
         shuffle_buffer: Rows that streaming shuffles among.
         preprocessing_num_workers: Processes that turn texts into token ids (default: this one).
@@ -74,6 +85,8 @@ class TrainingRecipe:
     model: str
     train_data: str
     validation_data: str | None = None
+    train_split: str = "train"
+    validation_split: str = "validation"
     prompt_column: str = "prompt"
     answer_column: str = "answer"
     train_samples: int | None = None
@@ -103,6 +116,9 @@ class TrainingRecipe:
                 is_mapping = False
             if not is_mapping:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must map names to values: {example}.")
+        learning_rates(self.mapping("learning_rate_mapping"))
+        for name in self.generation_kwargs:
+            _check_name(name, list(vars(GenerationConfig())), "generation")
         if self.llm_states and self.quantize_llm:
             raise ValueError("With llm_states no LLM is loaded, so quantize_llm has nothing to do. Leave one out.")
 
@@ -196,13 +212,17 @@ def parse_recipe(recipe: Mapping[str, Any]) -> tuple[TrainingRecipe, Seq2SeqTrai
 def _check_keys(recipe: Mapping[str, Any]) -> None:
     known = [f.name for kind in (TrainingRecipe, Seq2SeqTrainingArguments) for f in fields(kind) if f.init]
     for name in recipe:
-        if name not in known:
-            nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-            hint = f" Did you mean {nearest[0]}?" if nearest else ""
-            raise ValueError(f"A recipe has no field {name!r}.{hint}")
+        _check_name(name, known, "A recipe")
     for name in ("model", "train_data", "output_dir"):
         if not recipe.get(name):
             raise ValueError(f"The recipe names no {name}.")
+
+
+def _check_name(name: Any, known: Sequence[str], whose: str) -> None:
+    if name not in known:
+        nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+        hint = f" Did you mean {nearest[0]}?" if nearest else ""
+        raise ValueError(f"{whose} has no field {name!r}.{hint}")
 
 
 def _strings(value: Any) -> list[str]:
@@ -260,7 +280,7 @@ class TextToTextTrainer(Seq2SeqTrainer):
         text_to_text: The model with its processor.
         validation_pairs: The pairs to generate answers for and to score them by, or None.
         metric: One of [`METRICS`], reported as `eval_<metric>`; `"loss"` generates nothing.
-        generation: Arguments of `generate()`.
+        generation: Arguments of `generate()`; without `do_sample` nothing is sampled.
         learning_rate_mapping: See [`parameter_groups`].
         optimizer: `"adafactor"` for [`relative_adafactor`]; `"adamw"` leaves the choice to `args.optim`.
         without_llm: Leave the LLM out of checkpoints: they are there to go on from.
@@ -284,7 +304,7 @@ class TextToTextTrainer(Seq2SeqTrainer):
         self.text_to_text = text_to_text
         self.validation_pairs = validation_pairs
         self.metric = metric
-        self.generation = dict(generation or {})
+        self.generation = {"do_sample": False, **(generation or {})}
         self.learning_rate_mapping = dict(learning_rate_mapping or {})
         self.optimizer_name = optimizer
         self.without_llm = without_llm
@@ -376,6 +396,8 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
     checkpoint = last_checkpoint(arguments.output_dir) if ours.resume else None
     start = time.time()
     trainer.train(resume_from_checkpoint=checkpoint)
+    if ours.streaming and trainer.state.global_step == 0:  # of several workers, none alone knows that all have no rows
+        raise ValueError(f"{ours.train_data}: no row can be used, see the warnings. Take other data.")
     report = _report(recipe, trainer, time.time() - start, checkpoint)
     trained = _gathered(trainer, ours) if trainer.is_fsdp_enabled else text_to_text
     if trainer.is_world_process_zero() and trained is not None:
@@ -451,12 +473,15 @@ def _trainer(ours: TrainingRecipe, arguments: Seq2SeqTrainingArguments, text_to_
         validation_pairs = validation_features = None
         if ours.validation_data:
             validation_pairs, validation_features = _features(
-                ours, text_to_text, ours.validation_data, ours.answer_columns[:1], ours.validation_samples
-            )
+                ours, text_to_text, ours.validation_data, ours.validation_split, ours.answer_columns[:1],
+                ours.validation_samples,
+            )  # fmt: skip
         if ours.streaming:
             train_features: Any = _stream(ours, arguments, text_to_text)
         else:
-            _, train_features = _features(ours, text_to_text, ours.train_data, ours.answer_columns, ours.train_samples)
+            _, train_features = _features(
+                ours, text_to_text, ours.train_data, ours.train_split, ours.answer_columns, ours.train_samples
+            )
     return TextToTextTrainer(
         text_to_text,
         validation_pairs,
@@ -472,12 +497,18 @@ def _trainer(ours: TrainingRecipe, arguments: Seq2SeqTrainingArguments, text_to_
 
 
 def _features(
-    ours: TrainingRecipe, text_to_text: TextToText, source: str, answer_columns: list[str], limit: int | None
+    ours: TrainingRecipe,
+    text_to_text: TextToText,
+    source: str,
+    split: str,
+    answer_columns: list[str],
+    limit: int | None,
 ) -> tuple[Dataset, Dataset]:
     """Pairs and their features, both kept on disk by `datasets`, without those that the model has no room for."""
     pairs = load_pairs(
-        source, ours.prompt_column, answer_columns, limit=limit, skip_bad_rows=ours.skip_bad_rows, number_rows=True
-    )
+        source, ours.prompt_column, answer_columns, split=split, limit=limit, skip_bad_rows=ours.skip_bad_rows,
+        number_rows=True,
+    )  # fmt: skip
 
     def features(rows: dict[str, list[str]]) -> dict[str, list[Any]]:
         found = text_to_text.features(rows["prompt"], rows["answer"])
@@ -501,6 +532,8 @@ def _features(
         rows = {pairs[index]["row"]: problem for index, problem in problems.items()}
         tell_bad_rows(source, {row: f"row {row} {problem}" for row, problem in rows.items()}, ours.skip_bad_rows)
         kept = [index for index in range(len(pairs)) if index not in problems]
+        if not kept:
+            raise ValueError(f"{source}: no row can be used, as row {min(rows)} {rows[min(rows)]}. Take other data.")
         pairs, dataset = pairs.select(kept), dataset.select(kept)
     return pairs, dataset.remove_columns("problem")
 
@@ -530,6 +563,7 @@ def _stream(ours: TrainingRecipe, arguments: Seq2SeqTrainingArguments, text_to_t
         ours.prompt_column,
         ours.answer_columns,
         partial(_usable, ours, text_to_text),
+        split=ours.train_split,
         batch_size=arguments.train_batch_size * arguments.world_size,
         buffer=ours.shuffle_buffer,
         group_by_length=arguments.train_sampling_strategy == "group_by_length",
@@ -567,7 +601,7 @@ def _report(
 ) -> dict[str, Any]:
     model, state = trainer.text_to_text.model, trainer.state
     return {
-        "recipe": dict(recipe),
+        "recipe": without_tokens(recipe),
         "seconds": round(seconds, 1),
         "resumed_at_step": int(resumed.rpartition("-")[2]) if resumed else None,
         "steps": state.global_step,

@@ -64,6 +64,13 @@ def write_checkpoint(kind: str, folder: Path) -> str:
     return str(folder / kind)
 
 
+def sample_by_default(path: str | Path) -> None:
+    """Makes a checkpoint one that samples unless told otherwise, as Qwen's and Llama's."""
+    file = Path(path) / "generation_config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**values, "do_sample": True, "temperature": 9.0, "top_p": 0.99}), encoding="utf-8")
+
+
 class StoppedError(Exception):
     pass
 

@@ -19,7 +19,7 @@ import yaml
 from transformers import AutoModelForSeq2SeqLM
 
 import llm2slm
-from checkpoints import PAIRS, PROMPTS, write_checkpoint, write_pairs, write_parts
+from checkpoints import PAIRS, PROMPTS, sample_by_default, write_checkpoint, write_pairs, write_parts
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.state_store import StateStore
 from modeling_llm2slm.text_to_text import TextToText
@@ -140,6 +140,7 @@ class TestBuild:
         assert run(*words) == 1
         assert "add --overwrite" in capsys.readouterr().err
         assert run(*words, "--overwrite") == 0
+        assert not (tmp_path / "new" / "mine").exists()
 
 
 @pytest.fixture
@@ -312,6 +313,13 @@ class TestGenerate:
             outputs.append(capsys.readouterr().out)
         assert outputs[0] == outputs[1] != outputs[2]
 
+    def test_nothing_is_sampled_unless_asked_for(self, composite, tmp_path, capsys):
+        model = Path(shutil.copytree(composite, tmp_path / "model"))
+        sample_by_default(model)
+        expected = TextToText.from_pretrained(composite).generate(PROMPTS, max_new_tokens=5)
+        assert run("generate", model, *PROMPTS, "--batch-size", 8, "--max-new-tokens", 5) == 0
+        assert capsys.readouterr().out.splitlines() == expected
+
     def test_an_output_file_holds_an_answer_a_line(self, composite, tmp_path):
         assert run("generate", composite, *PROMPTS, "--output", tmp_path / "answers.txt", "--max-new-tokens", 5) == 0
         assert len((tmp_path / "answers.txt").read_text().splitlines()) == len(PROMPTS)
@@ -396,6 +404,7 @@ MODEL, DATA, RECIPE, OUT = "<model>", "<data>", "<recipe>", "<out>"
         (["generate", OUT, "hello"], 1, "cannot be loaded: there is no such folder"),
         (["generate", MODEL, "--file", "no.txt"], 1, "There is no file no.txt"),
         (["generate", MODEL, "hello", "--top-p", "0.5"], 2, "--sample"),
+        (["generate", MODEL, "hello", "--sample", "--temperature", "0"], 2, "--temperature must be above 0"),
         (["generate", MODEL, "hello", "--num-beams", "0"], 2, "num-beams"),
         (["generate", MODEL, "hello", "--max-new-tokens", "500", "--output", OUT], 1, "64 positions"),
         (["generate"], 2, "model"),

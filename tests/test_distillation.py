@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from checkpoints import PAIRS, PROMPTS, write_checkpoint, write_pairs
+from checkpoints import PAIRS, PROMPTS, sample_by_default, write_checkpoint, write_pairs
 from modeling_llm2slm.data import load_pairs
 from modeling_llm2slm.distillation import distill
 from modeling_llm2slm.text_to_text import TextToText
@@ -119,6 +120,13 @@ def test_what_another_run_left_is_not_mixed_in(llm: str, data: str, tmp_path: Pa
         distill(llm, data, output, **OPTIONS)
     with pytest.raises(ValueError, match=r"none of \.jsonl"):
         distill(llm, data, tmp_path / "answers.csv", **OPTIONS)
+
+
+def test_nothing_is_sampled_unless_asked_for(llm: str, data: str, expected: list[str], tmp_path: Path) -> None:
+    sampling = shutil.copytree(llm, tmp_path / "llm")
+    sample_by_default(sampling)
+    distill(sampling, data, tmp_path / "answers.jsonl", **OPTIONS)
+    assert [row["llm_answer"] for row in rows_of(tmp_path / "answers.jsonl")] == expected
 
 
 def test_a_decoder_only_llm_is_refused(data: str, tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import sacrebleu
 
-from checkpoints import KINDS, write_checkpoint, write_pairs
+from checkpoints import KINDS, PAIRS, PROMPTS, sample_by_default, write_checkpoint, write_pairs
 from modeling_llm2slm import evaluation
+from modeling_llm2slm.agreement import compare
 from modeling_llm2slm.evaluation import METRICS, evaluate, score, score_and_sign, time_answers
 from modeling_llm2slm.text_to_text import TextToText
 
@@ -72,8 +74,42 @@ def test_every_kind_of_model_is_scored_and_timed(kind, tmp_path):
     assert list(result["scores"]) == list(METRICS)
     assert (result["pairs"], result["speed"]["timed_answers"]) == (5, 2)
     assert result["speed"]["ms_per_answer"] > 0
-    assert result["generation"] == {"max_new_tokens": 6}
+    assert result["generation"] == {"do_sample": False, "max_new_tokens": 6}
     assert json.loads(json.dumps(result)) == result
+
+
+@pytest.mark.parametrize("against", [False, True])
+def test_nothing_is_sampled_unless_asked_for(tmp_path, monkeypatch, against):
+    model = write_checkpoint("llm", tmp_path)
+    greedy = TextToText.from_pretrained(model).generate(PROMPTS, max_new_tokens=5)
+    sample_by_default(model)
+    generate, answers = TextToText.generate, []
+
+    def noting(*args, **kwargs):
+        answers.append(generate(*args, **kwargs))
+        return answers[-1]
+
+    monkeypatch.setattr(TextToText, "generate", noting)
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    if against:
+        compare(model, model, data, timed_answers=0, max_new_tokens=5)
+    else:
+        evaluate(model, data, timed_answers=0, max_new_tokens=5)
+    assert answers == [greedy] * (1 + against)
+
+
+@pytest.mark.parametrize("against", [False, True])
+def test_rows_without_text_and_rows_that_are_too_long_are_left_out_on_request(tmp_path, against):
+    bad = [{"prompt": "src1", "answer": None}, {"prompt": " ".join(["src1"] * 70), "answer": "src2"}]
+    data, model = write_pairs(tmp_path / "pairs.jsonl", [*bad, *PAIRS]), write_checkpoint("llm2slm", tmp_path)
+    options = {"timed_answers": 0, "max_new_tokens": 3}
+    score_all = partial(compare, model, model) if against else partial(evaluate, model)
+    with pytest.raises(ValueError, match=r"answer of row 0 is None.* leave them out with skip_bad_rows"):
+        score_all(data, **options)
+    result = score_all(data, skip_bad_rows=True, **options)
+    assert result["prompts" if against else "pairs"] == len(PAIRS)
+    with pytest.raises(ValueError, match=r"no row can be used. The prompt has 71 tokens"):
+        score_all(write_pairs(tmp_path / "long.jsonl", bad), skip_bad_rows=True, **options)
 
 
 def test_a_model_already_loaded_is_scored_without_timing(slm, tmp_path):

@@ -92,6 +92,14 @@ def test_what_people_read(card):
     assert "0.000" not in text.partition("## Parts")[2].partition("\n\n")[0]
 
 
+def test_no_token_is_published(model):
+    recipe = {**TRAINING["recipe"], "hub_token": "hf_secret", "push_to_hub_token": "hf_secret"}  # of an old report
+    text = model_card(model, "model", training={**TRAINING, "recipe": recipe}).text
+    assert "max_steps: 9" in text
+    assert "token:" not in text
+    assert "hf_secret" not in text
+
+
 def test_a_card_of_a_model_nothing_is_known_of():
     text = str(model_card(build_model(), "model"))
     assert ModelCard(text).data.base_model is None

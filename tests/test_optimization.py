@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import Trainer, TrainingArguments
 
 from common import PROMPTS, build_model, make_labels, pad_prompts
@@ -46,6 +47,11 @@ def _trainer_groups(model: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
     return {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
 
 
+def test_a_rate_that_yaml_reads_as_a_text_is_a_number() -> None:
+    groups = parameter_groups(build_model("add").train(), 1e-4, yaml.safe_load("{projector: 1e-3}"))
+    assert {group["lr"] for group in groups} == {1e-4, 1e-3}
+
+
 @pytest.mark.parametrize(
     ("mapping", "message"),
     [
@@ -53,6 +59,7 @@ def _trainer_groups(model: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
         ({"encoder.llm": 1.0}, "matches no parameter that trains"),
         ({"projector": 1.0, "linear_1": 1.0}, "'linear_1'.*no pattern before it"),
         ({"(": 1.0}, "no regular expression"),
+        ({"projector": "fast"}, "'fast' for 'projector', which is no number"),
     ],
 )
 def test_a_pattern_that_does_nothing_is_an_error(mapping: dict[str, float], message: str) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+import llm2slm
 from checkpoints import WORDS, write_checkpoint
 from modeling_llm2slm import speedup
 from modeling_llm2slm.speedup import Speedup, SpeedupSettings
@@ -71,6 +74,10 @@ def test_a_run_that_was_stopped_goes_on(
         ({"slm": "no/such/model"}, "no/such/model cannot be loaded"),
         ({"llm": "no/such/model"}, "no/such/model cannot be loaded"),
         ({"recipe": {"learning_rat": 1}}, "Did you mean learning_rate"),
+        *(
+            ({"recipe": {name: "x"}}, f"{name} is what a speed-up fills in itself")
+            for name in ("model", "output_dir", "train_data", "validation_data", "llm_states")
+        ),
     ],
 )
 def test_what_is_wrong_is_found_before_any_work(
@@ -79,6 +86,39 @@ def test_what_is_wrong_is_found_before_any_work(
     with pytest.raises((ValueError, OSError), match=message):
         Speedup(replace(settings, **change), tmp_path / "out").run()
     assert not (tmp_path / "out").exists()
+
+
+def test_every_stage_reads_the_same_data(settings: SpeedupSettings, tmp_path: Path) -> None:
+    recipe = {**settings.recipe, "prompt_max_length": "2", "hub_token": "hf_secret"}
+    Speedup(replace(settings, recipe=recipe), tmp_path).run()
+    assert TextToText.from_pretrained(tmp_path / "model").prompt_max_length == 2
+    for file in ("speedup.json", "recipe.yaml", "model/training.json", "model/README.md"):
+        text = (tmp_path / file).read_text()
+        assert "prompt_max_length" in text
+        assert "hf_secret" not in text
+
+
+def test_the_commands_do_what_the_stages_do(settings: SpeedupSettings, tmp_path: Path) -> None:
+    recipe = {**settings.recipe, "prompt_max_length": 4, "skip_bad_rows": True}
+    changed = replace(
+        settings, slm_tokenizer="my tokenizer", prompt_column="source", limit=9, batch_size=5, fusion="replace",
+        encoder_dtype="bfloat16", recipe=recipe,
+    )  # fmt: skip
+    app, given = typer.main.get_command(llm2slm.app), {}
+    for stage, (command, _) in Speedup(changed, tmp_path, "cuda").stages().items():
+        words = shlex.split(command)
+        assert words[:2] == ["llm2slm", stage]
+        given[stage] = app.commands[stage].make_context(stage, words[2:]).params  # type: ignore[attr-defined]
+    data = {"prompt_max_length": 4, "skip_bad_rows": True, "device": "cuda"}
+    answers = {"num_beams": 1, "max_new_tokens": 5}
+    expected: dict[str, dict[str, Any]] = {
+        "distill": {**data, **answers, "prompt_column": "source", "limit": 9, "batch_size": 5},
+        "build": {"slm_tokenizer": "my tokenizer", "fusion": "replace", "encoder_dtype": "bfloat16"},
+        "encode": {**data, "batch_size": 5, "prompt_column": "prompt"},
+        "evaluate": {**data, **answers, "against": settings.llm},
+    }
+    for stage, options in expected.items():
+        assert {name: given[stage][name] for name in options} == options
 
 
 def test_other_settings_want_another_folder(settings: SpeedupSettings, tmp_path: Path) -> None:

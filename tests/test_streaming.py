@@ -55,6 +55,16 @@ def test_workers_share_the_rows(tmp_path: Path) -> None:
     assert sorted(rows) == sorted(PROMPTS)
 
 
+@pytest.mark.parametrize("lines", [BAD_LINES[:1] * 3, [json.dumps(PAIRS[0])] * 3])
+def test_a_pass_without_a_row_that_can_be_used_is_an_error(tmp_path: Path, lines: list[str]) -> None:
+    """Rows without texts, and rows that the model has no room for."""
+    (tmp_path / "p.jsonl").write_text("\n".join(lines) + "\n")
+    stream = make_stream(str(tmp_path / "p.jsonl"), skip_bad_rows=True)
+    stream.features = lambda prompts, answers: {"prompts": [], "labels": []}
+    with pytest.raises(ValueError, match="no row can be used"):
+        take(stream, 1)
+
+
 def test_what_is_wrong_is_said_before_or_with_its_number(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no data file"):
         make_stream(str(tmp_path / "no.jsonl"))

@@ -70,6 +70,14 @@ def test_answers_are_limited_by_answer_max_length(text_to_text, monkeypatch):
     assert len(text_to_text.generate_tokens(["src1"], suppress_tokens=[END], max_new_tokens=4)[0]) == 4
 
 
+def test_answers_are_as_long_as_the_checkpoint_says(text_to_text):
+    text_to_text.model.generation_config.max_new_tokens = 3
+    assert len(text_to_text.generate_tokens(["src1"], suppress_tokens=[END])[0]) == 3
+    assert len(text_to_text.generate_tokens(["src1"], suppress_tokens=[END], max_new_tokens=4)[0]) == 4
+    text_to_text.answer_max_length = 2
+    assert len(text_to_text.generate_tokens(["src1"], suppress_tokens=[END])[0]) == 2
+
+
 def test_a_saved_model_answers_as_before(text_to_text, tmp_path):
     text_to_text.save_pretrained(tmp_path)
     reloaded = TextToText.from_pretrained(tmp_path)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from safetensors.torch import load_file
 
 from checkpoints import ANSWERS, KINDS, PAIRS, PROMPTS, stopped_at, write_checkpoint, write_pairs
 from common import same_tensors
-from modeling_llm2slm import LLM2SLMForConditionalGeneration, training
+from modeling_llm2slm import LLM2SLMForConditionalGeneration, data, training
+from modeling_llm2slm import streaming as streams
+from modeling_llm2slm.encoding import encode
 from modeling_llm2slm.text_to_text import TextToText
 from modeling_llm2slm.training import last_checkpoint, load_recipe, parse_recipe, train
 
@@ -64,6 +68,9 @@ class TestRecipe:
             ({"optimizer": "sgdd"}, "optimizer"),
             ({"metric": "blue"}, "metric"),
             ({"generation": "beams"}, "generation"),
+            ({"generation": {"num_beam": 4}}, "generation has no field 'num_beam'. Did you mean num_beams"),
+            ({"learning_rate_mapping": {"projector": "fast"}}, "has 'fast' for 'projector', which is no number"),
+            ({"learning_rate_mapping": {"projector": None}}, "has None for 'projector', which is no number"),
             ({"model": "${LLM2SLM_NOT_SET}/x"}, "environment variable LLM2SLM_NOT_SET, which is not set"),
         ],
     )
@@ -180,6 +187,64 @@ def test_the_record_tells_what_was_done(recipe):
     assert [row["eval_chrf"] for row in report["log"] if "eval_chrf" in row]
     assert report["best_metric"] == max(row["eval_chrf"] for row in report["log"] if "eval_chrf" in row)
     assert report["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("asked", [{}, {"do_sample": True}])
+def test_validation_samples_only_if_asked_to(recipe, monkeypatch, asked):
+    seen = []
+    monkeypatch.setattr(
+        TextToText, "generate", lambda self, prompts, *_, **kwargs: seen.append(kwargs) or ["src1"] * len(prompts)
+    )
+    train({**recipe, "max_steps": 1, "generation": {"max_new_tokens": 8, **asked}})
+    assert seen[0] == {"do_sample": False, "max_new_tokens": 8, **asked}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "splits", [("train", "validation"), ("train[:4]", "test")], ids=["by default", "as the recipe says"]
+)
+def test_a_data_set_on_the_hub_is_read_by_its_splits(recipe, monkeypatch, streaming, splits):
+    read = []
+
+    def load(name: str, configuration: str | None, split: str, streaming: bool = False) -> Dataset:
+        read.append((name, split, streaming))
+        return Dataset.from_list(PAIRS)
+
+    monkeypatch.setattr(data, "load_dataset", load)
+    monkeypatch.setattr(streams, "load_dataset", load)
+    named = {} if splits[0] == "train" else dict(zip(("train_split", "validation_split"), splits, strict=True))
+    hub = {"train_data": "user/pairs", "validation_data": "user/pairs", "streaming": streaming, "metric": "loss"}
+    train({**recipe, **hub, **named, "max_steps": 1})
+    assert set(read) == {("user/pairs", splits[0], streaming), ("user/pairs", splits[1], False)}
+
+
+def test_a_prompt_that_the_llm_has_no_positions_for_is_a_bad_row(recipe, checkpoints, tmp_path):
+    model = Path(shutil.copytree(checkpoints["llm2slm"], tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    config["encoder"]["max_position_embeddings"] = 5
+    (model / "config.json").write_text(json.dumps(config))
+    recipe = {**recipe, "model": str(model), "max_steps": 1, "metric": "loss"}
+    with pytest.raises(ValueError, match="row 0 has a prompt of 7 tokens, but the LLM has 5 positions"):
+        train(recipe)
+    with pytest.raises(ValueError, match="7 tokens wide, padding included, but the LLM has 5 positions"):
+        encode(model, [recipe["train_data"]], tmp_path / "states")
+    assert not (tmp_path / "states").exists()
+    assert train({**recipe, "skip_bad_rows": True})["steps"] == 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"streaming": True}, {"streaming": True, "dataloader_num_workers": 1}])
+def test_data_without_a_row_that_can_be_used_is_an_error(recipe, tmp_path, settings):
+    long = [{"prompt": " ".join(["src1"] * 70), "answer": "src2"}] * 3
+    recipe = {**recipe, "train_data": write_pairs(tmp_path / "long.jsonl", long), "skip_bad_rows": True}
+    with pytest.raises(ValueError, match=r"long\.jsonl: no row can be used.* Take other data\.$"):
+        train({**recipe, **settings, "max_steps": 1, "metric": "loss"})
+    assert not (Path(recipe["output_dir"]) / "training.json").exists()
+
+
+def test_the_record_tells_no_token(recipe):
+    recipe = {**recipe, "validation_data": None, "metric": "loss", "max_steps": 1}
+    assert train({**recipe, "hub_token": "hf_secret"})["recipe"] == recipe
+    assert "hf_secret" not in (Path(recipe["output_dir"]) / "training.json").read_text()
 
 
 def test_the_best_checkpoint_is_kept_not_the_last(recipe, monkeypatch):
