@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .data import load_pairs, load_prompts, versions
+from .data import load_pairs, load_rows, versions, whole_row
 from .evaluation import score_and_sign, time_answer
 from .text_to_text import TextToText
 
@@ -33,7 +33,7 @@ def compare(
     Args:
         model: A checkpoint of any kind, or one already loaded.
         llm: The LLM with its decoder, in the same ways.
-        data: Prompts, with or without answers, see [`load_prompts`].
+        data: Prompts, with or without answers, see [`load_rows`].
         prompt_column: The column that holds what the models read.
         answer_column: The column that holds the references, if there is one.
         split: The split to take from a data set on the Hub.
@@ -48,9 +48,9 @@ def compare(
         `speed`, `llm_speed`, `speed_up` (time per answer, the LLM's by the model's), `worst`, `signatures`,
         `parameters`, `llm_parameters`, `prompts`, `generation`, `versions`, `device`, `threads`.
     """
-    rows = load_prompts(data, prompt_column, split=split, limit=limit)
-    prompts, references = rows["prompt"][:], None
-    if answer_column in rows.column_names:
+    rows = load_rows(data, prompt_column, split=split, limit=limit)
+    prompts, references = rows[prompt_column][:], None
+    if any(answer_column in whole_row(row) for row in rows):
         references = load_pairs(data, prompt_column, answer_column, split=split, limit=limit)["answer"][:]
     small = model if isinstance(model, TextToText) else TextToText.from_pretrained(model)
     large = llm if isinstance(llm, TextToText) else TextToText.from_pretrained(llm)

@@ -12,11 +12,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 
 import llm2slm
 from checkpoints import KINDS, PROMPTS, write_checkpoint, write_pairs
@@ -218,6 +221,28 @@ class TestFiles:
         answer_file(composite, data, tmp_path / "answers.jsonl", "source", column="target", **OPTIONS)
         found = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
         assert found == [{**row, "target": text} for row, text in zip(rows, alone, strict=True)]
+
+    def test_columns_come_out_as_they_came_in(self, composite: str, tmp_path: Path) -> None:
+        rows: list[Any] = [
+            {"prompt": PROMPTS[0], "answer": "2024-01-01", "x": {"at": "2024-01-01T00:00:00Z"}},
+            {"prompt": PROMPTS[1], "answer": "\ud83d", "y": 0.1},
+        ]
+        data, output = write_pairs(tmp_path / "rows.jsonl", rows), tmp_path / "answers.jsonl"
+        for bad in ("", "{\n"):
+            with Path(data).open("a") as file:
+                file.write(bad)
+            answer_file(composite, data, output, skip_bad_rows=True, **OPTIONS)
+            found = [json.loads(line) for line in output.read_text().splitlines()]
+            assert [
+                {**row, "model_answer": new["model_answer"]} for row, new in zip(rows, found, strict=True)
+            ] == found
+
+    def test_values_that_json_does_not_have_become_texts(self, composite: str, tmp_path: Path) -> None:
+        row = {"prompt": PROMPTS[0], "at": datetime(2024, 1, 2), "of": [Decimal("1.50")], "raw": b"a"}
+        Dataset.from_list([row]).to_parquet(tmp_path / "rows.parquet")
+        answer_file(composite, tmp_path / "rows.parquet", tmp_path / "answers.jsonl", **OPTIONS)
+        found = json.loads((tmp_path / "answers.jsonl").read_text())
+        assert (found["at"], found["of"], found["raw"]) == ("2024-01-02 00:00:00", ["1.50"], "b'a'")
 
     @pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "temperature": 2.0, "seed": 4}])
     def test_a_run_killed_at_any_answer_goes_on_with_what_is_missing(
