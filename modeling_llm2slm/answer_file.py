@@ -22,7 +22,7 @@ from .throughput import AnswerParts, BatchLimits, PromptTable, answer, is_sample
 
 
 Progress = Callable[[int, int], None]
-WEIGHTS = (".safetensors", ".bin", ".xml", ".onnx")
+WEIGHTS = (".safetensors", ".bin", ".xml", ".onnx", ".data")
 
 
 @dataclass(frozen=True)

@@ -352,7 +352,8 @@ class TestFiles:
         (tmp_path / "checkpoint-5" / "model.safetensors").touch()
         (tmp_path / "notes.md").touch()
         assert checkpoint_fingerprint(tmp_path) == before
-        for name in ("generation_config.json", "model.safetensors"):
+        (tmp_path / "decoder.onnx.data").touch()
+        for name in ("generation_config.json", "model.safetensors", "decoder.onnx.data"):
             with (tmp_path / name).open("ab") as file:
                 file.write(b" ")
             assert checkpoint_fingerprint(tmp_path) != before
