@@ -126,7 +126,8 @@ def answer_file(
     def features(numbers: list[int]) -> dict[str, list[list[int]]]:
         return text_to_text.features(prompts[numbers][prompt_column])
 
-    for draws, ids in answer(text_to_text, table, batches, features, limits, overlap, seed, **generate_kwargs):
+    options = {"overlap": overlap, "seed": seed, "known": parts.answers, **generate_kwargs}
+    for draws, ids in answer(text_to_text, table, batches, features, limits, **options):
         texts = text_to_text.tokenizer.batch_decode(ids, skip_special_tokens=True)
         parts.keep({table.key(draw): text for draw, text in zip(draws, texts, strict=True)})
         tokens += sum(map(len, ids))

@@ -244,6 +244,28 @@ class TestFiles:
         found = json.loads((tmp_path / "answers.jsonl").read_text())
         assert (found["at"], found["of"], found["raw"]) == ("2024-01-02 00:00:00", ["1.50"], "b'a'")
 
+    def test_draws_that_are_left_are_drawn_as_they_would_have_been(
+        self, composite: str, prompts: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        prompts.write_text("".join(f"{prompt}\n" for prompt in PROMPTS[:6] * 3))
+        options: Any = {"limits": BatchLimits(4), "do_sample": True, "temperature": 2.0, "seed": 4, **OPTIONS}
+        whole, output = prompts.with_name("whole.txt"), prompts.with_name("answers.txt")
+        answer_file(composite, prompts, whole, **options)
+        keep = throughput.AnswerParts.keep
+
+        def dying(self: Any, answers: Any) -> None:
+            keep(self, answers)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(throughput.AnswerParts, "keep", dying)
+            with pytest.raises(KeyboardInterrupt):
+                answer_file(composite, prompts, output, **options)
+        with record(monkeypatch) as seen:
+            assert answer_file(composite, prompts, output, **options).kept == 4
+        assert seen["written"] == [4, 4, 4, 2]
+        assert output.read_text() == whole.read_text()
+
     @pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "temperature": 2.0, "seed": 4}])
     def test_a_run_killed_at_any_answer_goes_on_with_what_is_missing(
         self, composite: str, prompts: Path, sampling: dict[str, Any], monkeypatch: pytest.MonkeyPatch
