@@ -293,7 +293,7 @@ class AnswerParts:
     def remove(self) -> None:
         """Removes the files."""
         for path in self._paths():
-            path.unlink()
+            path.unlink(missing_ok=True)  # another process that finishes may be as far
 
     def _paths(self) -> list[Path]:
         return [path for path in sorted(self.output.parent.glob("*.part*")) if self._is_part(path.name)]

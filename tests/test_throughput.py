@@ -417,6 +417,11 @@ class TestFiles:
         assert answer_file(composite, prompts, output, **options).kept == 3
         assert output.read_text().splitlines() == alone
 
+    def test_what_another_process_has_removed_is_gone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        parts = throughput.AnswerParts(tmp_path / "answers.txt", {})
+        monkeypatch.setattr(parts, "_paths", lambda: [tmp_path / "answers.txt.part"])
+        parts.remove()
+
     def test_a_run_that_answers_nothing_leaves_nothing(self, composite: str, prompts: Path) -> None:
         output = prompts.with_name("new") / "answers.txt"
         with pytest.raises(ValueError, match="64 positions"):
