@@ -18,7 +18,7 @@ from .data import is_jsonl, load_rows, whole_row, write_aside
 from .encoding import processes
 from .state_store import checkpoint_folder
 from .text_to_text import TextToText
-from .throughput import AnswerParts, BatchLimits, PromptTable, answer, is_sampled, writing
+from .throughput import AnswerParts, BatchLimits, PromptTable, answer, is_sampled, one_line, writing
 
 
 Progress = Callable[[int, int], None]
@@ -199,7 +199,7 @@ def _write(output: Path, rows: Dataset, column: str, answers: Iterator[str]) -> 
         opener(temporary, "wt", encoding="utf-8", errors="backslashreplace") as file,
     ):
         if not is_jsonl(output):
-            file.writelines(text.replace("\n", " ") + "\n" for text in answers)
+            file.writelines(one_line(text) + "\n" for text in answers)
             return
         for row, text in zip(rows, answers, strict=True):
             # Dates, decimals and bytes, which JSON lines do not have, become texts.

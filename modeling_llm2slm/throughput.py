@@ -317,6 +317,11 @@ class AnswerParts:
             return file.truncate(end)
 
 
+def one_line(text: str) -> str:
+    """The text with a space in the place of each line end, of whatever kind."""
+    return " ".join(f"{text}.".splitlines())[:-1]  # with a line after the last end, or that would get no space
+
+
 @contextmanager
 def writing(path: Path, advice: str) -> Iterator[None]:
     """Says of what cannot be written which file it is, and what to do."""

@@ -215,6 +215,19 @@ class TestFiles:
         assert len(progress) == 1 + len(seen["written"])
         assert sorted(path.name for path in prompts.parent.iterdir()) == ["answers.txt", "prompts.txt"]
 
+    def test_an_answer_is_one_line_whatever_it_holds(
+        self, composite: str, prompts: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        keep = throughput.AnswerParts.keep
+
+        def with_line_ends(self: Any, answers: Any) -> None:
+            keep(self, dict.fromkeys(answers, "a\rb\r\nc\x0bd\x85e\u2028f\n"))
+
+        monkeypatch.setattr(throughput.AnswerParts, "keep", with_line_ends)
+        output = prompts.with_name("answers.txt")
+        answer_file(composite, prompts, output, **OPTIONS)
+        assert output.read_bytes().decode().splitlines() == ["a b c d e f "] * len(REPEATED)
+
     def test_rows_keep_their_columns(self, composite: str, alone: list[str], tmp_path: Path) -> None:
         rows = [{"source": prompt, "id": row} for row, prompt in enumerate(REPEATED)]
         data = write_pairs(tmp_path / "rows.jsonl", rows)
