@@ -728,7 +728,9 @@ def _print_batches(text_to_text: TextToText, prompts: Iterator[str], size: int, 
 
 
 def _one_line(text: str) -> str:
-    return text.replace("\n", " ")
+    from modeling_llm2slm.throughput import one_line
+
+    return one_line(text)
 
 
 @app.command()

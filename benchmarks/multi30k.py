@@ -248,12 +248,12 @@ def run(experiment: Experiment, arguments: argparse.Namespace) -> bool:
     count, failed = len(waiting), []
     try:
         while waiting or running:
-            for job in [job for job in waiting if _is_ready(experiment, job)]:
+            for job in [job for job in waiting if not _missing(experiment, job)]:
                 if len(running) < arguments.workers:
                     waiting.remove(job)
                     running[job] = _start(job, arguments), time.time()
             if not running:
-                break  # what is left waits for what failed
+                break  # what is left waits for what failed, or was not asked for
             time.sleep(1)
             for job, (process, start) in list(running.items()):
                 if process.poll() is not None:
@@ -265,12 +265,15 @@ def run(experiment: Experiment, arguments: argparse.Namespace) -> bool:
     finally:
         for process, _ in running.values():
             os.killpg(process.pid, signal.SIGTERM)
+    for job in waiting:
+        print(f"{job.key}: not begun, as it needs {', '.join(_missing(experiment, job))}", flush=True)
     return not failed and not waiting
 
 
-def _is_ready(experiment: Experiment, job: Job) -> bool:
+def _missing(experiment: Experiment, job: Job) -> list[str]:
+    """What a job needs and what is not done."""
     needed = [other for other in experiment.jobs if other.pair == job.pair and other.name in job.needs]
-    return all(experiment.is_done(other) for other in needed)
+    return [other.key for other in needed if not experiment.is_done(other)]
 
 
 def _start(job: Job, arguments: argparse.Namespace) -> subprocess.Popen[bytes]:
@@ -309,7 +312,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     if arguments.job:
         experiment.do(keys[arguments.job])
-    elif arguments.report or (run(experiment, arguments) and not arguments.only):
+    elif not arguments.report and not run(experiment, arguments):
+        raise SystemExit(1)
+    elif arguments.report or not arguments.only:
         from benchmarks.multi30k_report import report
 
         report(experiment)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .data import load_pairs, load_prompts, versions
+from .data import load_pairs, load_prompts, load_rows, versions, whole_row
 from .evaluation import score_and_sign, time_answer, with_room
 from .text_to_text import TextToText
 
@@ -34,7 +34,7 @@ def compare(
     Args:
         model: A checkpoint of any kind, or one already loaded.
         llm: The LLM with its decoder, in the same ways.
-        data: Prompts, with or without answers, see [`load_prompts`].
+        data: Prompts, with or without answers, see [`load_rows`].
         prompt_column: The column that holds what the models read.
         answer_column: The column that holds the references, if there is one.
         split: The split to take from a data set on the Hub.
@@ -51,10 +51,13 @@ def compare(
         `parameters`, `llm_parameters`, `prompts`, `generation`, `versions`, `device`, `threads`.
     """
     generate_kwargs = {"do_sample": False, **generate_kwargs}
-    rows = load_prompts(data, prompt_column, split=split, limit=limit, skip_bad_rows=skip_bad_rows)
-    has_references = answer_column in rows.column_names
+    reading: dict[str, Any] = {"split": split, "limit": limit, "skip_bad_rows": skip_bad_rows}
+    whole = load_rows(data, prompt_column, **reading)
+    has_references = any(answer_column in whole_row(row) for row in whole)
     if has_references:
-        rows = load_pairs(data, prompt_column, answer_column, split=split, limit=limit, skip_bad_rows=skip_bad_rows)
+        rows = load_pairs(data, prompt_column, answer_column, **reading)
+    else:
+        rows = load_prompts(data, prompt_column, **reading)
     small = model if isinstance(model, TextToText) else TextToText.from_pretrained(model)
     large = llm if isinstance(llm, TextToText) else TextToText.from_pretrained(llm)
     if skip_bad_rows:

@@ -14,15 +14,15 @@ from typing import Any
 
 from datasets import Dataset
 
-from .data import load_prompts, write_aside
+from .data import is_jsonl, load_rows, whole_row, write_aside
 from .encoding import processes
 from .state_store import checkpoint_folder
 from .text_to_text import TextToText
-from .throughput import AnswerParts, BatchLimits, PromptTable, answer, is_sampled, writing
+from .throughput import AnswerParts, BatchLimits, PromptTable, answer, is_sampled, one_line, writing
 
 
 Progress = Callable[[int, int], None]
-WEIGHTS = (".safetensors", ".bin", ".xml", ".onnx")
+WEIGHTS = (".safetensors", ".bin", ".xml", ".onnx", ".data")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def answer_file(
 
     Args:
         model: A checkpoint, a folder or a name on the Hub, of any kind that answers.
-        data: See [`load_prompts`].
+        data: See [`load_rows`].
         output: The file to write; of a name that ends in `.jsonl` or `.jsonl.gz` the rows of the data with the answers
             in a column of their own, of any other one answer a line.
         prompt_column: The column that holds what the model reads.
@@ -105,12 +105,13 @@ def answer_file(
     output, limits = Path(output), limits or BatchLimits()
     rank, world = processes(overwrite)
     check_writable(output)
-    rows = load_prompts(data, prompt_column, split=split, limit=limit, skip_bad_rows=skip_bad_rows)
+    rows = load_rows(data, prompt_column, split=split, limit=limit, skip_bad_rows=skip_bad_rows)
+    prompts = rows.select_columns([prompt_column])
     text_to_text = TextToText.from_pretrained(
         model, device=device, prompt_max_length=prompt_max_length, quantize=quantize
     )
     generate_kwargs = text_to_text.with_limit(generate_kwargs)
-    table = _table(text_to_text, rows, is_sampled(text_to_text, generate_kwargs))
+    table = _table(text_to_text, prompts, is_sampled(text_to_text, generate_kwargs))
     text_to_text.check_room(max(table.lengths), generate_kwargs.get("max_new_tokens", 0))
     settings = _settings(model, text_to_text, table, limits, seed, generate_kwargs)
     if quantize is not None:
@@ -123,9 +124,10 @@ def answer_file(
     start = time.perf_counter()
 
     def features(numbers: list[int]) -> dict[str, list[list[int]]]:
-        return text_to_text.features(rows[numbers]["prompt"])
+        return text_to_text.features(prompts[numbers][prompt_column])
 
-    for draws, ids in answer(text_to_text, table, batches, features, limits, overlap, seed, **generate_kwargs):
+    options = {"overlap": overlap, "seed": seed, "known": parts.answers, **generate_kwargs}
+    for draws, ids in answer(text_to_text, table, batches, features, limits, **options):
         texts = text_to_text.tokenizer.batch_decode(ids, skip_special_tokens=True)
         parts.keep({table.key(draw): text for draw, text in zip(draws, texts, strict=True)})
         tokens += sum(map(len, ids))
@@ -135,7 +137,7 @@ def answer_file(
     answers = parts.read_all() if world > 1 else parts.answers
     if len(answers) >= total:  # of several processes, only the last to finish finds all answers
         with writing(output, "All answers are kept; make room, and repeat the command."):
-            _write(output, rows, prompt_column, column, (answers[table.key(draw)] for draw in table.draws))
+            _write(output, rows, column, (answers[table.key(draw)] for draw in table.draws))
         parts.remove()
     return AnswerReport(len(rows), len(rows) - len(table.rows), kept, tokens, seconds if batches else 0.0)
 
@@ -177,29 +179,29 @@ def _settings(
     return settings
 
 
-def _table(text_to_text: TextToText, rows: Dataset, sampled: bool) -> PromptTable:
+def _table(text_to_text: TextToText, prompts: Dataset, sampled: bool) -> PromptTable:
     table = PromptTable(sampled)
-    for batch in rows.select_columns(["prompt"]).iter(batch_size=1000):
-        prompts: list[str] = batch["prompt"]
+    for batch in prompts.iter(batch_size=1000):
+        (texts,) = batch.values()
 
-        def lengths(new: list[int], prompts: list[str] = prompts) -> list[int]:
-            return [len(ids) for ids in text_to_text.features([prompts[place] for place in new])["input_ids"]]
+        def lengths(new: list[int], texts: list[str] = texts) -> list[int]:
+            return [len(ids) for ids in text_to_text.features([texts[place] for place in new])["input_ids"]]
 
-        table.add(prompts, lambda new: lengths(new) if new else [])
+        table.add(texts, lambda new: lengths(new) if new else [])
     return table
 
 
-def _write(output: Path, rows: Dataset, prompt_column: str, column: str, answers: Iterator[str]) -> None:
+def _write(output: Path, rows: Dataset, column: str, answers: Iterator[str]) -> None:
     opener: Any = gzip.open if output.suffix == ".gz" else open
-    with write_aside(output) as temporary, opener(temporary, "wt", encoding="utf-8") as file:
+    # What UTF-8 has no bytes for, halves of surrogate pairs, is escaped, as it was in the JSON that it came from.
+    with (
+        write_aside(output) as temporary,
+        opener(temporary, "wt", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         if not is_jsonl(output):
-            file.writelines(text.replace("\n", " ") + "\n" for text in answers)
+            file.writelines(one_line(text) + "\n" for text in answers)
             return
         for row, text in zip(rows, answers, strict=True):
-            line = {prompt_column: row.pop("prompt"), **row, column: text}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def is_jsonl(path: Path) -> bool:
-    """Whether a name says JSON lines."""
-    return path.suffixes[-1:] == [".jsonl"] or path.suffixes[-2:] == [".jsonl", ".gz"]
+            # Dates, decimals and bytes, which JSON lines do not have, become texts.
+            line = json.dumps({**whole_row(row), column: text}, ensure_ascii=False, default=str)
+            file.write(line + "\n")

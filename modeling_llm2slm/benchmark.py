@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
+from .answer_file import checkpoint_fingerprint
 from .benchmark_contestants import (
     CONTESTANTS,
     Answer,
@@ -36,6 +37,7 @@ from .benchmark_contestants import (
 )
 from .configuration_llm2slm import LLM2SLMConfig
 from .data import versions, write_aside, write_json
+from .files_llm2slm import first_line, weight_files
 from .memory import make_fake, without_storage
 from .text_to_text import decoding_modules
 
@@ -71,13 +73,13 @@ class Benchmark:
         cells: What to answer.
         output: The JSON file.
         work: A folder for models with random weights and their exports, which are large and kept.
-        models: Given checkpoints, for cells without a preset.
+        models: Given checkpoints, for cells without a preset; what is made of them gets a folder of its own in theirs.
         device: Where to compute: `cpu` in float32, elsewhere in bfloat16.
         threads: Of every contestant.
         progress: Called with a few words at every step.
 
     Raises:
-        ValueError: If the output is of another machine or device, or a cell names what does not exist.
+        ValueError: If the output is of another machine, device or checkpoint, or a cell names what does not exist.
     """
 
     def __init__(
@@ -103,7 +105,13 @@ class Benchmark:
         self.result = self._begin()
 
     def _begin(self) -> dict[str, Any]:
-        setting = {"device": _device_name(self.device), "threads": self.threads, "versions": _versions()}
+        setting: dict[str, Any] = {"device": _device_name(self.device), "threads": self.threads}
+        setting["versions"] = _versions()
+        if self.given is not None and not all(cell.preset for cell in self.cells):
+            prints = {name: _fingerprint(getattr(self.given, name)) for name in ("llm", "llm2slm")}
+            setting["given"] = prints
+            folder = "-".join(digest[:8] for digest in prints.values())
+            self.given = replace(self.given, folder=self.given.folder / folder)
         if not self.output.is_file():
             return {"setting": setting, "contestants": {}, "cells": {}}
         try:
@@ -112,7 +120,10 @@ class Benchmark:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.output} is no result of a benchmark. Name another file, or remove it.") from error
         if found != setting:
-            raise ValueError(f"{self.output} was measured in another setting. Name another file, or remove it.")
+            raise ValueError(
+                f"{self.output} was measured in another setting: with other checkpoints, versions or threads, or on "
+                "another device. Name another file, or remove it."
+            )
         return result
 
     def run(self) -> dict[str, Any]:
@@ -333,7 +344,17 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def _fingerprint(model: str) -> str:
+    if not Path(model).is_dir():
+        weight_files(model, on_hub=True)  # weights that are still to be downloaded would be missing in it
+    return checkpoint_fingerprint(model)
+
+
 def _device_name(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
+    try:
+        torch.empty(0, device=device)
+        if device.startswith("cuda"):
+            return torch.cuda.get_device_name(device)
+    except (RuntimeError, AssertionError) as error:  # no such name; torch built without it
+        raise ValueError(f"{device} cannot be computed on ({first_line(error)}). Name another --device.") from error
     return f"{device} {torch.backends.cpu.get_cpu_capability()}"

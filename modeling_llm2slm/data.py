@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import platform
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from itertools import islice
@@ -30,6 +31,7 @@ FILE_FORMATS = {
     ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text",
 }  # fmt: skip
 ROW_ERROR = "_error"  # a column that says why a row could not be read
+LINE = "_line"  # a column with each row of JSON lines, as JSON: columns of `datasets` would make dates of some texts
 
 
 def load_pairs(
@@ -64,8 +66,9 @@ def load_pairs(
     answers = [answer_column] if isinstance(answer_column, str) else list(answer_column)
     columns = {prompt_column: "prompt", **dict.fromkeys(answers, "answer")}
     dataset, numbers = _load_texts(str(source), columns, split, limit, skip_bad_rows)
+    dataset = dataset.select_columns(list(columns))
     if len(columns) == 2:
-        dataset = dataset.select_columns(list(columns)).rename_columns(columns)
+        dataset = dataset.rename_columns(columns)
         return dataset.add_column("row", numbers) if number_rows else dataset
 
     def as_pairs(rows: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -88,7 +91,7 @@ def load_prompts(
     skip_bad_rows: bool = False,
 ) -> Dataset:
     """
-    Like [`load_pairs`], for data that may have no answers: the column `prompt` and all others as they are.
+    Like [`load_pairs`], for data that may have no answers: the column `prompt` alone.
 
     Args:
         source: See [`load_pairs`]. Of a `.txt` file, and of one of a name that says no format, every line is a prompt.
@@ -97,15 +100,32 @@ def load_prompts(
         limit: See [`load_pairs`].
         skip_bad_rows: See [`load_pairs`].
     """
+    rows = load_rows(source, prompt_column, split=split, limit=limit, skip_bad_rows=skip_bad_rows)
+    return rows.select_columns([prompt_column]).rename_columns({prompt_column: "prompt"})
+
+
+def load_rows(
+    source: str | Path,
+    prompt_column: str = "prompt",
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    skip_bad_rows: bool = False,
+) -> Dataset:
+    """
+    Like [`load_prompts`], with all columns, for [`whole_row`]; the prompts are in `prompt_column`.
+    """
     path = Path(source).expanduser()
-    if path.is_file() and file_format_of(path)[0] in ("text", None):
-        prompt_column = "text"
-    dataset, _ = _load_texts(str(source), {prompt_column: "prompt"}, split, limit, skip_bad_rows, "text")
-    if prompt_column == "prompt":
-        return dataset
-    if "prompt" in dataset.column_names:
-        raise ValueError(f"{source} has a column 'prompt' beside {prompt_column!r}, which is read. Rename the first.")
-    return dataset.rename_column(prompt_column, "prompt")
+    is_text = path.is_file() and file_format_of(path)[0] in ("text", None)
+    column = "text" if is_text else prompt_column
+    dataset, _ = _load_texts(str(source), {column: "prompt"}, split, limit, skip_bad_rows, "text")
+    return dataset.rename_columns({column: prompt_column})
+
+
+def whole_row(row: dict[str, Any]) -> dict[str, Any]:
+    """All values of one of [`load_rows`], those of JSON lines as they are there."""
+    values: dict[str, Any] = json.loads(row[LINE]) if LINE in row else row
+    return values
 
 
 def _load_texts(
@@ -184,16 +204,15 @@ def _load(source: str, split: str, columns: Sequence[str], default_format: str |
         raise ValueError(f"{source} is none of {', '.join(FILE_FORMATS)}: the ending of the name tells the format.")
     if _is_empty(path):
         raise ValueError(f"{source} holds no rows.")
+    if is_jsonl(path):
+        return _read_lines(path, columns)
     try:
         return load_dataset(file_format, data_files=str(path), split="train", **options)
     except Exception as error:  # every reader has exceptions of its own
         reason = reason_of(error.__cause__ or error)
         if "corresponds to no data" in reason:
             raise ValueError(f"{source} holds no rows.") from error
-        dataset = _read_lines(path, columns) if ".jsonl" in path.suffixes else None
-        if dataset is None:
-            raise ValueError(f"{source} cannot be read as {file_format}: {reason}") from error
-        return dataset
+        raise ValueError(f"{source} cannot be read as {file_format}: {reason}") from error
 
 
 def _is_empty(path: Path) -> bool:
@@ -214,31 +233,52 @@ def file_format_of(path: Path) -> tuple[str | None, dict[str, Any]]:
     return file_format, options | ({"sep": "\t"} if suffixes[-1:] == [".tsv"] else {})
 
 
-def _read_lines(path: Path, columns: Sequence[str]) -> Dataset | None:
-    """JSON lines of which some are wrong, these with a reason in place of texts; None if all are."""
-    first = next((row for row in parse_lines(path, None) if ROW_ERROR not in row), None)
-    if first is None:
-        return None
-    check_columns(str(path), columns, list(first))
-    features = Features({name: Value("string") for name in [*columns, ROW_ERROR]})
+def is_jsonl(path: Path) -> bool:
+    """Whether a name says JSON lines."""
+    return path.suffixes[-1:] == [".jsonl"] or path.suffixes[-2:] == [".jsonl", ".gz"]
+
+
+def _read_lines(path: Path, columns: Sequence[str]) -> Dataset:
+    """JSON lines: the columns that are named, each row as a whole, and a reason where a row has no texts in them."""
+    check_columns(str(path), columns, _names(path, columns))
+    features = Features({name: Value("string") for name in [*columns, LINE, ROW_ERROR]})
     # The time of the last change is there for the cache, which goes by these arguments.
     stamp = {"columns": tuple(columns), "changed": path.stat().st_mtime_ns}
     return Dataset.from_generator(_lines_as_texts, features=features, gen_kwargs={"path": path, **stamp})
 
 
+def _names(path: Path, columns: Sequence[str]) -> list[str]:
+    """The names of columns in JSON lines, read from the top until those that are named have been seen."""
+    seen: dict[str, Any] = {}
+    for row in parse_lines(path, None):
+        seen = row | seen
+        if seen.keys() >= set(columns):
+            break
+    error = seen.pop(ROW_ERROR, None)
+    if not seen:
+        raise ValueError(f"{path} cannot be read as json: {error}" if error else f"{path} holds no rows.")
+    return list(seen)
+
+
 def _lines_as_texts(path: Path, columns: Sequence[str], changed: int) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(parse_lines(path, None)):
-        wrong = [name for name in columns if not isinstance(row.get(name), str)]
+        wrong = [name for name in columns if not _is_text(row.get(name))]
         error = row.get(ROW_ERROR) or (
             f"the {wrong[0]} of row {number} is {row.get(wrong[0])!r}, not a text" if wrong else None
         )
-        yield {name: None if wrong else row[name] for name in columns} | {ROW_ERROR: error}
+        texts = {name: None if wrong else row[name] for name in columns}
+        yield texts | {LINE: json.dumps(row), ROW_ERROR: error}
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is a string of characters; JSON has strings with halves of surrogate pairs, which are none."""
+    return isinstance(value, str) and (value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value))
 
 
 def parse_lines(path: Path, limit: int | None) -> Iterator[dict[str, Any]]:
     """Each line of a file of JSON lines, as a mapping; of one that is none, a mapping that says why."""
     opener: Any = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
+    with opener(path, "rt", encoding="utf-8-sig") as lines:
         try:
             for number, line in enumerate(islice((line for line in lines if line.strip()), limit)):
                 try:
@@ -246,7 +286,7 @@ def parse_lines(path: Path, limit: int | None) -> Iterator[dict[str, Any]]:
                     yield row if isinstance(row, dict) else {ROW_ERROR: f"row {number} is no JSON object"}
                 except ValueError as error:
                     yield {ROW_ERROR: f"row {number} is not JSON ({error})"}
-        except (OSError, EOFError, UnicodeDecodeError) as error:
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
             yield {ROW_ERROR: f"the rest cannot be read ({error})"}
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from .answer_file import answer_file, is_jsonl
+from .answer_file import answer_file
+from .data import is_jsonl
 from .text_to_text import load
 from .throughput import BatchLimits
 
@@ -32,7 +33,7 @@ def distill(
 
     Args:
         llm: The checkpoint of an encoder-decoder, a folder or a name on the Hub.
-        data: See [`load_prompts`].
+        data: See [`load_rows`].
         output: A file of JSON lines, `.jsonl` or `.jsonl.gz`.
         prompt_column: The column that holds what the model reads.
         column: The column for the answers; all others are kept as they are.

@@ -467,6 +467,7 @@ def _event(content: dict[str, Any]) -> str:
 
 def _error(status: int, message: str) -> dict[str, Any]:
     kind = "invalid_request_error" if status < 500 else "server_error"
+    message = message.encode(errors="backslashreplace").decode()  # a name in it may be half a surrogate pair
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 

@@ -111,6 +111,8 @@ class PromptTable:
     ) -> list[list[Draw]]:
         """
         The answers that are to be written, those of prompts that are read together in one list, the longest first.
+        What is sampled depends on what it is drawn with, so such a list has known answers too, which [`pieces`] leaves
+        out.
 
         Args:
             limits: Of a batch of prompts.
@@ -121,17 +123,22 @@ class PromptTable:
         order = sorted(range(len(self.rows)), key=lambda number: -self.lengths[number])
         # Shares are cut from all prompts, not from what is missing: another process may have begun.
         own = list(limits.cut(order, self._length))[rank::world]
-        draws = {
-            number: [draw for which in range(self._counts[number]) if self.key(draw := (number, which)) not in known]
-            for batch in own
-            for number in batch
-        }
-        missing = [number for number in draws if draws[number]]
-        return [[draw for number in batch for draw in draws[number]] for batch in limits.cut(missing, self._length)]
+        if not self.sampled:
+            missing = [number for batch in own for number in batch if self.key((number, 0)) not in known]
+            own = list(limits.cut(missing, self._length))
+        batches = [[(number, which) for number in batch for which in range(self._counts[number])] for batch in own]
+        return [batch for batch in batches if any(self.pieces(batch, limits, known))]
 
-    def pieces(self, batch: Sequence[Draw], limits: BatchLimits) -> Iterator[Sequence[Draw]]:
-        """Cuts a batch into what is answered at once: of a prompt that is drawn often, there may be many answers."""
-        return limits.cut(batch, lambda draw: self._length(draw[0]))
+    def pieces(
+        self, batch: Sequence[Draw], limits: BatchLimits, known: Collection[str] = ()
+    ) -> Iterator[Sequence[Draw]]:
+        """
+        Cuts a batch into what is answered at once, as of a prompt that is drawn often there may be many answers, and
+        leaves out the pieces that are known.
+        """
+        for piece in limits.cut(batch, lambda draw: self._length(draw[0])):
+            if any(self.key(draw) not in known for draw in piece):
+                yield piece
 
     def _length(self, number: int) -> int:
         return self.lengths[number]
@@ -145,6 +152,7 @@ def answer(
     limits: BatchLimits,
     overlap: bool | None = None,
     seed: int | None = None,
+    known: Collection[str] = (),
     **generate_kwargs: Any,
 ) -> Iterator[tuple[Sequence[Draw], list[list[int]]]]:
     """
@@ -159,6 +167,7 @@ def answer(
         overlap: Read a batch while the one before it is answered, in a thread. It changes no answer. Default: where
             the model is on a device of its own, or leaves a core of the CPU free.
         seed: Makes sampled answers repeatable, also where a run was interrupted.
+        known: Keys of answers to leave out.
         generate_kwargs: Arguments of `generate()`.
 
     Yields:
@@ -170,7 +179,7 @@ def answer(
 
     for batch, inputs in zip(batches, one_ahead(read, batches, _overlap(text_to_text, overlap)), strict=True):
         place = {number: place for place, number in enumerate(_numbers(batch))}
-        for piece in table.pieces(batch, limits):
+        for piece in table.pieces(batch, limits, known):
             if seed is not None:
                 # By the row, so that what is left of an interrupted run is drawn as it would have been.
                 number, which = piece[0]
@@ -284,7 +293,7 @@ class AnswerParts:
     def remove(self) -> None:
         """Removes the files."""
         for path in self._paths():
-            path.unlink()
+            path.unlink(missing_ok=True)  # another process that finishes may be as far
 
     def _paths(self) -> list[Path]:
         return [path for path in sorted(self.output.parent.glob("*.part*")) if self._is_part(path.name)]
@@ -306,6 +315,11 @@ class AnswerParts:
         with self.path.open("rb+") as file:
             end = sum(len(line) for line in file if line.endswith(b"\n"))
             return file.truncate(end)
+
+
+def one_line(text: str) -> str:
+    """The text with a space in the place of each line end, of whatever kind."""
+    return " ".join(f"{text}.".splitlines())[:-1]  # with a line after the last end, or that would get no space
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 import modeling_llm2slm.benchmark as benchmark
 import modeling_llm2slm.benchmark_contestants as contestants
 from modeling_llm2slm.benchmark import Benchmark, load_sweep
-from modeling_llm2slm.benchmark_contestants import Cell
+from modeling_llm2slm.benchmark_contestants import Cell, Models
 from modeling_llm2slm.benchmark_plots import plot
 from modeling_llm2slm.building import preset_config
 
@@ -69,6 +71,35 @@ def test_another_setting_is_an_error(measured: tuple[Path, dict[str, Any]]) -> N
     folder, _ = measured
     with pytest.raises(ValueError, match="another setting"):
         Benchmark(CELLS, folder / "benchmark.json", folder, threads=2)
+
+
+def test_given_checkpoints_have_results_and_files_of_their_own(tmp_path: Path) -> None:
+    output, cells = tmp_path / "benchmark.json", [Cell()]
+    first = contestants.make_models("tiny", tmp_path)
+    copy = shutil.copytree(first.llm2slm, tmp_path / "copy")
+    benchmarks = [Benchmark(cells, output, tmp_path, models) for models in (first, replace(first, llm2slm=str(copy)))]
+    (copy / "generation_config.json").write_text("{}")
+    other = Benchmark(cells, output, tmp_path, replace(first, llm2slm=str(copy)))
+    same, moved, changed = ({str(run._models("").folder), str(run.result["setting"])} for run in (*benchmarks, other))
+    assert same == moved
+    assert not same & changed
+    benchmarks[0]._keep()
+    with pytest.raises(ValueError, match="another setting: with other checkpoints"):
+        Benchmark(cells, output, tmp_path, replace(first, llm2slm=str(copy)))
+
+
+def test_published_results_of_presets_know_of_no_checkpoints(tmp_path: Path) -> None:
+    published = json.loads((Path(__file__).parents[1] / "docs" / "results" / "benchmark.json").read_text())
+    models = Models(tmp_path, "no/llm", "no/llm2slm")
+    fresh = Benchmark(CELLS, tmp_path / "benchmark.json", tmp_path, models)
+    assert fresh.result["setting"].keys() == published["setting"].keys()
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense"])
+def test_a_device_that_is_not_there_is_an_error_of_one_line(tmp_path: Path, device: str) -> None:
+    with pytest.raises(ValueError, match=f"{device} cannot be computed on .* Name another --device") as caught:
+        Benchmark(CELLS, tmp_path / "benchmark.json", tmp_path, device=device)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ['{"setting": {', "[1]", '{"cells": {}}'], ids=["cut", "list", "other"])

@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from modeling_llm2slm.data import load_pairs, load_prompts, train_tokenizer, versions
+from modeling_llm2slm.data import load_pairs, load_prompts, load_rows, train_tokenizer, versions, whole_row
 
 
 PAIRS = [
@@ -62,15 +62,33 @@ def test_several_answers_give_a_row_several_pairs(tmp_path):
     assert load_pairs(path, "a", "a").to_list() == [{"prompt": "1", "answer": "1"}, {"prompt": "3", "answer": "3"}]
 
 
-def test_prompts_come_with_what_else_there_is(tmp_path):
+def test_prompts_come_alone_or_with_what_else_there_is(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"id": 7, "source": "a"}\n')
-    assert load_prompts(path, "source").to_list() == [{"id": 7, "prompt": "a"}]
+    path.write_text('{"id": 7, "source": "a", "prompt": "x"}\n')
+    assert load_prompts(path, "source").to_list() == [{"prompt": "a"}]
+    rows = load_rows(path, "source")
+    assert rows["source"][:] == ["a"]
+    assert whole_row(rows[0]) == {"id": 7, "source": "a", "prompt": "x"}
     (tmp_path / "lines.txt").write_text("one\ntwo\n")
     assert load_prompts(tmp_path / "lines.txt")["prompt"][:] == ["one", "two"]
-    path.write_text('{"prompt": "x", "source": "a"}\n')
-    with pytest.raises(ValueError, match="column 'prompt' beside 'source'"):
-        load_prompts(path, "source")
+    assert load_rows(tmp_path / "lines.txt", "source").to_list() == [{"source": "one"}, {"source": "two"}]
+
+
+def test_rows_of_json_are_what_the_file_says(tmp_path):
+    """Whatever rows have in common, and also where one of them cannot be read."""
+    rows = [
+        {"prompt": "2024-01-01", "answer": "2024-01-02T03:04:05Z", "x": "2024-01-01", "y": 1.0, "z": None},
+        {"prompt": "\u2028", "answer": "b", "x": ["2024-01-01", {"1": "\ud83d"}], "y": 10**30},
+        {"z": {"b": 1}, "prompt": "c", "answer": "\x85"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    for first in ("", "\ufeff", "{\n"):
+        path.write_text(first + "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        found = [whole_row(row) for row in load_rows(path, skip_bad_rows=True)]
+        assert found == rows
+        assert [list(row) for row in found] == [list(row) for row in rows]
+        pairs = load_pairs(path, skip_bad_rows=True).to_list()
+        assert pairs == [{name: row[name] for name in ("prompt", "answer")} for row in rows]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
@@ -129,6 +147,10 @@ def test_a_data_set_that_cannot_be_reached_is_an_error_of_one_line():
             "answer of row 1 is None",
         ),
         ("pairs.jsonl", b'{"prompt": 3, "answer": "b"}\n', "prompt of row 0 is 3"),
+        ("pairs.jsonl", rb'{"prompt": "a", "answer": "\ud83d"}', r"answer of row 0 is '\\ud83d', not a text"),
+        ("pairs.jsonl", b'{"prompt": "a"}\n{"prompt": "a", "answer": "b"}', "answer of row 0 is None"),
+        ("pairs.jsonl", b"\n\n", "holds no rows"),
+        ("pairs.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 9)[:-15] + b"\xff" * 15, "cannot be read as json"),
         ("pairs.csv", b"prompt,answer\n", "holds no rows"),
         ("pairs.jsonl", b"", "holds no rows"),
         ("pairs.jsonl.gz", gzip.compress(b"", mtime=0), "holds no rows"),

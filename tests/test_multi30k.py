@@ -61,7 +61,26 @@ def test_what_has_failed_is_told_and_nothing_that_needs_it_begins(
     monkeypatch.setattr(multi30k, "_start", start)
     assert not multi30k.run(experiment, multi30k.argparse.Namespace(workers=2, only=None))
     assert started == ["en-de/tokenizer", "en-fr/tokenizer"]
-    assert "en-de/tokenizer: FAILED" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "en-de/tokenizer: FAILED" in printed
+    assert "en-de/llm: not begun, as it needs en-de/tokenizer\n" in printed
+
+
+@pytest.mark.parametrize("failing", [True, False])
+def test_what_is_not_done_is_an_error(
+    tmp_path: Path, failing: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "multi30k").mkdir()
+    only = "en-de/tokenizer" if failing else "en-de/t5-add"
+    words = ["multi30k", "--data", str(tmp_path), "--runs", str(tmp_path / "runs"), "--only", only]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(multi30k.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(multi30k, "_start", lambda *_: subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"]))
+    with pytest.raises(SystemExit) as stop:
+        multi30k.main()
+    assert stop.value.code == 1
+    told = "FAILED" if failing else "not begun, as it needs en-de/tokenizer, en-de/llm, en-de/states"
+    assert f"{only}: {told}" in capsys.readouterr().out
 
 
 def test_a_cut_decoder_decodes_and_loads(tmp_path: Path) -> None:

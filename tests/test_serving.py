@@ -317,6 +317,7 @@ class TestBounds:
             ({"prompt": "src1", "n": 2}, 400, "n is 2, which is not supported"),
             ({"prompt": "src1", "logprobs": 3}, 400, "logprobs is 3"),
             ({"prompt": "src1", "best_off": 3}, 400, "best_off is 3"),
+            ({"prompt": "src1", "\ud83d": 3}, 400, r"\ud83d is 3, which is not supported"),
             ({"prompt": "src1", "model": "gpt-5"}, 404, "no model 'gpt-5' here, only 'tiny'"),
         ],
     )

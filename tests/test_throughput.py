@@ -12,11 +12,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 
 import llm2slm
 from checkpoints import KINDS, PROMPTS, write_checkpoint, write_pairs
@@ -212,12 +215,69 @@ class TestFiles:
         assert len(progress) == 1 + len(seen["written"])
         assert sorted(path.name for path in prompts.parent.iterdir()) == ["answers.txt", "prompts.txt"]
 
+    def test_an_answer_is_one_line_whatever_it_holds(
+        self, composite: str, prompts: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        keep = throughput.AnswerParts.keep
+
+        def with_line_ends(self: Any, answers: Any) -> None:
+            keep(self, dict.fromkeys(answers, "a\rb\r\nc\x0bd\x85e\u2028f\n"))
+
+        monkeypatch.setattr(throughput.AnswerParts, "keep", with_line_ends)
+        output = prompts.with_name("answers.txt")
+        answer_file(composite, prompts, output, **OPTIONS)
+        assert output.read_bytes().decode().splitlines() == ["a b c d e f "] * len(REPEATED)
+
     def test_rows_keep_their_columns(self, composite: str, alone: list[str], tmp_path: Path) -> None:
         rows = [{"source": prompt, "id": row} for row, prompt in enumerate(REPEATED)]
         data = write_pairs(tmp_path / "rows.jsonl", rows)
         answer_file(composite, data, tmp_path / "answers.jsonl", "source", column="target", **OPTIONS)
         found = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
         assert found == [{**row, "target": text} for row, text in zip(rows, alone, strict=True)]
+
+    def test_columns_come_out_as_they_came_in(self, composite: str, tmp_path: Path) -> None:
+        rows: list[Any] = [
+            {"prompt": PROMPTS[0], "answer": "2024-01-01", "x": {"at": "2024-01-01T00:00:00Z"}},
+            {"prompt": PROMPTS[1], "answer": "\ud83d", "y": 0.1},
+        ]
+        data, output = write_pairs(tmp_path / "rows.jsonl", rows), tmp_path / "answers.jsonl"
+        for bad in ("", "{\n"):
+            with Path(data).open("a") as file:
+                file.write(bad)
+            answer_file(composite, data, output, skip_bad_rows=True, **OPTIONS)
+            found = [json.loads(line) for line in output.read_text().splitlines()]
+            assert [
+                {**row, "model_answer": new["model_answer"]} for row, new in zip(rows, found, strict=True)
+            ] == found
+
+    def test_values_that_json_does_not_have_become_texts(self, composite: str, tmp_path: Path) -> None:
+        row = {"prompt": PROMPTS[0], "at": datetime(2024, 1, 2), "of": [Decimal("1.50")], "raw": b"a"}
+        Dataset.from_list([row]).to_parquet(tmp_path / "rows.parquet")
+        answer_file(composite, tmp_path / "rows.parquet", tmp_path / "answers.jsonl", **OPTIONS)
+        found = json.loads((tmp_path / "answers.jsonl").read_text())
+        assert (found["at"], found["of"], found["raw"]) == ("2024-01-02 00:00:00", ["1.50"], "b'a'")
+
+    def test_draws_that_are_left_are_drawn_as_they_would_have_been(
+        self, composite: str, prompts: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        prompts.write_text("".join(f"{prompt}\n" for prompt in PROMPTS[:6] * 3))
+        options: Any = {"limits": BatchLimits(4), "do_sample": True, "temperature": 2.0, "seed": 4, **OPTIONS}
+        whole, output = prompts.with_name("whole.txt"), prompts.with_name("answers.txt")
+        answer_file(composite, prompts, whole, **options)
+        keep = throughput.AnswerParts.keep
+
+        def dying(self: Any, answers: Any) -> None:
+            keep(self, answers)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(throughput.AnswerParts, "keep", dying)
+            with pytest.raises(KeyboardInterrupt):
+                answer_file(composite, prompts, output, **options)
+        with record(monkeypatch) as seen:
+            assert answer_file(composite, prompts, output, **options).kept == 4
+        assert seen["written"] == [4, 4, 4, 2]
+        assert output.read_text() == whole.read_text()
 
     @pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "temperature": 2.0, "seed": 4}])
     def test_a_run_killed_at_any_answer_goes_on_with_what_is_missing(
@@ -327,7 +387,8 @@ class TestFiles:
         (tmp_path / "checkpoint-5" / "model.safetensors").touch()
         (tmp_path / "notes.md").touch()
         assert checkpoint_fingerprint(tmp_path) == before
-        for name in ("generation_config.json", "model.safetensors"):
+        (tmp_path / "decoder.onnx.data").touch()
+        for name in ("generation_config.json", "model.safetensors", "decoder.onnx.data"):
             with (tmp_path / name).open("ab") as file:
                 file.write(b" ")
             assert checkpoint_fingerprint(tmp_path) != before
@@ -368,6 +429,11 @@ class TestFiles:
         monkeypatch.setattr(throughput.AnswerParts, "keep", keep)
         assert answer_file(composite, prompts, output, **options).kept == 3
         assert output.read_text().splitlines() == alone
+
+    def test_what_another_process_has_removed_is_gone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        parts = throughput.AnswerParts(tmp_path / "answers.txt", {})
+        monkeypatch.setattr(parts, "_paths", lambda: [tmp_path / "answers.txt.part"])
+        parts.remove()
 
     def test_a_run_that_answers_nothing_leaves_nothing(self, composite: str, prompts: Path) -> None:
         output = prompts.with_name("new") / "answers.txt"
