@@ -157,6 +157,7 @@ def mask_and_positions(
         # Strides of its own: with those of the mask a compiled step would be compiled anew for another length.
         position_ids = position_ids[:, -answer_length:].clone(memory_format=torch.contiguous_format)
         if cache.is_compileable:
-            rest = cache.self_attention_cache.get_max_length() - mask.shape[1]
+            # If all layers have a sliding window, the cache has its length, and the mask may be longer.
+            rest = max(cache.self_attention_cache.get_max_length() - mask.shape[1], 0)
             mask = nn.functional.pad(mask, (0, rest), value=1)  # causality hides what is not written yet
     return mask, position_ids
