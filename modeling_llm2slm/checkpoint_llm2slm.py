@@ -134,8 +134,8 @@ class LLM2SLMCheckpointMixin:
         model: PreTrainedModel, state_dict: Any, checkpoint_files: list[str] | None, *args: Any, **kwargs: Any
     ) -> Any:
         # The one step of `from_pretrained` at which the model is complete, on the meta device, and no memory is taken.
-        request = _REQUEST.get()
-        if request is not None and state_dict is None and checkpoint_files:
+        request = _REQUEST.get() if state_dict is None else None
+        if request is not None and checkpoint_files:
             weights, config = open_weights(checkpoint_files), model.config
             told, config.llm_source = config.llm_source, _in_memory(config.llm_source, request)
             config.slm_source = _in_memory(config.slm_source, request)
@@ -143,9 +143,12 @@ class LLM2SLMCheckpointMixin:
                 state_dict, checkpoint_files = weights | _llm_weights(model, told or {}, request), None
                 config.lean = False
             elif not any(name.startswith(LLM_PREFIX) for name in weights):
-                raise OSError(f"{request.path} lacks the LLM: pass `encoder_pretrained_model_name_or_path`.")
+                raise OSError(_lacks_llm(request))
             _check_sizes(model, state_dict or weights, request)
         loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+        # By the names that transformers gave what it read, which are not always those in the files.
+        if request is not None and _new_in_llm(model, loaded[0].missing_keys):
+            raise OSError(_lacks_llm(request))
         on_disk = loaded[1] or {}  # of tensors that did not come from a file by this name, it lacks the tied names
         for name, source in model.all_tied_weights_keys.items():
             if source in on_disk:
@@ -232,6 +235,20 @@ class LLM2SLMCheckpointMixin:
             target = Path(folder, repo_id.rpartition("/")[2])
             written = self._save(target, include_llm, repo_id, {"tags": tags}, max_shard_size=max_shard_size)
             return _upload(target, repo_id, written, token=token, **kwargs)
+
+
+def _lacks_llm(request: LoadRequest) -> str:
+    return f"{request.path} lacks the LLM: pass `encoder_pretrained_model_name_or_path`."
+
+
+def _new_in_llm(model: Any, missing: Collection[str]) -> list[str]:
+    """The LLM's parameters that are `missing` in a checkpoint, and tied to none that is there."""
+    if getattr(model, "is_quantized", False):
+        return []  # its parameters have other names than what they are made of
+    tied = model.all_tied_weights_keys
+    held = {tied.get(name, name) for name, _ in model.named_parameters(remove_duplicate=False) if name not in missing}
+    of_llm = (LLM_PREFIX + name for name, _ in model.encoder.llm.named_parameters(remove_duplicate=False))
+    return [name for name in of_llm if name in missing and tied.get(name, name) not in held]
 
 
 def record_sources(model: Any, paths: Sequence[Any], hub: Sequence[dict[str, Any]]) -> None:

@@ -13,6 +13,7 @@ import families
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -25,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from common import PROMPTS, build_model, build_parts, gpt2_config, make_labels, pad_prompts, same_tensors, t5_config
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, checkpoint_llm2slm, files_llm2slm
+from modeling_llm2slm.without_llm import load_without_llm
 
 
 LLM = "encoder.llm."
@@ -373,6 +375,19 @@ class TestWhatACheckpointMayNotDo:
         edit(copy / "lean", lean=False)
         with pytest.raises(OSError, match="lacks the LLM"):
             load(copy / "lean")
+
+    @pytest.mark.parametrize("kind", ["embedding alone", "one layer short"])
+    def test_a_checkpoint_with_a_part_of_the_llm(self, kind, copy):
+        if kind == "embedding alone":
+            load_without_llm(copy / "full").save_pretrained(copy / "full")
+            load_without_llm(copy / "full")
+        else:
+            tensors = load_file(copy / "full" / "model.safetensors")
+            del tensors[f"{LLM}encoder.block.2.layer.0.SelfAttention.q.weight"]
+            save_file(tensors, copy / "full" / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(OSError, match="lacks the LLM"):
+            load(copy / "full")
+        load(copy / "full", encoder_pretrained_model_name_or_path=copy / "llm")
 
 
 @register_quantization_config("rounding")
