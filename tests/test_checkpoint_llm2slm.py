@@ -12,6 +12,7 @@ from typing import Any
 import families
 import pytest
 import torch
+from conversions import edit
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -58,15 +59,6 @@ def load(path: Path, **kwargs: Any) -> LLM2SLMForConditionalGeneration:
 def names_in(path: Path) -> set[str]:
     with safe_open(path / "model.safetensors", "pt") as file:
         return set(file.keys())
-
-
-def edit(path: Path, **changes: Any) -> None:
-    """Change values of a config; a dictionary changes values of a part."""
-    file = path / "config.json"
-    config = json.loads(file.read_text())
-    for name, value in changes.items():
-        config[name] = {**config.get(name, {}), **value} if isinstance(value, dict) else value
-    file.write_text(json.dumps(config))
 
 
 class TestLean:
