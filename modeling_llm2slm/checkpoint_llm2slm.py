@@ -34,6 +34,7 @@ from transformers.utils import logging
 from .files_llm2slm import (
     INDEX,
     WEIGHTS,
+    StoredTensor,
     fingerprint,
     first_line,
     locate_tensors,
@@ -275,14 +276,23 @@ def _with_fingerprint(
     if source is None:
         return None
     try:
-        located = locate_tensors(_source_files(source, {**hub, "local_files_only": True}))
-        names, missing = _select(located, llm)
-        if missing:
-            raise OSError(f"it has no {missing[0]} by this name")
+        located = _locate(source, llm, hub)
     except (OSError, ValueError, KeyError) as error:  # in pickle, or under names that transformers changes
         logger.info(f"There will be no lean checkpoints with the LLM of {source['name_or_path']}: {error}")
         return None
-    return {**source, "fingerprint": fingerprint({name: located[held] for name, held in names.items()})}
+    return {**source, "fingerprint": fingerprint(located)}
+
+
+def _locate(source: Mapping[str, Any], llm: PreTrainedModel, hub: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    """
+    The tensors of an LLM where a source has them on this machine. `OSError` if there are no files, `ValueError` if a
+    lean checkpoint would not find a tensor in them.
+    """
+    located = locate_tensors(_source_files(source, {**hub, "local_files_only": True}))
+    names, missing = _select(located, llm)
+    if missing:
+        raise ValueError(f"it has no {missing[0]} by this name")
+    return {name: located[held] for name, held in names.items()}
 
 
 def describe_source(path: str, **kwargs: Any) -> dict[str, Any] | None:
@@ -502,6 +512,8 @@ def lean_source(model: Any) -> dict[str, Any]:
             "It is not known where the LLM comes from. Save it too, with `include_llm=True`, or name its folder or "
             'repository: `model.config.llm_source = {"name_or_path": ...}`.'
         )
+    if not source.get("fingerprint"):  # named by the caller
+        _check_named_source(source, model.encoder.llm)
     found = _fingerprint_in_memory(model.encoder.llm)
     expected = source.setdefault("fingerprint", found)
     if found is not None and found != expected:
@@ -510,6 +522,23 @@ def lean_source(model: Any) -> dict[str, Any]:
             "checkpoint would lose the change. Save it too, with `include_llm=True`."
         )
     return source
+
+
+def _check_named_source(source: dict[str, Any], llm: PreTrainedModel) -> None:
+    """Raise `ValueError` where files at hand are not what a lean checkpoint could read the LLM from."""
+    if not all(parameter.is_floating_point() for parameter in llm.parameters()):
+        return  # quantized, its tensors have names of their own
+    name = source["name_or_path"]
+    try:
+        _locate(source, llm, {})
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, OSError) and not _is_local(name):
+            return  # a repository that is not in the cache
+        raise ValueError(
+            f"A lean checkpoint could not read this LLM from {name}, as {first_line(error).removesuffix('.')}: name "
+            "the place that holds it, or save it anew, with `model.encoder.llm.save_pretrained(folder, "
+            "save_original_format=False)`, and name that folder."
+        ) from error
 
 
 def _check_source_is_public(model: Any) -> None:

@@ -138,6 +138,28 @@ class TestLean:
         assert not any(info.values()), info
         same_tensors(loaded.state_dict(), model.state_dict())
 
+    def test_an_llm_in_a_file_of_other_names(self, tmp_path):
+        """As of old BERTs: transformers renames what it loads, and a lean checkpoint would not find it again."""
+        families.build_llm("bert").save_pretrained(tmp_path / "llm")
+        build_parts().slm.save_pretrained(tmp_path / "slm")
+        file = tmp_path / "llm" / "model.safetensors"
+        old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+        tensors = {
+            name.replace(ending, old.get(ending, ending)): tensor
+            for name, tensor in load_file(file).items()
+            for ending in [".".join(name.split(".")[-2:])]
+        }
+        save_file(tensors, file, metadata={"format": "pt"})
+        model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(tmp_path / "llm", tmp_path / "slm")
+        assert model.config.llm_source is None
+        model.config.llm_source = {"name_or_path": str(tmp_path / "llm")}
+        with pytest.raises(ValueError, match=r"it has no embeddings\.LayerNorm\.weight by this name: .* anew"):
+            model.save_pretrained(tmp_path / "lean", include_llm=False)
+        model.encoder.llm.save_pretrained(tmp_path / "anew", save_original_format=False)
+        model.config.llm_source = {"name_or_path": str(tmp_path / "anew")}
+        model.save_pretrained(tmp_path / "lean", include_llm=False)
+        same_tensors(load(tmp_path / "lean").state_dict(), model.state_dict())
+
     def test_the_llm_of_another_composite(self, folder):
         model = load(folder / "lean", encoder_pretrained_model_name_or_path=folder / "full")
         same_tensors(model.state_dict(), load(folder / "full").state_dict())
