@@ -70,16 +70,16 @@ def compose(
         _write_dtypes(source, dtypes, folder)
         report.add("files of weights", write_weights(folder, state, cast, max_shard_size))
         report.add("bytes of weights", needed)
-        _write_processor(llm, slm, folder, report)
+        _write_processor(llm, slm, folder, report, kwargs)
         _verify(source, folder, cast, report)
     return report
 
 
 def _put_together(llm: str, slm: str, kwargs: dict[str, Any]) -> LLM2SLMForConditionalGeneration:
     """The composite of two checkpoints as they are, mapped from their files."""
-    parts = {}
+    parts, hubs = {}, []
     for part, path, find_class in (("encoder", llm, llm_class), ("decoder", slm, slm_class)):
-        hub = {key: kwargs[f"{part}_{key}"] for key in HUB_ARGUMENTS if f"{part}_{key}" in kwargs}
+        hubs.append(hub := _hub(part, kwargs))
         config = load(AutoConfig, path, **hub)
         with one_sentence(path):
             auto_class = find_class(config)
@@ -88,8 +88,13 @@ def _put_together(llm: str, slm: str, kwargs: dict[str, Any]) -> LLM2SLMForCondi
         parts[f"{part}_model"] = model = load_model(auto_class, path, **hub)
         check_finite(model.state_dict())
     if "shared_tokenizer" not in kwargs:
-        kwargs = kwargs | {"shared_tokenizer": have_same_tokenizer(llm, slm, {}, {})}
+        kwargs = kwargs | {"shared_tokenizer": have_same_tokenizer(llm, slm, *hubs)}
     return LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(**parts, **kwargs)
+
+
+def _hub(part: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of one part's repository, without the part's name."""
+    return {key: kwargs[f"{part}_{key}"] for key in HUB_ARGUMENTS if f"{part}_{key}" in kwargs}
 
 
 def _dtype(part: str, name: str | None) -> torch.dtype | None:
@@ -111,14 +116,16 @@ def _write_dtypes(source: Any, dtypes: dict[str, torch.dtype | None], folder: Pa
     config.save_pretrained(folder)
 
 
-def _write_processor(llm: str | Path, slm: str | Path, folder: Path, report: Report) -> None:
-    for path in (Path(llm), Path(slm)):
+def _write_processor(llm: str | Path, slm: str | Path, folder: Path, report: Report, kwargs: dict[str, Any]) -> None:
+    hub = {f"{part}_{key}": value for part in ("encoder", "decoder") for key, value in _hub(part, kwargs).items()}
+    for path, part in ((Path(llm), "encoder"), (Path(slm), "decoder")):
         # Of a folder without a vocabulary, transformers may load a tokenizer of special tokens alone.
-        if path.is_dir() and not any((path / name).is_file() for name in VOCABULARIES):
-            report.add("processor", f"none, as {path} has no tokenizer")
+        place = path / (hub.get(f"{part}_subfolder") or "")
+        if path.is_dir() and not any((place / name).is_file() for name in VOCABULARIES):
+            report.add("processor", f"none, as {place} has no tokenizer")
             return
     try:
-        processor = LLM2SLMProcessor.from_encoder_decoder_pretrained(str(llm), str(slm))
+        processor = LLM2SLMProcessor.from_encoder_decoder_pretrained(str(llm), str(slm), **hub)
     except Exception as error:  # each tokenizer has its own
         report.add("processor", f"none, as a tokenizer is missing: {first_line(error)}")
         return

@@ -219,7 +219,8 @@ def export(
     exported_model = exported_model_class()
     composite_config(checkpoint)
     progress("loading")
-    model = load_model(LLM2SLMForConditionalGeneration, checkpoint, dtype=torch.float32).eval()
+    model = load_model(LLM2SLMForConditionalGeneration, checkpoint, dtype=torch.float32)
+    model.float().eval()  # an LLM with a dtype of its own keeps that in a load
     state = model.state_dict()
     check_finite(state)
     expected = answer_logits(model)

@@ -14,7 +14,7 @@ from modeling_llm2slm.files_llm2slm import open_weights, shape_of, weight_files
 from modeling_llm2slm.parts_llm2slm import llm_class, slm_class
 from modeling_llm2slm.text_to_text import load, load_model, one_sentence
 
-from .output import composite_config, copy_processor, output_folder, size_of
+from .output import composite_config, copy_processor, dtype_of, output_folder, size_of
 from .report import Report, check_finite, composite_logits, groups, probe, slm_logits
 
 
@@ -98,7 +98,9 @@ def _part(checkpoint: str | Path, find_class: Any, config: Any, state: dict[str,
         raise ValueError(f"{checkpoint} has a {config.model_type} part, which has no place in a composite.")
     with one_sentence(checkpoint):
         kind = auto_class._model_mapping[type(config)]
-        model, loading = kind.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
+        model, loading = kind.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype_of(state), output_loading_info=True
+        )
     if loading["missing_keys"]:
         raise OSError(f"{checkpoint} is incomplete: it lacks {sorted(loading['missing_keys'])[0]}.")
     return model

@@ -37,8 +37,8 @@ def lean(
         max_shard_size: The size of a shard.
 
     Raises:
-        OSError: If something cannot be read or written, or `llm` is another model.
-        ValueError: If it is not known where the LLM is.
+        OSError: If something cannot be read or written.
+        ValueError: If it is not known where the LLM is, or `llm` is another model.
     """
     model = _load_as(checkpoint, lean=False)
     if llm is not None:

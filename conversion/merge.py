@@ -58,7 +58,8 @@ def merge(
         merged.save_pretrained(folder, include_llm, card={"name": Path(output).name})
         copy_processor(place, folder, report)
         written = load_model(LLM2SLMForConditionalGeneration, folder)
-        report.compare("answers", (composite_logits(written), expected), tolerance=1e-3)  # sums in another order
+        tolerance = 0.05 if merged.dtype.itemsize < 4 else 1e-3  # sums in another order; bfloat16 keeps 8 bits
+        report.compare("answers", (composite_logits(written), expected), tolerance)
         report.add("adapter", _describe(Path(adapter)))
     return report
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import shutil
@@ -76,6 +77,12 @@ def composite_config(checkpoint: str | Path, **hub: Any) -> LLM2SLMConfig:
 def size_of(tensors: Mapping[str, torch.Tensor]) -> int:
     """Bytes of tensors."""
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def dtype_of(tensors: Mapping[str, torch.Tensor]) -> torch.dtype:
+    """The dtype in which no floating tensor of these is rounded, whatever a config says."""
+    dtypes = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
+    return functools.reduce(torch.promote_types, dtypes or [torch.float32])
 
 
 def write_weights(

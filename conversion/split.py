@@ -13,7 +13,7 @@ from modeling_llm2slm.files_llm2slm import open_weights, weight_files
 from modeling_llm2slm.parts_llm2slm import slm_class
 from modeling_llm2slm.text_to_text import load_model, one_sentence
 
-from .output import composite_config, output_folder, processor_of, size_of
+from .output import composite_config, dtype_of, output_folder, processor_of, size_of
 from .report import Report, check_finite, probe, slm_logits
 
 
@@ -66,7 +66,9 @@ def _slm(checkpoint: str | Path, config: LLM2SLMConfig, weights: dict[str, Any])
     state = {name.removeprefix(SLM): tensor[...] for name, tensor in weights.items() if name.startswith(SLM)}
     kind = slm_class(config.decoder)._model_mapping[type(config.decoder)]
     with one_sentence(checkpoint):
-        slm, loading = kind.from_pretrained(None, config=config.decoder, state_dict=state, output_loading_info=True)
+        slm, loading = kind.from_pretrained(
+            None, config=config.decoder, state_dict=state, dtype=dtype_of(state), output_loading_info=True
+        )
     if loading["missing_keys"]:
         raise OSError(f"{checkpoint} is incomplete: the SLM lacks {sorted(loading['missing_keys'])[0]}.")
     return slm

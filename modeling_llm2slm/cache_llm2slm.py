@@ -148,15 +148,22 @@ def mask_and_positions(
     cache = cache if cache is not None and cache.prompt_length > 0 else None
     if cache is not None:
         _check_width(cache.prompt_length, prompt_mask.shape[1])
+    past_length = int(cache.get_seq_length()) if cache is not None else 0
     if answer_mask is None:
-        past_length = int(cache.get_seq_length()) if cache is not None else 0
         answer_mask = prompt_mask.new_ones(prompt_mask.shape[0], past_length + answer_length)
+    elif answer_mask.shape[1] != past_length + answer_length:
+        raise ValueError(
+            f"`decoder_attention_mask` has width {answer_mask.shape[1]}. Pass one of width "
+            f"{past_length + answer_length}, over the {past_length} answer tokens in `past_key_values` and the "
+            f"{answer_length} in `decoder_input_ids`."
+        )
     mask = torch.cat([prompt_mask, answer_mask.to(prompt_mask)], dim=-1)
     position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
     if cache is not None:
         # Strides of its own: with those of the mask a compiled step would be compiled anew for another length.
         position_ids = position_ids[:, -answer_length:].clone(memory_format=torch.contiguous_format)
         if cache.is_compileable:
-            rest = cache.self_attention_cache.get_max_length() - mask.shape[1]
+            # If all layers have a sliding window, the cache has its length, and the mask may be longer.
+            rest = max(cache.self_attention_cache.get_max_length() - mask.shape[1], 0)
             mask = nn.functional.pad(mask, (0, rest), value=1)  # causality hides what is not written yet
     return mask, position_ids

@@ -34,6 +34,7 @@ from transformers.utils import logging
 from .files_llm2slm import (
     INDEX,
     WEIGHTS,
+    StoredTensor,
     fingerprint,
     first_line,
     locate_tensors,
@@ -134,8 +135,8 @@ class LLM2SLMCheckpointMixin:
         model: PreTrainedModel, state_dict: Any, checkpoint_files: list[str] | None, *args: Any, **kwargs: Any
     ) -> Any:
         # The one step of `from_pretrained` at which the model is complete, on the meta device, and no memory is taken.
-        request = _REQUEST.get()
-        if request is not None and state_dict is None and checkpoint_files:
+        request = _REQUEST.get() if state_dict is None else None
+        if request is not None and checkpoint_files:
             weights, config = open_weights(checkpoint_files), model.config
             told, config.llm_source = config.llm_source, _in_memory(config.llm_source, request)
             config.slm_source = _in_memory(config.slm_source, request)
@@ -143,9 +144,12 @@ class LLM2SLMCheckpointMixin:
                 state_dict, checkpoint_files = weights | _llm_weights(model, told or {}, request), None
                 config.lean = False
             elif not any(name.startswith(LLM_PREFIX) for name in weights):
-                raise OSError(f"{request.path} lacks the LLM: pass `encoder_pretrained_model_name_or_path`.")
+                raise OSError(_lacks_llm(request))
             _check_sizes(model, state_dict or weights, request)
         loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+        # By the names that transformers gave what it read, which are not always those in the files.
+        if request is not None and _new_in_llm(model, loaded[0].missing_keys):
+            raise OSError(_lacks_llm(request))
         on_disk = loaded[1] or {}  # of tensors that did not come from a file by this name, it lacks the tied names
         for name, source in model.all_tied_weights_keys.items():
             if source in on_disk:
@@ -234,6 +238,20 @@ class LLM2SLMCheckpointMixin:
             return _upload(target, repo_id, written, token=token, **kwargs)
 
 
+def _lacks_llm(request: LoadRequest) -> str:
+    return f"{request.path} lacks the LLM: pass `encoder_pretrained_model_name_or_path`."
+
+
+def _new_in_llm(model: Any, missing: Collection[str]) -> list[str]:
+    """The LLM's parameters that are `missing` in a checkpoint, and tied to none that is there."""
+    if getattr(model, "is_quantized", False):
+        return []  # its parameters have other names than what they are made of
+    tied = model.all_tied_weights_keys
+    held = {tied.get(name, name) for name, _ in model.named_parameters(remove_duplicate=False) if name not in missing}
+    of_llm = (LLM_PREFIX + name for name, _ in model.encoder.llm.named_parameters(remove_duplicate=False))
+    return [name for name in of_llm if name in missing and tied.get(name, name) not in held]
+
+
 def record_sources(model: Any, paths: Sequence[Any], hub: Sequence[dict[str, Any]]) -> None:
     """
     Write into the config of a new composite where its parts come from.
@@ -258,14 +276,23 @@ def _with_fingerprint(
     if source is None:
         return None
     try:
-        located = locate_tensors(_source_files(source, {**hub, "local_files_only": True}))
-        names, missing = _select(located, llm)
-        if missing:
-            raise OSError(f"it has no {missing[0]} by this name")
+        located = _locate(source, llm, hub)
     except (OSError, ValueError, KeyError) as error:  # in pickle, or under names that transformers changes
         logger.info(f"There will be no lean checkpoints with the LLM of {source['name_or_path']}: {error}")
         return None
-    return {**source, "fingerprint": fingerprint({name: located[held] for name, held in names.items()})}
+    return {**source, "fingerprint": fingerprint(located)}
+
+
+def _locate(source: Mapping[str, Any], llm: PreTrainedModel, hub: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    """
+    The tensors of an LLM where a source has them on this machine. `OSError` if there are no files, `ValueError` if a
+    lean checkpoint would not find a tensor in them.
+    """
+    located = locate_tensors(_source_files(source, {**hub, "local_files_only": True}))
+    names, missing = _select(located, llm)
+    if missing:
+        raise ValueError(f"it has no {missing[0]} by this name")
+    return {name: located[held] for name, held in names.items()}
 
 
 def describe_source(path: str, **kwargs: Any) -> dict[str, Any] | None:
@@ -485,6 +512,8 @@ def lean_source(model: Any) -> dict[str, Any]:
             "It is not known where the LLM comes from. Save it too, with `include_llm=True`, or name its folder or "
             'repository: `model.config.llm_source = {"name_or_path": ...}`.'
         )
+    if not source.get("fingerprint"):  # named by the caller
+        _check_named_source(source, model.encoder.llm)
     found = _fingerprint_in_memory(model.encoder.llm)
     expected = source.setdefault("fingerprint", found)
     if found is not None and found != expected:
@@ -493,6 +522,23 @@ def lean_source(model: Any) -> dict[str, Any]:
             "checkpoint would lose the change. Save it too, with `include_llm=True`."
         )
     return source
+
+
+def _check_named_source(source: dict[str, Any], llm: PreTrainedModel) -> None:
+    """Raise `ValueError` where files at hand are not what a lean checkpoint could read the LLM from."""
+    if not all(parameter.is_floating_point() for parameter in llm.parameters()):
+        return  # quantized, its tensors have names of their own
+    name = source["name_or_path"]
+    try:
+        _locate(source, llm, {})
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, OSError) and not _is_local(name):
+            return  # a repository that is not in the cache
+        raise ValueError(
+            f"A lean checkpoint could not read this LLM from {name}, as {first_line(error).removesuffix('.')}: name "
+            "the place that holds it, or save it anew, with `model.encoder.llm.save_pretrained(folder, "
+            "save_original_format=False)`, and name that folder."
+        ) from error
 
 
 def _check_source_is_public(model: Any) -> None:

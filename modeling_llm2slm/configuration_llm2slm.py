@@ -29,6 +29,7 @@ POSITIONS_AFTER_PAD = frozenset(
         "data2vec-text",
         "ibert",
         "longformer",
+        "mpnet",
         "roberta",
         "roberta-prelayernorm",
         "xlm-roberta",

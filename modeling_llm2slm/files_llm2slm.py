@@ -54,8 +54,8 @@ def write_aside(path: str | os.PathLike, keep: bool = True) -> Iterator[Path]:
     Gives a place beside `path` to write a file or a folder to, and puts it at `path` at the end.
 
     If the body raises or the process dies, nothing at `path` has changed. A folder that is there already is exchanged
-    in one step, and keeps what is not written anew, but for weights where new ones are written: `from_pretrained`
-    would take the old ones if both were there. With `keep=False` it keeps nothing.
+    in one step, and keeps what is not written anew, but for weights and graphs where new weights are written: the old
+    ones would answer if both were there. With `keep=False` it keeps nothing.
 
     An `OSError` of the system names `path`, also where a full disk has no name.
     """
@@ -95,7 +95,7 @@ def _named(path: Path, aside: Path) -> Iterator[None]:
 def _replace_folder(new: Path, old: Path, keep: bool) -> None:
     """Put what is in `new` at `old`. Afterwards `new` is gone, or holds what is no longer needed."""
     written = {entry.name for entry in new.iterdir()}
-    stale = {entry.name for entry in old.iterdir() if entry.name not in written and _is_weights(entry.name)}
+    stale = {name for name in os.listdir(old) if name not in written and (_is_weights(name) or _is_exported(name))}
     stale = stale if any(map(_is_weights, written)) else set()
     # A shell in the folder would be left in a deleted one.
     if not Path.cwd().is_relative_to(old) and _swap(new, old, keep, written | stale):
@@ -130,6 +130,12 @@ def _swap(new: Path, old: Path, keep: bool, replaced: set[str]) -> bool:
 
 def _is_weights(name: str) -> bool:
     return name in (WEIGHTS, INDEX) or re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", name) is not None
+
+
+def _is_exported(name: str) -> bool:
+    """Whether a file is of a model that `llm2slm export` wrote: its graphs, their tables, or what lists them."""
+    graph = r"(openvino_)?(prompt|cross|step)\.(xml|bin|onnx|onnx\.data)"
+    return name in ("export.json", "embeddings.safetensors") or re.fullmatch(graph, name) is not None
 
 
 def _link(source: Path, target: Path) -> None:

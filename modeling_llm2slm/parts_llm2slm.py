@@ -226,7 +226,8 @@ def keep_special_ids(model: Any, before: dict[tuple[int, str], Any]) -> dict[tup
 
     Args:
         model: The model whose `config`, `config.decoder` and `generation_config` hold the ids.
-        before: What this function returned last. An id that has become one of the LLM's since then is set back.
+        before: What this function returned last. An id that has since become one of the LLM's or none of the SLM's
+            vocabulary, or the same in one of the configs and in `generation_config`, is set back.
 
     Returns:
         The ids held now.
@@ -237,12 +238,21 @@ def keep_special_ids(model: Any, before: dict[tuple[int, str], Any]) -> dict[tup
     changed = {key for key, value in held.items() if key in before and value != before[key]}
     if not any(index < 2 for index, _ in changed):
         return held  # `Trainer` writes into a config as well; who sets up generation does not
-    of_llm = {getattr(model.config.encoder, name, None) for name in names} - {None}
-    for index, name in changed:
-        value = held[index, name]
-        newest = value[0] if isinstance(value, list) and value else value
-        if newest in of_llm or newest == getattr(model.config.encoder, name, None):
+    of_llm = {token_id for name in names for token_id in _as_ids(getattr(model.config.encoder, name, None))}
+    newest = {(index, name): next(iter(_as_ids(held[index, name])), None) for index, name in changed}
+    for (index, name), token_id in newest.items():
+        # An id that the LLM's tokenizer has and its config has not. `Trainer` writes into one config, users into both.
+        written = [newest[key] for key in ((0, name), (1, name), (2, name)) if key in newest]
+        aligned = (2, name) in newest and len(written) == 2 and len(set(written)) == 1
+        outside = token_id is not None and token_id >= model.config.vocab_size
+        if aligned or outside or token_id in of_llm or token_id == getattr(model.config.encoder, name, None):
             logger.warning_once("The special ids of `processing_class.tokenizer` are the LLM's; the SLM's stay set.")
             setattr(holders[index], name, before[index, name])
             held[index, name] = before[index, name]
     return held
+
+
+def _as_ids(token_ids: int | list[int] | None) -> list[int]:
+    if token_ids is None:
+        return []
+    return token_ids if isinstance(token_ids, list) else [token_ids]

@@ -115,7 +115,7 @@ class LLM2SLMProcessor(ProcessorMixin):
             text (`str`, `list[str]`, a conversation or a list of these, *optional*):
                 Prompts. A conversation is a list of messages, each a dict with `"role"` and `"content"`; the chat
                 template of the LLM's tokenizer turns it into a prompt, ready for the answer.
-            text_target (`str` or `list[str]`, *optional*): Answers.
+            text_target (`str` or `list[str]`, *optional*): Answers, one for each prompt.
             padding (`bool` or `str`, *optional*, defaults to `False`):
                 `True` pads to the longest of the batch, `"max_length"` to the maximum lengths.
             prompt_max_length (`int`, *optional*): In place of the processor's own, for this call.
@@ -140,6 +140,11 @@ class LLM2SLMProcessor(ProcessorMixin):
         if text_target is not None:
             limit = answer_max_length if answer_max_length is not None else self.answer_max_length
             answers = self._encode_answers([text_target] if isinstance(text_target, str) else list(text_target), limit)
+            if text is not None and len(answers) != len(encoded):
+                raise ValueError(
+                    f"`text` holds {len(encoded)} prompts and `text_target` {len(answers)} answers. Pass one answer "
+                    "for each prompt."
+                )
             features["labels"] = self.pad_labels(answers, limit, **pad)
         if return_tensors is None and _is_one(text if text is not None else text_target):
             features = {name: rows[0] for name, rows in features.items()}

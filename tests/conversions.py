@@ -55,6 +55,15 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
+def edit(path: Path, **changes: Any) -> None:
+    """Change values of a config; a dictionary changes values of a part."""
+    file = path / "config.json"
+    config = json.loads(file.read_text())
+    for name, value in changes.items():
+        config[name] = {**config.get(name, {}), **value} if isinstance(value, dict) else value
+    file.write_text(json.dumps(config))
+
+
 def same_bytes(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
     assert first.keys() == second.keys()
     for name, tensor in first.items():

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import copy
 
+import families
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 from transformers.cache_utils import DynamicLayer
 
-from common import PROMPTS, pad_prompts, shared_family
+from common import (
+    PROMPTS,
+    check_answers_say_something,
+    compose,
+    learn_by_heart,
+    pad_prompts,
+    shared_family,
+    strip_padding,
+)
 from modeling_llm2slm.cache_llm2slm import ReservingLayer
 
 
@@ -79,3 +89,17 @@ def test_generate_has_room(slm: str) -> None:
         **pad_prompts(PROMPTS), max_new_tokens=4, return_dict_in_generate=True, do_sample=False
     )
     assert {type(layer) for layer in output.past_key_values.self_attention_cache.layers} == {ReservingLayer}
+
+
+def test_a_static_cache_shorter_than_prompt_and_answer() -> None:
+    """Where every layer has a sliding window (Mistral), the cache is no longer than that."""
+    torch.manual_seed(0)
+    slm = MistralForCausalLM(MistralConfig(**families.GPT, **families.GROUPED, sliding_window=8)).eval()
+    model = compose(families.build_llm("t5"), slm, "add").model
+    learn_by_heart(model)
+    model.eval()
+    batch = pad_prompts(PROMPTS, "left")
+    options = {"max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(**batch, **options)
+    check_answers_say_something(strip_padding(expected))
+    assert torch.equal(model.generate(**batch, **options, cache_implementation="static"), expected)

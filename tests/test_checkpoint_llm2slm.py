@@ -12,7 +12,9 @@ from typing import Any
 import families
 import pytest
 import torch
+from conversions import edit
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -25,6 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from common import PROMPTS, build_model, build_parts, gpt2_config, make_labels, pad_prompts, same_tensors, t5_config
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, checkpoint_llm2slm, files_llm2slm
+from modeling_llm2slm.without_llm import load_without_llm
 
 
 LLM = "encoder.llm."
@@ -56,15 +59,6 @@ def load(path: Path, **kwargs: Any) -> LLM2SLMForConditionalGeneration:
 def names_in(path: Path) -> set[str]:
     with safe_open(path / "model.safetensors", "pt") as file:
         return set(file.keys())
-
-
-def edit(path: Path, **changes: Any) -> None:
-    """Change values of a config; a dictionary changes values of a part."""
-    file = path / "config.json"
-    config = json.loads(file.read_text())
-    for name, value in changes.items():
-        config[name] = {**config.get(name, {}), **value} if isinstance(value, dict) else value
-    file.write_text(json.dumps(config))
 
 
 class TestLean:
@@ -143,6 +137,28 @@ class TestLean:
         loaded, info = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path / "lean", output_loading_info=True)
         assert not any(info.values()), info
         same_tensors(loaded.state_dict(), model.state_dict())
+
+    def test_an_llm_in_a_file_of_other_names(self, tmp_path):
+        """As of old BERTs: transformers renames what it loads, and a lean checkpoint would not find it again."""
+        families.build_llm("bert").save_pretrained(tmp_path / "llm")
+        build_parts().slm.save_pretrained(tmp_path / "slm")
+        file = tmp_path / "llm" / "model.safetensors"
+        old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+        tensors = {
+            name.replace(ending, old.get(ending, ending)): tensor
+            for name, tensor in load_file(file).items()
+            for ending in [".".join(name.split(".")[-2:])]
+        }
+        save_file(tensors, file, metadata={"format": "pt"})
+        model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(tmp_path / "llm", tmp_path / "slm")
+        assert model.config.llm_source is None
+        model.config.llm_source = {"name_or_path": str(tmp_path / "llm")}
+        with pytest.raises(ValueError, match=r"it has no embeddings\.LayerNorm\.weight by this name: .* anew"):
+            model.save_pretrained(tmp_path / "lean", include_llm=False)
+        model.encoder.llm.save_pretrained(tmp_path / "anew", save_original_format=False)
+        model.config.llm_source = {"name_or_path": str(tmp_path / "anew")}
+        model.save_pretrained(tmp_path / "lean", include_llm=False)
+        same_tensors(load(tmp_path / "lean").state_dict(), model.state_dict())
 
     def test_the_llm_of_another_composite(self, folder):
         model = load(folder / "lean", encoder_pretrained_model_name_or_path=folder / "full")
@@ -373,6 +389,19 @@ class TestWhatACheckpointMayNotDo:
         edit(copy / "lean", lean=False)
         with pytest.raises(OSError, match="lacks the LLM"):
             load(copy / "lean")
+
+    @pytest.mark.parametrize("kind", ["embedding alone", "one layer short"])
+    def test_a_checkpoint_with_a_part_of_the_llm(self, kind, copy):
+        if kind == "embedding alone":
+            load_without_llm(copy / "full").save_pretrained(copy / "full")
+            load_without_llm(copy / "full")
+        else:
+            tensors = load_file(copy / "full" / "model.safetensors")
+            del tensors[f"{LLM}encoder.block.2.layer.0.SelfAttention.q.weight"]
+            save_file(tensors, copy / "full" / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(OSError, match="lacks the LLM"):
+            load(copy / "full")
+        load(copy / "full", encoder_pretrained_model_name_or_path=copy / "llm")
 
 
 @register_quantization_config("rounding")

@@ -11,7 +11,7 @@ from conversions import weights_of, write_sources
 from safetensors import safe_open
 from transformers import AutoProcessor, T5EncoderModel
 
-from common import PROMPTS, gpt2_config, pad_prompts
+from common import PROMPTS, gpt2_config, pad_prompts, slm_tokenizer
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
 from modeling_llm2slm.conversion import compose, output
 
@@ -43,6 +43,18 @@ def test_no_tokenizer_is_made_up(sources, tmp_path):
     report = compose(tmp_path / "llm", sources / "slm", tmp_path / "new")
     assert dict(report.rows)["processor"] == f"none, as {tmp_path / 'llm'} has no tokenizer"
     assert not (tmp_path / "new" / "tokenizer.json").exists()
+
+
+def test_parts_in_subfolders(sources, tmp_path):
+    """One tokenizer for both, in folders that hold nothing else."""
+    for part in ("llm", "slm"):
+        shutil.copytree(sources / part, tmp_path / part / "inner")
+        slm_tokenizer().save_pretrained(tmp_path / part / "inner")
+    inner = {"encoder_subfolder": "inner", "decoder_subfolder": "inner"}
+    report = compose(tmp_path / "llm", tmp_path / "slm", tmp_path / "new", **inner)
+    assert dict(report.rows)["processor"] == "of both tokenizers"
+    assert AutoProcessor.from_pretrained(tmp_path / "new").tokenizer.eos_token == "<end>"
+    assert LLM2SLMConfig.from_pretrained(tmp_path / "new").shared_tokenizer
 
 
 def test_it_is_what_the_factory_makes(sources, tmp_path):

@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import T5ForConditionalGeneration
 
 import llm2slm
 from common import t5_config
+from modeling_llm2slm import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.conversion import export
 from modeling_llm2slm.evaluation import evaluate
 from modeling_llm2slm.exported import ExportedLLM2SLM
@@ -92,6 +94,23 @@ def test_the_command_does_not_overwrite(source, tmp_path, capsys) -> None:
     assert "answers, largest difference" in capsys.readouterr().out
     assert TextToText.from_pretrained(written).generate(TEXTS, max_new_tokens=4)
     assert not (written / "precious").exists()
+
+
+@pytest.mark.usefixtures("traced")
+def test_an_llm_with_a_dtype_of_its_own_becomes_float32(source, tmp_path, monkeypatch) -> None:
+    model = LLM2SLMForConditionalGeneration.from_pretrained(source, encoder_dtype="bfloat16")
+    model.save_pretrained(tmp_path / "source")
+    dtypes = set()
+    graphs_of = MODULE.graphs_of
+
+    def look(model: LLM2SLMForConditionalGeneration) -> dict[str, Any]:
+        dtypes.update(parameter.dtype for parameter in model.parameters())
+        return graphs_of(model)
+
+    monkeypatch.setattr(MODULE, "graphs_of", look)
+    with pytest.raises(ValueError, match="answers differ"):  # the graphs are of weights that were never rounded
+        export(tmp_path / "source", tmp_path / "exported")
+    assert dtypes == {torch.float32}
 
 
 @pytest.mark.usefixtures("traced")

@@ -106,6 +106,22 @@ class TestWriteAside:
         names = {"model-00001-of-00001.safetensors", "model.safetensors.index.json", "notes.safetensors"}
         assert {path.name for path in target.iterdir()} == names
 
+    @pytest.mark.parametrize("graphs", [("openvino_step.xml", "openvino_step.bin"), ("step.onnx", "step.onnx.data")])
+    def test_an_exported_model_does_not_outlive_new_weights(self, graphs, tmp_path):
+        target = tmp_path / "model"
+        target.mkdir()
+        exported, kept = {"export.json", "embeddings.safetensors", *graphs}, {"notes.onnx", "tokenizer.json"}
+        for name in exported | kept:
+            (target / name).touch()
+        for written, left in (
+            ("tokenizer.json", exported | kept),
+            ("model.safetensors", kept | {"model.safetensors"}),
+        ):
+            with write_aside(target) as temporary:
+                temporary.mkdir()
+                (temporary / written).touch()
+            assert set(os.listdir(target)) == left
+
     @pytest.mark.parametrize("why", ["somebody is in it", "it is a mount point"])
     def test_a_folder_that_cannot_be_exchanged_stays_the_same_folder(self, why, tmp_path, monkeypatch):
         target = tmp_path / "model"

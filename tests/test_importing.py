@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conversions import weights_of, write_sources
+from conversions import edit, weights_of, write_sources
 from safetensors.torch import load_file, save_file
 from transformers import EncoderDecoderModel, GPT2LMHeadModel, T5Model
 
@@ -34,6 +35,16 @@ def test_an_encoder_decoder_model(sources, tmp_path):
     assert report["processor"] == "none in the source"
     assert not model.decoder.config.add_cross_attention
     model.generate(**batch, max_new_tokens=3)
+
+
+def test_weights_keep_their_dtype_whatever_the_config_says(sources, tmp_path):
+    shutil.copytree(sources / "two", tmp_path / "two")
+    edit(tmp_path / "two", encoder={"dtype": "bfloat16"}, decoder={"dtype": "bfloat16"})
+    import_encoder_decoder(tmp_path / "two", tmp_path / "new", fusion="replace")
+    theirs = weights_of(sources / "two")
+    for name, tensor in weights_of(tmp_path / "new").items():
+        if not name.startswith("encoder.projector."):
+            assert torch.equal(theirs[name.replace("encoder.llm.", "encoder.")], tensor), name
 
 
 def test_a_whole_t5_as_its_encoder(tmp_path):

@@ -47,7 +47,7 @@ def test_the_llm_can_be_named(sources, tmp_path):
 
 def test_another_llm_is_refused(sources, tmp_path):
     shutil.copytree(sources / "two", tmp_path / "other")
-    with pytest.raises(OSError, match="is another LLM"):
+    with pytest.raises(ValueError, match="could not read this LLM from .*slm, as it has no"):
         lean(sources / "full", tmp_path / "lean", llm=sources / "slm")
     with pytest.raises(OSError, match="is another LLM"):
         full(sources / "lean", tmp_path / "full", llm=sources / "slm")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conversions import weights_of, write_sources
+from conversions import change_weights, weights_of, write_sources
 from peft import PeftModel
 
 from common import PROMPTS, make_labels, pad_prompts
@@ -37,6 +37,15 @@ def test_it_answers_as_base_and_adapter_do(sources, tmp_path):
     before, after = weights_of(sources / "full"), weights_of(tmp_path / "new")
     assert all(torch.equal(before[name], after[name]) for name in names if name.startswith("encoder.llm."))
     assert not torch.equal(before["encoder.projector.linear_1.weight"], after["encoder.projector.linear_1.weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_base_in_half_precision(dtype, sources, tmp_path):
+    LLM2SLMForConditionalGeneration.from_pretrained(sources / "full", dtype=dtype).save_pretrained(tmp_path / "base")
+    adapter = Path(shutil.copytree(sources / "adapter", tmp_path / "adapter"))
+    change_weights(lambda tensors: [tensor.mul_(0.1) for name, tensor in tensors.items() if "lora_B" in name])(adapter)
+    merge(adapter, tmp_path / "new", base=tmp_path / "base")
+    assert LLM2SLMForConditionalGeneration.from_pretrained(tmp_path / "new").dtype == dtype
 
 
 def test_lean_in_lean_out(sources, tmp_path):

@@ -755,6 +755,16 @@ def test_wrong_inputs(inputs: dict[str, torch.Tensor], message: str) -> None:
     assert not calls
 
 
+def test_a_mask_covers_cached_and_new_answer_tokens() -> None:
+    model, tokens = shared_parts("add").model, torch.tensor([[END, 4, 7, 9]])
+    first = model(input_ids=IDS, decoder_input_ids=tokens[:, :3])
+    rest = {"input_ids": IDS, "decoder_input_ids": tokens[:, 3:], "past_key_values": first.past_key_values}
+    with pytest.raises(ValueError, match=r"has width 1\. Pass one of width 4, over the 3 answer tokens"):
+        model(**rest, decoder_attention_mask=torch.ones(1, 1))
+    expected = model(input_ids=IDS, decoder_input_ids=tokens).logits[:, -1:]
+    torch.testing.assert_close(model(**rest, decoder_attention_mask=torch.ones(1, 4)).logits, expected)
+
+
 def test_the_longest_answer_that_fits_is_scored() -> None:
     output = shared_parts("add").model(input_ids=IDS, labels=torch.full((1, 64 - 8), 4))
     assert torch.isfinite(output.loss)

@@ -19,6 +19,8 @@ from transformers import (
     BloomConfig,
     GPT2Config,
     MambaConfig,
+    MPNetConfig,
+    MPNetModel,
     OPTConfig,
     OPTModel,
 )
@@ -197,6 +199,14 @@ def test_a_prompt_beyond_the_llms_positions_is_an_error(family: str) -> None:
             ValueError, match=rf"{limit + 1} tokens wide.*LLM has {limit} positions.*prompt_max_length"
         ):
             call(torch.full((1, limit + 1), 5))
+
+
+def test_positions_of_mpnet_begin_after_its_pad_id() -> None:
+    llm = MPNetModel(MPNetConfig(**{**families.BERT, "vocab_size": LLM_VOCAB_SIZE, "pad_token_id": 1}))
+    model = compose(llm.eval(), build_slm("t5"), "add").model
+    assert model.encode_llm(torch.full((1, 78), 5)).shape[1] == 78
+    with pytest.raises(ValueError, match="79 tokens wide.*LLM has 78 positions"):
+        model.encode_llm(torch.full((1, 79), 5))
 
 
 def test_a_cut_llm_cannot_be_asked_for_more() -> None:

@@ -375,6 +375,13 @@ def test_empty_lists_are_errors() -> None:
         processor(text=["src1"], text_target=[])
 
 
+def test_each_prompt_has_one_answer() -> None:
+    processor = LLM2SLMProcessor(llm_tokenizer(), slm_tokenizer())
+    for prompts, answers in (("src1", ["out1", "out2"]), (["src1", "src2"], "out1"), (["src1"], ["out1", "out2"])):
+        with pytest.raises(ValueError, match="prompts and `text_target` . answers. Pass one answer for each prompt"):
+            processor(text=prompts, text_target=answers)
+
+
 def test_what_is_no_text_is_an_error() -> None:
     processor = LLM2SLMProcessor(llm_tokenizer(), slm_tokenizer())
     conversation = [{"role": "user", "content": "src1"}]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conversions import same_bytes, weights_of, write_sources
+from conversions import edit, same_bytes, weights_of, write_sources
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
@@ -35,3 +35,10 @@ def test_both_are_what_they_were(kind, sources, tmp_path):
     assert all(torch.equal(tensor, whole[f"encoder.{name}"]) for name, tensor in projector.items())
     assert AutoTokenizer.from_pretrained(tmp_path / "parts" / "slm").eos_token == "<end>"
     assert not list((tmp_path / "parts" / "slm").glob("*_llm2slm.py"))
+
+
+def test_weights_keep_their_dtype_whatever_the_config_says(sources, tmp_path):
+    shutil.copytree(sources / "full", tmp_path / "full")
+    edit(tmp_path / "full", dtype="bfloat16", decoder={"dtype": "bfloat16"})
+    split(tmp_path / "full", tmp_path / "parts")
+    same_bytes(weights_of(tmp_path / "parts" / "slm"), weights_of(sources / "slm"))

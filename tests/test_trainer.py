@@ -244,9 +244,16 @@ def test_a_checkpoint_resumes_and_loads(processor: LLM2SLMProcessor, tmp_path: P
     assert type(AutoProcessor.from_pretrained(folder)) is LLM2SLMProcessor
 
 
-def test_training_leaves_the_ids_alone(processor: LLM2SLMProcessor, tmp_path: Path) -> None:
-    """Stock `Trainer` aligns a model's special ids with `processing_class.tokenizer`, which is the LLM's."""
+@pytest.mark.parametrize("end", [1, [1, 5]])
+@pytest.mark.parametrize("pad", ["<pad>", "src50", "src110"])
+def test_training_leaves_the_ids_alone(pad: str, end: Any, processor: LLM2SLMProcessor, tmp_path: Path) -> None:
+    """
+    Stock `Trainer` aligns a model's special ids with `processing_class.tokenizer`, which is the LLM's. It may have a
+    pad token that the LLM's config does not name; that of `src110` is beyond the SLM's vocabulary.
+    """
     model = build_model("add")
+    model.config.encoder.eos_token_id = end
+    processor.tokenizer.pad_token = pad
     before = (ids_of(model.config), ids_of(model.config.decoder), ids_of(model.generation_config))
     trainer = Seq2SeqTrainer(
         model,
@@ -303,6 +310,15 @@ def test_overfitting_shows_in_the_text(processor: LLM2SLMProcessor, tmp_path: Pa
         batch = processor(text=PROMPTS, padding=True, return_tensors="pt")
         answers = model.eval().generate(**batch, max_new_tokens=12, do_sample=False, **kwargs)
         assert processor.batch_decode(answers, skip_special_tokens=True) == ANSWERS
+
+
+def test_ids_that_the_user_sets_everywhere_are_left_alone() -> None:
+    """`Trainer` writes into one config and the generation config."""
+    model = build_model("replace")
+    for holder in (model.config, model.config.decoder, model.generation_config):
+        holder.pad_token_id = 7
+    model.train()
+    assert [ids_of(each)[2] for each in (model.config, model.config.decoder, model.generation_config)] == [7, 7, 7]
 
 
 def test_ids_of_the_user_are_left_alone(tmp_path: Path) -> None:
