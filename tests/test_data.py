@@ -135,6 +135,9 @@ def test_a_data_set_that_cannot_be_reached_is_an_error_of_one_line():
     assert "\n" not in str(caught.value)
 
 
+TORN = gzip.compress(b'{"prompt": "a"}\n' * 9, mtime=0)[:-15] + b"\xff" * 15
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -150,7 +153,7 @@ def test_a_data_set_that_cannot_be_reached_is_an_error_of_one_line():
         ("pairs.jsonl", rb'{"prompt": "a", "answer": "\ud83d"}', r"answer of row 0 is '\\ud83d', not a text"),
         ("pairs.jsonl", b'{"prompt": "a"}\n{"prompt": "a", "answer": "b"}', "answer of row 0 is None"),
         ("pairs.jsonl", b"\n\n", "holds no rows"),
-        ("pairs.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 9)[:-15] + b"\xff" * 15, "cannot be read as json"),
+        ("pairs.jsonl.gz", TORN, "cannot be read as json"),
         ("pairs.csv", b"prompt,answer\n", "holds no rows"),
         ("pairs.jsonl", b"", "holds no rows"),
         ("pairs.jsonl.gz", gzip.compress(b"", mtime=0), "holds no rows"),
