@@ -271,7 +271,8 @@ def _ctranslate2(weights: str, bits: int) -> Contestant:
 
 def _exported(runtime: str, weights: str, needs: str) -> dict[str, Contestant]:
     name, make = f"llm2slm-{runtime}-{weights}", partial(make_exported, runtime=runtime, weights=weights)
-    return {name: Contestant(partial(load_exported, name=name), step=f"{runtime}_step", make=make, needs=needs)}
+    step = "step" if runtime == "onnx" else f"{runtime}_step"  # as transformers names them
+    return {name: Contestant(partial(load_exported, name=name), step=step, make=make, needs=needs)}
 
 
 CONTESTANTS = {

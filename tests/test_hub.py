@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,8 @@ def test_an_interrupted_upload_is_repeated(hub, tmp_path):
 
     def stop_at_the_third(number: int) -> None:
         if number == 3:
+            while not any(oid in hub.large for oid in hub.uploads):
+                time.sleep(0.01)  # three may be on their way at once
             reached.set()
             go_on.wait(60)
 
