@@ -634,9 +634,7 @@ def generate(
     if temperature is not None and temperature <= 0:
         raise typer.BadParameter("--temperature must be above 0; answers are greedy without --sample.")
     if sample:
-        defaults = {"temperature": 1.0, "top_p": 1.0}
-        given = {name: value for name, value in (("temperature", temperature), ("top_p", top_p)) if value is not None}
-        options |= {**defaults, **given, "do_sample": True}
+        options.update(do_sample=True, temperature=temperature or 1.0, top_p=1.0 if top_p is None else top_p)
     elif temperature is not None or top_p is not None:
         raise typer.BadParameter("--temperature and --top-p belong to --sample.")
     if file is not None and output is not None:
@@ -691,9 +689,8 @@ def _answer_file(
 
 
 def _decoding(max_new_tokens: int | None, num_beams: int) -> dict[str, Any]:
-    # A checkpoint may say that its answers are sampled.
     limit = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
-    return {**limit, "num_beams": num_beams, "do_sample": False}
+    return {**limit, "num_beams": num_beams, "do_sample": False}  # a checkpoint may say that its answers are sampled
 
 
 def _prompts(prompts: list[str] | None, file: Path | None, prompt_column: str, skip_bad_rows: bool) -> Iterator[str]:

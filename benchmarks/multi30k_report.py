@@ -19,6 +19,7 @@ import numpy as np
 from sacrebleu.metrics import BLEU
 
 from benchmarks.multi30k import ROOT, Experiment, Job
+from modeling_llm2slm.benchmark_plots import drawn
 from modeling_llm2slm.data import load_pairs, versions, write_json
 from modeling_llm2slm.evaluation import METRICS, score_and_sign, time_answers
 
@@ -60,7 +61,8 @@ def _score(experiment: Experiment, pair: str, jobs: list[Job]) -> dict[str, dict
         for job in jobs:
             answers = json.loads((experiment.runs / pair / job.name / "answers.json").read_text(encoding="utf-8"))
             scores, signatures = score_and_sign(answers[beams], references, METRICS if beams == "1" else ("bleu",))
-            rows[job.name] |= {f"{name}_{beams}": value for name, value in scores.items()} | {"signatures": signatures}
+            rows[job.name] |= {f"{name}_{beams}": value for name, value in scores.items()}
+            rows[job.name].setdefault("signatures", {}).update(signatures)
             counts[job.name] = sentence_counts(answers[beams], references)
         for name, intervals in bootstrap(counts, "llm").items():
             rows[name] |= {f"{key}_{beams}": value for key, value in intervals.items()}
@@ -180,26 +182,15 @@ def table(pair: str, result: dict[str, Any]) -> str:
 
 def plot(pair: str, result: dict[str, Any], folder: Path) -> None:
     """Quality against time per answer; the LLM and the SLMs alone as lines."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "llm2slm"  # the same plot is the same file
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for name, row in result["rows"].items():
-        if "speed" not in row or name.startswith("half"):
-            continue
-        point = (row["speed"]["ms_per_answer"], row["bleu_1"])
-        line = {"llm": ("LLM", "C3"), "t5": ("small T5 alone", "C0"), "gpt2": ("GPT-2 alone", "C2")}.get(name)
-        if line is not None:
-            axes.axhline(point[1], linestyle="--", linewidth=0.8, color=line[1], label=line[0])
-        axes.plot(*point, "o", color=line[1] if line else "C1")
-        axes.annotate(name, point, textcoords="offset points", xytext=(6, 3), fontsize="small")
-    axes.set(xlabel="ms per answer, one at a time, one thread", ylabel="BLEU, greedy", title=f"Multi30k {pair}")
-    axes.set_xlim(0, None)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="lower right")
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"multi30k-{pair}.svg", metadata={"Date": None})
-    pyplot.close(figure)
+    with drawn(folder / f"multi30k-{pair}.svg") as axes:
+        for name, row in result["rows"].items():
+            if "speed" not in row or name.startswith("half"):
+                continue
+            point = (row["speed"]["ms_per_answer"], row["bleu_1"])
+            line = {"llm": ("LLM", "C3"), "t5": ("small T5 alone", "C0"), "gpt2": ("GPT-2 alone", "C2")}.get(name)
+            if line is not None:
+                axes.axhline(point[1], linestyle="--", linewidth=0.8, color=line[1], label=line[0])
+            axes.plot(*point, "o", color=line[1] if line else "C1")
+            axes.annotate(name, point, textcoords="offset points", xytext=(6, 3), fontsize="small")
+        axes.set(xlabel="ms per answer, one at a time, one thread", ylabel="BLEU, greedy", title=f"Multi30k {pair}")
+        axes.set_xlim(0, None)

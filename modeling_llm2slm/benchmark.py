@@ -38,6 +38,7 @@ from .benchmark_contestants import (
 from .configuration_llm2slm import LLM2SLMConfig
 from .data import versions, write_aside, write_json
 from .files_llm2slm import first_line, weight_files
+from .graphs import graph_size, is_exported
 from .memory import make_fake, without_storage
 from .text_to_text import decoding_modules
 
@@ -196,10 +197,9 @@ class Benchmark:
         for name, row in rows.items():
             contestant = CONTESTANTS[name]
             if contestant.small:
-                size = stages.decode_bytes * contestant.bits // 32
-                if contestant.step:
-                    files = (stages.models.folder / name).glob(f"{contestant.step}*")
-                    size = sum(file.stat().st_size for file in files)
+                size, made = stages.decode_bytes * contestant.bits // 32, stages.models.folder / name
+                if is_exported(made):
+                    size = graph_size(made, "step")
                 row["floor_ms_per_token"] = 1000 * size / bandwidth
         return {
             **{key: value for key, value in asdict(cell).items() if key != "contestants"},

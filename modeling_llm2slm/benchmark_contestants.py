@@ -119,10 +119,8 @@ def time_answer(model: Any, cell: Cell, inputs: Mapping[str, Any], **options: An
 
 def _endless(model: Any) -> Any:
     """The model, which ends nowhere now, so that every answer has as many tokens as the cell says."""
-    for part in (
-        model,
-        getattr(model, "decoder", None),
-    ):  # of an LLM-to-SLM model the SLM, which answers alone as well
+    # Of an LLM-to-SLM model the SLM, which answers alone as well.
+    for part in (model, getattr(model, "decoder", None)):
         config = getattr(part, "generation_config", None)
         if config is not None:
             config.eos_token_id, config.pad_token_id = None, 0
@@ -243,8 +241,7 @@ class Contestant:
     """
     Args:
         load: Loads it, on a device, with a number of threads, ready to answer.
-        bits: Of a weight that a token goes through, on a CPU.
-        step: How the files begin, in what `make` makes, with all that a token goes through, in place of counting bits.
+        bits: Of a weight that a token goes through, on a CPU; of an exported model its files tell.
         small: It decodes with the SLM.
         make: Makes what `load` reads, once; it is kept in the folder, under the contestant's name.
         needs: The package it runs on; empty for what the others need as well.
@@ -252,7 +249,6 @@ class Contestant:
 
     load: Load
     bits: int = 32
-    step: str = ""
     small: bool = True
     make: Callable[[Models, Path], None] | None = None
     needs: str = ""
@@ -269,10 +265,10 @@ def _ctranslate2(weights: str, bits: int) -> Contestant:
     )  # fmt: skip
 
 
-def _exported(runtime: str, weights: str, needs: str) -> dict[str, Contestant]:
+def _exported(runtime: str, weights: str) -> dict[str, Contestant]:
     name, make = f"llm2slm-{runtime}-{weights}", partial(make_exported, runtime=runtime, weights=weights)
-    step = "step" if runtime == "onnx" else f"{runtime}_step"  # as transformers names them
-    return {name: Contestant(partial(load_exported, name=name), step=step, make=make, needs=needs)}
+    needs = {"openvino": "openvino", "onnx": "onnxruntime"}[runtime]
+    return {name: Contestant(partial(load_exported, name=name), make=make, needs=needs)}
 
 
 CONTESTANTS = {
@@ -285,12 +281,12 @@ CONTESTANTS = {
     "llm2slm-compiled": Contestant(compiled(load_llm2slm)),
     "llm2slm-bfloat16": Contestant(partial(load_llm2slm, dtype=torch.bfloat16), bits=16),
     "llm2slm-int8": Contestant(partial(load_llm2slm, dtype=torch.bfloat16, quantized="int8"), bits=8, needs="torchao"),
-    **_exported("openvino", "fp32", "openvino"),
-    **_exported("openvino", "bf16", "openvino"),
-    **_exported("openvino", "int8", "openvino"),
-    **_exported("openvino", "int4", "openvino"),
-    **_exported("onnx", "fp32", "onnxruntime"),
-    **_exported("onnx", "int8", "onnxruntime"),
+    **_exported("openvino", "fp32"),
+    **_exported("openvino", "bf16"),
+    **_exported("openvino", "int8"),
+    **_exported("openvino", "int4"),
+    **_exported("onnx", "fp32"),
+    **_exported("onnx", "int8"),
 }
 
 

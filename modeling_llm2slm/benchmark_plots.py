@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ def plot(result: Mapping[str, Any], folder: Path) -> list[Path]:
         The files. A plot that fewer than two cells can be found for is not written.
     """
     cells = list(result["cells"].values())
-    folder.mkdir(parents=True, exist_ok=True)
     plots: list[tuple[str, str, str, str, Callable[..., float]]] = [
         ("time.svg", "answer", "tokens of the answer", "seconds per answer", lambda cell, row: row["seconds"]),
         ("speed-up.svg", "prompt", "tokens of the prompt", "times as fast as the LLM", _speed_up),
@@ -46,25 +46,33 @@ def _plot(
     cells = _series(cells, axis)
     if len(cells) < 2:
         return None
+    with drawn(file) as axes:
+        for name in dict.fromkeys(name for cell in cells for name in cell["results"]):
+            points = [(cell[axis], value(cell, cell["results"][name])) for cell in cells if name in cell["results"]]
+            if len(points) > 1:
+                axes.plot(*zip(*points, strict=True), marker="o", label=name)
+        axes.set(xlabel=x_label, ylabel=y_label, ylim=(0, None))
+        if axis == "batch":
+            axes.set_xscale("log", base=2)
+    return file
+
+
+@contextmanager
+def drawn(file: Path) -> Iterator[Any]:
+    """Axes to draw on, which become a file: of the same plot, the same file."""
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "llm2slm"  # the same plot is the same file
+    matplotlib.rcParams["svg.hashsalt"] = "llm2slm"
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for name in dict.fromkeys(name for cell in cells for name in cell["results"]):
-        points = [(cell[axis], value(cell, cell["results"][name])) for cell in cells if name in cell["results"]]
-        if len(points) > 1:
-            axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    axes.set(xlabel=x_label, ylabel=y_label, ylim=(0, None))
-    if axis == "batch":
-        axes.set_xscale("log", base=2)
+    yield axes
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
+    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, metadata={"Date": None})
     pyplot.close(figure)
-    return file
 
 
 def _series(cells: list[dict[str, Any]], axis: str) -> list[dict[str, Any]]:

@@ -82,25 +82,9 @@ def load_pairs(
     return dataset.add_column("row", np.repeat(numbers, len(answers))) if number_rows else dataset
 
 
-def load_prompts(
-    source: str | Path,
-    prompt_column: str = "prompt",
-    *,
-    split: str = "train",
-    limit: int | None = None,
-    skip_bad_rows: bool = False,
-) -> Dataset:
-    """
-    Like [`load_pairs`], for data that may have no answers: the column `prompt` alone.
-
-    Args:
-        source: See [`load_pairs`]. Of a `.txt` file, and of one of a name that says no format, every line is a prompt.
-        prompt_column: The column that holds what the model reads.
-        split: See [`load_pairs`].
-        limit: See [`load_pairs`].
-        skip_bad_rows: See [`load_pairs`].
-    """
-    rows = load_rows(source, prompt_column, split=split, limit=limit, skip_bad_rows=skip_bad_rows)
+def load_prompts(source: str | Path, prompt_column: str = "prompt", **options: Any) -> Dataset:
+    """Like [`load_rows`], with the same options: the column `prompt` alone."""
+    rows = load_rows(source, prompt_column, **options)
     return rows.select_columns([prompt_column]).rename_columns({prompt_column: "prompt"})
 
 
@@ -113,7 +97,14 @@ def load_rows(
     skip_bad_rows: bool = False,
 ) -> Dataset:
     """
-    Like [`load_prompts`], with all columns, for [`whole_row`]; the prompts are in `prompt_column`.
+    Like [`load_pairs`], for data that may have no answers: all columns, for [`whole_row`].
+
+    Args:
+        source: See [`load_pairs`]. Of a `.txt` file, and of one of a name that says no format, every line is a prompt.
+        prompt_column: The column that holds what the model reads.
+        split: See [`load_pairs`].
+        limit: See [`load_pairs`].
+        skip_bad_rows: See [`load_pairs`].
     """
     path = Path(source).expanduser()
     is_text = path.is_file() and file_format_of(path)[0] in ("text", None)

@@ -31,6 +31,12 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         raise OSError(f"{file} is damaged: {error}") from error
 
 
+def graph_size(path: str | Path, name: str) -> int:
+    """Bytes of a graph of an exported model, with its weights, which may lie in a file beside it."""
+    graph = Path(path) / read_manifest(path)["components"][name]["file"]
+    return sum(file.stat().st_size for file in graph.parent.glob(f"{graph.stem}.*"))
+
+
 def check_packages(runtime: str, *packages: str) -> None:
     """Raise `ValueError` if there is no such runtime, and `ImportError` if what it needs is not installed."""
     if runtime not in PACKAGES:

@@ -75,9 +75,9 @@ class StreamedFeatures(IterableDataset):
                     used += 1
                     yield row
                 index += 1
-            if used == 0 and workers == 1:
-                raise ValueError(f"{self.source}: no row can be used, see the warnings. Take other data.")
             if used == 0:
+                if workers == 1:
+                    raise ValueError(f"{self.source}: no row can be used, see the warnings. Take other data.")
                 return  # there is nothing for this worker, and there never will be
 
     def _shuffled(self, chunk: list[tuple[str, str]], generator: torch.Generator) -> Iterator[dict[str, Any]]:
