@@ -39,24 +39,29 @@ def report(experiment: Experiment, output: Path = OUTPUT, plots: Path = PLOTS) -
         done = [job for job in jobs if experiment.is_done(job)]
         if "llm" not in {job.name for job in done}:
             continue
-        rows = _score(experiment, pair, done)
+        rows, counts = _score(experiment, pair, done)
         for name, speed in _time(experiment, pair, [job for job in done if job.seed == 0]).items():
             rows[name]["speed"] = speed
         for row in rows.values():
             if "speed" in row:
                 row["time_by_llm"] = row["speed"]["ms_per_answer"] / rows["llm"]["speed"]["ms_per_answer"]
         not_run = [job.name for job in jobs if job not in done]
-        result["pairs"][pair] = {"rows": rows, "seeds": _seeds(done, rows), "not_run": not_run}
-        print(table(pair, result["pairs"][pair]), flush=True)
-        plot(pair, result["pairs"][pair], plots)
+        found = {"rows": rows, "best": _best(done, rows, counts), "seeds": _seeds(done, rows), "not_run": not_run}
+        result["pairs"][pair] = found
+        print(table(pair, found), flush=True)
+        plot(pair, found, plots)
+        plot_training(pair, found, plots)
     write_json(output, result)
     return result
 
 
-def _score(experiment: Experiment, pair: str, jobs: list[Job]) -> dict[str, dict[str, Any]]:
+def _score(
+    experiment: Experiment, pair: str, jobs: list[Job]
+) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
+    """What is known of each row but its time, and what BLEU counts in its greedy answers."""
     references = load_pairs(str(experiment.split(pair, "test")), "source", "target")["answer"][:]
     rows: dict[str, dict[str, Any]] = {job.name: {} for job in jobs}
-    for beams in ("1", "4"):
+    for beams in ("4", "1"):
         counts = {}
         for job in jobs:
             answers = json.loads((experiment.runs / pair / job.name / "answers.json").read_text(encoding="utf-8"))
@@ -71,9 +76,10 @@ def _score(experiment: Experiment, pair: str, jobs: list[Job]) -> dict[str, dict
         if training.is_file():
             told = json.loads(training.read_text(encoding="utf-8"))
             validation = [entry["eval_bleu"] for entry in told.pop("log") if "eval_bleu" in entry]
-            kept = ("seconds", "steps", "best_metric", "parameters", "trained_parameters")
+            kept = ["steps", "best_metric", "parameters", "trained_parameters"]
+            kept += ["seconds"] if told["resumed_at_step"] is None else []  # else they are those of its last part
             rows[job.name]["training"] = {"validation_bleu": validation, **{key: told[key] for key in kept}}
-    return rows
+    return rows, counts
 
 
 def sentence_counts(answers: Sequence[str], references: Sequence[str]) -> np.ndarray:
@@ -116,6 +122,25 @@ def bootstrap(counts: dict[str, np.ndarray], baseline: str, samples: int = RESAM
         }
         for name in counts
     }
+
+
+def _best(jobs: list[Job], rows: dict[str, Any], counts: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Of LLM-to-SLM and of the SLM alone, the row with most BLEU on the validation split; what lies between them."""
+    built = {job.name: job.row["build"] for job in jobs if job.seed == 0 and job.row and "build" in job.row}
+    composites = [name for name, parts in built.items() if {"llm", "slm"} <= parts.keys()]
+    alone = [name for name, parts in built.items() if "llm" not in (name, *parts.values())]
+    if not composites or not alone:
+        return {}
+    best, other = (max(names, key=lambda name: rows[name]["training"]["best_metric"]) for names in (composites, alone))
+    return {"llm_to_slm": best, "slm_alone": other, **difference(counts[best], counts[other])}
+
+
+def difference(better: np.ndarray, other: np.ndarray, samples: int = RESAMPLES) -> dict[str, Any]:
+    """BLEU of one system above that of another, and its interval by paired bootstrap; see [`bootstrap`]."""
+    generator = np.random.default_rng(0)
+    draws = [generator.integers(len(other), size=len(other)) for _ in range(samples)]
+    differences = np.array([bleu_of(better[draw]) - bleu_of(other[draw]) for draw in draws])
+    return {"above": bleu_of(better) - bleu_of(other), "above_interval": _middle(differences)}
 
 
 def _middle(values: np.ndarray) -> list[float]:
@@ -175,6 +200,10 @@ def table(pair: str, result: dict[str, Any]) -> str:
     for name, seeds in result["seeds"].items():
         lines += ["", f"{name}, {len(seeds['bleu'])} seeds: {seeds['mean']:.2f} ± {seeds['plus_minus']:.2f}"]
         lines[-1] += f", {100 * seeds['relative']:.1f} % of the LLM's."
+    if best := result["best"]:
+        low, high = best["above_interval"]
+        lines += ["", f"Best on the validation split: {best['llm_to_slm']}, and of SLMs alone {best['slm_alone']}, "]
+        lines[-1] += f"which has {best['above']:.1f} BLEU less ({low:.1f} to {high:.1f})."
     if result["not_run"]:
         lines += ["", f"Not run: {', '.join(result['not_run'])}."]
     return "\n".join(lines)
@@ -194,3 +223,14 @@ def plot(pair: str, result: dict[str, Any], folder: Path) -> None:
             axes.annotate(name, point, textcoords="offset points", xytext=(6, 3), fontsize="small")
         axes.set(xlabel="ms per answer, one at a time, one thread", ylabel="BLEU, greedy", title=f"Multi30k {pair}")
         axes.set_xlim(0, None)
+
+
+def plot_training(pair: str, result: dict[str, Any], folder: Path) -> None:
+    """BLEU on the validation split after each epoch."""
+    with drawn(folder / f"multi30k-{pair}-training.svg") as axes:
+        for name, row in result["rows"].items():
+            if "training" in row and not name.startswith("half"):
+                values = row["training"]["validation_bleu"]
+                style = {"linewidth": 2, "color": "C3"} if name == "llm" else {"linewidth": 1}
+                axes.plot(range(1, len(values) + 1), values, marker=".", label=name, **style)
+        axes.set(xlabel="epoch", ylabel="BLEU, 500 validation sentences", title=f"Multi30k {pair}, training")

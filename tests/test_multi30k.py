@@ -125,6 +125,16 @@ def test_paired_intervals() -> None:
     assert found["worse"] == multi30k_report.bootstrap(counts, "llm", samples=200)["worse"]
 
 
+def test_the_interval_of_a_difference() -> None:
+    answers, references = ANSWERS * 5, REFERENCES * 5
+    good, worse = (multi30k_report.sentence_counts(some, references) for some in (references, answers))
+    found = multi30k_report.difference(good, worse, samples=200)
+    low, high = found["above_interval"]
+    assert 0 < low < found["above"] < high
+    assert found["above"] == pytest.approx(100 - BLEU().corpus_score(answers, [references]).score)
+    assert multi30k_report.difference(good, good, samples=20) == {"above": 0, "above_interval": [0, 0]}
+
+
 TINY: dict[str, Any] = {
     "vocabulary": 60,
     "max_new_tokens": 8,
@@ -137,6 +147,7 @@ TINY: dict[str, Any] = {
         "xx-yy": {
             "llm": {"build": {"llm": "t5"}, "recipe": "all"},
             "add": {"build": {"llm": "llm", "slm": "t5"}, "recipe": "all", "answers": "distilled", "seeds": 2},
+            "alone": {"build": {"llm": "t5"}, "recipe": "all"},
             "cut": {"build": {"llm": "llm"}, "decoder_layers": [0], "recipe": "all"},
         }
     },
@@ -162,8 +173,12 @@ def test_the_whole_at_a_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     result = multi30k_report.report(experiment, tmp_path / "result.json", tmp_path / "plots")
     assert json.loads((tmp_path / "result.json").read_text()) == result
     rows = result["pairs"]["xx-yy"]["rows"]
-    assert list(rows) == ["llm", "add", "add-1", "cut"]
+    assert list(rows) == ["llm", "add", "add-1", "alone", "cut"]
     assert rows["llm"]["relative_1"] == rows["llm"]["time_by_llm"] == 1
     assert rows["cut"]["training"]["parameters"]["total"] < rows["llm"]["training"]["parameters"]["total"]
     assert result["pairs"]["xx-yy"]["seeds"]["add"]["bleu"] == [rows["add"]["bleu_1"], rows["add-1"]["bleu_1"]]
-    assert (tmp_path / "plots" / "multi30k-xx-yy.svg").is_file()
+    best = result["pairs"]["xx-yy"]["best"]
+    assert (best["llm_to_slm"], best["slm_alone"]) == ("add", "alone")
+    assert best["above"] == pytest.approx(rows["add"]["bleu_1"] - rows["alone"]["bleu_1"])
+    for name in ("multi30k-xx-yy.svg", "multi30k-xx-yy-training.svg"):
+        assert (tmp_path / "plots" / name).is_file()
