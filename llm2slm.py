@@ -301,6 +301,8 @@ def plan(
     epochs: Annotated[float, typer.Option(help="Of the training that is estimated.")] = 5,
     batch_size: Annotated[int, typer.Option(min=1, help="Of the training that is estimated.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 128,
+    prompt_max_length: Annotated[int | None, typer.Option(help="Cut prompts to this many tokens.")] = None,
+    skip_bad_rows: SkipBadRows = False,
     device: Device = "cpu",
     output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
 ) -> None:
@@ -323,7 +325,8 @@ def plan(
         result = make_plan(
             llm, data, prompt_column, presets=preset or tuple(SLMS),
             slm_tokenizers={name: path for name, _, path in pairs}, timed_prompts=timed_prompts, epochs=epochs,
-            batch_size=batch_size, max_new_tokens=max_new_tokens, device=device, progress=status.update,
+            batch_size=batch_size, max_new_tokens=max_new_tokens, prompt_max_length=prompt_max_length,
+            skip_bad_rows=skip_bad_rows, device=device, progress=status.update,
         )  # fmt: skip
     _write_json(output, {"llm": llm, "data": Path(data).name, **result})
     _print_plan(result)
@@ -347,6 +350,8 @@ def _print_plan(result: dict[str, Any]) -> None:
         "hours to encode, once": lambda row: f"{row['encode_hours']:.2g}",
         f"hours to train {result['epochs']:g} epochs": lambda row: f"{row['train_hours']:.2g}",
     }
+    if any(row["too_long"] for row in candidates):
+        rows["prompts without room"] = lambda row: f"{row['too_long']:,}"
     for name, value in rows.items():
         table.add_row(name, *map(value, candidates))
     out.print(table)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
 
-from .data import load_pairs, load_prompts, load_rows, versions, whole_row
+from .data import ROW, is_text, load_rows, tell_bad_rows, versions, whole_row
 from .evaluation import score_and_sign, time_answer, with_room
 from .text_to_text import TextToText
+
+
+logger = logging.getLogger(__name__)
 
 
 def compare(
@@ -29,14 +35,15 @@ def compare(
     **generate_kwargs: Any,
 ) -> dict[str, Any]:
     """
-    Scores a model's answers against the LLM's, and both against the references where the data has any.
+    Scores a model's answers against the LLM's, and both against the references where every row has one.
 
     Args:
         model: A checkpoint of any kind, or one already loaded.
         llm: The LLM with its decoder, in the same ways.
         data: Prompts, with or without answers, see [`load_rows`].
         prompt_column: The column that holds what the models read.
-        answer_column: The column that holds the references, if there is one.
+        answer_column: The column that holds the references, if there is one. It is left aside, with a warning, where
+            some of its rows hold no text; with `skip_bad_rows` these rows are.
         split: The split to take from a data set on the Hub.
         limit: Compare only this many answers, from the top.
         batch_size: How many prompts are answered at once. Answers are timed one at a time.
@@ -51,18 +58,15 @@ def compare(
         `parameters`, `llm_parameters`, `prompts`, `generation`, `versions`, `device`, `threads`.
     """
     generate_kwargs = {"do_sample": False, **generate_kwargs}
-    reading: dict[str, Any] = {"split": split, "limit": limit, "skip_bad_rows": skip_bad_rows}
-    whole = load_rows(data, prompt_column, **reading)
-    has_references = any(answer_column in whole_row(row) for row in whole)
-    if has_references:
-        rows = load_pairs(data, prompt_column, answer_column, **reading)
-    else:
-        rows = load_prompts(data, prompt_column, **reading)
+    whole = load_rows(data, prompt_column, split=split, limit=limit, skip_bad_rows=skip_bad_rows, number_rows=True)
+    rows = whole.select_columns([prompt_column, ROW]).rename_columns({prompt_column: "prompt", ROW: "row"})
+    texts = [whole_row(row).get(answer_column) for row in whole]
+    rows = _with_references(rows, texts, str(data), answer_column, skip_bad_rows)
     small = model if isinstance(model, TextToText) else TextToText.from_pretrained(model)
     large = llm if isinstance(llm, TextToText) else TextToText.from_pretrained(llm)
     if skip_bad_rows:
         rows = with_room([small, large], rows, str(data), generate_kwargs)
-    prompts, references = rows["prompt"][:], rows["answer"][:] if has_references else None
+    prompts, references = rows["prompt"][:], rows["answer"][:] if "answer" in rows.column_names else None
     answers = small.generate(prompts, batch_size, **generate_kwargs)
     llm_answers = large.generate(prompts, batch_size, **generate_kwargs)
     agreement, signatures = score_and_sign(answers, llm_answers)
@@ -74,7 +78,7 @@ def compare(
         "speed": speed.get("model", {}),
         "llm_speed": speed.get("llm", {}),
         "speed_up": speed["llm"]["ms_per_answer"] / speed["model"]["ms_per_answer"] if speed else None,
-        "worst": least_agreement(prompts, answers, llm_answers, worst),
+        "worst": least_agreement(rows["row"][:], prompts, answers, llm_answers, worst),
         "signatures": signatures,
         "parameters": small.parameters(),
         "llm_parameters": large.parameters(),
@@ -84,6 +88,21 @@ def compare(
         "device": str(small.model.device),
         "threads": torch.get_num_threads(),
     }
+
+
+def _with_references(rows: Dataset, references: list[Any], source: str, column: str, skip_bad_rows: bool) -> Dataset:
+    """Adds the column `answer`, if all references are texts; else leaves out the column, or the rows without one."""
+    given = [row for row, text in enumerate(references) if is_text(text)]
+    if skip_bad_rows and 0 < len(given) < len(references):
+        bad = np.delete(rows["row"][:], given)
+        tell_bad_rows(source, {int(row): f"row {row} has no text in {column!r}" for row in bad}, skip=True)
+        rows, references = rows.select(given), [references[row] for row in given]
+    if len(given) == len(references):
+        return rows.add_column("answer", references)
+    if any(text is not None for text in references):
+        missing = len(references) - len(given)
+        logger.warning(f"{source}: {missing} of {len(references)} rows have no text in {column!r}: no references.")
+    return rows
 
 
 def time_in_turns(
@@ -115,14 +134,14 @@ def _speed(times: Sequence[tuple[float, int]]) -> dict[str, float]:
 
 
 def least_agreement(
-    prompts: Sequence[str], answers: Sequence[str], llm_answers: Sequence[str], count: int
+    numbers: Sequence[int], prompts: Sequence[str], answers: Sequence[str], llm_answers: Sequence[str], count: int
 ) -> list[dict[str, Any]]:
     """Up to `count` rows whose two answers differ, and agree least by the chrF of the sentence, the worst first."""
     from sacrebleu import sentence_chrf
 
     rows: list[dict[str, Any]] = [
         {"row": row, "prompt": prompt, "answer": answer, "llm_answer": expected}
-        for row, (prompt, answer, expected) in enumerate(zip(prompts, answers, llm_answers, strict=True))
+        for row, prompt, answer, expected in zip(numbers, prompts, answers, llm_answers, strict=True)
         if answer.strip() != expected.strip()
     ]
     for row in rows:

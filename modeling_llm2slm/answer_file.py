@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from .state_store import checkpoint_folder
 from .text_to_text import TextToText
 from .throughput import AnswerParts, BatchLimits, PromptTable, answer, is_sampled, one_line, writing
 
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 WEIGHTS = (".safetensors", ".bin", ".xml", ".onnx", ".data")
@@ -84,7 +87,8 @@ def answer_file(
         output: The file to write; of a name that ends in `.jsonl` or `.jsonl.gz` the rows of the data with the answers
             in a column of their own, of any other one answer a line.
         prompt_column: The column that holds what the model reads.
-        column: The column for the answers; all others are kept as they are.
+        column: The column for the answers, in the place of one of that name, with a warning; all others are kept as
+            they are.
         split: The split to take from a data set on the Hub.
         limit: Answer only this many prompts, from the top.
         prompt_max_length: Prompts are cut to this many tokens (default: the checkpoint's limit, or never).
@@ -100,12 +104,19 @@ def answer_file(
 
     Raises:
         OSError: If the output cannot be written.
-        ValueError: If what is left of a run was made by another model or other settings.
+        ValueError: If the answers were to go where the prompts are, or what is left of a run was made by another model
+            or other settings.
     """
     output, limits = Path(output), limits or BatchLimits()
+    if column == prompt_column and is_jsonl(output):
+        raise ValueError(
+            f"The prompts are in the column {column!r}. Choose another one for the answers with --column."
+        )
     rank, world = processes(overwrite)
     check_writable(output)
     rows = load_rows(data, prompt_column, split=split, limit=limit, skip_bad_rows=skip_bad_rows)
+    if is_jsonl(output) and column in whole_row(rows[0]):
+        logger.warning(f"{data}: the answers stand in the place of the column {column!r}, which is there already.")
     prompts = rows.select_columns([prompt_column])
     text_to_text = TextToText.from_pretrained(
         model, device=device, prompt_max_length=prompt_max_length, quantize=quantize

@@ -31,6 +31,7 @@ FILE_FORMATS = {
     ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text",
 }  # fmt: skip
 ROW_ERROR = "_error"  # a column that says why a row could not be read
+ROW = "_row"  # a column with the number of each row in its source, from 0
 LINE = "_line"  # a column with each row of JSON lines, as JSON: columns of `datasets` would make dates of some texts
 
 
@@ -95,6 +96,7 @@ def load_rows(
     split: str = "train",
     limit: int | None = None,
     skip_bad_rows: bool = False,
+    number_rows: bool = False,
 ) -> Dataset:
     """
     Like [`load_pairs`], for data that may have no answers: all columns, for [`whole_row`].
@@ -105,12 +107,14 @@ def load_rows(
         split: See [`load_pairs`].
         limit: See [`load_pairs`].
         skip_bad_rows: See [`load_pairs`].
+        number_rows: Add the column `ROW`.
     """
     path = Path(source).expanduser()
     is_text = path.is_file() and file_format_of(path)[0] in ("text", None)
     column = "text" if is_text else prompt_column
-    dataset, _ = _load_texts(str(source), {column: "prompt"}, split, limit, skip_bad_rows, "text")
-    return dataset.rename_columns({column: prompt_column})
+    dataset, numbers = _load_texts(str(source), {column: "prompt"}, split, limit, skip_bad_rows, "text")
+    dataset = dataset.rename_columns({column: prompt_column})
+    return dataset.add_column(ROW, numbers) if number_rows else dataset
 
 
 def whole_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -253,7 +257,7 @@ def _names(path: Path, columns: Sequence[str]) -> list[str]:
 
 def _lines_as_texts(path: Path, columns: Sequence[str], changed: int) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(parse_lines(path, None)):
-        wrong = [name for name in columns if not _is_text(row.get(name))]
+        wrong = [name for name in columns if not is_text(row.get(name))]
         error = row.get(ROW_ERROR) or (
             f"the {wrong[0]} of row {number} is {row.get(wrong[0])!r}, not a text" if wrong else None
         )
@@ -261,7 +265,7 @@ def _lines_as_texts(path: Path, columns: Sequence[str], changed: int) -> Iterato
         yield texts | {LINE: json.dumps(row), ROW_ERROR: error}
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     """Whether a value is a string of characters; JSON has strings with halves of surrogate pairs, which are none."""
     return isinstance(value, str) and (value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value))
 

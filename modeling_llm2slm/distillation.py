@@ -36,7 +36,7 @@ def distill(
         data: See [`load_rows`].
         output: A file of JSON lines, `.jsonl` or `.jsonl.gz`.
         prompt_column: The column that holds what the model reads.
-        column: The column for the answers; all others are kept as they are.
+        column: The column for the answers, in the place of one of that name; all others are kept as they are.
         batch_size: How many prompts are answered at once.
         overwrite: Replace an output, or what another run has left of one.
         kwargs: Of [`answer_file`], or of `generate()`, such as `num_beams` and `max_new_tokens`; without `do_sample`
@@ -47,8 +47,8 @@ def distill(
 
     Raises:
         FileExistsError: If the output exists.
-        ValueError: If the output is no `.jsonl`, the LLM is decoder-only, or what is left of a run was made by another
-            LLM or other settings.
+        ValueError: If the output is no `.jsonl`, the answers were to go where the prompts are, the LLM is
+            decoder-only, or what is left of a run was made by another LLM or other settings.
     """
     output = Path(output)
     if not is_jsonl(output):

@@ -104,7 +104,10 @@ def time_answer(text_to_text: TextToText, prompt: str, **generate_kwargs: Any) -
 
 
 def with_room(models: Sequence[TextToText], rows: Dataset, source: str, generate_kwargs: Mapping[str, Any]) -> Dataset:
-    """The rows whose prompts and answers all of some models have positions for; `ValueError` if there are none."""
+    """
+    The rows, numbered by a column `row`, whose prompts and answers all of some models have positions for; `ValueError`
+    if there are none.
+    """
     bad: dict[int, str] = {}
     for model in models:
         new_tokens = model.with_limit(dict(generate_kwargs)).get("max_new_tokens", 0)
@@ -116,7 +119,8 @@ def with_room(models: Sequence[TextToText], rows: Dataset, source: str, generate
     if len(bad) == len(rows):
         raise ValueError(f"{source}: no row can be used. {bad[0]}")
     if bad:
-        tell_bad_rows(source, bad, skip=True)
+        numbers = rows["row"][:]
+        tell_bad_rows(source, {numbers[row]: reason for row, reason in bad.items()}, skip=True)
     return rows.select([row for row in range(len(rows)) if row not in bad])
 
 
@@ -152,7 +156,9 @@ def evaluate(
         `scores`, `signatures`, `speed`, `parameters`, `pairs`, `generation`, `versions`, `device`, `dtype`, `threads`.
     """
     generate_kwargs = {"do_sample": False, **generate_kwargs}
-    pairs = load_pairs(data, prompt_column, answer_column, split=split, limit=limit, skip_bad_rows=skip_bad_rows)
+    pairs = load_pairs(
+        data, prompt_column, answer_column, split=split, limit=limit, skip_bad_rows=skip_bad_rows, number_rows=True
+    )
     text_to_text = model if isinstance(model, TextToText) else TextToText.from_pretrained(model)
     if skip_bad_rows:
         pairs = with_room([text_to_text], pairs, str(data), generate_kwargs)

@@ -32,9 +32,16 @@ def lora_config(model: "LLM2SLMForConditionalGeneration", **overrides: Any) -> "
 
     Returns:
         `peft.LoraConfig`: for `peft.get_peft_model(model, config)`.
+
+    Raises:
+        ValueError: If some layers alone are asked for with `layers_to_transform`, and no `target_modules` as a list.
     """
     from peft import LoraConfig
 
+    if overrides.get("layers_to_transform") is not None and isinstance(overrides.get("target_modules", ""), str):
+        raise ValueError(
+            '`layers_to_transform` needs the layers by name as well, such as `target_modules=["c_attn"]`.'
+        )
     head = model.get_output_embeddings()
     names = {
         name.rsplit(".", 1)[-1]

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from .building import preset_config
-from .configuration_llm2slm import llm_sizes
+from .configuration_llm2slm import LLM2SLMConfig, llm_sizes
 from .data import load_prompts
 from .memory import answering_memory, training_memory
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
 from .parts_llm2slm import slm_class
-from .text_to_text import TextToText, count_parameters, decoding_modules
+from .text_to_text import TextToText, count_parameters, decoding_modules, load
 
 
 # The presets with different SLMs, each with the checkpoint its SLM is trained from, whose tokenizer counts tokens.
@@ -45,6 +45,7 @@ class Candidate:
         encode_hours: For all prompts, once.
         distill_hours: For all prompts, once, with the LLM's answers searched for as asked.
         train_hours: For all epochs, on stored states.
+        too_long: The number of prompts that the SLM has no positions for, the longest answer included.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Candidate:
     encode_hours: float
     distill_hours: float
     train_hours: float
+    too_long: int
 
 
 def plan(
@@ -73,6 +75,8 @@ def plan(
     batch_size: int = 32,
     num_beams: int = 4,
     max_new_tokens: int = 128,
+    prompt_max_length: int | None = None,
+    skip_bad_rows: bool = False,
     device: str = "cpu",
     progress: Callable[[str], None] = lambda step: None,
 ) -> dict[str, Any]:
@@ -85,45 +89,73 @@ def plan(
         prompt_column: The column that holds what the model reads.
         presets: Names of presets (or config files) whose SLMs are tried.
         slm_tokenizers: A tokenizer for a preset, in place of the one on the Hub.
-        timed_prompts: The number of prompts that are answered, spread over the data.
+        timed_prompts: The number of prompts that are answered, spread over those that all SLMs have positions for.
         epochs: How long training is to be, for the estimate.
         batch_size: Pairs in a batch of training, for the estimate.
         num_beams: Of the distillation, for the estimate.
         max_new_tokens: The longest answer.
+        prompt_max_length: Prompts are cut to this many tokens (default: never).
+        skip_bad_rows: See [`load_pairs`].
         device: Where to compute.
         progress: Called with a few words at every step.
 
     Returns:
         `prompts`, `prompt_tokens` (mean), `answer_tokens` (the LLM's, mean), `store_bytes`, `candidates` (a list of
         [`Candidate`] as mappings), `recommended` (a name or None) and `recommendation`, a sentence.
+
+    Raises:
+        ValueError: If the LLM is no encoder-decoder, the SLMs have no positions for any prompt, or a tokenizer is for
+            a preset that is not tried.
+        OSError: If the LLM or a tokenizer that is named cannot be loaded.
     """
     set_seed(0)
-    prompts = load_prompts(data, prompt_column)["prompt"][:]
+    given = dict(slm_tokenizers or {})
+    for preset in given:
+        if preset not in presets:
+            raise ValueError(f"There is a tokenizer for {preset}, which is none of the presets {', '.join(presets)}.")
+    tokenizers = {preset: _tokenizer(given.get(preset), SLMS.get(preset)) for preset in presets}
+    configs = {preset: preset_config(preset) for preset in presets}
+    _check_llm(llm)
+    prompts = load_prompts(data, prompt_column, skip_bad_rows=skip_bad_rows)["prompt"][:]
     progress("loading the LLM")
-    large = TextToText.from_pretrained(llm, device=device)
+    large = TextToText.from_pretrained(llm, device=device, prompt_max_length=prompt_max_length)
     lengths = [len(ids) for ids in large.features(prompts)["input_ids"]]
-    step = max(len(prompts) // timed_prompts, 1)
-    sample = _Sample(large, prompts[::step][:timed_prompts], max_new_tokens)
+    fits = {name: [config.has_room(length, max_new_tokens) for length in lengths] for name, config in configs.items()}
+    usable = [row for row, room in enumerate(zip(*fits.values(), strict=True)) if all(room)]
+    if not usable:
+        name = next(name for name in presets if not any(fits[name]))
+        raise ValueError(
+            f"{data}: {name} has positions for none of the prompts with answers of {max_new_tokens} tokens. Cut the "
+            "prompts with prompt_max_length, allow shorter answers with max_new_tokens, or try other presets."
+        )
+    step = max(len(usable) // timed_prompts, 1)
+    sample = _Sample(large, [prompts[row] for row in usable[::step][:timed_prompts]], max_new_tokens)
+    usual_length = statistics.mean(lengths[row] for row in usable)
     progress("answering with the LLM")
-    answers = [sample.answer(index) for index in range(len(sample.prompts))]
+    tokens = [sample.answer(index) for index in range(len(sample.prompts))]
+    answers = large.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     hours = len(set(prompts)) / len(sample.prompts) / 3600
     distill_hours = hours * _seconds(lambda: sample.answer_all(num_beams))
     candidates = []
     for preset in presets:
         progress(f"measuring {preset}")
-        tokenizer = _tokenizer((slm_tokenizers or {}).get(preset) or SLMS.get(preset))
-        tokens = [max(_count(tokenizer, large.tokenizer, answer), 1) for answer in answers]
-        costs = _measure(llm, preset, sample, tokens, statistics.mean(lengths), batch_size, device)
+        tokenizer = tokenizers[preset]
+        counts = [
+            len(ids) if tokenizer is None else _count(tokenizer, answer)
+            for ids, answer in zip(tokens, answers, strict=True)
+        ]
+        costs = _measure(llm, configs[preset], sample, counts, usual_length, batch_size, device)
         seconds = costs.pop("step_seconds")
         encode_seconds = costs.pop("encode_seconds")
         candidates.append(
             Candidate(
                 name=preset,
-                answer_tokens=statistics.mean(tokens),
+                answer_tokens=statistics.mean(counts),
                 tokens_assumed=tokenizer is None,
                 encode_hours=hours * encode_seconds,
                 distill_hours=distill_hours,
                 train_hours=epochs * len(prompts) / batch_size * seconds / 3600,
+                too_long=fits[preset].count(False),
                 **costs,
             )
         )
@@ -131,7 +163,7 @@ def plan(
     return {
         "prompts": len(prompts),
         "prompt_tokens": statistics.mean(lengths),
-        "answer_tokens": statistics.mean(_count(large.tokenizer, large.tokenizer, answer) for answer in answers),
+        "answer_tokens": statistics.mean(map(len, tokens)),
         "store_bytes": _store_bytes(large, prompts),
         "candidates": [asdict(candidate) for candidate in candidates],
         "recommended": recommended,
@@ -171,8 +203,8 @@ class _Sample:
         self.prompts = prompts
         self.options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
 
-    def answer(self, index: int) -> str:
-        return self.large.generate([self.prompts[index]], **self.options)[0]
+    def answer(self, index: int) -> list[int]:
+        return self.large.generate_tokens([self.prompts[index]], **self.options)[0]
 
     def answer_all(self, num_beams: int) -> None:
         self.large.generate(self.prompts, len(self.prompts), num_beams=num_beams, **self.options)
@@ -184,7 +216,7 @@ class _Sample:
 
 def _measure(
     llm: str | Path,
-    preset: str,
+    config: LLM2SLMConfig,
     sample: _Sample,
     tokens: Sequence[int],
     prompt_length: float,
@@ -192,9 +224,9 @@ def _measure(
     device: str,
 ) -> dict[str, Any]:
     """Times and memory of one composite."""
-    decoder = preset_config(preset).decoder
+    slm = slm_class(config.decoder).from_config(config.decoder)
     model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(
-        str(llm), decoder_model=slm_class(decoder).from_config(decoder), encoder_dtype=torch.float32,
+        str(llm), decoder_model=slm, encoder_dtype=torch.float32,
         shared_tokenizer=False,
     ).to(device).eval()  # fmt: skip
     model.generation_config.eos_token_id = None  # random weights end nowhere, and an answer has as many tokens as said
@@ -251,16 +283,27 @@ def _seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _tokenizer(path: str | None) -> PreTrainedTokenizerBase | None:
+def _check_llm(llm: str | Path) -> None:
+    config = load(AutoConfig, llm)
+    if config.model_type == "llm2slm":
+        raise ValueError(f"{llm} is an LLM-to-SLM model. Name the LLM that it was built from.")
+    if not config.is_encoder_decoder:
+        raise ValueError(f"{llm} is decoder-only, and has no encoder whose answers a small model could learn.")
+
+
+def _tokenizer(given: str | None, default: str | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that is named; else, where it can be reached, the default one."""
+    if given is not None:
+        return load(AutoTokenizer, given)
     try:
-        return AutoTokenizer.from_pretrained(path) if path is not None else None
-    except (OSError, ValueError):  # offline
+        return load(AutoTokenizer, default) if default is not None else None
+    except OSError:  # offline
         return None
 
 
-def _count(tokenizer: PreTrainedTokenizerBase | None, fallback: PreTrainedTokenizerBase, text: str) -> int:
+def _count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     """Tokens of an answer, its end token included."""
-    return len((tokenizer or fallback)(text, add_special_tokens=False, verbose=False)["input_ids"]) + 1
+    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) + 1
 
 
 def _store_bytes(large: TextToText, prompts: list[str]) -> int:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+
+
+def lengths(features: Mapping[str, Sequence[Sequence[Any]]]) -> list[int]:
+    """What rows are grouped by: the tokens of prompt and answer together, as the model goes through both."""
+    return [
+        len(prompt) + len(answer) for prompt, answer in zip(features["input_ids"], features["labels"], strict=True)
+    ]
 
 
 def grouped_order(

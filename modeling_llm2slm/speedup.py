@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from .agreement import compare
 from .building import build
-from .data import parse_lines, write_aside, write_json
+from .configuration_llm2slm import LLM2SLMConfig
+from .data import ROW, load_rows, parse_lines, tell_bad_rows, write_aside, write_json
 from .distillation import distill
 from .encoding import encode
 from .model_card_llm2slm import without_tokens
@@ -27,13 +28,17 @@ from .training import load_recipe, parse_recipe, train
 
 SPLITS = ("train", "validation", "test")
 Progress = Callable[[str, int, int], None]
+_OF_DISTILLING = (
+    "llm", "prompts", "prompt_column", "limit", "held_out", "num_beams", "max_new_tokens", "batch_size",
+)  # fmt: skip
+_OF_BUILDING = ("slm", "slm_tokenizer", "fusion", "encoder_dtype")
 
 
 @dataclass
 class SpeedupSettings:
     """
-    What a run is of; all of it but tokens is kept in `speedup.json`, and a run that is repeated with other settings is
-    refused.
+    What a run is of; all of it but tokens is kept in `speedup.json`. A run may be repeated with other settings for
+    stages that are not done yet, and is refused with others for those that are.
 
     Args:
         llm: The LLM with its decoder, a folder or a name on the Hub.
@@ -79,7 +84,8 @@ class Speedup:
         progress: Called with the stage and the numbers of prompts done and in all.
 
     Raises:
-        ValueError: If the folder holds a run with other settings, or a field of the recipe is wrong or a path.
+        ValueError: If the folder holds a run with other settings, a field of the recipe is wrong or a path, or the two
+            models do not go together.
         OSError: If one of the models cannot be found.
     """
 
@@ -98,10 +104,10 @@ class Speedup:
 
     def _check(self) -> None:
         """Whatever would stop a stage is better found before hours of the stages before it."""
-        path, settings = self.output / "speedup.json", self._kept()
+        path = self.output / "speedup.json"
         if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            changed = [name for name in settings if before.get(name) != settings[name]]
+            before, now = self._fixed(json.loads(path.read_text(encoding="utf-8"))), self._fixed(self._kept())
+            changed = [name for name in now if before.get(name) != now[name]]
             if changed:
                 raise ValueError(
                     f"{self.output} was begun with another {changed[0]} ({before.get(changed[0])!r}). Repeat its "
@@ -114,11 +120,23 @@ class Speedup:
                 "(`llm2slm train`)."
             )
         self.recipe, _ = parse_recipe(self._recipe())
-        for part in (self.settings.llm, self.settings.slm):
-            load(AutoConfig, part)
+        llm, slm = (load(AutoConfig, part) for part in (self.settings.llm, self.settings.slm))
+        self.config = LLM2SLMConfig(encoder=llm, decoder=slm)
 
     def _kept(self) -> dict[str, Any]:
         return json.loads(json.dumps({**asdict(self.settings), "recipe": without_tokens(self.settings.recipe)}))
+
+    def _fixed(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of some settings that a stage which is done went by. A recipe's `skip_bad_rows` may always change."""
+        recipe = {name: value for name, value in settings["recipe"].items() if name != "skip_bad_rows"}
+        fixed = {name: settings[name] for name in _OF_DISTILLING}
+        if (self.output / "start" / "config.json").is_file():
+            fixed |= {name: settings[name] for name in _OF_BUILDING}
+        if _is_complete(self.output / "states"):
+            fixed["prompt_max_length"] = recipe.get("prompt_max_length")
+        if (self.output / "model" / "training.json").is_file():
+            fixed["recipe"] = recipe
+        return fixed
 
     def stages(self) -> dict[str, tuple[str, Callable[[], Any]]]:
         """Each stage by its name, in order: the command that does the same, and what does it here."""
@@ -173,6 +191,7 @@ class Speedup:
         """Has the LLM answer the prompts, and splits them by a hash of each, so that equal ones stay together."""
         settings, distilled = self.settings, self.output / "distilled.jsonl"
         if not distilled.is_file():
+            self._check_prompts()
             distill(
                 settings.llm, settings.prompts, distilled, settings.prompt_column, limit=settings.limit,
                 batch_size=settings.batch_size, device=self.device, num_beams=settings.num_beams,
@@ -182,6 +201,28 @@ class Speedup:
         if not all((self.output / f"{split}.jsonl").is_file() for split in SPLITS):
             self._split(list(parse_lines(distilled, None)))
         write_json(self.output / "speedup.json", self._kept())
+
+    def _check_prompts(self) -> None:
+        """Raises `ValueError` where the models have no room for some of the prompts and their longest answers."""
+        settings, bad = self.settings, {}
+        rows = load_rows(
+            settings.prompts, settings.prompt_column, limit=settings.limit, skip_bad_rows=self.recipe.skip_bad_rows,
+            number_rows=True,
+        )  # fmt: skip
+        tokenizer, longest = load(AutoTokenizer, settings.llm), self.recipe.prompt_max_length
+        for batch in rows.select_columns([ROW, settings.prompt_column]).iter(1000):
+            ids = tokenizer(batch[settings.prompt_column], verbose=False)["input_ids"]
+            for number, prompt in zip(batch[ROW], ids, strict=True):
+                length = len(prompt) if longest is None else min(len(prompt), longest)
+                try:
+                    self.config.check_llm_length(length)
+                    self.config.check_length(length, settings.max_new_tokens)
+                except ValueError as error:
+                    bad[number] = f"row {number}: {str(error).removesuffix('.')}"
+        if len(bad) == len(rows):
+            raise ValueError(f"{settings.prompts}: no row can be used; {next(iter(bad.values()))}.")
+        if bad:
+            tell_bad_rows(settings.prompts, bad, self.recipe.skip_bad_rows)
 
     def _split(self, rows: list[dict[str, Any]]) -> None:
         column = self.settings.prompt_column

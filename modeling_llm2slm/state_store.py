@@ -117,7 +117,7 @@ def _short(value: Any) -> str:
 
 class StateStore:
     """
-    A complete store, read through the page cache of the operating system: nothing is held in memory but an index of 40
+    A complete store, read through the page cache of the operating system: nothing is held in memory but an index of 48
     bytes a prompt. It may be handed to the workers of a `DataLoader`.
 
     Args:

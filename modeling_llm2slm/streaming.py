@@ -11,8 +11,8 @@ import torch
 from datasets import load_dataset
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .data import ROW_ERROR, check_columns, file_format_of, parse_lines, reason_of, tell_bad_rows
-from .sampling import grouped_order, seeded
+from .data import ROW_ERROR, check_columns, file_format_of, is_text, parse_lines, reason_of, tell_bad_rows
+from .sampling import grouped_order, lengths, seeded
 
 
 class StreamedFeatures(IterableDataset):
@@ -24,14 +24,16 @@ class StreamedFeatures(IterableDataset):
         source: See [`load_pairs`].
         prompt_column: See [`load_pairs`].
         answer_columns: The columns that hold answers; each gives every row a pair.
-        features: Turns prompts and answers into features, see [`TextToText.features`]; it may leave some out.
+        features: Turns prompts and answers into features, see [`TextToText.features`].
+        problems: Says of each of some features why it cannot be used, or None, see [`TextToText.problems`].
         split: See [`load_pairs`].
         batch_size: The number of rows that are read together, over all processes.
         buffer: Rows are shuffled, and grouped by length, among this many.
         group_by_length: Put rows of similar length together, see [`grouped_order`].
         seed: Of the order.
         limit: Read only this many rows, from the top.
-        skip_bad_rows: See [`load_pairs`].
+        skip_bad_rows: Leave out rows that hold no text or that have a problem, with a warning that numbers them, in
+            place of an error that does. The first pass tells what it leaves out.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class StreamedFeatures(IterableDataset):
         prompt_column: str,
         answer_columns: Sequence[str],
         features: Callable[[list[str], list[str]], dict[str, list[Any]]],
+        problems: Callable[[dict[str, list[Any]]], list[str | None]],
         *,
         split: str = "train",
         batch_size: int,
@@ -52,6 +55,7 @@ class StreamedFeatures(IterableDataset):
         self.source = source
         self.columns = [prompt_column, *answer_columns]
         self.features = features
+        self.problems = problems
         self.split = split
         self.batch_size = batch_size
         self.buffer = max(buffer // batch_size, 1) * batch_size
@@ -68,38 +72,63 @@ class StreamedFeatures(IterableDataset):
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         for epoch in count():
-            pairs = islice(self._pairs(), number, None, workers)
+            bad: dict[int, str] = {}
+            pairs = islice(self._pairs(bad), number, None, workers)
             used = index = 0
             while chunk := list(islice(pairs, self.buffer)):
-                for row in self._shuffled(chunk, seeded(self.seed, epoch, number, index)):
+                if number:
+                    bad.clear()  # rows without texts are told by the first worker, which reads them as well
+                features = self._usable(chunk, bad)
+                self._tell(bad, epoch)
+                for row in self._shuffled(features, seeded(self.seed, epoch, number, index)):
                     used += 1
                     yield row
                 index += 1
+            if not number:
+                self._tell(bad, epoch)
             if used == 0:
                 if workers == 1:
                     raise ValueError(f"{self.source}: no row can be used, see the warnings. Take other data.")
                 return  # there is nothing for this worker, and there never will be
 
-    def _shuffled(self, chunk: list[tuple[str, str]], generator: torch.Generator) -> Iterator[dict[str, Any]]:
-        prompts, answers = zip(*chunk, strict=True)
-        features = self.features(list(prompts), list(answers))
+    def _usable(self, chunk: list[tuple[int, str, str]], bad: dict[int, str]) -> dict[str, list[Any]]:
+        """The features of numbered pairs without those that have a problem, which is noted in `bad`."""
+        numbers, prompts, answers = map(list, zip(*chunk, strict=True))
+        features = self.features(prompts, answers)
+        problems = self.problems(features)
+        for row, problem in zip(numbers, problems, strict=True):
+            if problem is not None:
+                bad[row] = f"row {row} {problem}"
+        return {
+            name: [row for row, problem in zip(rows, problems, strict=True) if problem is None]
+            for name, rows in features.items()
+        }
+
+    def _tell(self, bad: dict[int, str], epoch: int) -> None:
+        if bad and epoch == 0:
+            tell_bad_rows(self.source, dict(sorted(bad.items())), self.skip_bad_rows)
+        bad.clear()
+
+    def _shuffled(self, features: dict[str, list[Any]], generator: torch.Generator) -> Iterator[dict[str, Any]]:
         order = torch.randperm(len(features["labels"]), generator=generator)
         if self.group_by_length:
-            lengths = torch.tensor([len(labels) for labels in features["labels"]])
-            order = grouped_order(order, lengths, self.batch_size, generator)
+            order = grouped_order(order, torch.tensor(lengths(features)), self.batch_size, generator)
         for row in order.tolist():
             yield {name: rows[row] for name, rows in features.items()}
 
-    def _pairs(self) -> Iterator[tuple[str, str]]:
+    def _pairs(self, bad: dict[int, str]) -> Iterator[tuple[int, str, str]]:
+        """Each pair with the number of its row; what is wrong with a row is noted in `bad`, or an error."""
         for number, row in enumerate(self._rows()):
-            texts = [row.get(column) for column in self.columns]
-            wrong = [column for column in self.columns if not isinstance(row.get(column), str)]
+            wrong = [column for column in self.columns if not is_text(row.get(column))]
             if wrong:
-                tell = row.get(ROW_ERROR) or f"the {wrong[0]} of row {number} is {row.get(wrong[0])!r}, not a text"
-                tell_bad_rows(self.source, {number: tell}, self.skip_bad_rows)
+                bad[number] = (
+                    row.get(ROW_ERROR) or f"the {wrong[0]} of row {number} is {row.get(wrong[0])!r}, not a text"
+                )
+                if not self.skip_bad_rows:
+                    tell_bad_rows(self.source, {number: bad[number]}, skip=False)
                 continue
-            for answer in texts[1:]:
-                yield texts[0], answer  # type: ignore[misc]
+            for column in self.columns[1:]:
+                yield number, row[self.columns[0]], row[column]
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         path = Path(self.source).expanduser()

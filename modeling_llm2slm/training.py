@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from .model_card_llm2slm import without_tokens
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
 from .optimization import learning_rates, parameter_groups, relative_adafactor
 from .quantization import QUANTIZATIONS, quantize_llm
-from .sampling import EpochSampler
+from .sampling import EpochSampler, lengths
 from .state_store import StateStore
 from .streaming import StreamedFeatures
 from .text_to_text import TextToText
@@ -190,8 +189,7 @@ def parse_recipe(recipe: Mapping[str, Any]) -> tuple[TrainingRecipe, Seq2SeqTrai
     validation = VALIDATION_DEFAULTS if recipe.get("validation_data") else {}
     settings = {**DEFAULTS, **validation, **recipe}
     settings.setdefault("use_cpu", not torch.accelerator.is_available())  # without it, bf16 on a CPU is an error
-    if isinstance(settings.get("answer_column"), list):
-        settings["answer_column"] = ",".join(settings["answer_column"])
+    settings["answer_column"] = _names(settings.get("answer_column"))
     metric = settings.get("metric", "loss")
     if validation:
         settings.setdefault("metric_for_best_model", f"eval_{metric}")
@@ -207,6 +205,16 @@ def parse_recipe(recipe: Mapping[str, Any]) -> tuple[TrainingRecipe, Seq2SeqTrai
             raise ValueError("With streaming nobody knows how long an epoch is: say how long to train with max_steps.")
         trainers.accelerator_config.dispatch_batches = False  # batches of different lengths cannot be sent as one
     return ours, trainers
+
+
+def _names(columns: Any) -> Any:
+    """Names of columns, a list or one as a command line has it, with commas in between."""
+    if isinstance(columns, str) and columns.strip().startswith("["):
+        try:
+            columns = yaml.safe_load(columns)
+        except yaml.YAMLError:
+            raise ValueError(f"answer_column is {columns!r}, which is no list: [answer, llm_answer].") from None
+    return ",".join(map(str, columns)) if isinstance(columns, list) else columns
 
 
 def _check_keys(recipe: Mapping[str, Any]) -> None:
@@ -399,6 +407,9 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if ours.streaming and trainer.state.global_step == 0:  # of several workers, none alone knows that all have no rows
         raise ValueError(f"{ours.train_data}: no row can be used, see the warnings. Take other data.")
     report = _report(recipe, trainer, time.time() - start, checkpoint)
+    if report["steps"] == report["resumed_at_step"]:  # a finished run, repeated: the time is that of the first
+        before = _last_report(arguments)
+        report |= {name: before[name] for name in ("seconds", "resumed_at_step") if name in before}
     trained = _gathered(trainer, ours) if trainer.is_fsdp_enabled else text_to_text
     if trainer.is_world_process_zero() and trained is not None:
         with write_aside(arguments.output_dir) as folder:
@@ -512,10 +523,9 @@ def _features(
 
     def features(rows: dict[str, list[str]]) -> dict[str, list[Any]]:
         found = text_to_text.features(rows["prompt"], rows["answer"])
-        # For `train_sampling_strategy: group_by_length`: a pad in the answer costs more than one in the prompt.
         return {
             **found,
-            "length": [len(labels) for labels in found["labels"]],
+            "length": lengths(found),  # for `train_sampling_strategy: group_by_length`
             "problem": [problem or "" for problem in text_to_text.problems(found)],
         }
 
@@ -538,31 +548,13 @@ def _features(
     return pairs, dataset.remove_columns("problem")
 
 
-def _usable(
-    ours: TrainingRecipe, text_to_text: TextToText, prompts: list[str], answers: list[str]
-) -> dict[str, list[Any]]:
-    """Features of streamed pairs, without those that the model has no room for."""
-    features = text_to_text.features(prompts, answers)
-    bad = {index: problem for index, problem in enumerate(text_to_text.problems(features)) if problem}
-    if bad and not ours.skip_bad_rows:
-        index, problem = next(iter(bad.items()))
-        raise ValueError(
-            f"{ours.train_data}: a row {problem}; it begins with {prompts[index][:40]!r}. Mend such rows, or leave "
-            "them out with skip_bad_rows."
-        )
-    if bad:
-        logger.warning(
-            f"{ours.train_data}: {len(bad)} bad rows were skipped; the first of them {next(iter(bad.values()))}."
-        )
-    return {name: [row for index, row in enumerate(rows) if index not in bad] for name, rows in features.items()}
-
-
 def _stream(ours: TrainingRecipe, arguments: Seq2SeqTrainingArguments, text_to_text: TextToText) -> StreamedFeatures:
     return StreamedFeatures(
         ours.train_data,
         ours.prompt_column,
         ours.answer_columns,
-        partial(_usable, ours, text_to_text),
+        text_to_text.features,
+        text_to_text.problems,
         split=ours.train_split,
         batch_size=arguments.train_batch_size * arguments.world_size,
         buffer=ours.shuffle_buffer,
@@ -575,9 +567,14 @@ def _stream(ours: TrainingRecipe, arguments: Seq2SeqTrainingArguments, text_to_t
 
 def _finished(arguments: Seq2SeqTrainingArguments) -> dict[str, Any] | None:
     """The report of a run that has had its `max_steps`: the Trainer would take one more from its last checkpoint."""
-    file = Path(arguments.output_dir) / "training.json"
-    report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() and _is_json(file) else {}
+    report = _last_report(arguments)
     return report if report.get("steps", 0) >= arguments.max_steps > 0 else None
+
+
+def _last_report(arguments: Seq2SeqTrainingArguments) -> dict[str, Any]:
+    """The report that lies in the output folder, or an empty one."""
+    file = Path(arguments.output_dir) / "training.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() and _is_json(file) else {}
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:

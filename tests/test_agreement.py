@@ -41,10 +41,27 @@ def test_prompts_alone_will_do(models: dict[str, TextToText], tmp_path: Path) ->
     assert result["worst"] == []
 
 
+def test_references_of_some_rows_are_left_aside(
+    models: dict[str, TextToText], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [PAIRS[0] | {"answer": None}, *PAIRS[1:3]]
+    options = {"timed_answers": 0, "worst": 9, "max_new_tokens": 6}
+    result = compare(models["llm2slm"], models["llm"], write_pairs(tmp_path / "some.jsonl", rows), **options)
+    assert (result["prompts"], result["scores"], result["llm_scores"]) == (3, {}, {})
+    assert "1 of 3 rows have no text in 'answer': no references" in caplog.text
+    data = write_pairs(tmp_path / "bad.jsonl", [*rows, {"prompt": 7, "answer": "x"}, PAIRS[3]])
+    result = compare(models["llm2slm"], models["llm"], data, skip_bad_rows=True, **options)
+    numbers = {1: PROMPTS[1], 2: PROMPTS[2], 4: PROMPTS[3]}
+    assert result["prompts"] == 3
+    assert result["scores"]["bleu"] >= 0
+    assert {row["row"]: row["prompt"] for row in result["worst"]} == numbers
+
+
 def test_the_worst_come_first() -> None:
-    rows = least_agreement(["p", "q", "r"], ["ein Hund", "eine Katze", "Maus"], ["ein Hund ", "eine Ratte", "xyz"], 3)
-    assert [row["row"] for row in rows] == [2, 1]
-    assert rows[0] | {"chrf": 0.0} == {"row": 2, "prompt": "r", "answer": "Maus", "llm_answer": "xyz", "chrf": 0.0}
+    answers, expected = ["ein Hund", "eine Katze", "Maus"], ["ein Hund ", "eine Ratte", "xyz"]
+    rows = least_agreement([0, 1, 5], ["p", "q", "r"], answers, expected, 3)
+    assert [row["row"] for row in rows] == [5, 1]
+    assert rows[0] | {"chrf": 0.0} == {"row": 5, "prompt": "r", "answer": "Maus", "llm_answer": "xyz", "chrf": 0.0}
     assert 0 <= rows[0]["chrf"] < rows[1]["chrf"] < 100
 
 

@@ -72,6 +72,16 @@ def test_lines_of_text_and_other_names_will_do(llm: str, expected: list[str], tm
     assert rows_of(tmp_path / "b.jsonl")[1] == {"source": PROMPTS[1], "target": expected[1]}
 
 
+def test_what_answers_replace_is_told(
+    llm: str, data: str, expected: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ValueError, match="The prompts are in the column 'prompt'"):
+        distill(llm, data, tmp_path / "a.jsonl", column="prompt", **OPTIONS)
+    distill(llm, data, tmp_path / "a.jsonl", column="answer", **OPTIONS)
+    assert rows_of(tmp_path / "a.jsonl")[0]["answer"] == expected[0]
+    assert "in the place of the column 'answer'" in caplog.text
+
+
 @pytest.mark.parametrize("tail", [b"", b'{"prompt": "0f", "ans', '{"prompt": "0f", "answer": "ä'.encode()[:-1]])
 def test_a_killed_run_goes_on(
     llm: str, data: str, expected: list[str], tmp_path: Path, tail: bytes, monkeypatch: pytest.MonkeyPatch

@@ -16,7 +16,7 @@ from modeling_llm2slm import DataCollatorForLLM2SLM, LLM2SLMForConditionalGenera
 from modeling_llm2slm.encoding import encode
 from modeling_llm2slm.state_store import StateStore, llm_fingerprint
 from modeling_llm2slm.text_to_text import TextToText
-from modeling_llm2slm.training import TextToTextTrainer, train
+from modeling_llm2slm.training import TextToTextTrainer, parse_recipe, train
 from modeling_llm2slm.without_llm import load_without_llm
 
 
@@ -312,3 +312,14 @@ def test_references_and_answers_of_the_llm_in_one_recipe(recipe: dict[str, Any],
     assert train({**recipe, "answer_column": ["answer", "llm_answer"]})["steps"] == 4
     recipe = {**recipe, "output_dir": str(tmp_path / "one"), "validation_data": None, "metric": "loss"}
     assert train({**recipe, "answer_column": "llm_answer"})["steps"] == 2
+
+
+@pytest.mark.parametrize("names", [["answer", "llm_answer"], "[answer, llm_answer]", "answer,llm_answer"])
+def test_answer_columns_as_a_recipe_and_a_command_line_have_them(recipe: dict[str, Any], names: Any) -> None:
+    ours, _ = parse_recipe({**recipe, "answer_column": names})
+    assert ours.answer_columns == ["answer", "llm_answer"]
+
+
+def test_columns_in_brackets_that_are_left_open(recipe: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="which is no list"):
+        parse_recipe({**recipe, "answer_column": "[answer, llm_answer"})

@@ -133,6 +133,16 @@ def test_defaults_can_be_replaced() -> None:
     assert (config.r, config.lora_alpha, config.modules_to_save) == (3, 5, ["projector"])
 
 
+def test_some_layers_alone() -> None:
+    model = build_model("add")
+    with pytest.raises(ValueError, match="`layers_to_transform` needs the layers by name"):
+        lora_config(model, layers_to_transform=[0])
+    adapted = peft.get_peft_model(model, lora_config(model, layers_to_transform=[0], target_modules=["c_attn"]))
+    lora = [name for name, p in adapted.named_parameters() if p.requires_grad and ".lora_" in name]
+    assert lora
+    assert all(".decoder." in name and ".h.0." in name for name in lora)
+
+
 def test_an_encoder_decoder_slm_is_matched_too() -> None:
     """The pattern is anchored at the SLM: a T5 has a `decoder` and `q`, `v` layers inside, whichever part it is."""
     model = LLM2SLMForConditionalGeneration(LLM2SLMConfig(encoder=t5_config(), decoder=t5_config()))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import PROMPTS, write_checkpoint
+from checkpoints import PROMPTS, write_checkpoint, write_pairs
 from common import slm_tokenizer
 from modeling_llm2slm import planning
 from modeling_llm2slm.planning import Candidate, plan, recommend
@@ -24,7 +24,9 @@ def test_a_plan_has_everything_a_user_asks_for(llm: str, tmp_path: Path, monkeyp
     pytest.importorskip("modeling_llm2slm.configuration", reason="presets are found in an installed package only")
     (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS, PROMPTS[0]]) + "\n")
     slm_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    monkeypatch.setattr(TextToText, "generate", lambda self, prompts, *_, **__: ["out1 out2 out3 out4"] * len(prompts))
+    large = TextToText.from_pretrained(llm)
+    answer = large.features([PROMPTS[0]], ["src1 src2 src3 src4"])["labels"][0]
+    monkeypatch.setattr(TextToText, "generate_tokens", lambda self, prompts, *_, **__: [answer] * len(prompts))
     steps: list[str] = []
     result = plan(
         llm, tmp_path / "prompts.txt", presets=["tiny"], slm_tokenizers={"tiny": str(tmp_path / "tokenizer")},
@@ -51,8 +53,37 @@ def test_without_the_slms_tokenizer_the_llms_count_stands_for_it(llm: str, tmp_p
     result = plan(llm, tmp_path / "prompts.txt", presets=["tiny"], batch_size=1, max_new_tokens=4)
     assert result["candidates"][0]["tokens_assumed"]
     assert result["candidates"][0]["answer_tokens"] == result["answer_tokens"]
+    assert result["answer_tokens"] <= 4
     with pytest.raises(ValueError, match="no preset 'huge'"):
         plan(llm, tmp_path / "prompts.txt", presets=["huge"], max_new_tokens=4)
+
+
+def test_prompts_that_are_too_long_are_counted_and_not_timed(llm: str, tmp_path: Path) -> None:
+    pytest.importorskip("modeling_llm2slm.configuration", reason="presets are found in an installed package only")
+    long = " ".join(PROMPTS * 20)
+    data, options = tmp_path / "p.jsonl", {"presets": ["tiny"], "batch_size": 1, "max_new_tokens": 4}
+    write_pairs(data, [{"prompt": long}, {"prompt": PROMPTS[0]}, {"prompt": 7}])
+    with pytest.raises(ValueError, match="prompt of row 2 is 7.*skip_bad_rows"):
+        plan(llm, data, **options)
+    result = plan(llm, data, skip_bad_rows=True, timed_prompts=2, **options)
+    assert (result["prompts"], result["candidates"][0]["too_long"]) == (2, 1)
+    assert plan(llm, data, skip_bad_rows=True, prompt_max_length=9, **options)["candidates"][0]["too_long"] == 0
+    (tmp_path / "long.txt").write_text(long + "\n")
+    with pytest.raises(ValueError, match="tiny has positions for none of the prompts.*prompt_max_length"):
+        plan(llm, tmp_path / "long.txt", **options)
+
+
+def test_what_cannot_be_planned_is_refused(llm: str, tmp_path: Path) -> None:
+    pytest.importorskip("modeling_llm2slm.configuration", reason="presets are found in an installed package only")
+    data = write_pairs(tmp_path / "p.jsonl")
+    with pytest.raises(ValueError, match="is an LLM-to-SLM model"):
+        plan(write_checkpoint("llm2slm", tmp_path / "composite"), data, presets=["tiny"])
+    with pytest.raises(ValueError, match="is decoder-only"):
+        plan(write_checkpoint("slm", tmp_path / "slm"), data, presets=["tiny"])
+    with pytest.raises(ValueError, match="a tokenizer for tyni, which is none of the presets tiny"):
+        plan(llm, data, presets=["tiny"], slm_tokenizers={"tyni": "x"})
+    with pytest.raises(OSError, match="no/such/folder cannot be loaded"):
+        plan(llm, data, presets=["tiny"], slm_tokenizers={"tiny": "no/such/folder"})
 
 
 @pytest.mark.parametrize(
@@ -67,7 +98,7 @@ def test_without_the_slms_tokenizer_the_llms_count_stands_for_it(llm: str, tmp_p
 def test_the_largest_slm_that_is_fast_enough(
     speed_ups: tuple[float, float], recommended: str | None, words: str
 ) -> None:
-    row = Candidate("large", 100, 1.0, 1.0, speed_ups[0], 1, False, 1, 1, 1.0, 1.0, 1.0)
+    row = Candidate("large", 100, 1.0, 1.0, speed_ups[0], 1, False, 1, 1, 1.0, 1.0, 1.0, 0)
     name, sentence = recommend([row, replace(row, name="small", slm_parameters=10, speed_up=speed_ups[1])])
     assert name == recommended
     assert words in sentence

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modeling_llm2slm.sampling import EpochSampler, grouped_order, seeded
+from modeling_llm2slm.sampling import EpochSampler, grouped_order, lengths, seeded
 
 
 LENGTHS = torch.randint(1, 100, (1003,), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("lengths", [None, LENGTHS])
-def test_every_row_comes_once_and_epochs_differ(lengths: torch.Tensor | None) -> None:
-    sampler = EpochSampler(len(LENGTHS), 5, lengths, batch_size=8)
+@pytest.mark.parametrize("given", [None, LENGTHS])
+def test_every_row_comes_once_and_epochs_differ(given: torch.Tensor | None) -> None:
+    sampler = EpochSampler(len(LENGTHS), 5, given, batch_size=8)
     orders = []
     for epoch in range(3):
         sampler.set_epoch(epoch)
@@ -23,7 +23,14 @@ def test_every_row_comes_once_and_epochs_differ(lengths: torch.Tensor | None) ->
     sampler.set_epoch(1)
     torch.manual_seed(99)
     assert list(sampler) == orders[1]  # whatever else has drawn
-    assert list(EpochSampler(len(LENGTHS), 6, lengths, batch_size=8)) != orders[0]
+    assert list(EpochSampler(len(LENGTHS), 6, given, batch_size=8)) != orders[0]
+
+
+def test_prompts_and_answers_count() -> None:
+    """Long prompts with short answers, as in a summary: batches of similar answers alone would be mostly padding."""
+    prompts, answers = LENGTHS * 5, torch.randint(5, 15, LENGTHS.shape, generator=seeded(2))
+    features = {name: [[0] * int(n) for n in each] for name, each in (("input_ids", prompts), ("labels", answers))}
+    assert lengths(features) == (prompts + answers).tolist()
 
 
 def test_batches_are_of_similar_length_and_in_no_order_of_length() -> None:

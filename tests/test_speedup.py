@@ -125,6 +125,44 @@ def test_other_settings_want_another_folder(settings: SpeedupSettings, tmp_path:
     Speedup(settings, tmp_path).distill()
     with pytest.raises(ValueError, match=r"begun with another num_beams \(1\)"):
         Speedup(replace(settings, num_beams=3), tmp_path)
+    recipe = {**settings.recipe, "learning_rate": 1e-3}
+    changed = Speedup(replace(settings, fusion="replace", recipe=recipe), tmp_path)  # nothing was built or trained yet
+    changed.distill()
+    changed.build()
+    with pytest.raises(ValueError, match=r"begun with another fusion \('replace'\)"):
+        Speedup(settings, tmp_path)
+    changed.encode()
+    with pytest.raises(ValueError, match=r"begun with another prompt_max_length \(None\)"):
+        Speedup(replace(changed.settings, recipe={**recipe, "prompt_max_length": 3}), tmp_path)
+    changed.train()
+    with pytest.raises(ValueError, match="begun with another recipe"):
+        Speedup(replace(settings, fusion="replace"), tmp_path)
+    Speedup(replace(changed.settings, recipe={**recipe, "skip_bad_rows": True}), tmp_path).run()
+
+
+def test_prompts_without_room_are_found_before_any_work(
+    settings: SpeedupSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [" ".join(words) for words in WORDS]
+    (tmp_path / "long.txt").write_text("\n".join([*texts[:2], " ".join(texts * 9), *texts[2:]]) + "\n")
+    long = replace(settings, prompts=str(tmp_path / "long.txt"))
+    with monkeypatch.context() as context:
+        context.setattr(speedup, "distill", None)
+        with pytest.raises(ValueError, match=r"row 2: The prompt has .* positions.*skip_bad_rows"):
+            Speedup(long, tmp_path / "out").run()
+        (tmp_path / "all.txt").write_text(" ".join(texts * 9) + "\n")
+        with pytest.raises(ValueError, match="no row can be used; row 0: The prompt has"):
+            Speedup(replace(long, prompts=str(tmp_path / "all.txt")), tmp_path / "out").run()
+    for name, fix in (("skipped", {"skip_bad_rows": True}), ("cut", {"prompt_max_length": 8})):
+        result = Speedup(replace(long, recipe={**settings.recipe, **fix}), tmp_path / name).run()
+        assert result["prompts"] > 0
+
+
+def test_references_of_some_prompts_do_no_harm(settings: SpeedupSettings, tmp_path: Path) -> None:
+    rows = [{"prompt": " ".join(words), "answer": None if len(words) % 2 else "x"} for words in WORDS]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = Speedup(replace(settings, prompts=str(tmp_path / "some.jsonl")), tmp_path / "out").run()
+    assert result["agreement"]
 
 
 def test_two_prompts_cannot_be_split(settings: SpeedupSettings, tmp_path: Path) -> None:

@@ -18,12 +18,17 @@ BAD_LINES = ['{"prompt": "src1", "answer": null}', '{"prompt": "src1"', '{"promp
 
 
 def features(prompts: list[str], answers: list[str]) -> dict[str, list[Any]]:
-    return {"prompts": prompts, "labels": [answer.split() for answer in answers]}
+    words = [[text.split() for text in texts] for texts in (prompts, answers)]
+    return {"prompts": prompts, "input_ids": words[0], "labels": words[1]}
+
+
+def no_problems(features: dict[str, list[Any]]) -> list[str | None]:
+    return [None] * len(features["labels"])
 
 
 def make_stream(data: str, **overrides: Any) -> StreamedFeatures:
     values: dict[str, Any] = {"batch_size": 2, "buffer": 4} | overrides
-    return StreamedFeatures(data, "prompt", ["answer"], features, **values)
+    return StreamedFeatures(data, "prompt", ["answer"], features, no_problems, **values)
 
 
 def take(stream: StreamedFeatures, count: int) -> list[str]:
@@ -60,9 +65,40 @@ def test_a_pass_without_a_row_that_can_be_used_is_an_error(tmp_path: Path, lines
     """Rows without texts, and rows that the model has no room for."""
     (tmp_path / "p.jsonl").write_text("\n".join(lines) + "\n")
     stream = make_stream(str(tmp_path / "p.jsonl"), skip_bad_rows=True)
-    stream.features = lambda prompts, answers: {"prompts": [], "labels": []}
+    stream.problems = lambda features: ["is too long"] * len(features["labels"])
     with pytest.raises(ValueError, match="no row can be used"):
         take(stream, 1)
+
+
+SURROGATE = '{"prompt": "\\ud83d", "answer": "x"}'
+
+
+def test_what_is_left_out_is_told_once_with_its_number(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    good = [json.dumps(pair) for pair in PAIRS]
+    (tmp_path / "p.jsonl").write_text("\n".join([BAD_LINES[0], *good[:3], SURROGATE, *good[3:]]) + "\n")
+    stream = make_stream(str(tmp_path / "p.jsonl"), buffer=100, skip_bad_rows=True)
+    stream.problems = lambda features: ["is too long" if text == PROMPTS[3] else None for text in features["prompts"]]
+    taken = take(stream, 3 * (len(PAIRS) - 1))
+    assert set(taken) == set(PROMPTS) - {PROMPTS[3]}
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'p.jsonl'}: 3 bad rows were skipped: 0, 4, 5."
+    ]
+    stream.skip_bad_rows = False
+    with pytest.raises(ValueError, match="the answer of row 0 is None, not a text"):
+        take(stream, 1)
+    (tmp_path / "p.jsonl").write_text("\n".join([*good[:3], *good[3:]]) + "\n")
+    with pytest.raises(ValueError, match="row 3 is too long.*skip_bad_rows"):
+        take(stream, 1)
+
+
+def test_workers_tell_of_each_row_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    good = [json.dumps(pair) for pair in PAIRS]
+    (tmp_path / "p.jsonl").write_text("\n".join([*BAD_LINES[:1], *good]) + "\n")
+    stream = make_stream(str(tmp_path / "p.jsonl"), skip_bad_rows=True)
+    loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=2)
+    for _ in zip(loader, range(3 * len(PAIRS)), strict=False):
+        pass
+    assert capfd.readouterr().err.count("1 bad rows were skipped: 0") <= 1
 
 
 def test_what_is_wrong_is_said_before_or_with_its_number(tmp_path: Path) -> None:

@@ -341,6 +341,13 @@ def test_a_lean_model_is_trained_on_request(recipe, checkpoints):
     assert all(torch.equal(tensor, trained[name]) for name, tensor in start.items())
 
 
+def test_a_repeated_run_keeps_the_time_of_the_first(recipe):
+    first = train({**recipe, "num_train_epochs": 1})
+    again = train({**recipe, "num_train_epochs": 1})
+    assert (again["seconds"], again["resumed_at_step"]) == (first["seconds"], None)
+    assert train({**recipe, "num_train_epochs": 2})["resumed_at_step"] == first["steps"]
+
+
 def test_a_finished_run_is_not_trained_further(recipe):
     """From a checkpoint at `max_steps` the Trainer would take one step more, each time."""
     first = train({**recipe, "max_steps": 2})
