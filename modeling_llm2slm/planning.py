@@ -160,11 +160,12 @@ def plan(
             )
         )
     recommended, recommendation = recommend(candidates)
+    stored = sum(dict(zip(prompts, lengths, strict=True)).values())  # equal prompts once
     return {
         "prompts": len(prompts),
         "prompt_tokens": statistics.mean(lengths),
         "answer_tokens": statistics.mean(map(len, tokens)),
-        "store_bytes": _store_bytes(large, prompts),
+        "store_bytes": stored * llm_sizes(large.model.config).hidden_size * 2,
         "candidates": [asdict(candidate) for candidate in candidates],
         "recommended": recommended,
         "recommendation": recommendation,
@@ -304,8 +305,3 @@ def _tokenizer(given: str | None, default: str | None) -> PreTrainedTokenizerBas
 def _count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     """Tokens of an answer, its end token included."""
     return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) + 1
-
-
-def _store_bytes(large: TextToText, prompts: list[str]) -> int:
-    unique = list(dict.fromkeys(prompts))
-    return sum(map(len, large.features(unique)["input_ids"])) * llm_sizes(large.model.config).hidden_size * 2

@@ -199,7 +199,7 @@ class Speedup:
                 progress=lambda done, total: self.progress("distill", done, total),
             )  # fmt: skip
         if not all((self.output / f"{split}.jsonl").is_file() for split in SPLITS):
-            self._split(list(parse_lines(distilled, None)))
+            self._split(distilled)
         write_json(self.output / "speedup.json", self._kept())
 
     def _check_prompts(self) -> None:
@@ -224,18 +224,21 @@ class Speedup:
         if bad:
             tell_bad_rows(settings.prompts, bad, self.recipe.skip_bad_rows)
 
-    def _split(self, rows: list[dict[str, Any]]) -> None:
+    def _split(self, distilled: Path) -> None:
         column = self.settings.prompt_column
-        texts = sorted({row[column] for row in rows}, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
+        texts = sorted({row[column] for row in parse_lines(distilled, None)}, key=_hash)
         if len(texts) < 3:
             raise ValueError(f"{self.settings.prompts} has {len(texts)} different prompts; 3 are the least to split.")
         held_out = max(min(self.settings.held_out, len(texts) // 10), 1)
         place = {text: "validation" if at < held_out else "test" for at, text in enumerate(texts[: 2 * held_out])}
         for split in SPLITS:
-            kept = [{**row, "prompt": row[column]} for row in rows if place.get(row[column], "train") == split]
-            with write_aside(self.output / f"{split}.jsonl") as temporary:
-                lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in kept]
-                temporary.write_text("".join(lines), encoding="utf-8")
+            with (
+                write_aside(self.output / f"{split}.jsonl") as temporary,
+                temporary.open("w", encoding="utf-8") as file,
+            ):
+                for row in parse_lines(distilled, None):
+                    if place.get(row[column], "train") == split:
+                        file.write(json.dumps({**row, "prompt": row[column]}, ensure_ascii=False) + "\n")
 
     def build(self) -> None:
         """Puts the LLM's encoder and the SLM together."""
@@ -293,6 +296,10 @@ class Speedup:
             max_new_tokens=self.settings.max_new_tokens,
         )  # fmt: skip
         write_json(evaluation, result)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _command(*words: str, **options: Any) -> str:
