@@ -12,6 +12,7 @@ chosen on the validation split; a trained model answers the test split once, int
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import signal
 import subprocess
@@ -159,8 +160,8 @@ class Experiment:
         if "build" in row:
             if not (folder / "start").exists():
                 start = self._build(job.pair, row["build"], job.seed)
-                if "decoder_layers" in row:
-                    keep_decoder_layers(start.model, row["decoder_layers"])
+                if {"encoder_layers", "decoder_layers"} & set(row):
+                    choose_layers(start.model, row.get("encoder_layers"), row.get("decoder_layers"))
                 with write_aside(folder / "start") as aside:
                     start.save_pretrained(aside)
             if not (folder / "model" / "training.json").is_file():
@@ -194,12 +195,27 @@ class Experiment:
         return CTranslate2TextToText(self.model(pair, row["ctranslate2"]), self.runs / pair / name / "model")
 
 
-def keep_decoder_layers(t5: Any, kept: list[int]) -> None:
-    """Removes all other layers of a T5's decoder; the first has to stay, as it has the distances for all."""
-    t5.decoder.block = nn.ModuleList(t5.decoder.block[layer] for layer in kept)
-    for index, block in enumerate(t5.decoder.block):
-        block.layer[0].SelfAttention.layer_idx = block.layer[1].EncDecAttention.layer_idx = index
-    t5.config.num_decoder_layers = t5.decoder.config.num_layers = len(kept)
+def choose_layers(t5: Any, encoder: list[int] | None = None, decoder: list[int] | None = None) -> None:
+    """
+    Makes a T5 of some of its layers: fewer to be faster, or each several times as a start for a deeper one (Gong et
+    al., 2019). The first layer has the distances for all, so it has to come first.
+    """
+    for stack, chosen in ((t5.encoder, encoder), (t5.decoder, decoder)):
+        if chosen is None:
+            continue
+        stack.block = nn.ModuleList(copy.deepcopy(stack.block[layer]) for layer in chosen)
+        for index, block in enumerate(stack.block):
+            attentions = [block.layer[0].SelfAttention]
+            if index and attentions[0].has_relative_attention_bias:
+                attentions[0].has_relative_attention_bias = False
+                del attentions[0].relative_attention_bias
+            if stack.is_decoder:
+                attentions.append(block.layer[1].EncDecAttention)
+            for attention in attentions:
+                attention.layer_idx = index
+        stack.config.num_layers = len(chosen)
+    t5.config.num_layers = t5.encoder.config.num_layers
+    t5.config.num_decoder_layers = t5.decoder.config.num_layers
 
 
 class CTranslate2TextToText:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from datasets import Dataset
 
 from checkpoints import PAIRS, PROMPTS, write_pairs
@@ -53,10 +54,26 @@ def test_every_format_streams(tmp_path: Path, suffix: str) -> None:
     assert sorted(take(make_stream(str(path)), len(PAIRS))) == sorted(PROMPTS)
 
 
-def test_workers_share_the_rows(tmp_path: Path) -> None:
+@pytest.fixture
+def of_worker(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Makes this process the given one of two workers; a training with workers of its own is in test_fine_tuning."""
+
+    def be(number: int) -> None:
+        worker = SimpleNamespace(id=number, num_workers=2)
+        monkeypatch.setattr("modeling_llm2slm.streaming.get_worker_info", lambda: worker)
+
+    return be
+
+
+def test_workers_share_the_rows(tmp_path: Path, of_worker: Callable[[int], None]) -> None:
     stream = make_stream(write_pairs(tmp_path / "p.jsonl"))
-    loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=2)
-    rows = [row["prompts"] for row, _ in zip(loader, range(len(PAIRS)), strict=False)]
+    rows = []
+    for number in range(2):
+        of_worker(number)
+        taken = take(stream, len(PAIRS))
+        share = len(PAIRS) // 2
+        assert sorted(taken[:share]) == sorted(taken[share:])
+        rows += taken[:share]
     assert sorted(rows) == sorted(PROMPTS)
 
 
@@ -91,14 +108,18 @@ def test_what_is_left_out_is_told_once_with_its_number(tmp_path: Path, caplog: p
         take(stream, 1)
 
 
-def test_workers_tell_of_each_row_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_workers_tell_of_each_row_once(
+    tmp_path: Path, of_worker: Callable[[int], None], caplog: pytest.LogCaptureFixture
+) -> None:
     good = [json.dumps(pair) for pair in PAIRS]
     (tmp_path / "p.jsonl").write_text("\n".join([*BAD_LINES[:1], *good]) + "\n")
     stream = make_stream(str(tmp_path / "p.jsonl"), skip_bad_rows=True)
-    loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=2)
-    for _ in zip(loader, range(3 * len(PAIRS)), strict=False):
-        pass
-    assert capfd.readouterr().err.count("1 bad rows were skipped: 0") <= 1
+    for number in range(2):
+        of_worker(number)
+        take(stream, 3 * len(PAIRS))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'p.jsonl'}: 1 bad rows were skipped: 0."
+    ]
 
 
 def test_what_is_wrong_is_said_before_or_with_its_number(tmp_path: Path) -> None:
