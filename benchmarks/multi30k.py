@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import os
 import signal
 import subprocess
@@ -33,6 +34,7 @@ from modeling_llm2slm.building import build
 from modeling_llm2slm.data import load_pairs, train_tokenizer, write_aside, write_json
 from modeling_llm2slm.distillation import distill
 from modeling_llm2slm.encoding import encode
+from modeling_llm2slm.state_store import is_complete
 from modeling_llm2slm.text_to_text import TextToText
 from modeling_llm2slm.training import train
 
@@ -112,13 +114,41 @@ class Experiment:
         return self.data / pair / REFERENCES[name]
 
     def is_done(self, job: Job) -> bool:
-        folder = self.runs / job.pair / job.name
-        last = {"tokenizer": "tokenizer.json", "states": "store.json", "distilled": "train.jsonl"}
+        """Whether what a job makes is there; `ValueError` if it was begun by other settings."""
+        folder, made_by = self.runs / job.pair / job.name, self._made_by(job)
+        if made_by.is_file() and json.loads(made_by.read_text(encoding="utf-8")) != self._settings(job):
+            raise ValueError(
+                f"{folder} was begun by another version of the experiment. Remove it and {made_by}, or name another "
+                "folder with --runs."
+            )
+        if job.name == "states":
+            return is_complete(folder)
+        last = {"tokenizer": "tokenizer.json", "distilled": "train.jsonl"}
         return (folder / last.get(job.name, "answers.json")).is_file()
+
+    def _made_by(self, job: Job) -> Path:
+        return self.runs / job.pair / "made-by" / f"{job.name}.json"
+
+    def _settings(self, job: Job) -> dict[str, Any]:
+        """All that decides what a job makes, but the data and the code."""
+        row, recipes, models = job.row or {}, self.settings["recipes"], self.settings["models"]
+        needed = [other for other in self.jobs if other.pair == job.pair and other.name in job.needs]
+        names = ["vocabulary", "max_new_tokens", *(["distilled"] if job.name == "distilled" else [])]
+        return {
+            **{name: self.settings[name] for name in names},
+            "row": {name: value for name, value in row.items() if name != "seeds"},
+            "seed": job.seed,
+            "recipe": {**recipes["all"], **recipes[row["recipe"]]} if "recipe" in row else {},
+            "models": {part: models[part] for part in row.get("build", {}).values() if part in models},
+            "needs": {other.name: self._settings(other) for other in needed},
+        }
 
     def do(self, job: Job) -> None:
         """Does a job."""
-        folder = self.runs / job.pair
+        folder, made_by = self.runs / job.pair, self._made_by(job)
+        if not self.is_done(job) and not made_by.is_file():
+            made_by.parent.mkdir(parents=True, exist_ok=True)
+            write_json(made_by, self._settings(job))
         if job.row is not None:
             self._do_row(job, job.row, folder / job.name)
         elif job.name == "tokenizer":
@@ -281,6 +311,7 @@ def run(experiment: Experiment, arguments: argparse.Namespace) -> bool:
     finally:
         for process, _ in running.values():
             os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
     for job in waiting:
         print(f"{job.key}: not begun, as it needs {', '.join(_missing(experiment, job))}", flush=True)
     return not failed and not waiting
@@ -327,7 +358,8 @@ def main() -> None:
         if key not in keys:
             raise SystemExit(f"There is no job {key}; there are {', '.join(keys)}.")
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    for stop in (signal.SIGTERM, signal.SIGHUP):  # the terminal that is closed stops the jobs as well
+        signal.signal(stop, lambda *_: sys.exit("stopped"))
     if arguments.job:
         experiment.do(keys[arguments.job])
     elif not arguments.report and not run(experiment, arguments):

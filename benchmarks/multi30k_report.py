@@ -28,7 +28,8 @@ OUTPUT = ROOT / "docs" / "results" / "multi30k.json"
 PLOTS = ROOT / "docs" / "plots"
 RESAMPLES = 1000
 ROUNDS, PROMPTS_ALONE, PROMPTS_IN_BATCHES, BATCH = 3, 50, 320, 32
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # the 97.5th percentile, by the number of values
+# The 97.5th percentile, by the number of values.
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 def report(experiment: Experiment, output: Path = OUTPUT, plots: Path = PLOTS) -> dict[str, Any]:
@@ -51,6 +52,8 @@ def report(experiment: Experiment, output: Path = OUTPUT, plots: Path = PLOTS) -
         print(table(pair, found), flush=True)
         plot(pair, found, plots)
         plot_training(pair, found, plots)
+    if not result["pairs"]:
+        raise SystemExit(f"No LLM is done in {experiment.runs}. Name the folder of the experiment with --runs.")
     write_json(output, result)
     return result
 
@@ -94,7 +97,9 @@ def sentence_counts(answers: Sequence[str], references: Sequence[str]) -> np.nda
 def bleu_of(counts: np.ndarray) -> float:
     """BLEU of a corpus, from the counts of its sentences."""
     matches, totals, (length, reference) = np.split(counts.sum(0), [4, 8])
-    return BLEU.compute_bleu(list(map(int, matches)), list(map(int, totals)), int(length), int(reference)).score
+    return BLEU.compute_bleu(
+        list(map(int, matches)), list(map(int, totals)), int(length), int(reference), smooth_method="exp"
+    ).score
 
 
 def bootstrap(counts: dict[str, np.ndarray], baseline: str, samples: int = RESAMPLES) -> dict[str, dict[str, Any]]:
@@ -128,7 +133,8 @@ def _best(jobs: list[Job], rows: dict[str, Any], counts: dict[str, np.ndarray]) 
     """Of LLM-to-SLM and of the SLM alone, the row with most BLEU on the validation split; what lies between them."""
     built = {job.name: job.row["build"] for job in jobs if job.seed == 0 and job.row and "build" in job.row}
     composites = [name for name, parts in built.items() if {"llm", "slm"} <= parts.keys()]
-    alone = [name for name, parts in built.items() if "llm" not in (name, *parts.values())]
+    llms = {parts.get("llm") for parts in built.values()}
+    alone = [name for name, parts in built.items() if "llm" not in parts.values() and name not in llms]
     if not composites or not alone:
         return {}
     best, other = (max(names, key=lambda name: rows[name]["training"]["best_metric"]) for names in (composites, alone))

@@ -141,7 +141,7 @@ def plan(
         progress(f"measuring {preset}")
         tokenizer = tokenizers[preset]
         counts = [
-            len(ids) if tokenizer is None else _count(tokenizer, answer)
+            min(len(ids) if tokenizer is None else _count(tokenizer, answer), max_new_tokens)
             for ids, answer in zip(tokens, answers, strict=True)
         ]
         costs = _measure(llm, configs[preset], sample, counts, usual_length, batch_size, device)

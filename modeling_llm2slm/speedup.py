@@ -21,9 +21,9 @@ from .data import ROW, load_rows, parse_lines, tell_bad_rows, write_aside, write
 from .distillation import distill
 from .encoding import encode
 from .model_card_llm2slm import without_tokens
-from .state_store import StateStore
+from .state_store import is_complete
 from .text_to_text import TextToText, load
-from .training import load_recipe, parse_recipe, train
+from .training import last_checkpoint, load_recipe, parse_recipe, train
 
 
 SPLITS = ("train", "validation", "test")
@@ -127,14 +127,16 @@ class Speedup:
         return json.loads(json.dumps({**asdict(self.settings), "recipe": without_tokens(self.settings.recipe)}))
 
     def _fixed(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of some settings that a stage which is done went by. A recipe's `skip_bad_rows` may always change."""
+        """
+        Those of some settings that a stage which is done, or a training that has begun, went by. A recipe's
+        `skip_bad_rows` may always change.
+        """
         recipe = {name: value for name, value in settings["recipe"].items() if name != "skip_bad_rows"}
         fixed = {name: settings[name] for name in _OF_DISTILLING}
         if (self.output / "start" / "config.json").is_file():
             fixed |= {name: settings[name] for name in _OF_BUILDING}
-        if _is_complete(self.output / "states"):
-            fixed["prompt_max_length"] = recipe.get("prompt_max_length")
-        if (self.output / "model" / "training.json").is_file():
+        fixed["prompt_max_length"] = recipe.get("prompt_max_length")
+        if (self.output / "model" / "training.json").is_file() or last_checkpoint(self.output / "model"):
             fixed["recipe"] = recipe
         return fixed
 
@@ -198,6 +200,7 @@ class Speedup:
                 max_new_tokens=settings.max_new_tokens, **self._data_options(),
                 progress=lambda done, total: self.progress("distill", done, total),
             )  # fmt: skip
+            write_json(self.output / "speedup.json", self._kept())
         if not all((self.output / f"{split}.jsonl").is_file() for split in SPLITS):
             self._split(distilled)
         write_json(self.output / "speedup.json", self._kept())
@@ -255,7 +258,7 @@ class Speedup:
     def encode(self) -> None:
         """Stores the LLM's states of the prompts that are trained and validated on."""
         data, states = [self.output / "train.jsonl", self.output / "validation.jsonl"], self.output / "states"
-        if not _is_complete(states):
+        if not is_complete(states):
             encode(
                 self.output / "start", data, states, batch_size=self.settings.batch_size, device=self.device,
                 progress=lambda done, total: self.progress("encode", done, total), **self._data_options(),
@@ -309,11 +312,3 @@ def _command(*words: str, **options: Any) -> str:
         if value is not None and value is not False:
             line += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
     return shlex.join(line)
-
-
-def _is_complete(states: Path) -> bool:
-    try:
-        StateStore(states)
-    except (OSError, ValueError):
-        return False
-    return True

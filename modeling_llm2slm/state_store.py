@@ -382,3 +382,12 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         backend.no_truncation()
         content += backend.to_str()
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def is_complete(folder: str | Path) -> bool:
+    """Whether a folder is a store that has all its states; one that is being written, or was left half-way, is not."""
+    try:
+        StateStore(folder)
+    except (OSError, ValueError):
+        return False
+    return True

@@ -41,6 +41,9 @@ from .text_to_text import TextToText
 from .without_llm import with_llm
 
 
+FEATURES_VERSION = 2  # of what is kept on disk: another one for other features of the same pairs
+
+
 @dataclass
 class TrainingRecipe:
     """
@@ -414,6 +417,7 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if trainer.is_world_process_zero() and trained is not None:
         with write_aside(arguments.output_dir) as folder:
             whole = _whole(ours, trained, folder)
+            report["parameters"]["total"] = whole.parameters()["total"]  # with the LLM that stored states stood for
             whole.model.config.use_cache = use_cache  # the Trainer turns it off
             if composite and not ours.include_llm:
                 _place_llm(whole.model, ours)
@@ -535,7 +539,7 @@ def _features(
         batch_size=ROWS_AT_ONCE,
         remove_columns=pairs.column_names,
         num_proc=ours.preprocessing_num_workers,
-        new_fingerprint=Hasher.hash([pairs._fingerprint, text_to_text.fingerprint()]),
+        new_fingerprint=Hasher.hash([pairs._fingerprint, text_to_text.fingerprint(), FEATURES_VERSION]),
     )
     problems = {index: problem for index, problem in enumerate(dataset["problem"]) if problem}
     if problems:

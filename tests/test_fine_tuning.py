@@ -77,7 +77,8 @@ class TestStoredStates:
         ]
         assert evaluated[1] == pytest.approx(evaluated[0], rel=tolerance)
         assert without["best_metric"] == pytest.approx(with_llm["best_metric"], abs=5)
-        # The whole model is there again, with the LLM that it began with.
+        # The whole model is there again, with the LLM that it began with, and its size is told.
+        assert without["parameters"] == with_llm["parameters"]
         assert not [name for name in moved(recipe["output_dir"], recipe["model"]) if name.startswith("encoder.llm.")]
         assert llm_fingerprint(recipe["output_dir"]) == llm_fingerprint(recipe["model"])
         trained = TextToText.from_pretrained(recipe["output_dir"])

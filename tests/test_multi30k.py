@@ -17,8 +17,9 @@ from transformers import AutoConfig, T5ForConditionalGeneration
 
 from benchmarks import multi30k, multi30k_report
 from benchmarks.multi30k import Experiment, Job, choose_layers
-from checkpoints import PAIRS
+from checkpoints import PAIRS, write_checkpoint, write_pairs
 from common import t5_config
+from modeling_llm2slm.encoding import encode
 from modeling_llm2slm.training import parse_recipe
 
 
@@ -63,7 +64,42 @@ def test_what_has_failed_is_told_and_nothing_that_needs_it_begins(
     assert sorted(started) == ["en-de/tokenizer", "en-fr/tokenizer"]
     printed = capsys.readouterr().out
     assert "en-de/tokenizer: FAILED" in printed
-    assert "en-de/llm: not begun, as it needs en-de/tokenizer\n" in printed
+    assert "en-de/llm-shallow: not begun, as it needs en-de/tokenizer\n" in printed
+
+
+def test_states_that_are_being_written_are_not_done(experiment: Experiment, tmp_path: Path) -> None:
+    job = next(job for job in experiment.jobs if job.name == "states")
+    llm = next(other for other in experiment.jobs if other.key == f"{job.pair}/llm")
+    folder = experiment.runs / job.pair / "states"
+    folder.mkdir(parents=True)
+    checkpoint = write_checkpoint("llm2slm", tmp_path / "checkpoint")
+    prompts = write_pairs(tmp_path / "pairs.jsonl")
+    encode(checkpoint, [prompts], folder, "prompt")
+    assert experiment.is_done(job)
+    for shard in folder.glob("*.safetensors"):
+        shard.unlink()
+    assert not experiment.is_done(job)
+    assert not experiment.is_done(llm)
+
+
+def test_what_other_settings_have_made_is_no_part(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = {job.key: job for job in experiment.jobs}
+    monkeypatch.setattr(Experiment, "_do_row", lambda *_: None)
+    experiment.do(jobs["en-de/llm"])
+    experiment.do(jobs["en-de/t5-add"])
+    again = Experiment(experiment.data, experiment.runs)
+    assert not again.is_done(jobs["en-de/t5-add"])
+    again.settings["recipes"]["llm"]["learning_rate"] = 1.0
+    for name in ("llm", "t5-add"):  # which reads the LLM
+        with pytest.raises(ValueError, match=f"{name} was begun by another version.*Remove it.*--runs"):
+            again.is_done(jobs[f"en-de/{name}"])
+    assert not again.is_done(jobs["en-de/t5"])
+
+
+def test_a_report_of_nothing_writes_nothing(experiment: Experiment, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="No LLM is done in .*--runs"):
+        multi30k_report.report(experiment, tmp_path / "result.json", tmp_path / "plots")
+    assert not (tmp_path / "result.json").exists()
 
 
 @pytest.mark.parametrize("failing", [True, False])
@@ -115,6 +151,9 @@ REFERENCES = [
 def test_bleu_from_counts_is_sacrebleus() -> None:
     counts = multi30k_report.sentence_counts(ANSWERS, REFERENCES)
     assert multi30k_report.bleu_of(counts) == pytest.approx(BLEU().corpus_score(ANSWERS, [REFERENCES]).score)
+    few = (ANSWERS[:1], REFERENCES[:1])  # without a match of four words
+    score = multi30k_report.bleu_of(multi30k_report.sentence_counts(*few))
+    assert score == pytest.approx(BLEU().corpus_score(few[0], [few[1]]).score)
 
 
 def test_paired_intervals() -> None:
@@ -149,7 +188,13 @@ TINY: dict[str, Any] = {
     },
     "rows": {
         "xx-yy": {
-            "llm": {"build": {"llm": "t5"}, "recipe": "all"},
+            "shallow": {"build": {"llm": "t5"}, "recipe": "all"},
+            "llm": {
+                "build": {"llm": "shallow"},
+                "encoder_layers": [0, 1, 1],
+                "decoder_layers": [0, 1, 1],
+                "recipe": "all",
+            },
             "add": {"build": {"llm": "llm", "slm": "t5"}, "recipe": "all", "answers": "distilled", "seeds": 2},
             "alone": {"build": {"llm": "t5"}, "recipe": "all"},
             "cut": {"build": {"llm": "llm"}, "decoder_layers": [0], "recipe": "all"},
@@ -173,16 +218,19 @@ def test_the_whole_at_a_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert experiment.is_done(job)
     assert (tmp_path / "runs" / "xx-yy" / "states" / "store.json").is_file()
     perfect = [row["target"] for row in rows]  # what is trained for a step has a BLEU of 0
-    (tmp_path / "runs" / "xx-yy" / "llm" / "answers.json").write_text(json.dumps({"1": perfect, "4": perfect}))
+    half = [answer if at % 2 else "nothing" for at, answer in enumerate(perfect)]
+    for name, answers in (("llm", perfect), ("add", half)):
+        (tmp_path / "runs" / "xx-yy" / name / "answers.json").write_text(json.dumps({"1": answers, "4": answers}))
     result = multi30k_report.report(experiment, tmp_path / "result.json", tmp_path / "plots")
     assert json.loads((tmp_path / "result.json").read_text()) == result
     rows = result["pairs"]["xx-yy"]["rows"]
-    assert list(rows) == ["llm", "add", "add-1", "alone", "cut"]
+    assert list(rows) == ["shallow", "llm", "add", "add-1", "alone", "cut"]
     assert rows["llm"]["relative_1"] == rows["llm"]["time_by_llm"] == 1
     assert rows["cut"]["training"]["parameters"]["total"] < rows["llm"]["training"]["parameters"]["total"]
     assert result["pairs"]["xx-yy"]["seeds"]["add"]["bleu"] == [rows["add"]["bleu_1"], rows["add-1"]["bleu_1"]]
     best = result["pairs"]["xx-yy"]["best"]
     assert (best["llm_to_slm"], best["slm_alone"]) == ("add", "alone")
+    assert best["above"] > 1
     assert best["above"] == pytest.approx(rows["add"]["bleu_1"] - rows["alone"]["bleu_1"])
     for name in ("multi30k-xx-yy.svg", "multi30k-xx-yy-training.svg"):
         assert (tmp_path / "plots" / name).is_file()

@@ -125,6 +125,10 @@ def test_other_settings_want_another_folder(settings: SpeedupSettings, tmp_path:
     Speedup(settings, tmp_path).distill()
     with pytest.raises(ValueError, match=r"begun with another num_beams \(1\)"):
         Speedup(replace(settings, num_beams=3), tmp_path)
+    with pytest.raises(
+        ValueError, match=r"begun with another prompt_max_length \(None\)"
+    ):  # the LLM read whole prompts
+        Speedup(replace(settings, recipe={**settings.recipe, "prompt_max_length": 3}), tmp_path)
     recipe = {**settings.recipe, "learning_rate": 1e-3}
     changed = Speedup(replace(settings, fusion="replace", recipe=recipe), tmp_path)  # nothing was built or trained yet
     changed.distill()
@@ -132,9 +136,8 @@ def test_other_settings_want_another_folder(settings: SpeedupSettings, tmp_path:
     with pytest.raises(ValueError, match=r"begun with another fusion \('replace'\)"):
         Speedup(settings, tmp_path)
     changed.encode()
-    with pytest.raises(ValueError, match=r"begun with another prompt_max_length \(None\)"):
-        Speedup(replace(changed.settings, recipe={**recipe, "prompt_max_length": 3}), tmp_path)
     changed.train()
+    (tmp_path / "model" / "training.json").unlink()  # as if it had been stopped at its last checkpoint
     with pytest.raises(ValueError, match="begun with another recipe"):
         Speedup(replace(settings, fusion="replace"), tmp_path)
     Speedup(replace(changed.settings, recipe={**recipe, "skip_bad_rows": True}), tmp_path).run()
