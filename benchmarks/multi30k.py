@@ -3,10 +3,11 @@ The Multi30k experiment: what LLM-to-SLM keeps of an LLM's quality, what it save
 
     python -m benchmarks.multi30k --data /path/to/data --runs runs/multi30k --workers 2
 
-`configuration/recipes/multi30k.yaml` says what is trained; this script does it, in that order and as many jobs at once
-as there are workers, of one thread each. A finished job is skipped and a stopped one continues, so the command is
-repeated until it ends with the report (benchmarks/multi30k_report.py). Everything is trained on the training split and
-chosen on the validation split; a trained model answers the test split once, into `answers.json`.
+`configuration/recipes/multi30k.yaml` says what is trained, and `multi30k_short.yaml` beside it is a part of it, of an
+hour and a half; this script does it, in that order and as many jobs at once as there are workers, one thread each. A
+finished job is skipped and a stopped one continues, so the command is repeated until it ends with the report
+(benchmarks/multi30k_report.py). Everything is trained on the training split and chosen on the validation split; a
+trained model answers the test split once, into `answers.json`.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Experiment:
     """
 
     def __init__(self, data: Path, runs: Path, file: Path = EXPERIMENT):
-        self.data, self.runs = data, runs
+        self.data, self.runs, self.file = data, runs, file
         self.settings: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
 
     @cached_property
@@ -327,7 +328,8 @@ def _start(job: Job, arguments: argparse.Namespace) -> subprocess.Popen[bytes]:
     log = arguments.runs / job.pair / "logs" / f"{job.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"{job.key}: {log}", flush=True)
-    command = [sys.executable, "-m", "benchmarks.multi30k", "--data", arguments.data, "--runs", arguments.runs]
+    command = [sys.executable, "-m", "benchmarks.multi30k", "--experiment", arguments.experiment]
+    command += ["--data", arguments.data, "--runs", arguments.runs]
     environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     # glibc gives memory of this size back and takes it anew at every step: a tenth to a quarter of an SLM's time.
     environment |= dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(2**33))
@@ -342,6 +344,7 @@ def main() -> None:
     """Runs what has not been run yet, and reports."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().splitlines()[0])
     parser.add_argument("--data", default=os.environ.get("LLM2SLM_DATA", "data"), help="the folder with multi30k")
+    parser.add_argument("--experiment", default=EXPERIMENT, type=Path, help="the file that says what is trained")
     parser.add_argument("--runs", default="runs/multi30k", type=Path, help="the folder for all that is made")
     parser.add_argument("--workers", default=2, type=int, help="jobs at once, one thread each")
     parser.add_argument("--only", nargs="*", help="do these jobs, such as en-de/t5-add, and report nothing")
@@ -352,7 +355,10 @@ def main() -> None:
     data = arguments.data / "multi30k"
     if not data.is_dir():
         raise SystemExit(f"There is no folder {data}. Name the one that holds it with --data or LLM2SLM_DATA.")
-    experiment = Experiment(data, arguments.runs)
+    arguments.experiment = arguments.experiment.absolute()
+    if not arguments.experiment.is_file():
+        raise SystemExit(f"There is no file {arguments.experiment}. Name one of configuration/recipes.")
+    experiment = Experiment(data, arguments.runs, arguments.experiment)
     keys = {job.key: job for job in experiment.jobs}
     for key in (*(arguments.only or ()), *filter(None, [arguments.job])):
         if key not in keys:

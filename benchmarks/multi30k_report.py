@@ -2,8 +2,8 @@
 What came out of the Multi30k experiment: BLEU with paired bootstrap intervals, times by turns, a table and a plot.
 
 `python -m benchmarks.multi30k --report` calls this. It reads the answers that the experiment has left, times the
-models that there are, names the rows that were not run, and writes `docs/results/multi30k.json` and a plot for each
-language pair.
+models that there are, names the rows that were not run, and writes `docs/results/multi30k.json`, or by the name of the
+experiment's file, and plots for each language pair.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from modeling_llm2slm.data import load_pairs, versions, write_json
 from modeling_llm2slm.evaluation import METRICS, score_and_sign, time_answers
 
 
-OUTPUT = ROOT / "docs" / "results" / "multi30k.json"
+OUTPUT = ROOT / "docs" / "results"
 PLOTS = ROOT / "docs" / "plots"
 RESAMPLES = 1000
 ROUNDS, PROMPTS_ALONE, PROMPTS_IN_BATCHES, BATCH = 3, 50, 320, 32
@@ -32,7 +32,7 @@ ROUNDS, PROMPTS_ALONE, PROMPTS_IN_BATCHES, BATCH = 3, 50, 320, 32
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
-def report(experiment: Experiment, output: Path = OUTPUT, plots: Path = PLOTS) -> dict[str, Any]:
+def report(experiment: Experiment, folder: Path = OUTPUT, plots: Path = PLOTS) -> dict[str, Any]:
     """Scores, times, writes and prints what there is."""
     result: dict[str, Any] = {"experiment": experiment.settings, "versions": versions(), "threads": 1, "pairs": {}}
     for pair in experiment.settings["rows"]:
@@ -50,11 +50,11 @@ def report(experiment: Experiment, output: Path = OUTPUT, plots: Path = PLOTS) -
         found = {"rows": rows, "best": _best(done, rows, counts), "seeds": _seeds(done, rows), "not_run": not_run}
         result["pairs"][pair] = found
         print(table(pair, found), flush=True)
-        plot(pair, found, plots)
-        plot_training(pair, found, plots)
+        plot(pair, found, plots / f"{experiment.file.stem}-{pair}.svg")
+        plot_training(pair, found, plots / f"{experiment.file.stem}-{pair}-training.svg")
     if not result["pairs"]:
         raise SystemExit(f"No LLM is done in {experiment.runs}. Name the folder of the experiment with --runs.")
-    write_json(output, result)
+    write_json(folder / f"{experiment.file.stem}.json", result)
     return result
 
 
@@ -215,9 +215,9 @@ def table(pair: str, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(pair: str, result: dict[str, Any], folder: Path) -> None:
+def plot(pair: str, result: dict[str, Any], file: Path) -> None:
     """Quality against time per answer; the LLM and the SLMs alone as lines."""
-    with drawn(folder / f"multi30k-{pair}.svg") as axes:
+    with drawn(file) as axes:
         for name, row in result["rows"].items():
             if "speed" not in row or name.startswith("half"):
                 continue
@@ -231,9 +231,9 @@ def plot(pair: str, result: dict[str, Any], folder: Path) -> None:
         axes.set_xlim(0, None)
 
 
-def plot_training(pair: str, result: dict[str, Any], folder: Path) -> None:
+def plot_training(pair: str, result: dict[str, Any], file: Path) -> None:
     """BLEU on the validation split after each epoch."""
-    with drawn(folder / f"multi30k-{pair}-training.svg") as axes:
+    with drawn(file) as axes:
         for name, row in result["rows"].items():
             if "training" in row and not name.startswith("half"):
                 values = row["training"]["validation_bleu"]

@@ -28,7 +28,13 @@ def experiment(tmp_path: Path) -> Experiment:
     return Experiment(tmp_path / "data", tmp_path / "runs")
 
 
-def test_every_job_comes_after_what_it_needs(experiment: Experiment) -> None:
+SHORT = multi30k.EXPERIMENT.with_name("multi30k_short.yaml")
+both = pytest.mark.parametrize("file", [multi30k.EXPERIMENT, SHORT], ids=["whole", "short"])
+
+
+@both
+def test_every_job_comes_after_what_it_needs(tmp_path: Path, file: Path) -> None:
+    experiment = Experiment(tmp_path, tmp_path, file)
     before: set[tuple[str, str]] = set()
     for job in experiment.jobs:
         assert {(job.pair, name) for name in job.needs} <= before, job.key
@@ -36,7 +42,9 @@ def test_every_job_comes_after_what_it_needs(experiment: Experiment) -> None:
     assert len(before) == len(experiment.jobs)
 
 
-def test_every_row_has_a_recipe_and_models(experiment: Experiment) -> None:
+@both
+def test_every_row_has_a_recipe_and_models(tmp_path: Path, file: Path) -> None:
+    experiment = Experiment(tmp_path, tmp_path, file)
     for job in experiment.jobs:
         if job.row and "build" in job.row:
             recipe, arguments = parse_recipe(experiment.recipe(job))
@@ -98,8 +106,8 @@ def test_what_other_settings_have_made_is_no_part(experiment: Experiment, monkey
 
 def test_a_report_of_nothing_writes_nothing(experiment: Experiment, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="No LLM is done in .*--runs"):
-        multi30k_report.report(experiment, tmp_path / "result.json", tmp_path / "plots")
-    assert not (tmp_path / "result.json").exists()
+        multi30k_report.report(experiment, tmp_path / "results", tmp_path / "plots")
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize("failing", [True, False])
@@ -221,8 +229,8 @@ def test_the_whole_at_a_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     half = [answer if at % 2 else "nothing" for at, answer in enumerate(perfect)]
     for name, answers in (("llm", perfect), ("add", half)):
         (tmp_path / "runs" / "xx-yy" / name / "answers.json").write_text(json.dumps({"1": answers, "4": answers}))
-    result = multi30k_report.report(experiment, tmp_path / "result.json", tmp_path / "plots")
-    assert json.loads((tmp_path / "result.json").read_text()) == result
+    result = multi30k_report.report(experiment, tmp_path / "results", tmp_path / "plots")
+    assert json.loads((tmp_path / "results" / "tiny.json").read_text()) == result
     rows = result["pairs"]["xx-yy"]["rows"]
     assert list(rows) == ["shallow", "llm", "add", "add-1", "alone", "cut"]
     assert rows["llm"]["relative_1"] == rows["llm"]["time_by_llm"] == 1
@@ -232,5 +240,5 @@ def test_the_whole_at_a_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (best["llm_to_slm"], best["slm_alone"]) == ("add", "alone")
     assert best["above"] > 1
     assert best["above"] == pytest.approx(rows["add"]["bleu_1"] - rows["alone"]["bleu_1"])
-    for name in ("multi30k-xx-yy.svg", "multi30k-xx-yy-training.svg"):
+    for name in ("tiny-xx-yy.svg", "tiny-xx-yy-training.svg"):
         assert (tmp_path / "plots" / name).is_file()
