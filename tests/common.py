@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -377,3 +379,12 @@ def slm_tokenizer() -> PreTrainedTokenizerFast:
     words = [f"out{i}" for i in range(SLM_VOCAB_SIZE - 2)]
     special = {"unk_token": "<unk>", "bos_token": "<end>", "eos_token": "<end>"}
     return tiny_tokenizer(words, special, special_last=True)
+
+
+def apart(function: Callable[..., Any], *args: Any) -> Any:
+    """
+    Calls a function in a process of its own. Workers of a DataLoader are forks, and a test process with the threads of
+    several runtimes does not always survive them.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *args).result()
