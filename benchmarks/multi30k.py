@@ -3,8 +3,8 @@ The Multi30k experiment: what LLM-to-SLM keeps of an LLM's quality, what it save
 
     python -m benchmarks.multi30k --data /path/to/data --runs runs/multi30k --workers 2
 
-`configuration/recipes/multi30k.yaml` says what is trained, and `multi30k_short.yaml` beside it is a part of it, of an
-hour and a half; this script does it, in that order and as many jobs at once as there are workers, one thread each. A
+`configuration/recipes/multi30k.yaml` says what is trained, and `multi30k_short.yaml` beside it is a part of it, of
+about an hour; this script does it, in that order and as many jobs at once as there are workers, one thread each. A
 finished job is skipped and a stopped one continues, so the command is repeated until it ends with the report
 (benchmarks/multi30k_report.py). Everything is trained on the training split and chosen on the validation split; a
 trained model answers the test split once, into `answers.json`.
@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
+from transformers.models.t5.modeling_t5 import T5Attention
 
 from modeling_llm2slm.building import build
 from modeling_llm2slm.data import load_pairs, train_tokenizer, write_aside, write_json
@@ -37,11 +37,12 @@ from modeling_llm2slm.distillation import distill
 from modeling_llm2slm.encoding import encode
 from modeling_llm2slm.state_store import is_complete
 from modeling_llm2slm.text_to_text import TextToText
-from modeling_llm2slm.training import train
+from modeling_llm2slm.training import load_recipe, train
 
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENT = ROOT / "configuration" / "recipes" / "multi30k.yaml"
+PARTS = ("vocabulary", "max_new_tokens", "distilled", "models", "recipes", "rows")
 REFERENCES = {"train": "train.jsonl.gz", "validation": "val.jsonl.gz", "test": "test_2016_flickr.jsonl.gz"}
 
 
@@ -79,7 +80,11 @@ class Experiment:
 
     def __init__(self, data: Path, runs: Path, file: Path = EXPERIMENT):
         self.data, self.runs, self.file = data, runs, file
-        self.settings: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+        self.settings = load_recipe(file)
+        missing = [name for name in PARTS if name not in self.settings]
+        if missing:
+            raise ValueError(f"{file} is no experiment: it has no {missing[0]}. See {EXPERIMENT}.")
+        self._done: set[str] = set()
 
     @cached_property
     def jobs(self) -> list[Job]:
@@ -115,41 +120,54 @@ class Experiment:
         return self.data / pair / REFERENCES[name]
 
     def is_done(self, job: Job) -> bool:
-        """Whether what a job makes is there; `ValueError` if it was begun by other settings."""
-        folder, made_by = self.runs / job.pair / job.name, self._made_by(job)
+        """Whether what a job makes is there. It is asked often, and a store takes a look at all of its files."""
+        folder = self.runs / job.pair / job.name
+        last = {"tokenizer": "tokenizer.json", "distilled": "train.jsonl"}
+        if job.key not in self._done and (
+            is_complete(folder) if job.name == "states" else (folder / last.get(job.name, "answers.json")).is_file()
+        ):
+            self._done.add(job.key)
+        return job.key in self._done
+
+    def needed(self, job: Job) -> list[Job]:
+        """What a job is made from."""
+        return [other for other in self.jobs if other.pair == job.pair and other.name in job.needs]
+
+    def check(self, job: Job) -> None:
+        """Raises `ValueError` where a job was begun by other settings."""
+        made_by = self._made_by(job)
         if made_by.is_file() and json.loads(made_by.read_text(encoding="utf-8")) != self._settings(job):
             raise ValueError(
-                f"{folder} was begun by another version of the experiment. Remove it and {made_by}, or name another "
-                "folder with --runs."
+                f"{self.runs / job.pair / job.name} was begun by another version of the experiment. Remove it and "
+                f"{made_by}, or name another folder with --runs."
             )
-        if job.name == "states":
-            return is_complete(folder)
-        last = {"tokenizer": "tokenizer.json", "distilled": "train.jsonl"}
-        return (folder / last.get(job.name, "answers.json")).is_file()
 
     def _made_by(self, job: Job) -> Path:
         return self.runs / job.pair / "made-by" / f"{job.name}.json"
 
     def _settings(self, job: Job) -> dict[str, Any]:
         """All that decides what a job makes, but the data and the code."""
-        row, recipes, models = job.row or {}, self.settings["recipes"], self.settings["models"]
-        needed = [other for other in self.jobs if other.pair == job.pair and other.name in job.needs]
+        row, models = job.row or {}, self.settings["models"]
         names = ["vocabulary", "max_new_tokens", *(["distilled"] if job.name == "distilled" else [])]
         return {
             **{name: self.settings[name] for name in names},
             "row": {name: value for name, value in row.items() if name != "seeds"},
             "seed": job.seed,
-            "recipe": {**recipes["all"], **recipes[row["recipe"]]} if "recipe" in row else {},
+            "recipe": self._fields(row) if "recipe" in row else {},
             "models": {part: models[part] for part in row.get("build", {}).values() if part in models},
-            "needs": {other.name: self._settings(other) for other in needed},
+            "needs": {other.name: self._settings(other) for other in self.needed(job)},
         }
+
+    def _fields(self, row: dict[str, Any]) -> dict[str, Any]:
+        recipes = self.settings["recipes"]
+        return {**recipes["all"], **recipes[row["recipe"]]}
 
     def do(self, job: Job) -> None:
         """Does a job."""
+        self.check(job)
         folder, made_by = self.runs / job.pair, self._made_by(job)
-        if not self.is_done(job) and not made_by.is_file():
-            made_by.parent.mkdir(parents=True, exist_ok=True)
-            write_json(made_by, self._settings(job))
+        made_by.parent.mkdir(parents=True, exist_ok=True)
+        write_json(made_by, self._settings(job))
         if job.row is not None:
             self._do_row(job, job.row, folder / job.name)
         elif job.name == "tokenizer":
@@ -207,8 +225,7 @@ class Experiment:
     def recipe(self, job: Job) -> dict[str, Any]:
         """The recipe that a row is trained by."""
         row, folder = job.row or {}, self.runs / job.pair
-        recipes = self.settings["recipes"]
-        recipe = {**recipes["all"], **recipes[row["recipe"]], "seed": job.seed}
+        recipe = {**self._fields(row), "seed": job.seed}
         recipe["generation"] = {"max_new_tokens": self.settings["max_new_tokens"]}
         recipe |= {"model": str(folder / job.name / "start"), "output_dir": str(folder / job.name / "model")}
         recipe |= {"train_data": str(self.split(job.pair, "train")), "answer_column": "target"}
@@ -236,14 +253,11 @@ def choose_layers(t5: Any, encoder: list[int] | None = None, decoder: list[int] 
             continue
         stack.block = nn.ModuleList(copy.deepcopy(stack.block[layer]) for layer in chosen)
         for index, block in enumerate(stack.block):
-            attentions = [block.layer[0].SelfAttention]
-            if index and attentions[0].has_relative_attention_bias:
-                attentions[0].has_relative_attention_bias = False
-                del attentions[0].relative_attention_bias
-            if stack.is_decoder:
-                attentions.append(block.layer[1].EncDecAttention)
-            for attention in attentions:
+            for attention in [module for module in block.modules() if isinstance(module, T5Attention)]:
                 attention.layer_idx = index
+                if index and attention.has_relative_attention_bias:
+                    attention.has_relative_attention_bias = False
+                    del attention.relative_attention_bias
         stack.config.num_layers = len(chosen)
     t5.config.num_layers = t5.encoder.config.num_layers
     t5.config.num_decoder_layers = t5.decoder.config.num_layers
@@ -320,8 +334,7 @@ def run(experiment: Experiment, arguments: argparse.Namespace) -> bool:
 
 def _missing(experiment: Experiment, job: Job) -> list[str]:
     """What a job needs and what is not done."""
-    needed = [other for other in experiment.jobs if other.pair == job.pair and other.name in job.needs]
-    return [other.key for other in needed if not experiment.is_done(other)]
+    return [other.key for other in experiment.needed(job) if not experiment.is_done(other)]
 
 
 def _start(job: Job, arguments: argparse.Namespace) -> subprocess.Popen[bytes]:
@@ -356,9 +369,12 @@ def main() -> None:
     if not data.is_dir():
         raise SystemExit(f"There is no folder {data}. Name the one that holds it with --data or LLM2SLM_DATA.")
     arguments.experiment = arguments.experiment.absolute()
-    if not arguments.experiment.is_file():
-        raise SystemExit(f"There is no file {arguments.experiment}. Name one of configuration/recipes.")
-    experiment = Experiment(data, arguments.runs, arguments.experiment)
+    try:
+        experiment = Experiment(data, arguments.runs, arguments.experiment)
+        for job in experiment.jobs:
+            experiment.check(job)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from None
     keys = {job.key: job for job in experiment.jobs}
     for key in (*(arguments.only or ()), *filter(None, [arguments.job])):
         if key not in keys:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
-import multiprocessing
+import pickle
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import families
@@ -383,8 +386,27 @@ def slm_tokenizer() -> PreTrainedTokenizerFast:
 
 def apart(function: Callable[..., Any], *args: Any) -> Any:
     """
-    Calls a function in a process of its own. Workers of a DataLoader are forks, and a test process with the threads of
-    several runtimes does not always survive them.
+    Calls a function of a test module in a process of its own. Workers of a DataLoader are forks, and a test process
+    with the threads of several runtimes does not always survive them.
     """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(function, *args).result()
+    with tempfile.TemporaryDirectory() as folder:
+        call, outcome = Path(folder, "call"), Path(folder, "outcome")
+        call.write_bytes(pickle.dumps((function, args)))
+        subprocess.run([sys.executable, __file__, call, outcome], check=True)
+        found = pickle.loads(outcome.read_bytes())
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _answer(call: Path, outcome: Path) -> None:
+    function, args = pickle.loads(call.read_bytes())
+    try:
+        found = function(*args)
+    except Exception as error:
+        found = error
+    outcome.write_bytes(pickle.dumps(found))
+
+
+if __name__ == "__main__":
+    _answer(*map(Path, sys.argv[1:]))

@@ -197,9 +197,9 @@ class TestAdapters:
         {"train_sampling_strategy": "group_by_length"},
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "logging_steps": 2},
         {"streaming": True, "max_steps": 12, "shuffle_buffer": 4, "train_sampling_strategy": "group_by_length"},
-        {"optimizer": "adafactor", "learning_rate_mapping": {"projector": 1e-2}},
+        {"optimizer": "adafactor", "learning_rate_mapping": {"projector": 1e-2}, "dataloader_num_workers": 1},
     ],
-    ids=["grouped", "accumulated", "streamed", "adafactor"],
+    ids=["grouped", "accumulated", "streamed", "workers"],
 )
 def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(
     recipe: dict[str, Any], tmp_path: Path, change: dict[str, Any]
@@ -209,13 +209,19 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(
         **recipe, "metric": "loss", "per_device_train_batch_size": 2, "logging_steps": 3, "save_strategy": "steps",
         "save_steps": 5, "eval_strategy": "steps", "eval_steps": 5, **change,
     }  # fmt: skip
-    whole = train({**recipe, "output_dir": str(tmp_path / "whole")})
-    with stopped_at(7):
-        train(recipe)
-    again = train(recipe)
+    arguments = recipe, str(tmp_path / "whole")
+    forks = "dataloader_num_workers" in change
+    whole, again = apart(_whole_and_resumed, *arguments) if forks else _whole_and_resumed(*arguments)
     assert again["resumed_at_step"] == 5
     assert losses(again) == losses(whole)
     same_tensors(weights(recipe["output_dir"]), weights(tmp_path / "whole"))
+
+
+def _whole_and_resumed(recipe: dict[str, Any], folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    whole = train({**recipe, "output_dir": folder})
+    with stopped_at(7):
+        train(recipe)
+    return whole, train(recipe)
 
 
 def test_rates_of_a_recipe_reach_the_optimizer(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,13 +293,18 @@ class TestBadRows:
         assert train({**recipe, "skip_bad_rows": True})["steps"] == 1
 
 
-def test_a_model_learns_from_a_stream(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_learns_from_a_stream(recipe: dict[str, Any]) -> None:
     recipe = {**recipe, "streaming": True, "metric": "loss"}
     with pytest.raises(ValueError, match="max_steps"):
         train(recipe)
-    monkeypatch.setattr(training, "_features", _only(training._features, recipe["validation_data"]))
-    report = train({**recipe, "max_steps": 20, "learning_rate": 1e-2})
+    report = apart(_streamed, {**recipe, "max_steps": 20, "learning_rate": 1e-2, "dataloader_num_workers": 1})
     assert losses(report)[-1] < 0.8 * losses(report)[0]
+
+
+def _streamed(recipe: dict[str, Any]) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(training, "_features", _only(training._features, recipe["validation_data"]))
+        return train(recipe)
 
 
 def _only(features: Any, source: str) -> Any:

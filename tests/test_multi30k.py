@@ -69,7 +69,7 @@ def test_what_has_failed_is_told_and_nothing_that_needs_it_begins(
 
     monkeypatch.setattr(multi30k, "_start", start)
     assert not multi30k.run(experiment, multi30k.argparse.Namespace(workers=2, only=None))
-    assert sorted(started) == ["en-de/tokenizer", "en-fr/tokenizer"]
+    assert started == ["en-de/tokenizer", "en-fr/tokenizer"]
     printed = capsys.readouterr().out
     assert "en-de/tokenizer: FAILED" in printed
     assert "en-de/llm-shallow: not begun, as it needs en-de/tokenizer\n" in printed
@@ -86,8 +86,9 @@ def test_states_that_are_being_written_are_not_done(experiment: Experiment, tmp_
     assert experiment.is_done(job)
     for shard in folder.glob("*.safetensors"):
         shard.unlink()
-    assert not experiment.is_done(job)
-    assert not experiment.is_done(llm)
+    again = Experiment(experiment.data, experiment.runs)
+    assert not again.is_done(job)
+    assert not again.is_done(llm)
 
 
 def test_what_other_settings_have_made_is_no_part(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,14 +101,36 @@ def test_what_other_settings_have_made_is_no_part(experiment: Experiment, monkey
     again.settings["recipes"]["llm"]["learning_rate"] = 1.0
     for name in ("llm", "t5-add"):  # which reads the LLM
         with pytest.raises(ValueError, match=f"{name} was begun by another version.*Remove it.*--runs"):
-            again.is_done(jobs[f"en-de/{name}"])
-    assert not again.is_done(jobs["en-de/t5"])
+            again.check(jobs[f"en-de/{name}"])
+    again.check(jobs["en-de/t5"])
 
 
 def test_a_report_of_nothing_writes_nothing(experiment: Experiment, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="No LLM is done in .*--runs"):
         multi30k_report.report(experiment, tmp_path / "results", tmp_path / "plots")
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "There is no recipe .*x.yaml"),
+        ("- 1\n", "x.yaml is not a recipe: it must map names"),
+        ("rows: {en-de: {llm: {build", "x.yaml is not YAML"),
+        ("model: m\n", "x.yaml is no experiment: it has no vocabulary. See .*multi30k.yaml"),
+    ],
+)
+def test_what_is_no_experiment_is_one_sentence(
+    tmp_path: Path, content: str | None, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "multi30k").mkdir()
+    if content is not None:
+        (tmp_path / "x.yaml").write_text(content)
+    words = ["multi30k", "--data", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    monkeypatch.setattr(sys, "argv", [*words, "--experiment", str(tmp_path / "x.yaml")])
+    with pytest.raises(SystemExit, match=told):
+        multi30k.main()
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("failing", [True, False])

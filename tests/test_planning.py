@@ -58,6 +58,18 @@ def test_without_the_slms_tokenizer_the_llms_count_stands_for_it(llm: str, tmp_p
         plan(llm, tmp_path / "prompts.txt", presets=["huge"], max_new_tokens=4)
 
 
+def test_an_answer_is_timed_no_longer_than_it_may_be(
+    llm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the SLM's tokenizer needs more tokens than the LLM's, also for a prompt that leaves no room for them."""
+    pytest.importorskip("modeling_llm2slm.configuration", reason="presets are found in an installed package only")
+    (tmp_path / "prompts.txt").write_text("src5 src6\n")
+    slm_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    monkeypatch.setattr("modeling_llm2slm.planning._count", lambda *_: 1000)
+    options = {"slm_tokenizers": {"tiny": str(tmp_path / "tokenizer")}, "max_new_tokens": 4, "batch_size": 1}
+    assert plan(llm, tmp_path / "prompts.txt", presets=["tiny"], **options)["candidates"][0]["answer_tokens"] == 4
+
+
 def test_prompts_that_are_too_long_are_counted_and_not_timed(llm: str, tmp_path: Path) -> None:
     pytest.importorskip("modeling_llm2slm.configuration", reason="presets are found in an installed package only")
     long = " ".join(PROMPTS * 20)

@@ -125,9 +125,7 @@ def test_other_settings_want_another_folder(settings: SpeedupSettings, tmp_path:
     Speedup(settings, tmp_path).distill()
     with pytest.raises(ValueError, match=r"begun with another num_beams \(1\)"):
         Speedup(replace(settings, num_beams=3), tmp_path)
-    with pytest.raises(
-        ValueError, match=r"begun with another prompt_max_length \(None\)"
-    ):  # the LLM read whole prompts
+    with pytest.raises(ValueError, match=r"begun with another prompt_max_length \(None\)"):
         Speedup(replace(settings, recipe={**settings.recipe, "prompt_max_length": 3}), tmp_path)
     recipe = {**settings.recipe, "learning_rate": 1e-3}
     changed = Speedup(replace(settings, fusion="replace", recipe=recipe), tmp_path)  # nothing was built or trained yet
@@ -137,6 +135,8 @@ def test_other_settings_want_another_folder(settings: SpeedupSettings, tmp_path:
         Speedup(settings, tmp_path)
     changed.encode()
     changed.train()
+    with pytest.raises(ValueError, match="begun with another recipe"):
+        Speedup(replace(settings, fusion="replace"), tmp_path)
     (tmp_path / "model" / "training.json").unlink()  # as if it had been stopped at its last checkpoint
     with pytest.raises(ValueError, match="begun with another recipe"):
         Speedup(replace(settings, fusion="replace"), tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from checkpoints import ANSWERS, KINDS, PAIRS, PROMPTS, stopped_at, write_checkpoint, write_pairs
-from common import same_tensors
+from common import apart, same_tensors
 from modeling_llm2slm import LLM2SLMForConditionalGeneration, data, training
 from modeling_llm2slm import streaming as streams
 from modeling_llm2slm.encoding import encode
@@ -234,12 +235,13 @@ def test_a_prompt_that_the_llm_has_no_positions_for_is_a_bad_row(recipe, checkpo
     assert train({**recipe, "skip_bad_rows": True})["steps"] == 1
 
 
-@pytest.mark.parametrize("settings", [{}, {"streaming": True}])
+@pytest.mark.parametrize("settings", [{}, {"streaming": True}, {"streaming": True, "dataloader_num_workers": 1}])
 def test_data_without_a_row_that_can_be_used_is_an_error(recipe, tmp_path, settings):
     long = [{"prompt": " ".join(["src1"] * 70), "answer": "src2"}] * 3
     recipe = {**recipe, "train_data": write_pairs(tmp_path / "long.jsonl", long), "skip_bad_rows": True}
+    run = partial(apart, train) if "dataloader_num_workers" in settings else train
     with pytest.raises(ValueError, match=r"long\.jsonl: no row can be used.* Take other data\.$"):
-        train({**recipe, **settings, "max_steps": 1, "metric": "loss"})
+        run({**recipe, **settings, "max_steps": 1, "metric": "loss"})
     assert not (Path(recipe["output_dir"]) / "training.json").exists()
 
 
