@@ -4,8 +4,8 @@ The Multi30k experiment: what LLM-to-SLM keeps of an LLM's quality, what it save
     python -m benchmarks.multi30k --data /path/to/data --runs runs/multi30k --workers 2
 
 `configuration/recipes/multi30k.yaml` says what is trained, and `multi30k_short.yaml` beside it is a part of it, of
-about an hour; this script does it, in that order and as many jobs at once as there are workers, one thread each. A
-finished job is skipped and a stopped one continues, so the command is repeated until it ends with the report
+about an hour; this script does it, in that order and as many jobs at once as there are workers. A finished job is
+skipped and a stopped one continues, so the command is repeated until it ends with the report
 (benchmarks/multi30k_report.py). Everything is trained on the training split and chosen on the validation split; a
 trained model answers the test split once, into `answers.json`.
 """
@@ -28,7 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
+from tqdm import trange
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from modeling_llm2slm.building import build
@@ -177,25 +179,38 @@ class Experiment:
                 tokenizer.save_pretrained(aside)
         elif job.name == "states":
             with tempfile.TemporaryDirectory() as start:
-                slm = next(row["build"] for row in self.settings["rows"][job.pair].values() if self.uses_states(row))
-                self._build(job.pair, slm).save_pretrained(start)
+                row = next(row for row in self.settings["rows"][job.pair].values() if self.uses_states(row))
+                self._build(job.pair, row).save_pretrained(start)
                 data = [self.split(job.pair, name) for name in ("train", "validation")]
                 encode(start, data, folder / job.name, "source")
         else:
-            options = {**self.settings["distilled"], "max_new_tokens": self.settings["max_new_tokens"]}
-            options["column"] = "target"  # in the place of the references, which are validated on
-            output = folder / job.name / "train.jsonl"
-            output.parent.mkdir(exist_ok=True)
-            distill(self.model(job.pair, "llm"), self.split(job.pair, "train"), output, "source", **options)
+            self._distill(job.pair, folder / job.name)
+
+    def _distill(self, pair: str, folder: Path) -> None:
+        options = {"max_new_tokens": self.settings["max_new_tokens"], **self.settings["distilled"]}
+        train, llm = self.split(pair, "train"), self.model(pair, "llm")
+        options["column"] = "target"  # in the place of the references, which are validated on
+        folder.mkdir(exist_ok=True)
+        if options.pop("engine", None) != "ctranslate2":
+            distill(llm, train, folder / "train.jsonl", "source", **options)
+            return
+        model = CTranslate2TextToText(llm, folder / "model", "float32")
+        rows, column, answers = Dataset.from_json(str(train)), options.pop("column"), []
+        for start in trange(0, len(rows), 1000):
+            answers += model.generate(rows[start : start + 1000]["source"], **options)
+        rows = rows.remove_columns(column).add_column(column, answers)
+        with write_aside(folder / "train.jsonl") as aside:
+            rows.to_json(aside, force_ascii=False)
 
     def model(self, pair: str, row: str) -> Path:
         """Where the trained model of a row is."""
         return self.runs / pair / row / "model"
 
-    def _build(self, pair: str, parts: dict[str, Any], seed: int = 0) -> TextToText:
-        arguments, folder = dict(parts), self.runs / pair
-        for part in {"llm", "slm"} & set(parts):
-            name = parts[part]
+    def _build(self, pair: str, row: dict[str, Any], seed: int = 0) -> TextToText:
+        arguments, folder = dict(row["build"]), self.runs / pair
+        parts = [part for part in ("llm", "slm") if part in arguments]
+        for part in parts:
+            name = arguments[part]
             if name in self.settings["models"]:
                 config = folder / "models" / f"{name}.json"
                 config.parent.mkdir(parents=True, exist_ok=True)
@@ -203,16 +218,19 @@ class Experiment:
                 arguments |= {part: str(config), f"{part}_tokenizer": str(folder / "tokenizer")}
             else:
                 arguments[part] = str(self.model(pair, name))
-        return build(**arguments, seed=seed)
+        with tempfile.TemporaryDirectory() as chosen:
+            if {"encoder_layers", "decoder_layers"} & set(row):
+                whole = TextToText.from_pretrained(arguments[parts[-1]])
+                choose_layers(whole.model, row.get("encoder_layers"), row.get("decoder_layers"))
+                whole.save_pretrained(chosen)
+                arguments[parts[-1]] = chosen
+            return build(**arguments, seed=seed)
 
     def _do_row(self, job: Job, row: dict[str, Any], folder: Path) -> None:
         if "build" in row:
             if not (folder / "start").exists():
-                start = self._build(job.pair, row["build"], job.seed)
-                if {"encoder_layers", "decoder_layers"} & set(row):
-                    choose_layers(start.model, row.get("encoder_layers"), row.get("decoder_layers"))
                 with write_aside(folder / "start") as aside:
-                    start.save_pretrained(aside)
+                    self._build(job.pair, row, job.seed).save_pretrained(aside)
             if not (folder / "model" / "training.json").is_file():
                 train(self.recipe(job))
         model = self.load(job.pair, job.name, row)
@@ -265,24 +283,25 @@ def choose_layers(t5: Any, encoder: list[int] | None = None, decoder: list[int] 
 
 class CTranslate2TextToText:
     """
-    An LLM with weights in 8 bits under CTranslate2, to be scored and timed like a [`TextToText`].
+    An LLM under CTranslate2, to be scored and timed like a [`TextToText`].
 
     Args:
         llm: Its checkpoint.
         folder: Where its converted form is, or is written to.
+        compute_type: Of its weights and of what it computes.
     """
 
-    def __init__(self, llm: Path, folder: Path):
+    def __init__(self, llm: Path, folder: Path, compute_type: str = "int8"):
         import ctranslate2
         from ctranslate2.converters import TransformersConverter
         from transformers import AutoTokenizer
 
         if not folder.exists():
             with write_aside(folder) as aside:
-                TransformersConverter(str(llm)).convert(str(aside), quantization="int8", force=True)
+                TransformersConverter(str(llm)).convert(str(aside), quantization=compute_type, force=True)
         self.tokenizer = AutoTokenizer.from_pretrained(llm)
         self.translator = ctranslate2.Translator(
-            str(folder), device="cpu", intra_threads=torch.get_num_threads(), inter_threads=1, compute_type="int8"
+            str(folder), device="cpu", intra_threads=torch.get_num_threads(), compute_type=compute_type
         )
 
     def generate(self, prompts: list[str], batch_size: int = 32, **options: Any) -> list[str]:
@@ -342,8 +361,8 @@ def _start(job: Job, arguments: argparse.Namespace) -> subprocess.Popen[bytes]:
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"{job.key}: {log}", flush=True)
     command = [sys.executable, "-m", "benchmarks.multi30k", "--experiment", arguments.experiment]
-    command += ["--data", arguments.data, "--runs", arguments.runs]
-    environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    command += ["--data", arguments.data, "--runs", arguments.runs, "--threads", arguments.threads]
+    environment = {"OMP_NUM_THREADS": str(arguments.threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     # glibc gives memory of this size back and takes it anew at every step: a tenth to a quarter of an SLM's time.
     environment |= dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(2**33))
     with log.open("ab") as file:
@@ -359,7 +378,8 @@ def main() -> None:
     parser.add_argument("--data", default=os.environ.get("LLM2SLM_DATA", "data"), help="the folder with multi30k")
     parser.add_argument("--experiment", default=EXPERIMENT, type=Path, help="the file that says what is trained")
     parser.add_argument("--runs", default="runs/multi30k", type=Path, help="the folder for all that is made")
-    parser.add_argument("--workers", default=2, type=int, help="jobs at once, one thread each")
+    parser.add_argument("--workers", default=2, type=int, help="jobs at once")
+    parser.add_argument("--threads", default=1, type=int, help="of each job; more where few jobs are left")
     parser.add_argument("--only", nargs="*", help="do these jobs, such as en-de/t5-add, and report nothing")
     parser.add_argument("--report", action="store_true", help="report what there is, and do nothing")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -379,7 +399,7 @@ def main() -> None:
     for key in (*(arguments.only or ()), *filter(None, [arguments.job])):
         if key not in keys:
             raise SystemExit(f"There is no job {key}; there are {', '.join(keys)}.")
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads if arguments.job else 1)  # reported times are of one
     for stop in (signal.SIGTERM, signal.SIGHUP):  # the terminal that is closed stops the jobs as well
         signal.signal(stop, lambda *_: sys.exit("stopped"))
     if arguments.job:

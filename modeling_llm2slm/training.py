@@ -182,7 +182,8 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 def parse_recipe(recipe: Mapping[str, Any]) -> tuple[TrainingRecipe, Seq2SeqTrainingArguments]:
     """
-    Splits a flat recipe into our fields and those of the Trainer, with environment variables expanded.
+    Splits a flat recipe into our fields and those of the Trainer, with environment variables expanded. `bf16` is left
+    out, with a warning, on a CPU that would have to emulate it.
 
     Raises:
         ValueError: If a key is unknown (the nearest known one is named), a required one is missing, a value is of the
@@ -203,6 +204,10 @@ def parse_recipe(recipe: Mapping[str, Any]) -> tuple[TrainingRecipe, Seq2SeqTrai
             arguments += [f"--{name}", *_strings(value)]
     parser = _RecipeParser((TrainingRecipe, Seq2SeqTrainingArguments), allow_abbrev=False)
     ours, trainers = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    if trainers.bf16 and trainers.use_cpu and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        # What a processor has no instructions for is emulated, at a tenth of the speed of float32.
+        logger.warning("bf16 is left out: this CPU has no instructions for it, and trains in float32 instead.")
+        return parse_recipe({**recipe, "bf16": False})
     if ours.streaming:
         if trainers.max_steps < 1:
             raise ValueError("With streaming nobody knows how long an epoch is: say how long to train with max_steps.")

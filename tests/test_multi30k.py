@@ -19,6 +19,7 @@ from benchmarks import multi30k, multi30k_report
 from benchmarks.multi30k import Experiment, Job, choose_layers
 from checkpoints import PAIRS, write_checkpoint, write_pairs
 from common import t5_config
+from modeling_llm2slm import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.encoding import encode
 from modeling_llm2slm.training import parse_recipe
 
@@ -229,9 +230,37 @@ TINY: dict[str, Any] = {
             "add": {"build": {"llm": "llm", "slm": "t5"}, "recipe": "all", "answers": "distilled", "seeds": 2},
             "alone": {"build": {"llm": "t5"}, "recipe": "all"},
             "cut": {"build": {"llm": "llm"}, "decoder_layers": [0], "recipe": "all"},
+            "cut-add": {
+                "build": {"llm": "llm", "slm": "llm"},
+                "encoder_layers": [0],
+                "decoder_layers": [2, 0],
+                "recipe": "all",
+            },
         }
     },
 }
+
+
+def test_answers_of_ctranslate2_are_those_of_distill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ctranslate2")
+    llm = write_checkpoint("llm", tmp_path / "checkpoints")
+    (tmp_path / "xx-yy").mkdir()
+    rows = [{"number": at, "source": pair["prompt"], "target": pair["answer"]} for at, pair in enumerate(PAIRS)]
+    with gzip.open(tmp_path / "xx-yy" / multi30k.REFERENCES["train"], "wt") as lines:
+        lines.write("".join(json.dumps(row) + "\n" for row in rows))
+    written = []
+    for engine in ({}, {"engine": "ctranslate2"}):
+        file = tmp_path / "tiny.yaml"
+        file.write_text(yaml.safe_dump({**TINY, "distilled": {"num_beams": 1, "batch_size": 4, **engine}}))
+        experiment = Experiment(tmp_path, tmp_path / str(len(engine)), file)
+        monkeypatch.setattr(experiment, "model", lambda pair, row: llm)
+        experiment.do(Job("xx-yy", "distilled", ()))
+        assert experiment.is_done(Job("xx-yy", "distilled", ()))
+        path = tmp_path / str(len(engine)) / "xx-yy" / "distilled" / "train.jsonl"
+        written.append([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+    assert written[0] == written[1]
+    assert [(row["number"], row["source"]) for row in written[0]] == [(row["number"], row["source"]) for row in rows]
+    assert any(new["target"] != old["target"] for new, old in zip(written[0], rows, strict=True))
 
 
 @pytest.mark.slow
@@ -248,6 +277,9 @@ def test_the_whole_at_a_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         experiment.do(job)
         assert experiment.is_done(job)
     assert (tmp_path / "runs" / "xx-yy" / "states" / "store.json").is_file()
+    model = LLM2SLMForConditionalGeneration.from_pretrained(experiment.model("xx-yy", "cut-add"))
+    assert (model.config.encoder.num_layers, model.config.decoder.num_layers) == (3, 1)
+    assert model.config.decoder.num_decoder_layers == 2
     perfect = [row["target"] for row in rows]  # what is trained for a step has a BLEU of 0
     half = [answer if at % 2 else "nothing" for at, answer in enumerate(perfect)]
     for name, answers in (("llm", perfect), ("add", half)):
@@ -255,7 +287,7 @@ def test_the_whole_at_a_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     result = multi30k_report.report(experiment, tmp_path / "results", tmp_path / "plots")
     assert json.loads((tmp_path / "results" / "tiny.json").read_text()) == result
     rows = result["pairs"]["xx-yy"]["rows"]
-    assert list(rows) == ["shallow", "llm", "add", "add-1", "alone", "cut"]
+    assert list(rows) == ["shallow", "llm", "add", "add-1", "alone", "cut", "cut-add"]
     assert rows["llm"]["relative_1"] == rows["llm"]["time_by_llm"] == 1
     assert rows["cut"]["training"]["parameters"]["total"] < rows["llm"]["training"]["parameters"]["total"]
     assert result["pairs"]["xx-yy"]["seeds"]["add"]["bleu"] == [rows["add"]["bleu_1"], rows["add-1"]["bleu_1"]]

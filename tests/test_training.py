@@ -88,6 +88,22 @@ class TestRecipe:
         )
         assert (ours.model, arguments.output_dir) == ("/some where/m", "/some where/o")
 
+    @pytest.mark.parametrize(
+        ("capability", "settings", "expected"),
+        [
+            ("AVX2", {"bf16": True}, False),
+            ("AVX2", {"bf16": "true", "use_cpu": "true"}, False),
+            ("AVX2", {"bf16": "false"}, False),
+            ("AVX512", {"bf16": True}, True),
+        ],
+    )
+    def test_a_cpu_that_emulates_bf16_trains_in_float32(self, monkeypatch, caplog, capability, settings, expected):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        _, arguments = parse_recipe({"use_cpu": True, **NEEDED, **settings})
+        assert arguments.bf16 is expected
+        said = any("bf16 is left out" in record.message for record in caplog.records)
+        assert said == (capability == "AVX2" and settings["bf16"] != "false")
+
     def test_overrides_go_before_the_file(self, tmp_path):
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump({**NEEDED, "seed": 1}))
