@@ -51,7 +51,10 @@ def test_every_row_has_a_recipe_and_models(tmp_path: Path, file: Path) -> None:
             recipe, arguments = parse_recipe(experiment.recipe(job))
             assert arguments.seed == job.seed
             assert bool(recipe.llm_states) == ("states" in job.needs)
-            assert arguments.per_device_train_batch_size == 64
+            assert (
+                arguments.per_device_train_batch_size
+                == experiment.settings["recipes"]["all"]["per_device_train_batch_size"]
+            )
             for part in {"llm", "slm"} & set(job.row["build"]):
                 known = {**experiment.settings["models"], **experiment.settings["rows"][job.pair]}
                 assert job.row["build"][part] in known
