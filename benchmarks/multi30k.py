@@ -30,7 +30,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
-from tqdm import trange
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from modeling_llm2slm.building import build
@@ -195,10 +194,10 @@ class Experiment:
             distill(llm, train, folder / "train.jsonl", "source", **options)
             return
         model = CTranslate2TextToText(llm, folder / "model", "float32")
-        rows, column, answers = Dataset.from_json(str(train)), options.pop("column"), []
-        for start in trange(0, len(rows), 1000):
-            answers += model.generate(rows[start : start + 1000]["source"], **options)
-        rows = rows.remove_columns(column).add_column(column, answers)
+        column = options.pop("column")
+        rows = Dataset.from_json(str(train)).map(
+            lambda batch: {column: model.generate(batch["source"], **options)}, batched=True, batch_size=1000
+        )
         with write_aside(folder / "train.jsonl") as aside:
             rows.to_json(aside, force_ascii=False)
 
