@@ -398,6 +398,8 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
         What `training.json` holds.
     """
     ours, arguments = parse_recipe(recipe)
+    if "bf16" in recipe:
+        recipe = {**recipe, "bf16": arguments.bf16}  # the record tells what was done
     finished = _finished(arguments) if ours.resume else None
     if finished is not None:
         logger.warning(f"{arguments.output_dir} is trained already, for max_steps: nothing is done.")

@@ -208,6 +208,15 @@ def test_the_record_tells_what_was_done(recipe):
     assert report["versions"]["torch"] == torch.__version__
 
 
+def test_bf16_that_was_left_out_is_not_recorded_as_used(recipe, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    plain = train({**recipe, "output_dir": str(tmp_path / "plain")})
+    report = train({**recipe, "bf16": True})
+    assert report["recipe"] == {**recipe, "bf16": False}
+    assert report["best_metric"] == plain["best_metric"]
+    same_tensors(weights(recipe["output_dir"]), weights(tmp_path / "plain"))
+
+
 @pytest.mark.parametrize("asked", [{}, {"do_sample": True}])
 def test_validation_samples_only_if_asked_to(recipe, monkeypatch, asked):
     seen = []
