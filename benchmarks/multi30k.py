@@ -85,6 +85,11 @@ class Experiment:
         missing = [name for name in PARTS if name not in self.settings]
         if missing:
             raise ValueError(f"{file} is no experiment: it has no {missing[0]}. See {EXPERIMENT}.")
+        engine = self.settings["distilled"].get("engine", "ctranslate2")
+        if engine != "ctranslate2":
+            raise ValueError(
+                f"{file}: there is no engine {engine!r}. Take ctranslate2, or none for generate() of transformers."
+            )
         self._done: set[str] = set()
 
     @cached_property
@@ -186,19 +191,20 @@ class Experiment:
             self._distill(job.pair, folder / job.name)
 
     def _distill(self, pair: str, folder: Path) -> None:
-        options = {"max_new_tokens": self.settings["max_new_tokens"], **self.settings["distilled"]}
-        train, llm = self.split(pair, "train"), self.model(pair, "llm")
-        options["column"] = "target"  # in the place of the references, which are validated on
+        options = {**self.settings["distilled"], "max_new_tokens": self.settings["max_new_tokens"]}
+        train, llm, output = self.split(pair, "train"), self.model(pair, "llm"), folder / "train.jsonl"
+        column = "target"  # in the place of the references, which are validated on
         folder.mkdir(exist_ok=True)
-        if options.pop("engine", None) != "ctranslate2":
-            distill(llm, train, folder / "train.jsonl", "source", **options)
+        if "engine" not in options:
+            distill(llm, train, output, "source", column=column, **options)
             return
+        del options["engine"]
         model = CTranslate2TextToText(llm, folder / "model", "float32")
-        column = options.pop("column")
         rows = Dataset.from_json(str(train)).map(
-            lambda batch: {column: model.generate(batch["source"], **options)}, batched=True, batch_size=1000
-        )
-        with write_aside(folder / "train.jsonl") as aside:
+            lambda batch: {column: model.generate(batch["source"], **options)},
+            batched=True, batch_size=1000, load_from_cache_file=False,
+        )  # fmt: skip
+        with write_aside(output) as aside:
             rows.to_json(aside, force_ascii=False)
 
     def model(self, pair: str, row: str) -> Path:
@@ -383,6 +389,8 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="report what there is, and do nothing")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if min(arguments.workers, arguments.threads) < 1:
+        parser.error("--workers and --threads are at least 1")
     arguments.runs, arguments.data = arguments.runs.absolute(), Path(arguments.data).absolute()
     data = arguments.data / "multi30k"
     if not data.is_dir():

@@ -51,10 +51,7 @@ def test_every_row_has_a_recipe_and_models(tmp_path: Path, file: Path) -> None:
             recipe, arguments = parse_recipe(experiment.recipe(job))
             assert arguments.seed == job.seed
             assert bool(recipe.llm_states) == ("states" in job.needs)
-            assert (
-                arguments.per_device_train_batch_size
-                == experiment.settings["recipes"]["all"]["per_device_train_batch_size"]
-            )
+            assert arguments.per_device_train_batch_size == (64 if file == SHORT else 32)
             for part in {"llm", "slm"} & set(job.row["build"]):
                 known = {**experiment.settings["models"], **experiment.settings["rows"][job.pair]}
                 assert job.row["build"][part] in known
@@ -135,6 +132,16 @@ def test_what_is_no_experiment_is_one_sentence(
     with pytest.raises(SystemExit, match=told):
         multi30k.main()
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("option", ["--workers", "--threads"])
+def test_there_is_at_least_one_of_each(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["multi30k", option, "0"])
+    with pytest.raises(SystemExit):
+        multi30k.main()
+    assert "--workers and --threads are at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("failing", [True, False])
@@ -242,6 +249,13 @@ TINY: dict[str, Any] = {
         }
     },
 }
+
+
+def test_another_engine_than_those_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump({**TINY, "distilled": {"engine": "ctranslate"}}))
+    with pytest.raises(ValueError, match="tiny.yaml: there is no engine 'ctranslate'. Take ctranslate2"):
+        Experiment(tmp_path, tmp_path / "runs", file)
 
 
 def test_answers_of_ctranslate2_are_those_of_distill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
