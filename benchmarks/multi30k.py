@@ -33,6 +33,7 @@ from torch import nn
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from modeling_llm2slm.building import build
+from modeling_llm2slm.conversion import export
 from modeling_llm2slm.data import load_pairs, train_tokenizer, write_aside, write_json
 from modeling_llm2slm.distillation import distill
 from modeling_llm2slm.encoding import encode
@@ -44,6 +45,7 @@ from modeling_llm2slm.training import load_recipe, train
 ROOT = Path(__file__).parents[1]
 EXPERIMENT = ROOT / "configuration" / "recipes" / "multi30k.yaml"
 PARTS = ("vocabulary", "max_new_tokens", "distilled", "models", "recipes", "rows")
+RUNTIMES = ("ctranslate2", "openvino")  # that a row may run the model of another in, in 8 bits
 REFERENCES = {"train": "train.jsonl.gz", "validation": "val.jsonl.gz", "test": "test_2016_flickr.jsonl.gz"}
 
 
@@ -106,7 +108,8 @@ class Experiment:
     def _with_needs(self, job: Job, rows: dict[str, Any]) -> Iterator[Job]:
         row: dict[str, Any] = job.row or {}
         parts = [part for part in row.get("build", {}).values() if part in rows]
-        needs = [*parts, row["ctranslate2"]] if "ctranslate2" in row else [*parts, "tokenizer"]
+        converted = [row[runtime] for runtime in RUNTIMES if runtime in row]
+        needs = [*parts, *(converted or ["tokenizer"])]
         yield Job(job.pair, "tokenizer", ())
         if self.uses_states(row):
             needs.append("states")
@@ -261,9 +264,12 @@ class Experiment:
 
     def load(self, pair: str, name: str, row: dict[str, Any]) -> Any:
         """The trained model of a row."""
-        if "ctranslate2" not in row:
-            return TextToText.from_pretrained(self.model(pair, name))
-        return CTranslate2TextToText(self.model(pair, row["ctranslate2"]), self.runs / pair / name / "model")
+        folder = self.model(pair, name)
+        if "ctranslate2" in row:
+            return CTranslate2TextToText(self.model(pair, row["ctranslate2"]), folder)
+        if "openvino" in row and not folder.exists():
+            export(self.model(pair, row["openvino"]), folder, runtime="openvino", weights="int8")
+        return TextToText.from_pretrained(folder)
 
 
 def choose_layers(t5: Any, encoder: list[int] | None = None, decoder: list[int] | None = None) -> None:

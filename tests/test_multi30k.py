@@ -21,6 +21,7 @@ from checkpoints import PAIRS, write_checkpoint, write_pairs
 from common import t5_config
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.encoding import encode
+from modeling_llm2slm.graphs import is_exported
 from modeling_llm2slm.training import parse_recipe
 
 
@@ -220,6 +221,19 @@ def test_the_interval_of_a_difference() -> None:
     assert multi30k_report.difference(good, good, samples=20) == {"above": 0, "above_interval": [0, 0]}
 
 
+def test_the_best_slm_alone_is_any_but_the_llm_and_what_it_came_from() -> None:
+    builds = {
+        "shallow": {"llm": "t5-3-3"}, "llm": {"llm": "shallow"}, "small": {"llm": "t5-1-1"},
+        "small-on": {"llm": "small"}, "cut": {"llm": "llm"}, "both": {"llm": "llm", "slm": "small"},
+    }  # fmt: skip
+    best = {"shallow": 9.0, "llm": 9.0, "small": 3.0, "small-on": 2.0, "cut": 9.0, "both": 4.0}
+    jobs = [Job("xx-yy", name, (), {"build": parts}) for name, parts in builds.items()]
+    rows = {name: {"training": {"best_metric": value}} for name, value in best.items()}
+    counts = {name: multi30k_report.sentence_counts(ANSWERS, REFERENCES) for name in builds}
+    found = multi30k_report._best(jobs, rows, counts)
+    assert (found["llm_to_slm"], found["slm_alone"], found["above"]) == ("both", "small", 0)
+
+
 TINY: dict[str, Any] = {
     "vocabulary": 60,
     "max_new_tokens": 8,
@@ -246,6 +260,7 @@ TINY: dict[str, Any] = {
                 "decoder_layers": [2, 0],
                 "recipe": "all",
             },
+            "add-int8": {"openvino": "add"},
         }
     },
 }
@@ -302,13 +317,15 @@ def test_the_whole_at_a_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name, answers in (("llm", perfect), ("add", half)):
         (tmp_path / "runs" / "xx-yy" / name / "answers.json").write_text(json.dumps({"1": answers, "4": answers}))
     result = multi30k_report.report(experiment, tmp_path / "results", tmp_path / "plots")
-    assert json.loads((tmp_path / "results" / "tiny.json").read_text()) == result
-    rows = result["pairs"]["xx-yy"]["rows"]
-    assert list(rows) == ["shallow", "llm", "add", "add-1", "alone", "cut", "cut-add"]
+    assert json.loads((tmp_path / "results" / "tiny-xx-yy.json").read_text()) == result["xx-yy"]
+    rows = result["xx-yy"]["rows"]
+    assert list(rows) == ["shallow", "llm", "add", "add-1", "alone", "cut", "cut-add", "add-int8"]
+    assert is_exported(experiment.model("xx-yy", "add-int8"))
+    assert 0 < rows["add-int8"]["time_by_llm"] < 1
     assert rows["llm"]["relative_1"] == rows["llm"]["time_by_llm"] == 1
     assert rows["cut"]["training"]["parameters"]["total"] < rows["llm"]["training"]["parameters"]["total"]
-    assert result["pairs"]["xx-yy"]["seeds"]["add"]["bleu"] == [rows["add"]["bleu_1"], rows["add-1"]["bleu_1"]]
-    best = result["pairs"]["xx-yy"]["best"]
+    assert result["xx-yy"]["seeds"]["add"]["bleu"] == [rows["add"]["bleu_1"], rows["add-1"]["bleu_1"]]
+    best = result["xx-yy"]["best"]
     assert (best["llm_to_slm"], best["slm_alone"]) == ("add", "alone")
     assert best["above"] > 1
     assert best["above"] == pytest.approx(rows["add"]["bleu_1"] - rows["alone"]["bleu_1"])
