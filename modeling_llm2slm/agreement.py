@@ -97,6 +97,8 @@ def _with_references(rows: Dataset, references: list[Any], source: str, column: 
         bad = np.delete(rows["row"][:], given)
         tell_bad_rows(source, {int(row): f"row {row} has no text in {column!r}" for row in bad}, skip=True)
         rows, references = rows.select(given), [references[row] for row in given]
+    if not given and column != "answer" and all(text is None for text in references):
+        raise ValueError(f"{source} has no column {column!r} to score against. Name one that it has, or none.")
     if len(given) == len(references):
         return rows.add_column("answer", references)
     if any(text is not None for text in references):
@@ -136,14 +138,15 @@ def _speed(times: Sequence[tuple[float, int]]) -> dict[str, float]:
 def least_agreement(
     numbers: Sequence[int], prompts: Sequence[str], answers: Sequence[str], llm_answers: Sequence[str], count: int
 ) -> list[dict[str, Any]]:
-    """Up to `count` rows whose two answers differ, and agree least by the chrF of the sentence, the worst first."""
+    """
+    Up to `count` prompts, each by its first row, whose two answers differ and agree least by the chrF of the sentence,
+    the worst first.
+    """
     from sacrebleu import sentence_chrf
 
-    rows: list[dict[str, Any]] = [
-        {"row": row, "prompt": prompt, "answer": answer, "llm_answer": expected}
-        for row, prompt, answer, expected in zip(numbers, prompts, answers, llm_answers, strict=True)
-        if answer.strip() != expected.strip()
-    ]
-    for row in rows:
-        row["chrf"] = sentence_chrf(row["answer"], [row["llm_answer"]]).score
-    return sorted(rows, key=lambda row: row["chrf"])[:count]
+    rows: dict[str, dict[str, Any]] = {}
+    for row, prompt, answer, expected in zip(numbers, prompts, answers, llm_answers, strict=True):
+        if prompt not in rows and answer.strip() != expected.strip():
+            chrf = sentence_chrf(answer, [expected]).score
+            rows[prompt] = {"row": row, "prompt": prompt, "answer": answer, "llm_answer": expected, "chrf": chrf}
+    return sorted(rows.values(), key=lambda row: row["chrf"])[:count]

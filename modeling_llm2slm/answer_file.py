@@ -15,7 +15,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from .data import is_jsonl, load_rows, whole_row, write_aside
+from .data import ROW, check_some_left, is_jsonl, load_rows, tell_bad_rows, whole_row, write_aside
 from .encoding import processes
 from .state_store import checkpoint_folder
 from .text_to_text import TextToText
@@ -39,6 +39,7 @@ class AnswerReport:
         kept: How many answers were there already, from a run that was stopped.
         tokens: The tokens of the answers that this run wrote, end tokens included.
         seconds: The time it took to write them, without loading the model and the data.
+        cut: How many answers of this run ended at `max_new_tokens`, not by themselves.
     """
 
     rows: int
@@ -46,6 +47,7 @@ class AnswerReport:
     kept: int
     tokens: int
     seconds: float
+    cut: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -96,7 +98,7 @@ def answer_file(
         overlap: See [`answer`].
         seed: Of sampled answers.
         device: Where to compute.
-        skip_bad_rows: See [`load_pairs`].
+        skip_bad_rows: Leave out rows that hold no text or are too long for the model, with a warning.
         overwrite: Remove what another run has left.
         quantize: See [`TextToText.from_pretrained`].
         progress: Called with the numbers of answers done and in all.
@@ -104,8 +106,8 @@ def answer_file(
 
     Raises:
         OSError: If the output cannot be written.
-        ValueError: If the answers were to go where the prompts are, or what is left of a run was made by another model
-            or other settings.
+        ValueError: If the answers were to go where the prompts are, the model has no positions for a prompt and an
+            answer, or what is left of a run was made by another model or other settings.
     """
     output, limits = Path(output), limits or BatchLimits()
     if column == prompt_column and is_jsonl(output):
@@ -114,22 +116,30 @@ def answer_file(
         )
     rank, world = processes(overwrite)
     check_writable(output)
-    rows = load_rows(data, prompt_column, split=split, limit=limit, skip_bad_rows=skip_bad_rows)
+    rows = load_rows(data, prompt_column, split=split, limit=limit, skip_bad_rows=skip_bad_rows, number_rows=True)
+    numbers, rows = rows[ROW][:], rows.remove_columns(ROW)
     if is_jsonl(output) and column in whole_row(rows[0]):
         logger.warning(f"{data}: the answers stand in the place of the column {column!r}, which is there already.")
-    prompts = rows.select_columns([prompt_column])
     text_to_text = TextToText.from_pretrained(
         model, device=device, prompt_max_length=prompt_max_length, quantize=quantize
     )
     generate_kwargs = text_to_text.with_limit(generate_kwargs)
-    table = _table(text_to_text, prompts, is_sampled(text_to_text, generate_kwargs))
-    text_to_text.check_room(max(table.lengths), generate_kwargs.get("max_new_tokens", 0))
+    sampled, longest = is_sampled(text_to_text, generate_kwargs), generate_kwargs.get("max_new_tokens", 0)
+    table = _table(text_to_text, rows.select_columns([prompt_column]), sampled)
+    bad = _without_room(text_to_text, table, longest)
+    if bad:
+        check_some_left(str(data), bad, len(rows))
+        told = {numbers[at]: f"row {numbers[at]}: {error}" for at, error in bad.items()}
+        tell_bad_rows(str(data), told, skip_bad_rows)
+        rows = rows.select([at for at in range(len(rows)) if at not in bad])
+        table = _table(text_to_text, rows.select_columns([prompt_column]), sampled)
+    prompts = rows.select_columns([prompt_column])
     settings = _settings(model, text_to_text, table, limits, seed, generate_kwargs)
     if quantize is not None:
         settings["quantize"] = quantize
     parts = AnswerParts(output, settings, rank, overwrite)
     batches = table.batches(limits, parts.answers, rank, world)
-    total, tokens = table.answers(), 0
+    total, tokens, cut = table.answers(), 0, 0
     kept = done = sum(table.key(draw) in parts.answers for draw in set(table.draws))
     progress(done, total)
     start = time.perf_counter()
@@ -142,15 +152,18 @@ def answer_file(
         texts = text_to_text.tokenizer.batch_decode(ids, skip_special_tokens=True)
         parts.keep({table.key(draw): text for draw, text in zip(draws, texts, strict=True)})
         tokens += sum(map(len, ids))
+        cut += sum(0 < longest == len(one) and text_to_text.tokenizer.eos_token_id != one[-1] for one in ids)
         done = min(done + world * len(draws), total)
         progress(done, total)
     seconds = time.perf_counter() - start
+    if cut:
+        logger.warning(f"{cut} answers were cut at {longest} tokens: allow longer ones with max_new_tokens.")
     answers = parts.read_all() if world > 1 else parts.answers
     if len(answers) >= total:  # of several processes, only the last to finish finds all answers
         with writing(output, "All answers are kept; make room, and repeat the command."):
             _write(output, rows, column, (answers[table.key(draw)] for draw in table.draws))
         parts.remove()
-    return AnswerReport(len(rows), len(rows) - len(table.rows), kept, tokens, seconds if batches else 0.0)
+    return AnswerReport(len(rows), len(rows) - len(table.rows), kept, tokens, seconds if batches else 0.0, cut)
 
 
 def check_writable(output: Path) -> None:
@@ -200,6 +213,17 @@ def _table(text_to_text: TextToText, prompts: Dataset, sampled: bool) -> PromptT
 
         table.add(texts, lambda new: lengths(new) if new else [])
     return table
+
+
+def _without_room(text_to_text: TextToText, table: PromptTable, new_tokens: int) -> dict[int, str]:
+    """What is wrong with each row whose prompt and answer the model has no positions for."""
+    errors: dict[int, str] = {}
+    for number, length in enumerate(table.lengths):
+        try:
+            text_to_text.check_room(length, new_tokens)
+        except ValueError as error:
+            errors[number] = str(error).removesuffix(".")
+    return {row: errors[number] for row, (number, _) in enumerate(table.draws) if number in errors}
 
 
 def _write(output: Path, rows: Dataset, column: str, answers: Iterator[str]) -> None:

@@ -199,7 +199,7 @@ class LLM2SLMCheckpointMixin:
         include_llm = self.include_llm if include_llm is None else include_llm
         if repo_id is not None and not include_llm:
             _check_source_is_public(self)
-        with _described(self, target, include_llm, public=repo_id is not None):
+        with _described(self, target, include_llm, public=repo_id is not None), _of_its_own_class(self):
             if not kwargs.get("is_main_process", True) or kwargs.get("distributed_checkpoint"):
                 super().save_pretrained(target, **kwargs)  # type: ignore[misc]
                 return []
@@ -432,11 +432,14 @@ def _own_names(llm: PreTrainedModel) -> list[str]:
 
 
 def _fingerprint_in_memory(llm: PreTrainedModel) -> str | None:
-    """`None` where the values in memory are not those of the files: in float16, quantized, or not in memory at all."""
+    """
+    `None` where the values in memory are not those of the files: in float16, quantized, or not in memory at all, or
+    only a share of them (FSDP2), which one process cannot read without the others.
+    """
     state = llm.state_dict()
     tensors = {name: state[name] for name in _own_names(llm)}
     exact = (torch.float32, torch.bfloat16, torch.float64)
-    if any(tensor.is_meta or tensor.dtype not in exact for tensor in tensors.values()):
+    if any(tensor.is_meta or tensor.dtype not in exact or hasattr(tensor, "to_local") for tensor in tensors.values()):
         return None
     return fingerprint(tensors)
 
@@ -485,6 +488,18 @@ def _described(model: Any, target: Path, include_llm: bool, public: bool) -> Ite
     finally:
         (config.llm_source, config.slm_source), config.lean = sources, False
         model._keys_to_ignore_on_save = ignored
+
+
+@contextmanager
+def _of_its_own_class(model: Any) -> Iterator[None]:
+    """transformers saves the code of a model's class, which is one of torch's making while FSDP2 shards it."""
+    sharded = type(model)
+    if sharded.__module__.startswith("torch.distributed."):
+        model.__class__ = next(base for base in sharded.__bases__ if issubclass(base, PreTrainedModel))
+    try:
+        yield
+    finally:
+        model.__class__ = sharded
 
 
 def _as_written(source: dict[str, Any] | None, target: Path, public: bool) -> dict[str, Any] | None:

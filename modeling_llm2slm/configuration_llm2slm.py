@@ -287,6 +287,16 @@ def llm_sizes(config: PreTrainedConfig) -> PreTrainedConfig:
     return encoder if isinstance(encoder, PreTrainedConfig) else config
 
 
+def check_encoder_decoder_length(config: PreTrainedConfig, prompt_length: int, answer_length: int) -> None:
+    """Raise `ValueError` where a whole LLM has no positions for a prompt and an answer of these lengths."""
+    limit = _positions(config)
+    if limit is not None and max(prompt_length, answer_length) > limit:
+        raise ValueError(
+            f"The prompt has {prompt_length} tokens and the answer up to {answer_length}, but the LLM has {limit} "
+            "positions for each. Shorten the prompt (`prompt_max_length`) or the answer (`max_new_tokens`)."
+        )
+
+
 def _positions(config: PreTrainedConfig) -> int | None:
     """How many positions a model has, if any number limits them."""
     positions = getattr(llm_sizes(config), "max_position_embeddings", None)

@@ -173,6 +173,12 @@ def tell_bad_rows(source: str, bad: Mapping[int, str], skip: bool) -> None:
     raise ValueError(f"{source}: {next(iter(bad.values()))}.{others} Mend them, or leave them out with skip_bad_rows.")
 
 
+def check_some_left(source: str, bad: Mapping[int, str], rows: int) -> None:
+    """Raises `ValueError`, with what is wrong with the first, where all rows are bad."""
+    if len(bad) == rows:
+        raise ValueError(f"{source}: no row can be used; {next(iter(bad.values()))}.")
+
+
 def _bad_rows(dataset: Dataset, columns: Mapping[str, str]) -> dict[int, str]:
     """What is wrong with each row in which one of the columns holds no text."""
     bad: dict[int, str] = {}

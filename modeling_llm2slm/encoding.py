@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,8 @@ from .data import load_prompts
 from .state_store import SHARD_BYTES, StateWriter, StoreDescription, describe, index_prompts, remove_store
 from .text_to_text import TextToText
 
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
@@ -55,7 +58,7 @@ def encode(
         batch_size: How many prompts go through the LLM at once, those of similar length together.
         device: Where to run the LLM.
         shard_bytes: The size of a file, and how much a kill may lose.
-        skip_bad_rows: See [`load_pairs`].
+        skip_bad_rows: Leave out rows that hold no text or are too long for the LLM, with a warning.
         overwrite: Remove a store that is there first.
         announce: Called before anything is computed, with what the store will hold and the bytes still to write.
         progress: Called with the numbers of prompts done and in all.
@@ -75,7 +78,13 @@ def encode(
     prompts = _prompts(data, prompt_column, split, limit, skip_bad_rows)
     index = index_prompts(_token_ids(text_to_text, prompts))
     config, tokenizer = text_to_text.model.config, text_to_text.processor.tokenizer
-    config.check_llm_length(int(index["length"].max()))
+    fitting = index["length"] <= (config.llm_positions or np.inf)
+    if not (skip_bad_rows and fitting.any()):
+        config.check_llm_length(int(index["length"].max()))
+    elif not fitting.all():
+        skipped = len(fitting) - fitting.sum()
+        logger.warning(f"{skipped} prompts were skipped, as the LLM has {config.llm_positions} positions.")
+        prompts, index = prompts.select(np.flatnonzero(fitting)), index[fitting]
     description = describe(model, config, tokenizer, index, dtype)
     rank, world = processes(overwrite)
     if overwrite:

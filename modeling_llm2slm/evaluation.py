@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from .data import load_pairs, tell_bad_rows, versions
+from .data import check_some_left, load_pairs, tell_bad_rows, versions
 from .text_to_text import TextToText
 
 
@@ -115,9 +115,8 @@ def with_room(models: Sequence[TextToText], rows: Dataset, source: str, generate
             try:
                 model.check_room(len(ids), new_tokens)
             except ValueError as error:
-                bad[row] = str(error)
-    if len(bad) == len(rows):
-        raise ValueError(f"{source}: no row can be used. {bad[0]}")
+                bad[row] = str(error).removesuffix(".")
+    check_some_left(source, bad, len(rows))
     if bad:
         numbers = rows["row"][:]
         tell_bad_rows(source, {numbers[row]: reason for row, reason in bad.items()}, skip=True)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
@@ -89,7 +90,7 @@ def plan(
         prompt_column: The column that holds what the model reads.
         presets: Names of presets (or config files) whose SLMs are tried.
         slm_tokenizers: A tokenizer for a preset, in place of the one on the Hub.
-        timed_prompts: The number of prompts that are answered, spread over those that all SLMs have positions for.
+        timed_prompts: The number of prompts that are answered for an SLM, spread over those that it has positions for.
         epochs: How long training is to be, for the estimate.
         batch_size: Pairs in a batch of training, for the estimate.
         num_beams: Of the distillation, for the estimate.
@@ -104,8 +105,8 @@ def plan(
         [`Candidate`] as mappings), `recommended` (a name or None) and `recommendation`, a sentence.
 
     Raises:
-        ValueError: If the LLM is no encoder-decoder, the SLMs have no positions for any prompt, or a tokenizer is for
-            a preset that is not tried.
+        ValueError: If the LLM is no encoder-decoder, an SLM has no positions for any prompt, or a tokenizer is for a
+            preset that is not tried.
         OSError: If the LLM or a tokenizer that is named cannot be loaded.
     """
     set_seed(0)
@@ -120,30 +121,31 @@ def plan(
     progress("loading the LLM")
     large = TextToText.from_pretrained(llm, device=device, prompt_max_length=prompt_max_length)
     lengths = [len(ids) for ids in large.features(prompts)["input_ids"]]
-    fits = {name: [config.has_room(length, max_new_tokens) for length in lengths] for name, config in configs.items()}
-    usable = [row for row, room in enumerate(zip(*fits.values(), strict=True)) if all(room)]
-    if not usable:
-        name = next(name for name in presets if not any(fits[name]))
-        raise ValueError(
-            f"{data}: {name} has positions for none of the prompts with answers of {max_new_tokens} tokens. Cut the "
-            "prompts with prompt_max_length, allow shorter answers with max_new_tokens, or try other presets."
-        )
-    step = max(len(usable) // timed_prompts, 1)
-    sample = _Sample(large, [prompts[row] for row in usable[::step][:timed_prompts]], max_new_tokens)
-    usual_length = statistics.mean(lengths[row] for row in usable)
-    progress("answering with the LLM")
-    tokens = [sample.answer(index) for index in range(len(sample.prompts))]
-    answers = large.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    hours = len(set(prompts)) / len(sample.prompts) / 3600
-    distill_hours = hours * _seconds(lambda: sample.answer_all(num_beams))
+    usable = {
+        preset: [row for row, length in enumerate(lengths) if _has_room(large, config, length, max_new_tokens)]
+        for preset, config in configs.items()
+    }
+    for preset, rows in usable.items():
+        if not rows:
+            raise ValueError(
+                f"{data}: {preset} has positions for none of the prompts with answers of {max_new_tokens} tokens. Cut "
+                "the prompts with prompt_max_length, allow shorter answers with max_new_tokens, or try other presets."
+            )
+    samples: dict[tuple[int, ...], _Sample] = {}
     candidates = []
     for preset in presets:
+        rows, tokenizer = usable[preset], tokenizers[preset]
+        chosen = tuple(rows[:: max(len(rows) // timed_prompts, 1)][:timed_prompts])
+        if chosen not in samples:
+            progress("answering with the LLM")
+            samples[chosen] = _Sample(large, [prompts[row] for row in chosen], max_new_tokens, num_beams)
+        sample = samples[chosen]
         progress(f"measuring {preset}")
-        tokenizer = tokenizers[preset]
         counts = [
             min(len(ids) if tokenizer is None else _count(tokenizer, answer), max_new_tokens)
-            for ids, answer in zip(tokens, answers, strict=True)
+            for ids, answer in zip(sample.tokens, sample.answers, strict=True)
         ]
+        usual_length, hours = statistics.mean(lengths[row] for row in rows), len(set(prompts)) / len(chosen) / 3600
         costs = _measure(llm, configs[preset], sample, counts, usual_length, batch_size, device)
         seconds = costs.pop("step_seconds")
         encode_seconds = costs.pop("encode_seconds")
@@ -153,18 +155,19 @@ def plan(
                 answer_tokens=statistics.mean(counts),
                 tokens_assumed=tokenizer is None,
                 encode_hours=hours * encode_seconds,
-                distill_hours=distill_hours,
+                distill_hours=hours * sample.beam_seconds,
                 train_hours=epochs * len(prompts) / batch_size * seconds / 3600,
-                too_long=fits[preset].count(False),
+                too_long=len(prompts) - len(rows),
                 **costs,
             )
         )
-    recommended, recommendation = recommend(candidates)
+    recommended, recommendation = recommend(candidates, len(prompts))
+    widest = max(samples, key=lambda chosen: max(lengths[row] for row in chosen))
     stored = sum(dict(zip(prompts, lengths, strict=True)).values())  # equal prompts once
     return {
         "prompts": len(prompts),
         "prompt_tokens": statistics.mean(lengths),
-        "answer_tokens": statistics.mean(map(len, tokens)),
+        "answer_tokens": statistics.mean(map(len, samples[widest].tokens)),
         "store_bytes": stored * llm_sizes(large.model.config).hidden_size * 2,
         "candidates": [asdict(candidate) for candidate in candidates],
         "recommended": recommended,
@@ -176,7 +179,20 @@ def plan(
     }
 
 
-def recommend(candidates: Sequence[Candidate]) -> tuple[str | None, str]:
+def recommend(candidates: Sequence[Candidate], prompts: int) -> tuple[str | None, str]:
+    """
+    The name of an SLM or `None`, and a sentence that says why. SLMs without positions for more than a twentieth of
+    the prompts are left out, unless there are no others.
+    """
+    roomy = [candidate for candidate in candidates if candidate.too_long <= prompts / 20]
+    name, sentence = _fast_enough(roomy or candidates)
+    if not roomy:
+        share = min(candidate.too_long for candidate in candidates) / prompts
+        sentence += f" But {share:.0%} of the prompts or more are too long: cut them with prompt_max_length."
+    return name, sentence
+
+
+def _fast_enough(candidates: Sequence[Candidate]) -> tuple[str | None, str]:
     """The largest SLM that is fast enough, as a larger one writes better; else the fastest; else none."""
     fast = [candidate for candidate in candidates if candidate.speed_up >= ENOUGH]
     if fast:
@@ -197,18 +213,21 @@ def recommend(candidates: Sequence[Candidate]) -> tuple[str | None, str]:
 
 
 class _Sample:
-    """Some prompts, and the LLM that answers them."""
+    """Some prompts, the LLM's greedy answers, and the seconds that it searches for all of them with beams."""
 
-    def __init__(self, large: TextToText, prompts: list[str], max_new_tokens: int):
+    def __init__(self, large: TextToText, prompts: list[str], max_new_tokens: int, num_beams: int):
         self.large = large
         self.prompts = prompts
+        # A checkpoint may say how it is decoded, as BART's with beams. The SLM is timed greedily, and so is the LLM.
         self.options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
+        self.tokens = [self.answer(index) for index in range(len(prompts))]
+        self.answers = large.tokenizer.batch_decode(self.tokens, skip_special_tokens=True)
+        self.beam_seconds = _seconds(
+            lambda: large.generate(prompts, len(prompts), num_beams=num_beams, **self.options)
+        )
 
     def answer(self, index: int) -> list[int]:
-        return self.large.generate_tokens([self.prompts[index]], **self.options)[0]
-
-    def answer_all(self, num_beams: int) -> None:
-        self.large.generate(self.prompts, len(self.prompts), num_beams=num_beams, **self.options)
+        return self.large.generate_tokens([self.prompts[index]], num_beams=1, **self.options)[0]
 
     def inputs(self, index: int) -> dict[str, torch.Tensor]:
         batch = self.large._pad(self.large.features([self.prompts[index]]))
@@ -250,14 +269,30 @@ def _measure(
         "llm_ms_per_answer": large,
         "speed_up": large / small,
         "answering_bytes": answering_memory(model.config, batch_size=1, **sizes)["total"],
-        "training_bytes": training_memory(model.config, batch_size=batch_size, llm_states=True, **sizes)["total"],
+        "training_bytes": _training_bytes(model, batch_size, sizes),
         "encode_seconds": encode,
         "step_seconds": _step_seconds(model, batch_size, **sizes),
     }
 
 
+def _training_bytes(model: Any, batch_size: int, sizes: Mapping[str, Any]) -> int:
+    return training_memory(model.config, batch_size=batch_size, llm_states=True, **sizes)["total"]
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
 def _step_seconds(model: Any, batch_size: int, prompt_length: int, answer_length: int) -> float:
-    """Seconds of one step of training on stored states, the second of two."""
+    """
+    Seconds of one step of training on stored states, the second of two. Where there is no memory for the batch, they
+    are estimated from a smaller one.
+    """
+    asked, sizes = batch_size, {"prompt_length": prompt_length, "answer_length": answer_length}
+    while batch_size > 1 and _training_bytes(model, batch_size, sizes) > _free_bytes(model.device):
+        batch_size //= 2
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     shape = (batch_size, prompt_length)
@@ -275,13 +310,22 @@ def _step_seconds(model: Any, batch_size: int, prompt_length: int, answer_length
             torch.cuda.synchronize()
 
     step()
-    return _seconds(step)
+    return _seconds(step) * asked / batch_size
 
 
 def _seconds(work: Callable[[], Any]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
+
+
+def _has_room(large: TextToText, config: LLM2SLMConfig, prompt_length: int, new_tokens: int) -> bool:
+    """Whether both the LLM and an SLM have positions for a prompt and an answer."""
+    try:
+        large.check_room(prompt_length, new_tokens)
+    except ValueError:
+        return False
+    return config.has_room(prompt_length, new_tokens)
 
 
 def _check_llm(llm: str | Path) -> None:

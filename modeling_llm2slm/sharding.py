@@ -17,7 +17,7 @@ def shard(model: LLM2SLMForConditionalGeneration, **kwargs: Any) -> LLM2SLMForCo
         kwargs: Arguments of `fully_shard`, such as `mesh`, `mp_policy` and `reshard_after_forward`.
 
     Returns:
-        The model. `generate` is made to gather weights as `forward` does.
+        The model. `generate`, `encode_prompt` and `encode_llm` are made to gather weights as `forward` does.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -26,5 +26,6 @@ def shard(model: LLM2SLMForConditionalGeneration, **kwargs: Any) -> LLM2SLMForCo
         if type(module).__name__ in names:
             fully_shard(module, **kwargs)
     fully_shard(model, **kwargs)
-    register_fsdp_forward_method(model, "generate")
+    for name in ("generate", "encode_prompt", "encode_llm"):
+        register_fsdp_forward_method(model, name)
     return model

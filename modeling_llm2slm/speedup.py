@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from .agreement import compare
 from .building import build
-from .configuration_llm2slm import LLM2SLMConfig
-from .data import ROW, load_rows, parse_lines, tell_bad_rows, write_aside, write_json
+from .configuration_llm2slm import LLM2SLMConfig, check_encoder_decoder_length
+from .data import ROW, check_some_left, load_rows, parse_lines, tell_bad_rows, write_aside, write_json
 from .distillation import distill
 from .encoding import encode
 from .model_card_llm2slm import without_tokens
@@ -108,6 +108,11 @@ class Speedup:
         if path.is_file():
             before, now = self._fixed(json.loads(path.read_text(encoding="utf-8"))), self._fixed(self._kept())
             changed = [name for name in now if before.get(name) != now[name]]
+            if changed == ["prompts_sha256"]:
+                raise ValueError(
+                    f"{self.settings.prompts} has changed since {self.output} was begun. Choose another folder with "
+                    "--output, or bring the prompts back."
+                )
             if changed:
                 raise ValueError(
                     f"{self.output} was begun with another {changed[0]} ({before.get(changed[0])!r}). Repeat its "
@@ -119,12 +124,18 @@ class Speedup:
                 f"{filled_in[0]} is what a speed-up fills in itself: leave it out, or train by a recipe of your own "
                 "(`llm2slm train`)."
             )
+        if "prompt_column" in self.settings.recipe:
+            raise ValueError("A speed-up has one column of prompts for all stages: name it with --prompt-column.")
         self.recipe, _ = parse_recipe(self._recipe())
         llm, slm = (load(AutoConfig, part) for part in (self.settings.llm, self.settings.slm))
         self.config = LLM2SLMConfig(encoder=llm, decoder=slm)
 
     def _kept(self) -> dict[str, Any]:
-        return json.loads(json.dumps({**asdict(self.settings), "recipe": without_tokens(self.settings.recipe)}))
+        prompts, settings = Path(self.settings.prompts).expanduser(), asdict(self.settings)
+        if prompts.is_file():
+            with prompts.open("rb") as file:
+                settings["prompts_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        return json.loads(json.dumps({**settings, "recipe": without_tokens(self.settings.recipe)}))
 
     def _fixed(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """
@@ -132,7 +143,7 @@ class Speedup:
         `skip_bad_rows` may always change.
         """
         recipe = {name: value for name, value in settings["recipe"].items() if name != "skip_bad_rows"}
-        fixed = {name: settings[name] for name in _OF_DISTILLING}
+        fixed = {name: settings.get(name) for name in (*_OF_DISTILLING, "prompts_sha256")}
         if (self.output / "start" / "config.json").is_file():
             fixed |= {name: settings[name] for name in _OF_BUILDING}
         fixed["prompt_max_length"] = recipe.get("prompt_max_length")
@@ -218,12 +229,11 @@ class Speedup:
             for number, prompt in zip(batch[ROW], ids, strict=True):
                 length = len(prompt) if longest is None else min(len(prompt), longest)
                 try:
-                    self.config.check_llm_length(length)
+                    check_encoder_decoder_length(self.config.encoder, length, settings.max_new_tokens)
                     self.config.check_length(length, settings.max_new_tokens)
                 except ValueError as error:
                     bad[number] = f"row {number}: {str(error).removesuffix('.')}"
-        if len(bad) == len(rows):
-            raise ValueError(f"{settings.prompts}: no row can be used; {next(iter(bad.values()))}.")
+        check_some_left(settings.prompts, bad, len(rows))
         if bad:
             tell_bad_rows(settings.prompts, bad, self.recipe.skip_bad_rows)
 
@@ -252,6 +262,8 @@ class Speedup:
         composite = build(
             settings.llm, settings.slm, settings.llm, settings.slm_tokenizer, fusion=settings.fusion, **dtype
         )
+        # What the LLM's answers were limited to is what is usual here.
+        composite.model.generation_config.max_new_tokens = settings.max_new_tokens
         with write_aside(start) as folder:
             composite.save_pretrained(folder)
 

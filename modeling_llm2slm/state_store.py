@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
@@ -161,8 +160,9 @@ class StateStore:
         row = self._find(ids)
         if row is None:
             raise ValueError(
-                f"A prompt of {len(ids)} tokens is not in {self.path}, which was made of other data. Encode all data "
-                "that is trained and validated on: llm2slm encode MODEL DATA ... --output STORE."
+                f"A prompt of {len(ids)} tokens is not in {self.path}, which was made of other data or with another "
+                "prompt_max_length. Encode all data that is trained and validated on: llm2slm encode MODEL DATA ... "
+                "--output STORE."
             )
         shard, start, length = (int(row[name]) for name in ("shard", "start", "length"))
         if shard not in self._shards:
@@ -266,15 +266,22 @@ class StateWriter:
             names = [field.name for field in fields(StoreDescription) if field.name in _SAID]
             StoreDescription.read(self.path).check(self.description, self.path, names)
         elif writer == 0:
+            if any(self.path.glob(f"{self._prefix}*.safetensors")):
+                raise ValueError(
+                    f"{self.path} holds states, but no {DESCRIPTION} that says of what. Remove them, with --overwrite."
+                )
             with write_aside(self.path / DESCRIPTION) as temporary:
                 temporary.write_text(json.dumps(asdict(self.description), indent=2) + "\n", encoding="utf-8")
-        for leftover in self.path.glob(f".{self._prefix}*"):
-            shutil.rmtree(leftover)
+        for leftover in self.path.glob(f".*.{self._prefix}*.safetensors"):  # what `write_aside` had not finished
+            leftover.unlink()
 
     def add(self, ids: Sequence[int], states: torch.Tensor) -> None:
         """Keeps the states `(N, d_llm)` of a prompt, and writes a shard when there are enough."""
+        kept = states.to("cpu", getattr(torch, self.description.dtype))
+        if self.description.dtype == "float16" and not kept.isfinite().all():
+            raise ValueError("The LLM's states overflow in float16. Store them in bfloat16 (--dtype bfloat16).")
         self._keys.append(prompt_key(ids))
-        self._states.append(states.to("cpu", getattr(torch, self.description.dtype)))
+        self._states.append(kept)
         self._kept_bytes += self._states[-1].nbytes
         if self._kept_bytes >= self.shard_bytes:
             self.flush()
@@ -298,7 +305,8 @@ class StateWriter:
 
 def remove_store(path: str | Path) -> None:
     """Removes the files of a store, and nothing else that may lie in its folder."""
-    for file in (Path(path) / DESCRIPTION, *Path(path).glob("states-*.safetensors")):
+    # The description goes last: states without one would be taken for those of the next that is written.
+    for file in (*Path(path).glob("states-*.safetensors"), Path(path) / DESCRIPTION):
         file.unlink(missing_ok=True)
 
 

@@ -63,10 +63,15 @@ class StreamedFeatures(IterableDataset):
         self.seed = seed
         self.limit = limit
         self.skip_bad_rows = skip_bad_rows
-        first = next((row for row in self._rows() if ROW_ERROR not in row), None)
-        if first is None:
+        names: dict[str, None] = {}
+        for row in self._rows():
+            if ROW_ERROR not in row:
+                names |= dict.fromkeys(row)
+                if not skip_bad_rows or names.keys() >= set(self.columns):
+                    break
+        if not names:
             raise ValueError(f"{source} holds no rows.")
-        check_columns(source, self.columns, list(first))
+        check_columns(source, self.columns, list(names))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()

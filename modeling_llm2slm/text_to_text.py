@@ -26,6 +26,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+from .configuration_llm2slm import check_encoder_decoder_length
 from .graphs import is_exported
 from .throughput import BatchLimits, Draw, PromptTable, answer, is_sampled
 
@@ -333,11 +334,18 @@ class EncoderDecoderTextToText(TextToText):
 
     def _problem(self, input_ids: list[int], labels: list[int]) -> str | None:
         if not self._composite:
+            try:
+                self.check_room(len(input_ids), len(labels))
+            except ValueError as error:
+                return f"is too long: {str(error).removesuffix('.')}"
             return None
         if not input_ids:
             return "has an empty prompt"
         if self.states is not None and input_ids not in self.states:
-            return f"is not in {self.states.path}, which was made of other data: encode all data that is trained on"
+            return (
+                f"is not in {self.states.path}, which was made of other data or with another prompt_max_length: "
+                "encode all data that is trained on, with that of the recipe"
+            )
         llm_positions = self.model.config.llm_positions
         if llm_positions is not None and len(input_ids) > llm_positions:
             return f"has a prompt of {len(input_ids)} tokens, but the LLM has {llm_positions} positions"
@@ -360,9 +368,11 @@ class EncoderDecoderTextToText(TextToText):
         return {**inputs, "encoder_outputs": self.model.get_encoder()(**inputs, return_dict=True)}
 
     def check_room(self, prompt_length: int, new_tokens: int) -> None:
-        if self._composite:
-            self.model.config.check_llm_length(prompt_length)
-            self.model.config.check_length(prompt_length, new_tokens)
+        if not self._composite:
+            check_encoder_decoder_length(self.model.config, prompt_length, new_tokens)
+            return
+        self.model.config.check_llm_length(prompt_length)
+        self.model.config.check_length(prompt_length, new_tokens)
 
     def _answers(self, generated: torch.Tensor, inputs: Any) -> torch.Tensor:
         return generated[:, 1:]  # the start token

@@ -6,6 +6,7 @@ import difflib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -27,7 +28,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from .checkpoint_llm2slm import describe_source, lean_source
-from .data import load_pairs, tell_bad_rows, versions, write_aside
+from .data import load_pairs, tell_bad_rows, versions, write_aside, write_json
 from .evaluation import METRICS, score
 from .lora import lora_config
 from .model_card_llm2slm import without_tokens
@@ -126,7 +127,10 @@ class TrainingRecipe:
 
     def mapping(self, name: str) -> dict[str, Any]:
         """A field whose value is a mapping; an empty one where it is not set."""
-        return yaml.safe_load(getattr(self, name) or "{}")
+        mapping = yaml.safe_load(getattr(self, name) or "{}")
+        if not isinstance(mapping, dict):
+            return mapping
+        return {key: float(value) if _EXPONENT.fullmatch(str(value)) else value for key, value in mapping.items()}
 
     @property
     def generation_kwargs(self) -> dict[str, Any]:
@@ -141,6 +145,8 @@ class TrainingRecipe:
 
 logger = logging.getLogger(__name__)
 
+_EXPONENT = re.compile(r"[+-]?\d+[eE][+-]?\d+")  # is a number, which YAML has as a text
+
 ROWS_AT_ONCE = 10_000  # are turned into token ids; texts that were cut are counted so often
 _MAPPINGS = {"generation": "{num_beams: 4}", "learning_rate_mapping": "{projector: 1.0e-3}", "lora": "{r: 8}"}
 
@@ -150,10 +156,17 @@ DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "save_total_limit": 2,  # the best and the last
     "logging_steps": 50,
-    "save_strategy": "epoch",
     "remove_unused_columns": False,
 }
-VALIDATION_DEFAULTS: dict[str, Any] = {"eval_strategy": "epoch", "load_best_model_at_end": True}
+VALIDATION_DEFAULTS: dict[str, Any] = {"load_best_model_at_end": True}
+STEPS = 500  # between checkpoints where epochs do not end, in streams
+# What a run that goes on has to have as it began: the optimizer, the schedule and the order of the data go by it.
+FIXED = (
+    "train_data", "train_split", "prompt_column", "answer_column", "train_samples", "prompt_max_length",
+    "answer_max_length", "optimizer", "optim", "learning_rate", "learning_rate_mapping", "weight_decay",
+    "lr_scheduler_type", "warmup_steps", "label_smoothing_factor", "lora", "seed", "train_sampling_strategy",
+)  # fmt: skip
+RECIPE = "recipe.json"
 
 
 class _RecipeParser(HfArgumentParser):
@@ -191,7 +204,7 @@ def parse_recipe(recipe: Mapping[str, Any]) -> tuple[TrainingRecipe, Seq2SeqTrai
     """
     _check_keys(recipe)
     validation = VALIDATION_DEFAULTS if recipe.get("validation_data") else {}
-    settings = {**DEFAULTS, **validation, **recipe}
+    settings = {**DEFAULTS, **_when(recipe, bool(validation)), **validation, **recipe}
     settings.setdefault("use_cpu", not torch.accelerator.is_available())  # without it, bf16 on a CPU is an error
     settings["answer_column"] = _names(settings.get("answer_column"))
     metric = settings.get("metric", "loss")
@@ -213,6 +226,20 @@ def parse_recipe(recipe: Mapping[str, Any]) -> tuple[TrainingRecipe, Seq2SeqTrai
             raise ValueError("With streaming nobody knows how long an epoch is: say how long to train with max_steps.")
         trainers.accelerator_config.dispatch_batches = False  # batches of different lengths cannot be sent as one
     return ours, trainers
+
+
+def _when(recipe: Mapping[str, Any], validates: bool) -> dict[str, Any]:
+    """
+    When to save and to validate, which the best checkpoint is found by only if both are at once: as one of them says,
+    else by steps where there are some or nothing else (a stream), else after each epoch.
+    """
+    said = [recipe.get(name) for name in ("save_strategy", "eval_strategy")]
+    steps = recipe.get("save_steps") or recipe.get("eval_steps")
+    by_steps = steps or str(recipe.get("streaming", False)).lower() == "true"
+    strategy = next((one for one in said if one in ("steps", "epoch")), "steps" if by_steps else "epoch")
+    names = ("save", "eval") if validates else ("save",)
+    defaults = {f"{name}_strategy": strategy for name in names}
+    return defaults | ({f"{name}_steps": steps or STEPS for name in names} if strategy == "steps" else {})
 
 
 def _names(columns: Any) -> Any:
@@ -361,6 +388,12 @@ class TextToTextTrainer(Seq2SeqTrainer):
         self.add_callback(_SetEpoch(sampler))
         return sampler
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed after its last step, it would take one more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         # Here and not in evaluate(), so that callbacks such as early stopping see the metric as well.
         kwargs["prediction_loss_only"] = True
@@ -404,6 +437,9 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if finished is not None:
         logger.warning(f"{arguments.output_dir} is trained already, for max_steps: nothing is done.")
         return finished
+    checkpoint = last_checkpoint(arguments.output_dir) if ours.resume else None
+    if checkpoint is not None:
+        _check_begun(ours, arguments)
     set_seed(arguments.seed)
     text_to_text = _load(ours)
     use_cache = getattr(text_to_text.model.config, "use_cache", True)
@@ -411,7 +447,8 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if composite and not (ours.llm_states or ours.quantize_llm or ours.lora is not None):
         _place_llm(text_to_text.model, ours)  # else the Trainer's checkpoints have no LLM in them anyway
     trainer = _trainer(ours, arguments, text_to_text)
-    checkpoint = last_checkpoint(arguments.output_dir) if ours.resume else None
+    if trainer.is_world_process_zero():
+        write_json(Path(arguments.output_dir) / RECIPE, _fixed(ours, arguments))
     start = time.time()
     trainer.train(resume_from_checkpoint=checkpoint)
     if ours.streaming and trainer.state.global_step == 0:  # of several workers, none alone knows that all have no rows
@@ -433,6 +470,28 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
             (folder / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     trainer.accelerator.wait_for_everyone()
     return report
+
+
+def _fixed(ours: TrainingRecipe, arguments: Seq2SeqTrainingArguments) -> dict[str, Any]:
+    """What of a recipe stays as it is while a run goes on. Data that was moved is the same data."""
+    settings = {name: getattr(ours if hasattr(ours, name) else arguments, name) for name in FIXED}
+    settings |= {name: ours.mapping(name) for name in ("lora", "learning_rate_mapping") if settings[name] is not None}
+    settings["train_data"] = Path(ours.train_data).name
+    return json.loads(json.dumps(settings, default=str))
+
+
+def _check_begun(ours: TrainingRecipe, arguments: Seq2SeqTrainingArguments) -> None:
+    """Raises `ValueError` where the run in the output folder, which is to go on, was begun by another recipe."""
+    file = Path(arguments.output_dir) / RECIPE
+    if not (file.is_file() and _is_json(file)):
+        return
+    begun, now = json.loads(file.read_text(encoding="utf-8")), _fixed(ours, arguments)
+    for name in FIXED:
+        if begun.get(name) != now[name]:
+            raise ValueError(
+                f"{arguments.output_dir} was begun with {name}: {begun.get(name)}, and cannot go on with {now[name]}. "
+                "Put it back, choose another output_dir, or begin anew with resume: false."
+            )
 
 
 def _place_llm(model: LLM2SLMForConditionalGeneration, ours: TrainingRecipe) -> None:
@@ -496,7 +555,7 @@ def _trainer(ours: TrainingRecipe, arguments: Seq2SeqTrainingArguments, text_to_
         if ours.validation_data:
             validation_pairs, validation_features = _features(
                 ours, text_to_text, ours.validation_data, ours.validation_split, ours.answer_columns[:1],
-                ours.validation_samples,
+                ours.validation_samples, ours.metric != "loss",
             )  # fmt: skip
         if ours.streaming:
             train_features: Any = _stream(ours, arguments, text_to_text)
@@ -525,8 +584,12 @@ def _features(
     split: str,
     answer_columns: list[str],
     limit: int | None,
+    answered: bool = False,
 ) -> tuple[Dataset, Dataset]:
-    """Pairs and their features, both kept on disk by `datasets`, without those that the model has no room for."""
+    """
+    Pairs and their features, both kept on disk by `datasets`, without those that the model has no room for: of prompts
+    and answers, or of the answers that it may write if prompts are `answered`.
+    """
     pairs = load_pairs(
         source, ours.prompt_column, answer_columns, split=split, limit=limit, skip_bad_rows=ours.skip_bad_rows,
         number_rows=True,
@@ -549,6 +612,14 @@ def _features(
         new_fingerprint=Hasher.hash([pairs._fingerprint, text_to_text.fingerprint(), FEATURES_VERSION]),
     )
     problems = {index: problem for index, problem in enumerate(dataset["problem"]) if problem}
+    if answered:
+        longest = text_to_text.with_limit(ours.generation_kwargs).get("max_new_tokens", 0)
+        for index, ids in enumerate(text_to_text.features(pairs["prompt"][:])["input_ids"]):
+            try:
+                text_to_text.check_room(len(ids), longest)
+            except ValueError as error:
+                problems.setdefault(index, f"has no room for an answer: {str(error).removesuffix('.')}")
+        problems = dict(sorted(problems.items()))
     if problems:
         rows = {pairs[index]["row"]: problem for index, problem in problems.items()}
         tell_bad_rows(source, {row: f"row {row} {problem}" for row, problem in rows.items()}, ours.skip_bad_rows)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import BartConfig, BartForConditionalGeneration
 
 from common import gpt2_config, llm_tokenizer, t5_config
 from modeling_llm2slm.building import build
@@ -62,6 +63,23 @@ def write_checkpoint(kind: str, folder: Path) -> str:
     }
     build(**parts[kind]).save_pretrained(folder / kind)
     return str(folder / kind)
+
+
+def write_bart(folder: Path, **generation: Any) -> str:
+    """Writes an LLM that has 64 positions, random weights and defaults for how it is decoded."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = llm_tokenizer()
+    tokenizer.save_pretrained(folder)
+    sizes = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "encoder_layers": 1, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 0}
+    config = BartConfig(
+        **sizes, **heads, **ids, vocab_size=len(tokenizer), max_position_embeddings=64, forced_eos_token_id=None
+    )
+    model = BartForConditionalGeneration(config)
+    model.generation_config.update(**generation)
+    model.save_pretrained(folder)
+    return str(folder)
 
 
 def sample_by_default(path: str | Path) -> None:

@@ -65,6 +65,17 @@ def test_the_worst_come_first() -> None:
     assert 0 <= rows[0]["chrf"] < rows[1]["chrf"] < 100
 
 
+def test_a_prompt_is_one_of_the_worst_once() -> None:
+    rows = least_agreement([0, 1, 2], ["p", "p", "q"], ["x", "x", "ein Hund"], ["Maus", "Maus", "eine Katze"], 2)
+    assert [row["row"] for row in rows] == [0, 2]
+
+
+def test_a_column_that_is_not_there_is_an_error(models: dict[str, TextToText], tmp_path: Path) -> None:
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    with pytest.raises(ValueError, match="has no column 'refs' to score against"):
+        compare(models["llm2slm"], models["llm"], data, answer_column="refs")
+
+
 def test_models_take_turns(models: dict[str, TextToText], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0, 1, 1, 3, 3, 6, 6, 10])  # a, b, a, b
     monkeypatch.setattr(evaluation.time, "perf_counter", lambda: next(clock))

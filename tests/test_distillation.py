@@ -54,6 +54,17 @@ def test_answers_stand_beside_what_was_there(
     assert not list(tmp_path.glob("*.part*"))
 
 
+def test_answers_that_were_cut_are_told(
+    llm: str, data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distill(llm, data, tmp_path / "whole.jsonl", max_new_tokens=4, min_new_tokens=4)
+    assert "8 answers were cut at 4 tokens: allow longer ones with max_new_tokens" in caplog.text
+    caplog.clear()
+    end = {"forced_eos_token_id": 1}  # the last of four
+    distill(llm, data, tmp_path / "ended.jsonl", max_new_tokens=4, min_new_tokens=3, **end)
+    assert "cut" not in caplog.text
+
+
 def test_recipes_train_on_either_or_both(llm: str, data: str, expected: list[str], tmp_path: Path) -> None:
     distill(llm, data, tmp_path / "answers.jsonl", **OPTIONS)
     both = load_pairs(tmp_path / "answers.jsonl", answer_column=["answer", "llm_answer"], limit=2)

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForSeq2SeqLM
 
@@ -22,6 +24,7 @@ from checkpoints import write_checkpoint, write_pairs, write_parts
 from common import PROMPTS, build_model, make_labels, pad_prompts
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.building import build
+from modeling_llm2slm.checkpoint_llm2slm import describe_source
 from modeling_llm2slm.encoding import encode
 from modeling_llm2slm.sharding import shard
 
@@ -91,6 +94,41 @@ def sharded_worker(rank: int, port: int, folder: str, fusion: str, dtype: str | 
     if rank == 0:
         torch.save({"losses": losses, "weights": weights}, f"{folder}/result.pt")
     dist.destroy_process_group()
+
+
+def saving_worker(rank: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    model = LLM2SLMForConditionalGeneration.from_pretrained(f"{folder}/start").eval()
+    model.config.llm_source = describe_source(f"{folder}/start")
+    shard(model)
+    with torch.no_grad():
+        prompt = model.encode_prompt(**pad_prompts(PROMPTS)).last_hidden_state
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=whole)
+    if rank == 0:
+        model.save_pretrained(f"{folder}/lean", state_dict=state, include_llm=False)
+        torch.save(prompt, f"{folder}/prompt.pt")
+    assert isinstance(model, FSDPModule)
+    dist.destroy_process_group()
+
+
+def test_a_sharded_model_encodes_and_saves_lean_checkpoints(tmp_path: Path) -> None:
+    model = build_model("add").eval()
+    model.save_pretrained(tmp_path / "start")
+    mp.spawn(saving_worker, (free_port(), str(tmp_path)), nprocs=2)
+    loaded = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path / "lean").eval()
+    with torch.no_grad():
+        expected = model.encode_prompt(**pad_prompts(PROMPTS)).last_hidden_state
+        found = loaded.encode_prompt(**pad_prompts(PROMPTS)).last_hidden_state
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.load(tmp_path / "prompt.pt", weights_only=True), expected)
+    config = json.loads((tmp_path / "lean" / "config.json").read_text())
+    assert config["lean"]
+    name = "modeling_llm2slm.LLM2SLMForConditionalGeneration"
+    assert config["auto_map"]["AutoModelForSeq2SeqLM"] == name
+    assert (tmp_path / "lean" / "modeling_llm2slm.py").is_file()
 
 
 def make_model(fusion: str, dtype: str | None) -> LLM2SLMForConditionalGeneration:

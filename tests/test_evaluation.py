@@ -109,7 +109,7 @@ def test_rows_without_text_and_rows_that_are_too_long_are_left_out_on_request(tm
         score_all(data, **options)
     result = score_all(data, skip_bad_rows=True, **options)
     assert result["prompts" if against else "pairs"] == len(PAIRS)
-    with pytest.raises(ValueError, match=r"no row can be used. The prompt has 71 tokens"):
+    with pytest.raises(ValueError, match=r"no row can be used; The prompt has 71 tokens"):
         score_all(write_pairs(tmp_path / "long.jsonl", bad), skip_bad_rows=True, **options)
 
 

@@ -240,7 +240,7 @@ def test_rates_of_a_recipe_reach_the_optimizer(recipe: dict[str, Any], monkeypat
     assert rates["projector"] == {0.01}
     assert rates["transformer"] == {3e-3}
     with pytest.raises(ValueError, match="matches no parameter"):
-        train({**recipe, "learning_rate_mapping": {"projektor": 0.01}})
+        train({**recipe, "learning_rate_mapping": {"projektor": 0.01}, "resume": False})
     with pytest.raises(ValueError, match="learning_rate_mapping is '3'"):
         train({**recipe, "learning_rate_mapping": 3})
 

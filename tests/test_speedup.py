@@ -12,8 +12,10 @@ import pytest
 import typer
 
 import llm2slm
-from checkpoints import WORDS, write_checkpoint
+from checkpoints import WORDS, write_bart, write_checkpoint
 from modeling_llm2slm import speedup
+from modeling_llm2slm.distillation import distill
+from modeling_llm2slm.encoding import encode
 from modeling_llm2slm.speedup import Speedup, SpeedupSettings
 from modeling_llm2slm.text_to_text import TextToText
 
@@ -74,6 +76,7 @@ def test_a_run_that_was_stopped_goes_on(
         ({"slm": "no/such/model"}, "no/such/model cannot be loaded"),
         ({"llm": "no/such/model"}, "no/such/model cannot be loaded"),
         ({"recipe": {"learning_rat": 1}}, "Did you mean learning_rate"),
+        ({"recipe": {"prompt_column": "source"}}, "name it with --prompt-column"),
         *(
             ({"recipe": {name: "x"}}, f"{name} is what a speed-up fills in itself")
             for name in ("model", "output_dir", "train_data", "validation_data", "llm_states")
@@ -159,6 +162,45 @@ def test_prompts_without_room_are_found_before_any_work(
     for name, fix in (("skipped", {"skip_bad_rows": True}), ("cut", {"prompt_max_length": 8})):
         result = Speedup(replace(long, recipe={**settings.recipe, **fix}), tmp_path / name).run()
         assert result["prompts"] > 0
+
+
+def test_an_llm_with_positions_answers_what_it_has_room_for(
+    settings: SpeedupSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    llm, texts = write_bart(tmp_path / "bart"), [" ".join(words) for words in WORDS]
+    prompts = tmp_path / "long.txt"
+    prompts.write_text("\n".join([*texts[:2], " ".join(texts * 4), *texts[2:]]) + "\n")
+    recipe = {**settings.recipe, "skip_bad_rows": True}
+    bart = replace(settings, llm=llm, prompts=str(prompts), recipe=recipe)
+    assert Speedup(bart, tmp_path / "out").run()["prompts"] > 0
+    assert len((tmp_path / "out" / "distilled.jsonl").read_text().splitlines()) == len(texts)
+    options = {"max_new_tokens": 5, "num_beams": 1}
+    with pytest.raises(ValueError, match=r"row 2: .*the LLM has 64 positions.*skip_bad_rows"):
+        distill(llm, prompts, tmp_path / "all.jsonl", **options)
+    with pytest.raises(ValueError, match="64 positions"):
+        encode(tmp_path / "out" / "start", [prompts], tmp_path / "states")
+    caplog.clear()
+    encode(tmp_path / "out" / "start", [prompts], tmp_path / "states", skip_bad_rows=True)
+    assert "1 prompts were skipped, as the LLM has 64 positions" in caplog.text
+    with pytest.raises(ValueError, match="answer up to 70"):
+        distill(llm, prompts, tmp_path / "all.jsonl", **{**options, "max_new_tokens": 70})
+
+
+def test_prompts_that_have_changed_want_another_folder(settings: SpeedupSettings, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(Path(settings.prompts).read_text())
+    own = replace(settings, prompts=str(prompts))
+    Speedup(own, tmp_path / "out").distill()
+    Speedup(own, tmp_path / "out")
+    with prompts.open("a") as file:
+        file.write("src1\n")
+    with pytest.raises(ValueError, match=r"prompts.txt has changed since .*out was begun.*--output"):
+        Speedup(own, tmp_path / "out")
+
+
+def test_the_limit_of_answers_stays_with_the_model(settings: SpeedupSettings, tmp_path: Path) -> None:
+    Speedup(settings, tmp_path).build()
+    assert TextToText.from_pretrained(tmp_path / "start").with_limit({}) == {"max_new_tokens": 5}
 
 
 def test_references_of_some_prompts_do_no_harm(settings: SpeedupSettings, tmp_path: Path) -> None:

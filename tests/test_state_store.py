@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common import PROMPTS, build_model, llm_tokenizer, pad_prompts, slm_tokenizer
-from modeling_llm2slm import DataCollatorForLLM2SLM, LLM2SLMProcessor
+from modeling_llm2slm import DataCollatorForLLM2SLM, LLM2SLMProcessor, state_store
 from modeling_llm2slm.state_store import (
     StateStore,
     StateWriter,
@@ -22,6 +23,7 @@ from modeling_llm2slm.state_store import (
     index_prompts,
     llm_fingerprint,
     prompt_key,
+    remove_store,
     tokenizer_fingerprint,
     weights_fingerprint,
 )
@@ -98,7 +100,6 @@ def test_collator_brings_the_states(tmp_path: Path) -> None:
 def test_a_store_is_continued_and_what_is_there_is_known(tmp_path: Path) -> None:
     writer = StateWriter(tmp_path, description(), shard_bytes=1)
     writer.add(PROMPTS[0], states_of(PROMPTS[0]))
-    (tmp_path / ".states-0000-000001.safetensors.abc").mkdir()  # what a kill leaves of a shard
     with pytest.raises(ValueError, match=r"not complete: it has 1 of 3 prompts.*goes on where it stopped"):
         StateStore(tmp_path)
     writer = StateWriter(tmp_path, description(), shard_bytes=1)
@@ -107,7 +108,6 @@ def test_a_store_is_continued_and_what_is_there_is_known(tmp_path: Path) -> None
         writer.add(ids, states_of(ids))
     store = StateStore(tmp_path)
     assert all(torch.equal(store.states(ids).float(), states_of(ids)) for ids in PROMPTS)
-    assert not list(tmp_path.glob(".states*"))
 
 
 def test_two_writers_share_a_store(tmp_path: Path) -> None:
@@ -133,6 +133,50 @@ def test_a_store_of_something_else_is_refused(tmp_path: Path, change: dict[str, 
     write_store(tmp_path)
     with pytest.raises(ValueError, match=message):
         StateWriter(tmp_path, description(**change))
+
+
+def test_states_without_a_description_are_nobodys(tmp_path: Path) -> None:
+    write_store(tmp_path)
+    (tmp_path / "store.json").unlink()
+    with pytest.raises(ValueError, match="holds states, but no store.json.*--overwrite"):
+        StateWriter(tmp_path, description(llm="d" * 64))
+
+
+def test_a_removal_that_was_killed_leaves_no_states_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_store(tmp_path)
+    removed: list[str] = []
+    monkeypatch.setattr(Path, "unlink", lambda self, missing_ok=False: removed.append(self.name))
+    remove_store(tmp_path)
+    assert removed[-1] == "store.json"
+    assert sorted(removed[:-1]) == sorted(path.name for path in tmp_path.glob("states-*"))
+
+
+def test_what_a_killed_writer_has_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class KilledError(BaseException):
+        pass
+
+    def kill(tensors: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        os.link(path, path.with_name(f"{path.name}.kept"))
+        raise KilledError
+
+    with monkeypatch.context() as context:
+        context.setattr(state_store, "save_file", kill)
+        with pytest.raises(KilledError):
+            write_store(tmp_path)
+    (left,) = tmp_path.glob(".*.kept")
+    left.rename(left.with_name(left.name.removesuffix(".kept")))  # as if the process had died there
+    assert len(write_store(tmp_path)) == len(PROMPTS)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_states_that_overflow_are_not_stored(tmp_path: Path) -> None:
+    writer = StateWriter(tmp_path, description(dtype="float16"))
+    writer.add([1, 2], torch.full((2, WIDTH), 6e4))
+    with pytest.raises(ValueError, match="overflow in float16.*--dtype bfloat16"):
+        writer.add([1, 3], torch.full((2, WIDTH), 1e5))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "removed"])

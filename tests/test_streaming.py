@@ -90,6 +90,15 @@ def test_a_pass_without_a_row_that_can_be_used_is_an_error(tmp_path: Path, lines
 SURROGATE = '{"prompt": "\\ud83d", "answer": "x"}'
 
 
+def test_a_first_row_without_a_column_is_a_bad_row(tmp_path: Path) -> None:
+    data = write_pairs(tmp_path / "p.jsonl", [{"prompt": "src1"}, *PAIRS])
+    with pytest.raises(ValueError, match="has no column 'answer'"):
+        make_stream(data)
+    assert sorted(take(make_stream(data, skip_bad_rows=True), len(PAIRS))) == sorted(PROMPTS)
+    with pytest.raises(ValueError, match="has no column 'answer'"):
+        make_stream(write_pairs(tmp_path / "all.jsonl", [{"prompt": "src1"}] * 3), skip_bad_rows=True)
+
+
 def test_what_is_left_out_is_told_once_with_its_number(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good = [json.dumps(pair) for pair in PAIRS]
     (tmp_path / "p.jsonl").write_text("\n".join([BAD_LINES[0], *good[:3], SURROGATE, *good[3:]]) + "\n")

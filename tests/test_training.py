@@ -14,7 +14,7 @@ import yaml
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from checkpoints import ANSWERS, KINDS, PAIRS, PROMPTS, stopped_at, write_checkpoint, write_pairs
+from checkpoints import ANSWERS, KINDS, PAIRS, PROMPTS, stopped_at, write_bart, write_checkpoint, write_pairs
 from common import apart, same_tensors
 from modeling_llm2slm import LLM2SLMForConditionalGeneration, data, training
 from modeling_llm2slm import streaming as streams
@@ -52,6 +52,30 @@ class TestRecipe:
         _, arguments = parse_recipe(NEEDED)
         assert arguments.eval_strategy == "no"
         assert not arguments.load_best_model_at_end
+
+    @pytest.mark.parametrize(
+        ("settings", "strategy", "steps"),
+        [
+            ({}, "epoch", None),
+            ({"save_steps": 30}, "steps", 30),
+            ({"eval_steps": 40}, "steps", 40),
+            ({"streaming": True, "max_steps": 9}, "steps", 500),
+            ({"streaming": "true", "max_steps": 9, "save_steps": 3}, "steps", 3),
+            ({"save_strategy": "steps"}, "steps", 500),
+            ({"eval_strategy": "epoch", "save_steps": 30}, "epoch", None),
+        ],
+    )
+    def test_checkpoints_are_written_and_validated_at_once(self, settings, strategy, steps):
+        _, arguments = parse_recipe({**NEEDED, "validation_data": "v.jsonl", **settings})
+        assert arguments.save_strategy == arguments.eval_strategy == strategy
+        if steps is not None:
+            assert arguments.save_steps == arguments.eval_steps == steps
+        _, arguments = parse_recipe({**NEEDED, **settings, "eval_strategy": "no"})
+        assert arguments.eval_strategy == "no"
+
+    def test_numbers_with_exponents_are_numbers(self):
+        mapping = parse_recipe({**NEEDED, "lora": "{lora_dropout: 5e-2, r: 4, bias: none}"})[0].mapping("lora")
+        assert mapping == {"lora_dropout": 0.05, "r": 4, "bias": "none"}
 
     @pytest.mark.parametrize(("metric", "greater"), [("loss", False), ("bleu", True), ("rougeL", True)])
     def test_the_metric_chooses_the_best_checkpoint(self, metric, greater):
@@ -296,6 +320,54 @@ def test_a_stopped_run_continues_to_the_same_weights(recipe, tmp_path):
     same_tensors(weights(recipe["output_dir"]), weights(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"learning_rate": 1e-1}, "was begun with learning_rate: 0.003, and cannot go on with 0.1"),
+        ({"train_data": "other.jsonl"}, "was begun with train_data: pairs.jsonl"),
+        ({"lr_scheduler_type": "constant"}, "was begun with lr_scheduler_type"),
+    ],
+)
+def test_a_run_does_not_go_on_by_another_recipe(recipe, tmp_path, change, told):
+    train({**recipe, "num_train_epochs": 1})
+    write_pairs(tmp_path / "other.jsonl", PAIRS[::-1])
+    if "train_data" in change:
+        change = {"train_data": str(tmp_path / "other.jsonl")}
+    with pytest.raises(ValueError, match=rf"{told}.*another output_dir, or begin anew with resume: false"):
+        train({**recipe, **change})
+    assert train({**recipe, **change, "resume": False})["steps"] == 6
+    assert train({**recipe, **change, "num_train_epochs": 4})["resumed_at_step"] == 6
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 3}, {"num_train_epochs": 1.5}])
+def test_a_run_that_ended_before_its_model_was_written_takes_no_step_more(recipe, tmp_path, length):
+    first = train({**recipe, "save_steps": 1, **length})
+    assert first["steps"] == 3
+    Path(recipe["output_dir"], "training.json").unlink()
+    assert train({**recipe, "save_steps": 1, **length})["steps"] == 3
+
+
+def test_a_validation_prompt_without_room_for_its_answer_is_a_bad_row(recipe, tmp_path):
+    long = {"prompt": "src1 " * 40, "answer": "src2"}
+    recipe["validation_data"] = write_pairs(tmp_path / "v.jsonl", [PAIRS[0], long])
+    recipe["generation"] = {"max_new_tokens": 40}
+    with pytest.raises(
+        ValueError, match=r"v\.jsonl: row 1 has no room for an answer: Prompt and answer are 8\d tokens"
+    ):
+        train(recipe)
+    assert not Path(recipe["output_dir"]).exists()
+    assert train({**recipe, "max_steps": 1, "skip_bad_rows": True})["steps"] == 1
+    assert train({**recipe, "max_steps": 2, "metric": "loss"})["steps"] == 2
+
+
+def test_a_prompt_that_a_whole_llm_has_no_positions_for_is_a_bad_row(recipe, tmp_path):
+    recipe |= {"model": write_bart(tmp_path / "bart"), "validation_data": None, "metric": "loss"}
+    recipe["train_data"] = write_pairs(tmp_path / "long.jsonl", [PAIRS[0], {"prompt": "src1 " * 70, "answer": "src2"}])
+    with pytest.raises(ValueError, match=r"row 1 is too long: The prompt has 7\d tokens .* the LLM has 64 positions"):
+        train(recipe)
+    assert train({**recipe, "skip_bad_rows": True, "max_steps": 1})["steps"] == 1
+
+
 def test_a_checkpoint_that_was_being_written_is_left_aside(tmp_path):
     assert last_checkpoint(tmp_path) is None
     for step, complete in ((90, True), (100, True), (110, False)):
@@ -320,7 +392,7 @@ def test_a_failure_while_saving_leaves_no_model(recipe, monkeypatch):
     monkeypatch.setattr(TextToText, "save_pretrained", fail)
     with pytest.raises(OSError, match="disk full"):
         train(recipe)
-    assert not list(Path(recipe["output_dir"]).glob("*.json"))
+    assert [path.name for path in Path(recipe["output_dir"]).glob("*.json")] == ["recipe.json"]
 
 
 def test_the_loss_alone_can_choose(recipe):
