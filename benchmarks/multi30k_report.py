@@ -27,7 +27,7 @@ from modeling_llm2slm.evaluation import METRICS, score_and_sign, time_answers
 OUTPUT = ROOT / "docs" / "results"
 PLOTS = ROOT / "docs" / "plots"
 RESAMPLES = 1000
-ROUNDS, PROMPTS_ALONE, PROMPTS_IN_BATCHES, BATCH = 7, 30, 160, 32
+ROUNDS, PROMPTS_ALONE, PROMPTS_IN_BATCHES, BATCH = 5, 30, 160, 32
 # The 97.5th percentile, by the number of values.
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
