@@ -217,13 +217,8 @@ def _table(text_to_text: TextToText, prompts: Dataset, sampled: bool) -> PromptT
 
 def _without_room(text_to_text: TextToText, table: PromptTable, new_tokens: int) -> dict[int, str]:
     """What is wrong with each row whose prompt and answer the model has no positions for."""
-    errors: dict[int, str] = {}
-    for number, length in enumerate(table.lengths):
-        try:
-            text_to_text.check_room(length, new_tokens)
-        except ValueError as error:
-            errors[number] = str(error).removesuffix(".")
-    return {row: errors[number] for row, (number, _) in enumerate(table.draws) if number in errors}
+    problems = [text_to_text.lacks_room(length, new_tokens) for length in table.lengths]
+    return {row: problem for row, (number, _) in enumerate(table.draws) if (problem := problems[number])}
 
 
 def _write(output: Path, rows: Dataset, column: str, answers: Iterator[str]) -> None:

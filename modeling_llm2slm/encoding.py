@@ -79,12 +79,11 @@ def encode(
     index = index_prompts(_token_ids(text_to_text, prompts))
     config, tokenizer = text_to_text.model.config, text_to_text.processor.tokenizer
     fitting = index["length"] <= (config.llm_positions or np.inf)
-    if not (skip_bad_rows and fitting.any()):
-        config.check_llm_length(int(index["length"].max()))
-    elif not fitting.all():
+    if skip_bad_rows and fitting.any() and not fitting.all():
         skipped = len(fitting) - fitting.sum()
         logger.warning(f"{skipped} prompts were skipped, as the LLM has {config.llm_positions} positions.")
         prompts, index = prompts.select(np.flatnonzero(fitting)), index[fitting]
+    config.check_llm_length(int(index["length"].max()))
     description = describe(model, config, tokenizer, index, dtype)
     rank, world = processes(overwrite)
     if overwrite:

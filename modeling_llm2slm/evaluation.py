@@ -112,10 +112,8 @@ def with_room(models: Sequence[TextToText], rows: Dataset, source: str, generate
     for model in models:
         new_tokens = model.with_limit(dict(generate_kwargs)).get("max_new_tokens", 0)
         for row, ids in enumerate(model.features(rows["prompt"][:])["input_ids"]):
-            try:
-                model.check_room(len(ids), new_tokens)
-            except ValueError as error:
-                bad[row] = str(error).removesuffix(".")
+            if problem := model.lacks_room(len(ids), new_tokens):
+                bad[row] = problem
     check_some_left(source, bad, len(rows))
     if bad:
         numbers = rows["row"][:]

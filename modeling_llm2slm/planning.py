@@ -122,7 +122,11 @@ def plan(
     large = TextToText.from_pretrained(llm, device=device, prompt_max_length=prompt_max_length)
     lengths = [len(ids) for ids in large.features(prompts)["input_ids"]]
     usable = {
-        preset: [row for row, length in enumerate(lengths) if _has_room(large, config, length, max_new_tokens)]
+        preset: [
+            row
+            for row, length in enumerate(lengths)
+            if config.has_room(length, max_new_tokens) and not large.lacks_room(length, max_new_tokens)
+        ]
         for preset, config in configs.items()
     }
     for preset, rows in usable.items():
@@ -317,15 +321,6 @@ def _seconds(work: Callable[[], Any]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-def _has_room(large: TextToText, config: LLM2SLMConfig, prompt_length: int, new_tokens: int) -> bool:
-    """Whether both the LLM and an SLM have positions for a prompt and an answer."""
-    try:
-        large.check_room(prompt_length, new_tokens)
-    except ValueError:
-        return False
-    return config.has_room(prompt_length, new_tokens)
 
 
 def _check_llm(llm: str | Path) -> None:

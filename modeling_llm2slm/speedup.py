@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -104,9 +105,9 @@ class Speedup:
 
     def _check(self) -> None:
         """Whatever would stop a stage is better found before hours of the stages before it."""
-        path = self.output / "speedup.json"
+        path, kept = self.output / "speedup.json", self._kept  # of the prompts as they are before the LLM answers them
         if path.is_file():
-            before, now = self._fixed(json.loads(path.read_text(encoding="utf-8"))), self._fixed(self._kept())
+            before, now = self._fixed(json.loads(path.read_text(encoding="utf-8"))), self._fixed(kept)
             changed = [name for name in now if before.get(name) != now[name]]
             if changed == ["prompts_sha256"]:
                 raise ValueError(
@@ -130,6 +131,7 @@ class Speedup:
         llm, slm = (load(AutoConfig, part) for part in (self.settings.llm, self.settings.slm))
         self.config = LLM2SLMConfig(encoder=llm, decoder=slm)
 
+    @cached_property
     def _kept(self) -> dict[str, Any]:
         prompts, settings = Path(self.settings.prompts).expanduser(), asdict(self.settings)
         if prompts.is_file():
@@ -211,10 +213,10 @@ class Speedup:
                 max_new_tokens=settings.max_new_tokens, **self._data_options(),
                 progress=lambda done, total: self.progress("distill", done, total),
             )  # fmt: skip
-            write_json(self.output / "speedup.json", self._kept())
+            write_json(self.output / "speedup.json", self._kept)
         if not all((self.output / f"{split}.jsonl").is_file() for split in SPLITS):
             self._split(distilled)
-        write_json(self.output / "speedup.json", self._kept())
+        write_json(self.output / "speedup.json", self._kept)
 
     def _check_prompts(self) -> None:
         """Raises `ValueError` where the models have no room for some of the prompts and their longest answers."""

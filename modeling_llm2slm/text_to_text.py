@@ -244,6 +244,14 @@ class TextToText:
     def check_room(self, prompt_length: int, new_tokens: int) -> None:
         """Raises `ValueError` where a prompt and an answer of these lengths need more positions than there are."""
 
+    def lacks_room(self, prompt_length: int, new_tokens: int) -> str | None:
+        """What [`TextToText.check_room`] raises, without its full stop, or `None`."""
+        try:
+            self.check_room(prompt_length, new_tokens)
+        except ValueError as error:
+            return str(error).removesuffix(".")
+        return None
+
     def _prepare(self, prompts: list[str], generate_kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Features and arguments of `generate`, checked before any compute."""
         features, generate_kwargs = self.features(prompts), self.with_limit(generate_kwargs)
@@ -334,11 +342,8 @@ class EncoderDecoderTextToText(TextToText):
 
     def _problem(self, input_ids: list[int], labels: list[int]) -> str | None:
         if not self._composite:
-            try:
-                self.check_room(len(input_ids), len(labels))
-            except ValueError as error:
-                return f"is too long: {str(error).removesuffix('.')}"
-            return None
+            problem = self.lacks_room(len(input_ids), len(labels))
+            return problem and f"is too long: {problem}"
         if not input_ids:
             return "has an empty prompt"
         if self.states is not None and input_ids not in self.states:

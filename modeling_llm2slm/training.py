@@ -615,10 +615,8 @@ def _features(
     if answered:
         longest = text_to_text.with_limit(ours.generation_kwargs).get("max_new_tokens", 0)
         for index, ids in enumerate(text_to_text.features(pairs["prompt"][:])["input_ids"]):
-            try:
-                text_to_text.check_room(len(ids), longest)
-            except ValueError as error:
-                problems.setdefault(index, f"has no room for an answer: {str(error).removesuffix('.')}")
+            if problem := text_to_text.lacks_room(len(ids), longest):
+                problems.setdefault(index, f"has no room for an answer: {problem}")
         problems = dict(sorted(problems.items()))
     if problems:
         rows = {pairs[index]["row"]: problem for index, problem in problems.items()}
