@@ -84,9 +84,10 @@ def load_pairs(
 
 
 def load_prompts(source: str | Path, prompt_column: str = "prompt", **options: Any) -> Dataset:
-    """Like [`load_rows`], with the same options: the column `prompt` alone."""
+    """Like [`load_rows`], with the same options: the column `prompt` alone, and `ROW` where that is asked for."""
     rows = load_rows(source, prompt_column, **options)
-    return rows.select_columns([prompt_column]).rename_columns({prompt_column: "prompt"})
+    kept = [name for name in (prompt_column, ROW) if name in rows.column_names]
+    return rows.select_columns(kept).rename_columns({prompt_column: "prompt"})
 
 
 def load_rows(

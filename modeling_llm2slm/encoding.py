@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -12,12 +11,10 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 
-from .data import load_prompts
+from .data import ROW, check_some_left, load_prompts, tell_bad_rows
 from .state_store import SHARD_BYTES, StateWriter, StoreDescription, describe, index_prompts, remove_store
 from .text_to_text import TextToText
 
-
-logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
@@ -75,15 +72,17 @@ def encode(
     text_to_text = TextToText.from_pretrained(model, device=device, prompt_max_length=prompt_max_length)
     if not hasattr(text_to_text.model, "encode_llm"):
         raise ValueError(f"{model} is no LLM-to-SLM model, so it has no LLM to encode with. Make one: llm2slm build.")
-    prompts = _prompts(data, prompt_column, split, limit, skip_bad_rows)
-    index = index_prompts(_token_ids(text_to_text, prompts))
     config, tokenizer = text_to_text.model.config, text_to_text.processor.tokenizer
-    fitting = index["length"] <= (config.llm_positions or np.inf)
-    if skip_bad_rows and fitting.any() and not fitting.all():
-        skipped = len(fitting) - fitting.sum()
-        logger.warning(f"{skipped} prompts were skipped, as the LLM has {config.llm_positions} positions.")
-        prompts, index = prompts.select(np.flatnonzero(fitting)), index[fitting]
-    config.check_llm_length(int(index["length"].max()))
+    parts, indices = [], []
+    for source in data:
+        prompts = load_prompts(
+            source, prompt_column, split=split, limit=limit, skip_bad_rows=skip_bad_rows, number_rows=True
+        )
+        index = index_prompts(_token_ids(text_to_text, prompts))
+        fitting = _fitting(str(source), prompts[ROW][:], index["length"], config.llm_positions, skip_bad_rows)
+        parts.append(prompts.select_columns(["prompt"]).select(fitting))
+        indices.append(index[fitting])
+    prompts, index = concatenate_datasets(parts), np.concatenate(indices)
     description = describe(model, config, tokenizer, index, dtype)
     rank, world = processes(overwrite)
     if overwrite:
@@ -108,13 +107,20 @@ def encode(
     return description
 
 
-def _prompts(
-    data: Sequence[str | Path], prompt_column: str, split: str, limit: int | None, skip_bad_rows: bool
-) -> Dataset:
-    parts = [
-        load_prompts(source, prompt_column, split=split, limit=limit, skip_bad_rows=skip_bad_rows) for source in data
-    ]
-    return concatenate_datasets([part.select_columns(["prompt"]) for part in parts])
+def _fitting(
+    source: str, rows: list[int], lengths: np.ndarray, positions: int | None, skip_bad_rows: bool
+) -> np.ndarray:
+    """The places of the prompts that the LLM has positions for, of those of one source."""
+    too_long = lengths > (positions or np.inf)
+    bad = {
+        rows[place]: f"row {rows[place]} has a prompt of {lengths[place]} tokens, but the LLM has {positions} "
+        "positions (prompt_max_length cuts)"
+        for place in np.flatnonzero(too_long)
+    }
+    if bad:
+        check_some_left(source, bad, len(rows))
+        tell_bad_rows(source, bad, skip_bad_rows)
+    return np.flatnonzero(~too_long)
 
 
 def _token_ids(text_to_text: TextToText, prompts: Dataset) -> Iterator[list[int]]:

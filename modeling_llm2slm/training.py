@@ -145,7 +145,7 @@ class TrainingRecipe:
 
 logger = logging.getLogger(__name__)
 
-_EXPONENT = re.compile(r"[+-]?\d+[eE][+-]?\d+")  # is a number, which YAML has as a text
+_EXPONENT = re.compile(r"[+-]?\d+\.?\d*[eE][+-]?\d+")  # is a number, which YAML has as a text
 
 ROWS_AT_ONCE = 10_000  # are turned into token ids; texts that were cut are counted so often
 _MAPPINGS = {"generation": "{num_beams: 4}", "learning_rate_mapping": "{projector: 1.0e-3}", "lora": "{r: 8}"}
@@ -434,12 +434,12 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if "bf16" in recipe:
         recipe = {**recipe, "bf16": arguments.bf16}  # the record tells what was done
     finished = _finished(arguments) if ours.resume else None
-    if finished is not None:
+    checkpoint = last_checkpoint(arguments.output_dir) if ours.resume else None
+    if finished or checkpoint:
+        _check_begun(ours, arguments)
+    if finished:
         logger.warning(f"{arguments.output_dir} is trained already, for max_steps: nothing is done.")
         return finished
-    checkpoint = last_checkpoint(arguments.output_dir) if ours.resume else None
-    if checkpoint is not None:
-        _check_begun(ours, arguments)
     set_seed(arguments.seed)
     text_to_text = _load(ours)
     use_cache = getattr(text_to_text.model.config, "use_cache", True)

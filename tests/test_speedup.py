@@ -177,11 +177,12 @@ def test_an_llm_with_positions_answers_what_it_has_room_for(
     options = {"max_new_tokens": 5, "num_beams": 1}
     with pytest.raises(ValueError, match=r"row 2: .*the LLM has 64 positions.*skip_bad_rows"):
         distill(llm, prompts, tmp_path / "all.jsonl", **options)
-    with pytest.raises(ValueError, match="64 positions"):
-        encode(tmp_path / "out" / "start", [prompts], tmp_path / "states")
+    both, states = [tmp_path / "out" / "train.jsonl", prompts], tmp_path / "states"
+    with pytest.raises(ValueError, match=r"long\.txt: row 2 has a prompt of .* LLM has 64.*skip_bad_rows"):
+        encode(tmp_path / "out" / "start", both, states)
     caplog.clear()
-    encode(tmp_path / "out" / "start", [prompts], tmp_path / "states", skip_bad_rows=True)
-    assert "1 prompts were skipped, as the LLM has 64 positions" in caplog.text
+    encode(tmp_path / "out" / "start", both, states, skip_bad_rows=True)
+    assert "long.txt: 1 bad rows were skipped: 2." in caplog.text
     with pytest.raises(ValueError, match="answer up to 70"):
         distill(llm, prompts, tmp_path / "all.jsonl", **{**options, "max_new_tokens": 70})
 

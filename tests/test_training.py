@@ -76,6 +76,8 @@ class TestRecipe:
     def test_numbers_with_exponents_are_numbers(self):
         mapping = parse_recipe({**NEEDED, "lora": "{lora_dropout: 5e-2, r: 4, bias: none}"})[0].mapping("lora")
         assert mapping == {"lora_dropout": 0.05, "r": 4, "bias": "none"}
+        rates = parse_recipe({**NEEDED, "learning_rate_mapping": "{projector: 1.5e2}"})[0]
+        assert rates.mapping("learning_rate_mapping") == {"projector": 150.0}
 
     @pytest.mark.parametrize(("metric", "greater"), [("loss", False), ("bleu", True), ("rougeL", True)])
     def test_the_metric_chooses_the_best_checkpoint(self, metric, greater):
@@ -278,7 +280,7 @@ def test_a_prompt_that_the_llm_has_no_positions_for_is_a_bad_row(recipe, checkpo
     recipe = {**recipe, "model": str(model), "max_steps": 1, "metric": "loss"}
     with pytest.raises(ValueError, match="row 0 has a prompt of 7 tokens, but the LLM has 5 positions"):
         train(recipe)
-    with pytest.raises(ValueError, match="7 tokens wide, padding included, but the LLM has 5 positions"):
+    with pytest.raises(ValueError, match=r"row \d has a prompt of 7 tokens, but the LLM has 5 positions"):
         encode(model, [recipe["train_data"]], tmp_path / "states")
     assert not (tmp_path / "states").exists()
     assert train({**recipe, "skip_bad_rows": True})["steps"] == 1
@@ -337,6 +339,12 @@ def test_a_run_does_not_go_on_by_another_recipe(recipe, tmp_path, change, told):
         train({**recipe, **change})
     assert train({**recipe, **change, "resume": False})["steps"] == 6
     assert train({**recipe, **change, "num_train_epochs": 4})["resumed_at_step"] == 6
+
+
+def test_a_run_that_has_ended_is_no_run_by_another_recipe(recipe):
+    train({**recipe, "max_steps": 1})
+    with pytest.raises(ValueError, match="was begun with learning_rate: 0.003"):
+        train({**recipe, "max_steps": 1, "learning_rate": 1e-1})
 
 
 @pytest.mark.parametrize("length", [{"max_steps": 3}, {"num_train_epochs": 1.5}])
