@@ -133,18 +133,29 @@ def bootstrap(counts: dict[str, np.ndarray], baseline: str, samples: int = RESAM
 
 
 def _best(jobs: list[Job], rows: dict[str, Any], counts: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Of LLM-to-SLM and of the SLM alone, the row with most BLEU on the validation split; what lies between them."""
-    built = {job.name: job.row["build"] for job in jobs if job.seed == 0 and job.row and "build" in job.row}
-    composites = [name for name, parts in built.items() if {"llm", "slm"} <= parts.keys()]
+    """
+    Of LLM-to-SLM and of the SLM alone, the row with most BLEU on the validation split, and what lies between them; the
+    same of the SLM alone as it comes from references, where the best one has the LLM's answers.
+    """
+    built = {job.name: job.row for job in jobs if job.seed == 0 and job.row and "build" in job.row}
+    composites = [name for name, row in built.items() if {"llm", "slm"} <= row["build"].keys()]
     llms, name = set(), "llm"
     while name in built:  # the LLM, and what it was grown from
         llms.add(name)
-        name = built[name].get("llm")
-    alone = [name for name, parts in built.items() if not {*parts.values(), name} & llms]
+        name = built[name]["build"].get("llm")
+    alone = [name for name, row in built.items() if not {*row["build"].values(), name} & llms]
     if not composites or not alone:
         return {}
-    best, other = (max(names, key=lambda name: rows[name]["training"]["best_metric"]) for names in (composites, alone))
-    return {"llm_to_slm": best, "slm_alone": other, **difference(counts[best], counts[other])}
+
+    def best_of(names: list[str]) -> str:
+        return max(names, key=lambda name: rows[name]["training"]["best_metric"])
+
+    best, other = best_of(composites), best_of(alone)
+    found = {"llm_to_slm": best, "slm_alone": other, **difference(counts[best], counts[other])}
+    on_references = [name for name in alone if "answers" not in built[name]]
+    if on_references and (one := best_of(on_references)) != other:
+        found["on_references"] = {"slm_alone": one, **difference(counts[best], counts[one])}
+    return found
 
 
 def difference(better: np.ndarray, other: np.ndarray, samples: int = RESAMPLES) -> dict[str, Any]:
@@ -223,9 +234,12 @@ def table(pair: str, result: dict[str, Any]) -> str:
         lines += ["", f"{name}, {len(seeds['bleu'])} seeds: {seeds['mean']:.2f} ± {seeds['plus_minus']:.2f}"]
         lines[-1] += f", {100 * seeds['relative']:.1f} % of the LLM's."
     if best := result["best"]:
-        low, high = best["above_interval"]
-        lines += ["", f"Best on the validation split: {best['llm_to_slm']}, and of SLMs alone {best['slm_alone']}, "]
-        lines[-1] += f"which has {best['above']:.1f} BLEU less ({low:.1f} to {high:.1f})."
+        lines += ["", f"Best on the validation split: {best['llm_to_slm']}."]
+        for kind, other in {"": best, " on references": best.get("on_references")}.items():
+            if other:
+                low, high = other["above_interval"]
+                lines[-1] += f" Beside the best SLM alone{kind}, {other['slm_alone']}, it has {other['above']:+.1f} BLEU"
+                lines[-1] += f" ({low:+.1f} to {high:+.1f})."
     if result["not_run"]:
         lines += ["", f"Not run: {', '.join(result['not_run'])}."]
     return "\n".join(lines)

@@ -232,6 +232,12 @@ def test_the_best_slm_alone_is_any_but_the_llm_and_what_it_came_from() -> None:
     counts = {name: multi30k_report.sentence_counts(ANSWERS, REFERENCES) for name in builds}
     found = multi30k_report._best(jobs, rows, counts)
     assert (found["llm_to_slm"], found["slm_alone"], found["above"]) == ("both", "small", 0)
+    assert "on_references" not in found  # it is the same one
+    rows["small-on"]["training"]["best_metric"] = 3.5
+    jobs = [job for job in jobs if job.name != "small-on"]
+    jobs += [Job("xx-yy", "small-on", (), {"build": builds["small-on"], "answers": "distilled"})]
+    found = multi30k_report._best(jobs, rows, counts)
+    assert (found["slm_alone"], found["on_references"]["slm_alone"]) == ("small-on", "small")
 
 
 TINY: dict[str, Any] = {
