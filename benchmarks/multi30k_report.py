@@ -238,8 +238,8 @@ def table(pair: str, result: dict[str, Any]) -> str:
         for kind, other in {"": best, " on references": best.get("on_references")}.items():
             if other:
                 low, high = other["above_interval"]
-                lines[-1] += f" Beside the best SLM alone{kind}, {other['slm_alone']}, it has {other['above']:+.1f} BLEU"
-                lines[-1] += f" ({low:+.1f} to {high:+.1f})."
+                lines[-1] += f" Beside the best SLM alone{kind}, {other['slm_alone']}, it has"
+                lines[-1] += f" {other['above']:+.1f} BLEU ({low:+.1f} to {high:+.1f})."
     if result["not_run"]:
         lines += ["", f"Not run: {', '.join(result['not_run'])}."]
     return "\n".join(lines)
