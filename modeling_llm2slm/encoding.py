@@ -79,9 +79,12 @@ def encode(
             source, prompt_column, split=split, limit=limit, skip_bad_rows=skip_bad_rows, number_rows=True
         )
         index = index_prompts(_token_ids(text_to_text, prompts))
-        fitting = _fitting(str(source), prompts[ROW][:], index["length"], config.llm_positions, skip_bad_rows)
-        parts.append(prompts.select_columns(["prompt"]).select(fitting))
-        indices.append(index[fitting])
+        fitting = index["length"] <= (config.llm_positions or np.inf)
+        if not fitting.all():
+            _tell_long(str(source), prompts, index["length"], ~fitting, config.llm_positions, skip_bad_rows)
+            prompts, index = prompts.select(np.flatnonzero(fitting)), index[fitting]
+        parts.append(prompts)
+        indices.append(index)
     prompts, index = concatenate_datasets(parts), np.concatenate(indices)
     description = describe(model, config, tokenizer, index, dtype)
     rank, world = processes(overwrite)
@@ -107,20 +110,18 @@ def encode(
     return description
 
 
-def _fitting(
-    source: str, rows: list[int], lengths: np.ndarray, positions: int | None, skip_bad_rows: bool
-) -> np.ndarray:
-    """The places of the prompts that the LLM has positions for, of those of one source."""
-    too_long = lengths > (positions or np.inf)
+def _tell_long(
+    source: str, prompts: Dataset, lengths: np.ndarray, too_long: np.ndarray, positions: int | None, skip: bool
+) -> None:
+    """Tells which rows of a source the LLM has no positions for, see [`tell_bad_rows`]; that all are is an error."""
+    rows = prompts[ROW][:]
     bad = {
         rows[place]: f"row {rows[place]} has a prompt of {lengths[place]} tokens, but the LLM has {positions} "
         "positions (prompt_max_length cuts)"
         for place in np.flatnonzero(too_long)
     }
-    if bad:
-        check_some_left(source, bad, len(rows))
-        tell_bad_rows(source, bad, skip_bad_rows)
-    return np.flatnonzero(~too_long)
+    check_some_left(source, bad, len(rows))
+    tell_bad_rows(source, bad, skip)
 
 
 def _token_ids(text_to_text: TextToText, prompts: Dataset) -> Iterator[list[int]]:
