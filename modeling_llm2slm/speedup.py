@@ -16,6 +16,7 @@ import yaml
 from transformers import AutoConfig, AutoTokenizer
 
 from .agreement import compare
+from .answer_file import checkpoint_fingerprint
 from .building import build
 from .configuration_llm2slm import LLM2SLMConfig, check_encoder_decoder_length
 from .data import ROW, check_some_left, load_rows, parse_lines, tell_bad_rows, write_aside, write_json
@@ -33,6 +34,7 @@ _OF_DISTILLING = (
     "llm", "prompts", "prompt_column", "limit", "held_out", "num_beams", "max_new_tokens", "batch_size",
 )  # fmt: skip
 _OF_BUILDING = ("slm", "slm_tokenizer", "fusion", "encoder_dtype")
+_CONTENTS = {"llm_sha256": "llm", "prompts_sha256": "prompts"}  # of those that lie on this machine
 
 
 @dataclass
@@ -109,10 +111,11 @@ class Speedup:
         if path.is_file():
             before, now = self._fixed(json.loads(path.read_text(encoding="utf-8"))), self._fixed(kept)
             changed = [name for name in now if before.get(name) != now[name]]
-            if changed == ["prompts_sha256"]:
+            if changed and changed[0] in _CONTENTS:
+                what = getattr(self.settings, _CONTENTS[changed[0]])
                 raise ValueError(
-                    f"{self.settings.prompts} has changed since {self.output} was begun. Choose another folder with "
-                    "--output, or bring the prompts back."
+                    f"{what} has changed since {self.output} was begun. Choose another folder with --output, or bring "
+                    "back what was there."
                 )
             if changed:
                 raise ValueError(
@@ -137,6 +140,8 @@ class Speedup:
         if prompts.is_file():
             with prompts.open("rb") as file:
                 settings["prompts_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        if Path(self.settings.llm).is_dir():
+            settings["llm_sha256"] = checkpoint_fingerprint(self.settings.llm)
         return json.loads(json.dumps({**settings, "recipe": without_tokens(self.settings.recipe)}))
 
     def _fixed(self, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,7 +150,7 @@ class Speedup:
         `skip_bad_rows` may always change.
         """
         recipe = {name: value for name, value in settings["recipe"].items() if name != "skip_bad_rows"}
-        fixed = {name: settings.get(name) for name in (*_OF_DISTILLING, "prompts_sha256")}
+        fixed = {name: settings.get(name) for name in (*_OF_DISTILLING, *_CONTENTS)}
         if (self.output / "start" / "config.json").is_file():
             fixed |= {name: settings[name] for name in _OF_BUILDING}
         fixed["prompt_max_length"] = recipe.get("prompt_max_length")

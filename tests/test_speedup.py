@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from transformers import AutoModelForSeq2SeqLM
 
 import llm2slm
 from checkpoints import WORDS, write_bart, write_checkpoint
@@ -196,6 +198,18 @@ def test_prompts_that_have_changed_want_another_folder(settings: SpeedupSettings
     with prompts.open("a") as file:
         file.write("src1\n")
     with pytest.raises(ValueError, match=r"prompts.txt has changed since .*out was begun.*--output"):
+        Speedup(own, tmp_path / "out")
+
+
+def test_an_llm_that_was_trained_further_wants_another_folder(settings: SpeedupSettings, tmp_path: Path) -> None:
+    shutil.copytree(settings.llm, tmp_path / "llm")
+    own = replace(settings, llm=str(tmp_path / "llm"))
+    Speedup(own, tmp_path / "out").distill()
+    Speedup(own, tmp_path / "out")
+    model = AutoModelForSeq2SeqLM.from_pretrained(own.llm)
+    model.lm_head.weight.data += 1
+    model.save_pretrained(own.llm)
+    with pytest.raises(ValueError, match=r"llm has changed since .*out was begun.*--output"):
         Speedup(own, tmp_path / "out")
 
 
