@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -449,6 +450,9 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
     trainer = _trainer(ours, arguments, text_to_text)
     if trainer.is_world_process_zero():
         write_json(Path(arguments.output_dir) / RECIPE, _fixed(ours, arguments))
+        if checkpoint:
+            for unfinished in Path(arguments.output_dir).glob(".????????.checkpoint-*"):  # by a killed `write_aside`
+                shutil.rmtree(unfinished, ignore_errors=True)
     start = time.time()
     trainer.train(resume_from_checkpoint=checkpoint)
     if ours.streaming and trainer.state.global_step == 0:  # of several workers, none alone knows that all have no rows

@@ -317,7 +317,10 @@ def test_a_stopped_run_continues_to_the_same_weights(recipe, tmp_path):
     with stopped_at(5):
         train(recipe)
     assert not (Path(recipe["output_dir"]) / "config.json").exists()  # nothing that looks like a result
+    unfinished = Path(recipe["output_dir"]) / ".0123abcd.checkpoint-6"  # as a save that was killed leaves it
+    unfinished.mkdir()
     report = train(recipe)
+    assert not unfinished.exists()
     assert (report["resumed_at_step"], report["steps"]) == (4, 6)
     same_tensors(weights(recipe["output_dir"]), weights(tmp_path / "whole"))
 
