@@ -109,7 +109,11 @@ class Speedup:
         """Whatever would stop a stage is better found before hours of the stages before it."""
         path, kept = self.output / "speedup.json", self._kept  # of the prompts as they are before the LLM answers them
         if path.is_file():
-            before, now = self._fixed(json.loads(path.read_text(encoding="utf-8"))), self._fixed(kept)
+            try:
+                begun = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path} is cut or broken ({error}). Choose another folder with --output.") from error
+            before, now = self._fixed(begun), self._fixed(kept)
             changed = [name for name in now if before.get(name) != now[name]]
             if changed and changed[0] in _CONTENTS:
                 what = getattr(self.settings, _CONTENTS[changed[0]])

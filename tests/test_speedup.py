@@ -201,6 +201,12 @@ def test_prompts_that_have_changed_want_another_folder(settings: SpeedupSettings
         Speedup(own, tmp_path / "out")
 
 
+def test_a_cut_record_of_a_run_is_named(settings: SpeedupSettings, tmp_path: Path) -> None:
+    (tmp_path / "speedup.json").write_text('{"llm": ')
+    with pytest.raises(ValueError, match=r"speedup.json is cut or broken .*--output"):
+        Speedup(settings, tmp_path)
+
+
 def test_an_llm_that_was_trained_further_wants_another_folder(settings: SpeedupSettings, tmp_path: Path) -> None:
     shutil.copytree(settings.llm, tmp_path / "llm")
     own = replace(settings, llm=str(tmp_path / "llm"))
