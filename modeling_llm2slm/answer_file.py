@@ -159,7 +159,7 @@ def answer_file(
     if cut:
         logger.warning(f"{cut} answers were cut at {longest} tokens: allow longer ones with max_new_tokens.")
     answers = parts.read_all() if world > 1 else parts.answers
-    if len(answers) >= total:  # of several processes, only the last to finish finds all answers
+    if all(table.key(draw) in answers for draw in table.draws):  # of several processes, only the last finds all
         with writing(output, "All answers are kept; make room, and repeat the command."):
             _write(output, rows, column, (answers[table.key(draw)] for draw in table.draws))
         parts.remove()

@@ -131,6 +131,20 @@ def test_processes_share_the_work(
     assert [row["llm_answer"] for row in rows_of(tmp_path / "answers.jsonl")] == expected
 
 
+def test_of_processes_too_prompts_are_taken_away_meanwhile(
+    llm: str, data: str, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    distill(llm, data, tmp_path / "answers.jsonl", batch_size=2, **OPTIONS)  # 4 of 8
+    write_pairs(Path(data), PAIRS[1:4])
+    for rank in ("0", "1"):
+        assert not (tmp_path / "answers.jsonl").exists()
+        monkeypatch.setenv("RANK", rank)
+        distill(llm, data, tmp_path / "answers.jsonl", batch_size=2, **OPTIONS)
+    assert [row["llm_answer"] for row in rows_of(tmp_path / "answers.jsonl")] == expected[1:4]
+
+
 def test_what_another_run_left_is_not_mixed_in(llm: str, data: str, tmp_path: Path) -> None:
     output = tmp_path / "answers.jsonl"
     (tmp_path / "answers.jsonl.part").write_text('{"num_beams": 9}\n')
