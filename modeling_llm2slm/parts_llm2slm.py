@@ -67,6 +67,9 @@ def reader_of(llm: PreTrainedModel) -> PreTrainedModel:
         llm = llm.get_encoder()
     if getattr(llm, "pooler", None) is not None:
         llm.pooler = None
+    # An encoder names its decoder's layers too, and FSDP does not take names of what is not there.
+    here = {type(module).__name__ for module in llm.modules()}
+    llm._no_split_modules = [name for name in llm._no_split_modules or () if name in here]
     return llm
 
 

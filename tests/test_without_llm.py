@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils.dataclasses import get_module_class_from_name
 from families import LLMS
 
 from common import FUSIONS, PROMPTS, build_model, gpt2_config, make_labels, pad_prompts, same_tensors, t5_config
@@ -82,6 +83,9 @@ def test_every_family_of_llm_leaves_its_embedding(family: str, tmp_path: Path) -
     assert not any(report.values()), report
     of_llm = [parameter.numel() for name, parameter in model.named_parameters() if ".llm." in name]
     assert of_llm == [whole.encoder.llm.get_input_embeddings().weight.numel()]
+    # What accelerate shards by: a class that is not in the model is an error there.
+    assert all(get_module_class_from_name(each, name) for each in (whole, model) for name in each._no_split_modules)
+    assert "GPT2Block" in model._no_split_modules <= whole._no_split_modules
     batch = pad_prompts(PROMPTS)
     states = whole.encode_llm(**batch)
     stored = {**batch, "llm_hidden_states": states, "labels": make_labels()}
