@@ -69,7 +69,9 @@ def encode(
     """
     if dtype not in ("bfloat16", "float16", "float32"):
         raise ValueError(f"dtype is {dtype!r}, but states are stored in bfloat16, float16 or float32.")
-    text_to_text = TextToText.from_pretrained(model, device=device, prompt_max_length=prompt_max_length)
+    text_to_text = TextToText.from_pretrained(
+        model, device=device, prompt_max_length=prompt_max_length, keep_llm_dtype=True
+    )
     if not hasattr(text_to_text.model, "encode_llm"):
         raise ValueError(f"{model} is no LLM-to-SLM model, so it has no LLM to encode with. Make one: llm2slm build.")
     config, tokenizer = text_to_text.model.config, text_to_text.processor.tokenizer

@@ -76,6 +76,16 @@ def write_aside(path: str | os.PathLike, keep: bool = True) -> Iterator[Path]:
                 aside.unlink(missing_ok=True)
 
 
+def remove_left_aside(path: Path) -> None:
+    """Removes what [`write_aside`] had not finished when it was killed. The name of `path` may be a pattern."""
+    path = Path(os.path.realpath(path))
+    for left in path.parent.glob(f".{'[0-9a-f]' * 8}.{path.name}"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
 @contextmanager
 def _named(path: Path, aside: Path) -> Iterator[None]:
     """Errors of the system about `aside`, or about nothing that has a name, as `OSError`s about `path`."""

@@ -310,17 +310,23 @@ def _step_seconds(model: Any, batch_size: int, prompt_length: int, answer_length
         ).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
 
     step()
     return _seconds(step) * asked / batch_size
 
 
 def _seconds(work: Callable[[], Any]) -> float:
+    _wait()
     start = time.perf_counter()
     work()
+    _wait()
     return time.perf_counter() - start
+
+
+def _wait() -> None:
+    """Waits for what an accelerator was told to do."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 def _check_llm(llm: str | Path) -> None:

@@ -22,6 +22,7 @@ from .configuration_llm2slm import LLM2SLMConfig, check_encoder_decoder_length
 from .data import ROW, check_some_left, load_rows, parse_lines, tell_bad_rows, write_aside, write_json
 from .distillation import distill
 from .encoding import encode
+from .files_llm2slm import remove_left_aside
 from .model_card_llm2slm import without_tokens
 from .state_store import is_complete
 from .text_to_text import TextToText, load
@@ -30,9 +31,7 @@ from .training import last_checkpoint, load_recipe, parse_recipe, train
 
 SPLITS = ("train", "validation", "test")
 Progress = Callable[[str, int, int], None]
-_OF_DISTILLING = (
-    "llm", "prompts", "prompt_column", "limit", "held_out", "num_beams", "max_new_tokens", "batch_size",
-)  # fmt: skip
+_OF_DISTILLING = ("llm", "prompts", "prompt_column", "limit", "held_out", "num_beams", "max_new_tokens")
 _OF_BUILDING = ("slm", "slm_tokenizer", "fusion", "encoder_dtype")
 _CONTENTS = {"llm_sha256": "llm", "prompts_sha256": "prompts"}  # of those that lie on this machine
 
@@ -275,6 +274,7 @@ class Speedup:
         )
         # What the LLM's answers were limited to is what is usual here.
         composite.model.generation_config.max_new_tokens = settings.max_new_tokens
+        remove_left_aside(start)
         with write_aside(start) as folder:
             composite.save_pretrained(folder)
 

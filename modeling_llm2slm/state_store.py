@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from .configuration_llm2slm import llm_sizes
 from .data import write_aside
+from .files_llm2slm import remove_left_aside
 
 
 FORMAT = 1
@@ -272,8 +273,7 @@ class StateWriter:
                 )
             with write_aside(self.path / DESCRIPTION) as temporary:
                 temporary.write_text(json.dumps(asdict(self.description), indent=2) + "\n", encoding="utf-8")
-        for leftover in self.path.glob(f".*.{self._prefix}*.safetensors"):  # what `write_aside` had not finished
-            leftover.unlink()
+        remove_left_aside(self.path / f"{self._prefix}*.safetensors")
 
     def add(self, ids: Sequence[int], states: torch.Tensor) -> None:
         """Keeps the states `(N, d_llm)` of a prompt, and writes a shard when there are enough."""

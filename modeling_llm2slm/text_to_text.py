@@ -84,18 +84,21 @@ class TextToText:
         answer_max_length: int | None = None,
         states: StateStore | None = None,
         quantize: str | None = None,
+        keep_llm_dtype: bool = False,
     ) -> TextToText:
         """
         Loads a checkpoint of any of the three kinds.
 
         Args:
             path: A folder, or the name of a model on the Hub.
-            dtype: The dtype to load the weights in (default: float32, whatever they were saved in).
+            dtype: The dtype to load the weights in (default: float32, whatever they were saved in; the LLM of a
+                composite keeps a dtype of its own).
             device: Where to put the model (default: the CPU).
             prompt_max_length: See the class.
             answer_max_length: See the class.
             states: Of a composite: a store to take the LLM's states from; the LLM itself is not loaded then.
             quantize: Keep the matrices in fewer bits, to answer with: see [`quantize`].
+            keep_llm_dtype: Of a composite: its LLM keeps the dtype that it was saved in also where that is the SLM's.
 
         Raises:
             ImportError: If it is an exported model, and its runtime is not installed, or the library that quantizes.
@@ -119,7 +122,10 @@ class TextToText:
             from .without_llm import LLM2SLMWithoutLLM as auto_class
 
             states.check(path, config, processor.tokenizer)
-        model = load_model(auto_class, path, dtype=dtype or torch.float32)
+        dtypes: dict[str, Any] = {"dtype": dtype or torch.float32}
+        if keep_llm_dtype and config.model_type == "llm2slm":
+            dtypes["encoder_dtype"] = config.encoder_dtype or str(config.dtype or torch.float32).removeprefix("torch.")
+        model = load_model(auto_class, path, **dtypes)
         kind = EncoderDecoderTextToText if encoder_decoder else DecoderOnlyTextToText
         model = _move(model, device or "cpu").eval()
         if quantize is not None:

@@ -31,6 +31,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from .checkpoint_llm2slm import describe_source, lean_source
 from .data import load_pairs, tell_bad_rows, versions, write_aside, write_json
 from .evaluation import METRICS, score
+from .files_llm2slm import remove_left_aside
 from .lora import lora_config
 from .model_card_llm2slm import without_tokens
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
@@ -69,7 +70,7 @@ class TrainingRecipe:
             `"exact_match"`; all but the loss are computed on generated answers.
         generation: Arguments of `generate()` for that, such as `{num_beams: 4, max_new_tokens: 64}`; without
             `do_sample: true` nothing is sampled.
-        resume: Continue from the last checkpoint in the output folder, if there is one.
+        resume: Continue from the last checkpoint in the output folder, if there is one; `False` removes those there.
         include_llm: Whether the trained composite holds its frozen LLM, or says where it is (a lean checkpoint).
         include_llm_in_checkpoints: The same for the checkpoints along the way.
         llm_states: A store of `llm2slm encode` that has all prompts: no LLM is loaded, its states are read.
@@ -163,10 +164,13 @@ VALIDATION_DEFAULTS: dict[str, Any] = {"load_best_model_at_end": True}
 STEPS = 500  # between checkpoints where epochs do not end, in streams
 # What a run that goes on has to have as it began: the optimizer, the schedule and the order of the data go by it.
 FIXED = (
-    "train_data", "train_split", "prompt_column", "answer_column", "train_samples", "prompt_max_length",
+    "model", "train_data", "train_split", "prompt_column", "answer_column", "train_samples", "prompt_max_length",
     "answer_max_length", "optimizer", "optim", "learning_rate", "learning_rate_mapping", "weight_decay",
-    "lr_scheduler_type", "warmup_steps", "label_smoothing_factor", "lora", "seed", "train_sampling_strategy",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs",
+    "warmup_steps", "label_smoothing_factor", "lora", "quantize_llm", "seed", "data_seed", "train_sampling_strategy",
+    "streaming",
 )  # fmt: skip
+FIXED_IN_STREAMS = ("shuffle_buffer", "dataloader_num_workers")
 RECIPE = "recipe.json"
 
 
@@ -360,6 +364,17 @@ class TextToTextTrainer(Seq2SeqTrainer):
             state_dict = {name: tensor for name, tensor in state.items() if not name.startswith("encoder.llm.")}
         super()._save(output_dir, state_dict)
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except RuntimeError as error:
+            if "inline_container" not in str(error):  # of `torch.save`, which has no other error for a full disk
+                raise
+            raise OSError(
+                f"A checkpoint cannot be written to {self.args.output_dir}; its disk may be full. Make room, and "
+                "repeat the command, which goes on from the last complete checkpoint."
+            ) from error
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         trained, args = self.model if model is None else model, self.args
         relative = self.optimizer_name == "adafactor"
@@ -445,14 +460,10 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
     text_to_text = _load(ours)
     use_cache = getattr(text_to_text.model.config, "use_cache", True)
     composite = text_to_text.model.config.model_type == "llm2slm"
-    if composite and not (ours.llm_states or ours.quantize_llm or ours.lora is not None):
-        _place_llm(text_to_text.model, ours)  # else the Trainer's checkpoints have no LLM in them anyway
     trainer = _trainer(ours, arguments, text_to_text)
     if trainer.is_world_process_zero():
+        _make_room(Path(arguments.output_dir), anew=not ours.resume)
         write_json(Path(arguments.output_dir) / RECIPE, _fixed(ours, arguments))
-        if checkpoint:
-            for unfinished in Path(arguments.output_dir).glob(".????????.checkpoint-*"):  # by a killed `write_aside`
-                shutil.rmtree(unfinished, ignore_errors=True)
     start = time.time()
     trainer.train(resume_from_checkpoint=checkpoint)
     if ours.streaming and trainer.state.global_step == 0:  # of several workers, none alone knows that all have no rows
@@ -476,11 +487,28 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return report
 
 
+def _make_room(output_dir: Path, anew: bool) -> None:
+    """Removes what killed runs left half written, and of a run that begins `anew` what the one before it has left."""
+    remove_left_aside(output_dir)
+    remove_left_aside(output_dir / "checkpoint-*")
+    if anew:
+        (output_dir / "training.json").unlink(missing_ok=True)
+        for checkpoint in output_dir.glob("checkpoint-*"):
+            (checkpoint / "trainer_state.json").unlink(missing_ok=True)  # without it, it is none to go on from
+            shutil.rmtree(checkpoint)
+
+
 def _fixed(ours: TrainingRecipe, arguments: Seq2SeqTrainingArguments) -> dict[str, Any]:
-    """What of a recipe stays as it is while a run goes on. Data that was moved is the same data."""
-    settings = {name: getattr(ours if hasattr(ours, name) else arguments, name) for name in FIXED}
+    """What of a recipe stays as it is while a run goes on. A model and data that were moved are the same."""
+    names = (*FIXED, *(FIXED_IN_STREAMS if ours.streaming else ()))
+    settings = {name: getattr(ours if hasattr(ours, name) else arguments, name) for name in names}
     settings |= {name: ours.mapping(name) for name in ("lora", "learning_rate_mapping") if settings[name] is not None}
-    settings["train_data"] = Path(ours.train_data).name
+    settings |= {name: Path(settings[name]).name for name in ("model", "train_data")}
+    settings["pairs a step"] = (
+        arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    )
+    if Path(ours.train_data).is_file() and not ours.streaming:
+        settings["bytes of train_data"] = Path(ours.train_data).stat().st_size
     return json.loads(json.dumps(settings, default=str))
 
 
@@ -490,17 +518,18 @@ def _check_begun(ours: TrainingRecipe, arguments: Seq2SeqTrainingArguments) -> N
     if not (file.is_file() and _is_json(file)):
         return
     begun, now = json.loads(file.read_text(encoding="utf-8")), _fixed(ours, arguments)
-    for name in FIXED:
-        if begun.get(name) != now[name]:
+    for name in now:
+        if name in begun and begun[name] != now[name]:
             raise ValueError(
-                f"{arguments.output_dir} was begun with {name}: {begun.get(name)}, and cannot go on with {now[name]}. "
+                f"{arguments.output_dir} was begun with {name}: {begun[name]}, and cannot go on with {now[name]}. "
                 "Put it back, choose another output_dir, or begin anew with resume: false."
             )
 
 
 def _place_llm(model: LLM2SLMForConditionalGeneration, ours: TrainingRecipe) -> None:
     """Has the Trainer save lean checkpoints. An LLM of unknown source is found in the checkpoint to start from."""
-    model.include_llm = ours.include_llm_in_checkpoints or not model.config.freeze_llm
+    if not ours.quantize_llm and ours.lora is None:  # else the Trainer's checkpoints have no LLM in them anyway
+        model.include_llm = ours.include_llm_in_checkpoints or not model.config.freeze_llm
     if not (model.config.llm_source or {}).get("name_or_path"):
         model.config.llm_source = describe_source(ours.model)
     if not (model.include_llm and ours.include_llm):
@@ -514,10 +543,13 @@ def _load(ours: TrainingRecipe) -> TextToText:
         prompt_max_length=ours.prompt_max_length,
         answer_max_length=ours.answer_max_length,
         states=StateStore(ours.llm_states) if ours.llm_states else None,
+        keep_llm_dtype=True,
     )
     model = text_to_text.model
     if (ours.lora is not None or ours.quantize_llm) and not isinstance(model, LLM2SLMForConditionalGeneration):
         raise ValueError(f"{ours.model} is no LLM-to-SLM model; only one of these has lora and quantize_llm.")
+    if isinstance(model, LLM2SLMForConditionalGeneration) and not ours.llm_states:
+        _place_llm(model, ours)  # while the LLM is as it was
     if ours.quantize_llm:
         quantize_llm(model, ours.quantize_llm)
     if ours.lora is not None:
@@ -548,7 +580,7 @@ def _whole(ours: TrainingRecipe, text_to_text: TextToText, folder: Path) -> Text
         model.save_pretrained(folder / "adapter")
         model = model.merge_and_unload()
     if ours.llm_states or ours.quantize_llm:
-        model = with_llm(model, ours.model, dtype=model.dtype)
+        model = with_llm(model, ours.model, dtype=model.dtype, encoder_dtype=model.config.encoder_dtype)
     text_to_text.model = model
     return text_to_text
 

@@ -103,12 +103,21 @@ class TestStoredStates:
         checkpoint = weights(tmp_path / "out" / "checkpoint-1")
         assert not [name for name in checkpoint if ".llm." in name]
 
-    def test_a_second_stage_uses_the_same_states(self, recipe: dict[str, Any], tmp_path: Path) -> None:
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_a_second_stage_uses_the_same_states(self, recipe: dict[str, Any], tmp_path: Path, dtype: str) -> None:
+        """The LLM keeps its dtype, also where it is that of the SLM, which trains in float32."""
+        TextToText.from_pretrained(recipe["model"], dtype=dtype).save_pretrained(tmp_path / "typed")
+        recipe["model"] = str(tmp_path / "typed")
+        train({**recipe, "max_steps": 1, "output_dir": str(tmp_path / "running")})
         encode(recipe["model"], [recipe["train_data"]], tmp_path / "states")
         recipe["llm_states"] = str(tmp_path / "states")
         train({**recipe, "max_steps": 1})
         second = {**recipe, "model": recipe["output_dir"], "output_dir": str(tmp_path / "second"), "max_steps": 1}
         assert train(second)["steps"] == 1
+        for folder in ("running", "out", "second"):
+            model = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path / folder)
+            assert (str(model.encoder.llm.dtype), model.dtype) == (f"torch.{dtype}", torch.float32)
+            assert llm_fingerprint(tmp_path / folder) == llm_fingerprint(recipe["model"])
 
     def test_workers_read_the_same_states(self, recipe: dict[str, Any], tmp_path: Path) -> None:
         encode(recipe["model"], [recipe["train_data"]], tmp_path / "states")

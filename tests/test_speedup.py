@@ -138,6 +138,7 @@ def test_other_settings_want_another_folder(settings: SpeedupSettings, tmp_path:
     changed.build()
     with pytest.raises(ValueError, match=r"begun with another fusion \('replace'\)"):
         Speedup(settings, tmp_path)
+    changed = Speedup(replace(changed.settings, batch_size=2), tmp_path)  # what there is memory for
     changed.encode()
     changed.train()
     with pytest.raises(ValueError, match="begun with another recipe"):

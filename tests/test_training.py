@@ -317,10 +317,13 @@ def test_a_stopped_run_continues_to_the_same_weights(recipe, tmp_path):
     with stopped_at(5):
         train(recipe)
     assert not (Path(recipe["output_dir"]) / "config.json").exists()  # nothing that looks like a result
-    unfinished = Path(recipe["output_dir"]) / ".0123abcd.checkpoint-6"  # as a save that was killed leaves it
-    unfinished.mkdir()
+    out = Path(recipe["output_dir"])
+    unfinished = [out / ".0123abcd.checkpoint-6", out.with_name(".0123abcd.out")]  # as killed saves leave them
+    others = [out / ".0123.checkpoint-6", out.with_name(".my-notes.out")]
+    for folder in (*unfinished, *others):
+        folder.mkdir()
     report = train(recipe)
-    assert not unfinished.exists()
+    assert [folder.exists() for folder in (*unfinished, *others)] == [False, False, True, True]
     assert (report["resumed_at_step"], report["steps"]) == (4, 6)
     same_tensors(weights(recipe["output_dir"]), weights(tmp_path / "whole"))
 
@@ -331,6 +334,8 @@ def test_a_stopped_run_continues_to_the_same_weights(recipe, tmp_path):
         ({"learning_rate": 1e-1}, "was begun with learning_rate: 0.003, and cannot go on with 0.1"),
         ({"train_data": "other.jsonl"}, "was begun with train_data: pairs.jsonl"),
         ({"lr_scheduler_type": "constant"}, "was begun with lr_scheduler_type"),
+        ({"per_device_train_batch_size": 2}, "was begun with pairs a step: 4, and cannot go on with 2"),
+        ({"max_grad_norm": 5}, "was begun with max_grad_norm: 1.0"),
     ],
 )
 def test_a_run_does_not_go_on_by_another_recipe(recipe, tmp_path, change, told):
@@ -338,10 +343,22 @@ def test_a_run_does_not_go_on_by_another_recipe(recipe, tmp_path, change, told):
     write_pairs(tmp_path / "other.jsonl", PAIRS[::-1])
     if "train_data" in change:
         change = {"train_data": str(tmp_path / "other.jsonl")}
+    steps = 24 // (change.get("per_device_train_batch_size") or 4)
     with pytest.raises(ValueError, match=rf"{told}.*another output_dir, or begin anew with resume: false"):
         train({**recipe, **change})
-    assert train({**recipe, **change, "resume": False})["steps"] == 6
-    assert train({**recipe, **change, "num_train_epochs": 4})["resumed_at_step"] == 6
+    assert train({**recipe, **change, "resume": False})["steps"] == steps
+    assert train({**recipe, **change, "num_train_epochs": 4})["resumed_at_step"] == steps
+
+
+def test_the_same_pairs_a_step_go_on_and_other_data_of_the_same_name_does_not(recipe):
+    train({**recipe, "num_train_epochs": 1})
+    accumulated = {**recipe, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert train({**accumulated, "num_train_epochs": 2})["steps"] == 4
+    write_pairs(Path(recipe["train_data"]), PAIRS[:-1])
+    with pytest.raises(
+        ValueError, match=r"was begun with bytes of train_data: \d+, and cannot go on with \d+\. Put it"
+    ):
+        train(recipe)
 
 
 def test_a_run_that_has_ended_is_no_run_by_another_recipe(recipe):
@@ -390,9 +407,28 @@ def test_a_checkpoint_that_was_being_written_is_left_aside(tmp_path):
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
 
 
-def test_without_resume_a_run_starts_anew(recipe):
-    train(recipe)
-    assert train({**recipe, "resume": False})["resumed_at_step"] is None
+@pytest.mark.parametrize("length", [{}, {"max_steps": 6}])
+def test_without_resume_a_run_starts_anew(recipe, tmp_path, length):
+    """Killed, it goes on from where it was, not from where the run before it was."""
+    other = {**recipe, **length, "learning_rate": 1e-2}
+    train({**other, "output_dir": str(tmp_path / "whole")})
+    train({**recipe, **length, "save_total_limit": 9})
+    with stopped_at(3):
+        train({**other, "resume": False})
+    report = train(other)
+    assert (report["resumed_at_step"], report["steps"]) == (2, 6)
+    same_tensors(weights(recipe["output_dir"]), weights(tmp_path / "whole"))
+
+
+def test_a_full_disk_is_told_when_a_checkpoint_does_not_fit(recipe, monkeypatch):
+    def save(state: Any, path: str) -> None:
+        monkeypatch.undo()
+        torch.save(state, "/dev/full")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match="its disk may be full. Make room, and repeat the command"):
+        train(recipe)
+    assert train(recipe)["resumed_at_step"] is None
 
 
 def test_a_failure_while_saving_leaves_no_model(recipe, monkeypatch):
@@ -432,14 +468,18 @@ def test_checkpoints_on_the_way_are_lean_unless_asked_and_the_model_is_full(held
     assert "max_steps: 2" in (out / "README.md").read_text()
 
 
-def test_a_changed_llm_is_said_before_the_training(recipe, checkpoints, tmp_path):
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
+@pytest.mark.parametrize("settings", [{}, {"lora": {}, "include_llm": False}])
+def test_a_changed_llm_is_said_before_the_training(recipe, checkpoints, tmp_path, settings):
     model = LLM2SLMForConditionalGeneration.from_pretrained(checkpoints["llm2slm"])
     model.config.llm_source = {"name_or_path": "google-t5/t5-large", "fingerprint": "0" * 32}
     model.save_pretrained(tmp_path / "start")
     TextToText.from_pretrained(checkpoints["llm2slm"]).processor.save_pretrained(tmp_path / "start")
     with pytest.raises(ValueError, match="it was changed"):
-        train({**recipe, "model": str(tmp_path / "start")})
+        train({**recipe, **settings, "model": str(tmp_path / "start")})
     assert not Path(recipe["output_dir"]).exists()
+    if "lora" in settings:  # an adapter's checkpoints have no LLM to find again
+        assert train({**recipe, "lora": {}, "model": str(tmp_path / "start"), "max_steps": 1})["steps"] == 1
 
 
 def test_a_lean_model_is_trained_on_request(recipe, checkpoints):
