@@ -54,6 +54,14 @@ class Parts(NamedTuple):
     slm: Any
 
 
+def is_mapped(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's bytes are those of a safetensors file, and not a copy of them."""
+    address = tensor.untyped_storage().data_ptr()
+    lines = (line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "safetensors" in line)
+    spans = [[int(end, 16) for end in line[0].split("-")] for line in lines]
+    return any(start <= address < end for start, end in spans)
+
+
 def t5_config(variant: str = "tied", **overrides: Any) -> T5Config:
     values = {
         "vocab_size": LLM_VOCAB_SIZE,

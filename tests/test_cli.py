@@ -21,7 +21,7 @@ from transformers import AutoModelForSeq2SeqLM
 import llm2slm
 from checkpoints import PAIRS, PROMPTS, sample_by_default, write_checkpoint, write_pairs, write_parts
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
-from modeling_llm2slm.state_store import StateStore
+from modeling_llm2slm.state_store import StateStore, is_complete
 from modeling_llm2slm.text_to_text import TextToText
 
 
@@ -185,7 +185,9 @@ class TestTrain:
         words += ("--save_total_limit", "100", "--train_sampling_strategy", "group_by_length")
         assert run(*words, "--output_dir", tmp_path / "whole") == 0
         for seen in (2, 9, 16):
-            kill_when(lambda seen=seen: len(list((tmp_path / "out").glob("checkpoint-*"))) > seen, *words)
+            kill_when(
+                lambda seen=seen: len(list((tmp_path / "out").glob("checkpoint-*"))) > seen, "-m", "llm2slm", *words
+            )
             assert not (tmp_path / "out" / "config.json").exists()
         assert run(*words) == 0
         records = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("out", "whole")]
@@ -198,8 +200,8 @@ class TestTrain:
 
 
 def kill_when(reached: Any, *words: Any) -> None:
-    """Starts the command in a process of its own and kills it as soon as something is so."""
-    command = [sys.executable, "-m", "llm2slm", *map(str, words)]
+    """Starts Python in a process of its own and kills it as soon as something is so."""
+    command = [sys.executable, *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as the tests: more threads add in another order
     process = subprocess.Popen(command, cwd=Path(__file__).parents[1], env=environment, stderr=subprocess.DEVNULL)
     while not reached():
@@ -234,12 +236,17 @@ class TestEncodeAndDistill:
         composite = write_checkpoint("llm2slm", tmp_path)
         states, answers = tmp_path / "states", tmp_path / "answers.jsonl"
         encode = ("encode", composite, data, "--output", states, "--batch-size", 1)
-        kill_when((states / "store.json").exists, *encode)
+        arguments = f"{composite!r}, [{data!r}], {str(states)!r}, batch_size=1, shard_bytes=5000"
+        code = f"from modeling_llm2slm.encoding import encode; encode({arguments})"
+        kill_when(lambda: len(list(states.glob("states-*"))) > 3, "-c", code)
+        shards = {shard: shard.stat().st_mtime_ns for shard in states.glob("states-*")}
         distill = ("distill", llm, data, "--output", answers, "--num-beams", 1, "--max-new-tokens", 3)
         part = tmp_path / "answers.jsonl.part"
-        kill_when(lambda: part.exists() and part.stat().st_size > 5000, *distill)
+        kill_when(lambda: part.exists() and part.stat().st_size > 5000, "-m", "llm2slm", *distill)
         assert not answers.exists()
+        assert not is_complete(states)
         assert run(*encode) == 0
+        assert {shard: shard.stat().st_mtime_ns for shard in shards} == shards
         assert run(*distill) == 0
         assert len(answers.read_text().splitlines()) == len(pairs)
         assert len(StateStore(states)) == len({row["prompt"] for row in pairs})

@@ -11,7 +11,7 @@ from conversions import weights_of, write_sources
 from safetensors import safe_open
 from transformers import AutoProcessor, T5EncoderModel
 
-from common import PROMPTS, gpt2_config, pad_prompts, slm_tokenizer
+from common import PROMPTS, gpt2_config, is_mapped, pad_prompts, slm_tokenizer
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
 from modeling_llm2slm.conversion import compose, output
 
@@ -92,12 +92,6 @@ def test_one_shard_at_a_time_is_in_memory(sources, tmp_path, monkeypatch):
     def record(tensors: dict[str, torch.Tensor], *args: object, **kwargs: object) -> None:
         sizes.append(sum(tensor.nbytes for tensor in tensors.values() if not is_mapped(tensor)))
         save(tensors, *args, **kwargs)
-
-    def is_mapped(tensor: torch.Tensor) -> bool:
-        address = tensor.untyped_storage().data_ptr()
-        lines = (line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "safetensors" in line)
-        spans = [[int(end, 16) for end in line[0].split("-")] for line in lines]
-        return any(start <= address < end for start, end in spans)
 
     monkeypatch.setattr(output, "save_file", record)
     compose(sources / "llm", sources / "slm", tmp_path / "new", max_shard_size="20KB", fusion="add")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import PROMPTS, build_model, llm_tokenizer, pad_prompts, slm_tokenizer
+from common import PROMPTS, build_model, is_mapped, llm_tokenizer, pad_prompts, slm_tokenizer
 from modeling_llm2slm import DataCollatorForLLM2SLM, LLM2SLMProcessor, state_store
 from modeling_llm2slm.state_store import (
     StateStore,
@@ -80,12 +80,10 @@ def test_a_batch_is_padded_as_its_token_ids_are(tmp_path: Path, side: str) -> No
 
 def test_states_are_mapped_and_go_to_workers_by_their_path(tmp_path: Path) -> None:
     store = write_store(tmp_path)
-    store.states(PROMPTS[0])
+    assert is_mapped(store.states(PROMPTS[0]))
     sent = pickle.dumps(store)
     assert len(sent) < 500
     assert torch.equal(pickle.loads(sent).states(PROMPTS[1]), store.states(PROMPTS[1]))
-    file = sorted(tmp_path.glob("*.safetensors"))[0]
-    assert load_file(file)["states"].untyped_storage().nbytes() >= 2 * WIDTH  # the file's own bytes, not a copy
 
 
 def test_collator_brings_the_states(tmp_path: Path) -> None:
