@@ -14,6 +14,7 @@
 """Files of checkpoints: put in place whole or not at all, found in a folder or on the Hub, read without pickle."""
 
 import ctypes
+import glob
 import hashlib
 import json
 import math
@@ -77,9 +78,9 @@ def write_aside(path: str | os.PathLike, keep: bool = True) -> Iterator[Path]:
 
 
 def remove_left_aside(path: Path) -> None:
-    """Removes what [`write_aside`] had not finished when it was killed. The name of `path` may be a pattern."""
+    """Removes what [`write_aside`] had not finished when it was killed. A `*` in the name of `path` is any text."""
     path = Path(os.path.realpath(path))
-    for left in path.parent.glob(f".{'[0-9a-f]' * 8}.{path.name}"):
+    for left in path.parent.glob(f".{'[0-9a-f]' * 8}.{glob.escape(path.name).replace('[*]', '*')}"):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:
