@@ -135,6 +135,7 @@ def build(
     decoder_dtype: Annotated[str | None, typer.Option(help="The SLM's dtype.")] = None,
     prompt_max_length: Annotated[int | None, typer.Option(help="Cut prompts to this many tokens.")] = None,
     answer_max_length: Annotated[int | None, typer.Option(help="Cut answers to this many tokens.")] = None,
+    max_new_tokens: MaxNewTokens = None,
     seed: Annotated[int, typer.Option(help="For weights that are random.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
 ) -> None:
@@ -161,7 +162,7 @@ def build(
     composite = {name: value for name, value in composite.items() if value is not None}
     text_to_text = build_checkpoint(
         llm, slm, llm_tokenizer, slm_tokenizer, preset=preset, prompt_max_length=prompt_max_length,
-        answer_max_length=answer_max_length, seed=seed, **composite,
+        answer_max_length=answer_max_length, max_new_tokens=max_new_tokens, seed=seed, **composite,
     )  # fmt: skip
     with write_aside(output, keep=not overwrite) as folder:
         text_to_text.save_pretrained(folder, **({"card": {"name": output.name}} if llm and slm or preset else {}))
@@ -318,6 +319,7 @@ def plan(
     from modeling_llm2slm.planning import SLMS
     from modeling_llm2slm.planning import plan as make_plan
 
+    _check_output(output)
     pairs = [entry.partition("=") for entry in slm_tokenizer or []]
     if any(not path for _, _, path in pairs):
         raise typer.BadParameter("--slm-tokenizer takes PRESET=FOLDER.")
@@ -328,8 +330,7 @@ def plan(
             batch_size=batch_size, max_new_tokens=max_new_tokens, prompt_max_length=prompt_max_length,
             skip_bad_rows=skip_bad_rows, device=device, progress=status.update,
         )  # fmt: skip
-    _write_json(output, {"llm": llm, "data": Path(data).name, **result})
-    _print_plan(result)
+    _report({"llm": llm, "data": Path(data).name, **result}, output, _print_plan)
 
 
 def _print_plan(result: dict[str, Any]) -> None:
@@ -812,6 +813,7 @@ def evaluate(
 
     `llm2slm evaluate runs/model prompts.txt --against google-t5/t5-large` tells how far it agrees with the LLM.
     """
+    _check_output(output)
     text_to_text = _load_model(model, device, quantize=quantize, prompt_max_length=prompt_max_length)
     _quiet_data()
     if against is not None:
@@ -823,8 +825,7 @@ def evaluate(
             skip_bad_rows=skip_bad_rows, **_decoding(max_new_tokens, num_beams),
         )  # fmt: skip
         comparison = {"model": model, "against": against, "data": Path(data).name, **comparison}
-        _write_json(output, comparison)
-        _print_comparison(comparison)
+        _report(comparison, output, _print_comparison)
         return
     from modeling_llm2slm.evaluation import evaluate as evaluate_model
 
@@ -833,15 +834,25 @@ def evaluate(
         timed_answers=timed_answers, skip_bad_rows=skip_bad_rows, **_decoding(max_new_tokens, num_beams),
     )  # fmt: skip
     result = {"model": model, "data": Path(data).name, **result}
-    _write_json(output, result)
-    _print_result(result)
+    _report(result, output, _print_result)
 
 
-def _write_json(output: Path | None, result: dict[str, Any]) -> None:
+def _check_output(output: Path | None) -> None:
     if output is not None:
-        from modeling_llm2slm.data import write_json
+        from modeling_llm2slm.answer_file import check_writable
 
-        write_json(output, result)
+        check_writable(output)
+
+
+def _report(result: dict[str, Any], output: Path | None, show: Callable[[dict[str, Any]], None]) -> None:
+    """Writes a result and shows it, also where it cannot be written: it took long."""
+    from modeling_llm2slm.data import write_json
+
+    try:
+        if output is not None:
+            write_json(output, result)
+    finally:
+        show(result)
 
 
 def _print_comparison(result: dict[str, Any]) -> None:

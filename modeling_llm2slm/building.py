@@ -34,6 +34,7 @@ def build(
     preset: str | None = None,
     prompt_max_length: int | None = None,
     answer_max_length: int | None = None,
+    max_new_tokens: int | None = None,
     seed: int = 0,
     **kwargs: Any,
 ) -> TextToText:
@@ -51,6 +52,7 @@ def build(
         preset: In place of both models, the name of a preset of a composite, or the path to one: random weights.
         prompt_max_length: The composite's processor cuts prompts to this many tokens (default: never).
         answer_max_length: The same for answers.
+        max_new_tokens: The longest answer where `generate()` is told no other (default: what the SLM brings).
         seed: For the weights that are random.
         kwargs: Arguments of [`LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained`] (of a composite only).
 
@@ -59,16 +61,30 @@ def build(
         OSError: If a model or a tokenizer is not there, or cannot be loaded.
     """
     set_seed(seed)
+    built = _build(llm, slm, llm_tokenizer, slm_tokenizer, preset, (prompt_max_length, answer_max_length), kwargs)
+    if max_new_tokens is not None:
+        built.model.generation_config.max_new_tokens = max_new_tokens
+    return built
+
+
+def _build(
+    llm: str | None,
+    slm: str | None,
+    llm_tokenizer: str | None,
+    slm_tokenizer: str | None,
+    preset: str | None,
+    lengths: tuple[int | None, int | None],
+    kwargs: dict[str, Any],
+) -> TextToText:
     for source in filter(None, (llm, slm, preset)):
         if _is_config(source) and not Path(source).is_file():
             raise FileNotFoundError(f"There is no config file {source}.")
     if preset is not None:
         if llm or slm:
             raise ValueError("A preset names both models: give either a preset or an LLM and an SLM.")
-        return _build_preset(preset, llm_tokenizer, slm_tokenizer, prompt_max_length, answer_max_length, kwargs)
+        return _build_preset(preset, llm_tokenizer, slm_tokenizer, lengths, kwargs)
     if llm and slm:
-        limits = {"prompt_max_length": prompt_max_length, "answer_max_length": answer_max_length}
-        return _build_composite(llm, slm, llm_tokenizer, slm_tokenizer, limits, kwargs)
+        return _build_composite(llm, slm, llm_tokenizer, slm_tokenizer, lengths, kwargs)
     if kwargs:
         raise ValueError(f"Only a composite of an LLM and an SLM has {', '.join(kwargs)}.")
     if llm:
@@ -83,7 +99,7 @@ def _build_composite(
     slm: str,
     llm_tokenizer: str | None,
     slm_tokenizer: str | None,
-    limits: dict[str, Any],
+    lengths: tuple[int | None, int | None],
     kwargs: dict[str, Any],
 ) -> TextToText:
     from . import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
@@ -105,15 +121,14 @@ def _build_composite(
         model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(*paths, **options)
     except (AttributeError, SafetensorError) as error:  # no such dtype; a damaged file
         raise OSError(f"{llm} and {slm} cannot be put together: {str(error).splitlines()[0]}") from error
-    return EncoderDecoderTextToText(model, LLM2SLMProcessor(reader, writer, **limits))
+    return EncoderDecoderTextToText(model, LLM2SLMProcessor(reader, writer, *lengths))
 
 
 def _build_preset(
     preset: str,
     llm_tokenizer: str | None,
     slm_tokenizer: str | None,
-    prompt_max_length: int | None,
-    answer_max_length: int | None,
+    lengths: tuple[int | None, int | None],
     kwargs: dict[str, Any],
 ) -> TextToText:
     from . import LLM2SLMConfig, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
@@ -125,7 +140,7 @@ def _build_preset(
     config = load(LLM2SLMConfig, file, shared_tokenizer=are_same_tokenizer(reader, writer), **kwargs)
     _check_vocabulary(preset, config.encoder, reader)
     _check_vocabulary(preset, config.decoder, writer)
-    processor = LLM2SLMProcessor(reader, writer, prompt_max_length, answer_max_length)
+    processor = LLM2SLMProcessor(reader, writer, *lengths)
     return EncoderDecoderTextToText(LLM2SLMForConditionalGeneration(config).eval(), processor)
 
 
@@ -162,17 +177,27 @@ def _part(
     auto_class: Any, source: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model with the weights of a checkpoint, or with random ones where `source` is a config file."""
-    config = load(AutoConfig, source)
+    config = part_config(source, tokenizer)
     if type(config) not in auto_class._model_mapping:
         raise ValueError(f"{source} is a {config.model_type} model, which cannot take this part.")
     if not _is_config(source):
         return load(auto_class, source, dtype="auto"), tokenizer
+    return auto_class.from_config(config).eval(), tokenizer
+
+
+def part_config(source: str, tokenizer: PreTrainedTokenizerBase | str) -> PreTrainedConfig:
+    """The config of a model; of a config file, with the special tokens of a tokenizer, or of where one is."""
+    config = load(AutoConfig, source)
+    if not _is_config(source):
+        return config
+    if isinstance(tokenizer, str):
+        tokenizer = load(AutoTokenizer, tokenizer)
     _check_vocabulary(source, config, tokenizer)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, name, getattr(tokenizer, name))
     if config.is_encoder_decoder and tokenizer.bos_token_id is None:
         config.decoder_start_token_id = tokenizer.pad_token_id  # as in T5
-    return auto_class.from_config(config).eval(), tokenizer
+    return config
 
 
 def _check_vocabulary(source: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from .agreement import compare
 from .answer_file import checkpoint_fingerprint
-from .building import build
+from .building import build, part_config
 from .configuration_llm2slm import LLM2SLMConfig, check_encoder_decoder_length
 from .data import ROW, check_some_left, load_rows, parse_lines, tell_bad_rows, write_aside, write_json
 from .distillation import distill
@@ -33,6 +33,7 @@ SPLITS = ("train", "validation", "test")
 Progress = Callable[[str, int, int], None]
 _OF_DISTILLING = ("llm", "prompts", "prompt_column", "limit", "held_out", "num_beams", "max_new_tokens")
 _OF_BUILDING = ("slm", "slm_tokenizer", "fusion", "encoder_dtype")
+_RESULTS = ("distilled.jsonl", *(f"{split}.jsonl" for split in SPLITS), "start", "states", "model", "evaluation.json")
 _CONTENTS = {"llm_sha256": "llm", "prompts_sha256": "prompts"}  # of those that lie on this machine
 
 
@@ -107,6 +108,12 @@ class Speedup:
     def _check(self) -> None:
         """Whatever would stop a stage is better found before hours of the stages before it."""
         path, kept = self.output / "speedup.json", self._kept  # of the prompts as they are before the LLM answers them
+        foreign = [] if path.is_file() else [name for name in _RESULTS if (self.output / name).exists()]
+        if foreign:
+            raise ValueError(
+                f"{self.output} has {foreign[0]}, which no speed-up made (there is no {path.name}). Choose another "
+                "folder with --output."
+            )
         if path.is_file():
             try:
                 begun = json.loads(path.read_text(encoding="utf-8"))
@@ -134,8 +141,8 @@ class Speedup:
         if "prompt_column" in self.settings.recipe:
             raise ValueError("A speed-up has one column of prompts for all stages: name it with --prompt-column.")
         self.recipe, _ = parse_recipe(self._recipe())
-        llm, slm = (load(AutoConfig, part) for part in (self.settings.llm, self.settings.slm))
-        self.config = LLM2SLMConfig(encoder=llm, decoder=slm)
+        llm, tokenizer = load(AutoConfig, self.settings.llm), self.settings.slm_tokenizer or self.settings.llm
+        self.config = LLM2SLMConfig(encoder=llm, decoder=part_config(self.settings.slm, tokenizer))
 
     @cached_property
     def _kept(self) -> dict[str, Any]:
@@ -153,10 +160,12 @@ class Speedup:
         `skip_bad_rows` may always change.
         """
         recipe = {name: value for name, value in settings["recipe"].items() if name != "skip_bad_rows"}
-        fixed = {name: settings.get(name) for name in (*_OF_DISTILLING, *_CONTENTS)}
+        fixed: dict[str, Any] = {}
+        if any((self.output / f"distilled.jsonl{part}").exists() for part in ("", ".part")):
+            fixed |= {name: settings.get(name) for name in (*_OF_DISTILLING, *_CONTENTS)}
+            fixed["prompt_max_length"] = recipe.get("prompt_max_length")
         if (self.output / "start" / "config.json").is_file():
             fixed |= {name: settings[name] for name in _OF_BUILDING}
-        fixed["prompt_max_length"] = recipe.get("prompt_max_length")
         if (self.output / "model" / "training.json").is_file() or last_checkpoint(self.output / "model"):
             fixed["recipe"] = recipe
         return fixed
@@ -179,6 +188,7 @@ class Speedup:
                 _command(
                     "build", f"{output}/start", llm=llm, slm=settings.slm, slm_tokenizer=settings.slm_tokenizer,
                     fusion=settings.fusion, encoder_dtype=settings.encoder_dtype,
+                    max_new_tokens=settings.max_new_tokens,
                 ),
                 self.build,
             ),
@@ -215,13 +225,13 @@ class Speedup:
         settings, distilled = self.settings, self.output / "distilled.jsonl"
         if not distilled.is_file():
             self._check_prompts()
+            write_json(self.output / "speedup.json", self._kept)
             distill(
                 settings.llm, settings.prompts, distilled, settings.prompt_column, limit=settings.limit,
                 batch_size=settings.batch_size, device=self.device, num_beams=settings.num_beams,
                 max_new_tokens=settings.max_new_tokens, **self._data_options(),
                 progress=lambda done, total: self.progress("distill", done, total),
             )  # fmt: skip
-            write_json(self.output / "speedup.json", self._kept)
         if not all((self.output / f"{split}.jsonl").is_file() for split in SPLITS):
             self._split(distilled)
         write_json(self.output / "speedup.json", self._kept)
@@ -257,7 +267,7 @@ class Speedup:
         for split in SPLITS:
             with (
                 write_aside(self.output / f"{split}.jsonl") as temporary,
-                temporary.open("w", encoding="utf-8") as file,
+                temporary.open("w", encoding="utf-8", errors="backslashreplace") as file,  # halves of surrogate pairs
             ):
                 for row in parse_lines(distilled, None):
                     if place.get(row[column], "train") == split:
@@ -270,10 +280,9 @@ class Speedup:
             return
         dtype: dict[str, Any] = {} if settings.encoder_dtype is None else {"encoder_dtype": settings.encoder_dtype}
         composite = build(
-            settings.llm, settings.slm, settings.llm, settings.slm_tokenizer, fusion=settings.fusion, **dtype
-        )
-        # What the LLM's answers were limited to is what is usual here.
-        composite.model.generation_config.max_new_tokens = settings.max_new_tokens
+            settings.llm, settings.slm, settings.llm, settings.slm_tokenizer, fusion=settings.fusion,
+            max_new_tokens=settings.max_new_tokens, **dtype,
+        )  # fmt: skip
         remove_left_aside(start)
         with write_aside(start) as folder:
             composite.save_pretrained(folder)
@@ -310,8 +319,8 @@ class Speedup:
 
     def evaluate(self) -> None:
         """Compares the model with the LLM on the prompts that were held out."""
-        evaluation = self.output / "evaluation.json"
-        if evaluation.is_file():
+        evaluation, trained = self.output / "evaluation.json", self.output / "model" / "training.json"
+        if evaluation.is_file() and evaluation.stat().st_mtime_ns >= trained.stat().st_mtime_ns:
             return
         model, llm = (
             TextToText.from_pretrained(path, device=self.device, prompt_max_length=self.recipe.prompt_max_length)

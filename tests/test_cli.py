@@ -494,11 +494,13 @@ def test_where_nothing_can_be_written_gives_one_sentence(number, message, compos
 
     data, output = write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "metrics.json"
     words = ("evaluate", composite, data, "--limit", 1, "--timed-answers", 0, "--max-new-tokens", 2)
-    assert run(*words, "--output", f"{data}/metrics.json") == 1
-    assert f"Error: {data}: file exists. It is a file" in capsys.readouterr().err
+    assert run("evaluate", "no/model", data, "--output", f"{data}/metrics.json") == 1  # said before any work
+    assert f"Error: {data}/metrics.json cannot be written: Not a directory. Choose" in capsys.readouterr().err
     monkeypatch.setattr(Path, "write_text", fail)
     assert run(*words, "--output", output) == 1
-    assert capsys.readouterr().err == f"Error: {output}: {message}\n"
+    told = capsys.readouterr()
+    assert told.err == f"Error: {output}: {message}\n"
+    assert "chrf" in told.out  # the result, which took long
 
 
 def test_lines_of_text_are_scored_against_an_llm_only(composite, tmp_path, capsys):

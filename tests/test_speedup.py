@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import typer
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import llm2slm
 from checkpoints import WORDS, write_bart, write_checkpoint
@@ -20,6 +20,7 @@ from modeling_llm2slm.distillation import distill
 from modeling_llm2slm.encoding import encode
 from modeling_llm2slm.speedup import Speedup, SpeedupSettings
 from modeling_llm2slm.text_to_text import TextToText
+from modeling_llm2slm.training import load_recipe, train
 
 
 pytest.importorskip("modeling_llm2slm.configuration", reason="the recipe is found in an installed package only")
@@ -106,7 +107,7 @@ def test_every_stage_reads_the_same_data(settings: SpeedupSettings, tmp_path: Pa
 def test_the_commands_do_what_the_stages_do(settings: SpeedupSettings, tmp_path: Path) -> None:
     recipe = {**settings.recipe, "prompt_max_length": 4, "skip_bad_rows": True}
     changed = replace(
-        settings, slm_tokenizer="my tokenizer", prompt_column="source", limit=9, batch_size=5, fusion="replace",
+        settings, slm_tokenizer=settings.llm, prompt_column="source", limit=9, batch_size=5, fusion="replace",
         encoder_dtype="bfloat16", recipe=recipe,
     )  # fmt: skip
     app, given = typer.main.get_command(llm2slm.app), {}
@@ -118,7 +119,7 @@ def test_the_commands_do_what_the_stages_do(settings: SpeedupSettings, tmp_path:
     answers = {"num_beams": 1, "max_new_tokens": 5}
     expected: dict[str, dict[str, Any]] = {
         "distill": {**data, **answers, "prompt_column": "source", "limit": 9, "batch_size": 5},
-        "build": {"slm_tokenizer": "my tokenizer", "fusion": "replace", "encoder_dtype": "bfloat16"},
+        "build": {"slm_tokenizer": settings.llm, "fusion": "replace", "max_new_tokens": 5},
         "encode": {**data, "batch_size": 5, "prompt_column": "prompt"},
         "evaluate": {**data, **answers, "against": settings.llm},
     }
@@ -235,3 +236,55 @@ def test_references_of_some_prompts_do_no_harm(settings: SpeedupSettings, tmp_pa
 def test_two_prompts_cannot_be_split(settings: SpeedupSettings, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has 2 different prompts"):
         Speedup(replace(settings, limit=2), tmp_path).distill()
+
+
+def test_results_of_something_else_are_not_taken_for_its_own(settings: SpeedupSettings, tmp_path: Path) -> None:
+    for name in ("train.jsonl", "start"):
+        folder = tmp_path / name.partition(".")[0]
+        (folder / name).mkdir(parents=True)
+        with pytest.raises(ValueError, match=rf"{folder} has {name}, which no speed-up made .*--output"):
+            Speedup(settings, folder)
+
+
+def test_before_the_first_answer_everything_may_change(
+    settings: SpeedupSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(speedup, "distill", stop)
+        with pytest.raises(KeyboardInterrupt):
+            Speedup(settings, tmp_path).run()
+    assert (tmp_path / "speedup.json").is_file()  # what is made from now on is its own
+    Speedup(replace(settings, num_beams=2), tmp_path).distill()
+    with pytest.raises(ValueError, match=r"begun with another num_beams \(2\)"):
+        Speedup(settings, tmp_path)
+
+
+def test_a_model_that_was_trained_anew_is_evaluated_anew(settings: SpeedupSettings, tmp_path: Path) -> None:
+    Speedup(settings, tmp_path).run()
+    evaluation = tmp_path / "evaluation.json"
+    evaluation.write_text("{}")
+    assert Speedup(settings, tmp_path).run() == {}
+    train(load_recipe(str(tmp_path / "recipe.yaml"), {"resume": False}))
+    assert Speedup(settings, tmp_path).run()["prompts"] > 0
+
+
+def test_a_config_file_gets_the_special_tokens_of_its_tokenizer(settings: SpeedupSettings, tmp_path: Path) -> None:
+    config = json.loads(Path(settings.slm).read_text())
+    own = {name: value for name, value in config.items() if not name.endswith("_token_id")}
+    (tmp_path / "slm.json").write_text(json.dumps(own))
+    made = Speedup(replace(settings, slm=str(tmp_path / "slm.json")), tmp_path / "out").config
+    assert made.decoder.eos_token_id == AutoTokenizer.from_pretrained(settings.llm).eos_token_id
+    (tmp_path / "slm.json").write_text(json.dumps({**own, "vocab_size": 3}))
+    with pytest.raises(ValueError, match="Set vocab_size"):
+        Speedup(replace(settings, slm=str(tmp_path / "slm.json")), tmp_path / "out")
+
+
+def test_half_a_letter_in_another_column_does_no_harm(settings: SpeedupSettings, tmp_path: Path) -> None:
+    rows = [{"prompt": " ".join(words), "note": "\ud83d"} for words in WORDS]
+    (tmp_path / "cut.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Speedup(replace(settings, prompts=str(tmp_path / "cut.jsonl")), tmp_path / "out").distill()
+    split = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").open()]
+    assert {row["note"] for row in split} == {"\ud83d"}
