@@ -7,6 +7,7 @@ import json
 import logging
 import platform
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from itertools import islice
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas  # type: ignore[import-untyped]
 from datasets import Dataset, Features, Value, load_dataset
 
 from .files_llm2slm import write_aside as write_aside
@@ -87,7 +89,10 @@ def load_prompts(source: str | Path, prompt_column: str = "prompt", **options: A
     """Like [`load_rows`], with the same options: the column `prompt` alone, and `ROW` where that is asked for."""
     rows = load_rows(source, prompt_column, **options)
     kept = [name for name in (prompt_column, ROW) if name in rows.column_names]
-    return rows.select_columns(kept).rename_columns({prompt_column: "prompt"})
+    prompts = rows.select_columns(kept).rename_columns({prompt_column: "prompt"})
+    if prompts.features["prompt"] != Value("string"):  # large_string, in some Parquet files
+        prompts = prompts.cast_column("prompt", Value("string"))
+    return prompts
 
 
 def load_rows(
@@ -111,7 +116,7 @@ def load_rows(
         number_rows: Add the column `ROW`.
     """
     path = Path(source).expanduser()
-    is_text = path.is_file() and file_format_of(path)[0] in ("text", None)
+    is_text = path.is_file() and file_format_of(path) in ("text", None)
     column = "text" if is_text else prompt_column
     dataset, numbers = _load_texts(str(source), {column: "prompt"}, split, limit, skip_bad_rows, "text")
     dataset = dataset.rename_columns({column: prompt_column})
@@ -152,7 +157,7 @@ def _load_texts(
 
 def check_columns(source: str, needed: Sequence[str], there: Sequence[str]) -> None:
     """Raises `ValueError` if a column is not there."""
-    is_text = file_format_of(Path(source))[0] == "text"
+    is_text = file_format_of(Path(source)) == "text"
     for column in needed:
         if column not in there:
             raise ValueError(
@@ -168,7 +173,8 @@ def tell_bad_rows(source: str, bad: Mapping[int, str], skip: bool) -> None:
     """Raises `ValueError` with the numbers of bad rows and what is wrong with the first, or logs it if they go."""
     numbers = ", ".join(map(str, list(bad)[:10])) + (", ..." if len(bad) > 10 else "")
     if skip:
-        logger.warning(f"{source}: {len(bad)} bad rows were skipped: {numbers}.")
+        last = list(bad.values())[-1]  # which may be that there is no more to be read
+        logger.warning(f"{source}: {len(bad)} bad rows were skipped: {numbers}. The last: {last}.")
         return
     others = f" There are {len(bad)} bad rows: {numbers}." if len(bad) > 1 else ""
     raise ValueError(f"{source}: {next(iter(bad.values()))}.{others} Mend them, or leave them out with skip_bad_rows.")
@@ -196,7 +202,7 @@ def _bad_rows(dataset: Dataset, columns: Mapping[str, str]) -> dict[int, str]:
 
 def _load(source: str, split: str, columns: Sequence[str], default_format: str | None) -> Dataset:
     path = Path(source).expanduser()
-    file_format, options = file_format_of(path)
+    file_format = file_format_of(path)
     if not path.is_file():
         if file_format is not None or source.count("/") > 1 or path.is_dir():
             raise FileNotFoundError(f"There is no data file {source}.")
@@ -209,7 +215,7 @@ def _load(source: str, split: str, columns: Sequence[str], default_format: str |
     if is_jsonl(path):
         return _read_lines(path, columns)
     try:
-        return load_dataset(file_format, data_files=str(path), split="train", **options)
+        return load_dataset(file_format, data_files=str(path), split="train", **reading_options(path))
     except Exception as error:  # every reader has exceptions of its own
         reason = reason_of(error.__cause__ or error)
         if "corresponds to no data" in reason:
@@ -226,13 +232,23 @@ def _is_empty(path: Path) -> bool:
         return False
 
 
-def file_format_of(path: Path) -> tuple[str | None, dict[str, Any]]:
-    """What `datasets` calls the format of a file, by its name, and the options to read it with."""
-    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
-    file_format = FILE_FORMATS.get(suffixes[-1]) if suffixes else None
-    # Texts in a table are texts, also those that are empty or say "NA".
-    options: dict[str, Any] = {"keep_default_na": False} if file_format == "csv" else {}
-    return file_format, options | ({"sep": "\t"} if suffixes[-1:] == [".tsv"] else {})
+def file_format_of(path: Path) -> str | None:
+    """What `datasets` calls the format of a file, by its name."""
+    return FILE_FORMATS.get(_ending(path))
+
+
+def reading_options(path: Path) -> dict[str, Any]:
+    """What `datasets` needs to be told to read a file."""
+    if file_format_of(path) != "csv":
+        return {}
+    # All in a table is text, also what is empty, says "NA" or is a number: a guess from the first rows may fail later.
+    options = {"keep_default_na": False, "sep": "\t" if _ending(path) == ".tsv" else ","}
+    names = pandas.read_csv(path, nrows=0, **options).columns
+    return {**options, "features": Features({str(name): Value("string") for name in names})}
+
+
+def _ending(path: Path) -> str:
+    return next((suffix for suffix in reversed(path.suffixes) if suffix != ".gz"), "")
 
 
 def is_jsonl(path: Path) -> bool:
@@ -280,15 +296,16 @@ def is_text(value: Any) -> bool:
 def parse_lines(path: Path, limit: int | None) -> Iterator[dict[str, Any]]:
     """Each line of a file of JSON lines, as a mapping; of one that is none, a mapping that says why."""
     opener: Any = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8-sig") as lines:
+    with opener(path, "rb") as file:
         try:
-            for number, line in enumerate(islice((line for line in lines if line.strip()), limit)):
+            lines = (line for text in file for line in text.removeprefix(BOM_UTF8).splitlines() if line.strip())
+            for number, line in enumerate(islice(lines, limit)):
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line.decode("utf-8"))
                     yield row if isinstance(row, dict) else {ROW_ERROR: f"row {number} is no JSON object"}
                 except ValueError as error:
                     yield {ROW_ERROR: f"row {number} is not JSON ({error})"}
-        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             yield {ROW_ERROR: f"the rest cannot be read ({error})"}
 
 

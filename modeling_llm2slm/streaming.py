@@ -11,7 +11,16 @@ import torch
 from datasets import load_dataset
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .data import ROW_ERROR, check_columns, file_format_of, is_text, parse_lines, reason_of, tell_bad_rows
+from .data import (
+    ROW_ERROR,
+    check_columns,
+    file_format_of,
+    is_text,
+    parse_lines,
+    reading_options,
+    reason_of,
+    tell_bad_rows,
+)
 from .sampling import grouped_order, lengths, seeded
 
 
@@ -27,7 +36,7 @@ class StreamedFeatures(IterableDataset):
         features: Turns prompts and answers into features, see [`TextToText.features`].
         problems: Says of each of some features why it cannot be used, or None, see [`TextToText.problems`].
         split: See [`load_pairs`].
-        batch_size: The number of rows that are read together, over all processes.
+        batch_size: The number of rows that a step is taken on, over all processes.
         buffer: Rows are shuffled, and grouped by length, among this many.
         group_by_length: Put rows of similar length together, see [`grouped_order`].
         seed: Of the order.
@@ -140,13 +149,13 @@ class StreamedFeatures(IterableDataset):
         if path.is_file() and ".jsonl" in path.suffixes:
             yield from parse_lines(path, self.limit)
             return
-        file_format, options = file_format_of(path)
+        file_format = file_format_of(path)
         if not path.is_file() and file_format is not None:
             raise FileNotFoundError(f"There is no data file {self.source}.")
         name, _, configuration = self.source.partition(":")
         try:
             rows = (
-                load_dataset(file_format, data_files=str(path), split="train", streaming=True, **options)
+                load_dataset(file_format, data_files=str(path), split="train", streaming=True, **reading_options(path))
                 if path.is_file()
                 else load_dataset(name, configuration or None, split=self.split, streaming=True)
             )

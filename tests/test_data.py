@@ -108,10 +108,43 @@ def test_lines_that_are_wrong_are_numbered_and_left_out_on_request(tmp_path, suf
     assert load_pairs(path, skip_bad_rows=True)["prompt"][:] == ["a", "e"]  # what was read before is not used again
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_byte_that_is_no_text_spoils_one_row(tmp_path, end, caplog):
+    path = tmp_path / "pairs.jsonl"
+    lines = [json.dumps({"prompt": f"p{row}", "answer": "é"}, ensure_ascii=False).encode() for row in range(3000)]
+    lines[1000] = lines[1000].replace("é".encode(), "é".encode("latin-1"))
+    path.write_bytes(end.encode().join(lines))
+    with pytest.raises(ValueError, match="row 1000 is not JSON .*utf-8"):
+        load_pairs(path)
+    pairs = load_pairs(path, skip_bad_rows=True, number_rows=True)
+    assert pairs["row"][:] == [*range(1000), *range(1001, 3000)]
+    assert "1 bad rows were skipped: 1000. The last: row 1000 is not JSON" in caplog.text
+
+
+def test_an_archive_that_is_cut_is_told_also_where_rows_are_skipped(tmp_path, caplog):
+    path = tmp_path / "pairs.jsonl.gz"
+    lines = "".join(json.dumps({"prompt": f"{row**5}", "answer": "a"}) + "\n" for row in range(5000))
+    path.write_bytes(gzip.compress(lines.encode())[:-500])
+    assert 0 < len(load_pairs(path, skip_bad_rows=True)) < 5000
+    assert "The last: the rest cannot be read" in caplog.text
+
+
 def test_words_of_a_table_are_words(tmp_path):
     path = tmp_path / "pairs.csv"
     path.write_text("prompt,answer\nNA,null\n,nan\n")
     assert load_pairs(path).to_list() == [{"prompt": "NA", "answer": "null"}, {"prompt": "", "answer": "nan"}]
+
+
+def test_all_in_a_table_is_text_whatever_its_first_rows_are(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("prompt,answer,score\n" + "007,1.50,1\n" * 10_500 + "a,b,\nc,d\n")
+    rows = load_rows(path)
+    assert [rows[0], *rows.select(range(10_500, 10_502))] == [
+        {"prompt": "007", "answer": "1.50", "score": "1"},
+        {"prompt": "a", "answer": "b", "score": ""},
+        {"prompt": "c", "answer": "d", "score": ""},
+    ]
+    assert load_pairs(path, limit=1).to_list() == [{"prompt": "007", "answer": "1.50"}]
 
 
 def test_empty_texts_are_texts(tmp_path):

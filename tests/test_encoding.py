@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 import torch
 
@@ -43,6 +44,10 @@ def test_states_are_those_of_the_llm(composite: str, data: str, tmp_path: Path, 
 def test_several_files_limits_and_cuts(composite: str, data: str, tmp_path: Path) -> None:
     (tmp_path / "more.txt").write_text(f"{PROMPTS[0]}\nsrc50 src51\n")
     sources = [data, tmp_path / "more.txt"]
+    for suffix in ("csv", "parquet"):  # texts of another type than those of JSON lines
+        table = pandas.DataFrame({"prompt": ["src50 src51"], "count": [1]}).convert_dtypes()
+        getattr(table, f"to_{suffix}")(tmp_path / f"more.{suffix}", index=False)
+        sources.append(tmp_path / f"more.{suffix}")
     assert encode(composite, sources, tmp_path / "all").prompts == len(PROMPTS) + 1
     assert encode(composite, sources, tmp_path / "few", limit=2).prompts == 3
     cut = encode(composite, sources, tmp_path / "cut", prompt_max_length=2)
