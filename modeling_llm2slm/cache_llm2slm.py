@@ -138,6 +138,11 @@ def _check_width(cached: int, width: int) -> None:
         )
 
 
+def labels_mask(labels: torch.Tensor) -> torch.Tensor:
+    """1 for every place of `labels` `(B, M)` up to the last that is not -100, 0 for the padding behind."""
+    return (labels != -100).long().flip(-1).cummax(-1).values.flip(-1)
+
+
 def mask_and_positions(
     prompt_mask: torch.Tensor, answer_mask: torch.Tensor | None, answer_length: int, cache: LLM2SLMCache | None
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from .cache_llm2slm import labels_mask
 from .processing_llm2slm import LLM2SLMProcessor
 
 
@@ -36,7 +37,8 @@ class DataCollatorForLLM2SLM:
 
     Returns (of a call):
         `dict[str, torch.Tensor]`: `input_ids` and `attention_mask` `(B, N)`; `labels` (and `decoder_input_ids`)
-        `(B, M)` if the features have them; `llm_hidden_states` `(B, N, d_llm)` from a store.
+        `(B, M)` if the features have them, and with a model that has no positions for N + M tokens
+        `decoder_attention_mask` `(B, M)`; `llm_hidden_states` `(B, N, d_llm)` from a store.
     """
 
     processor: LLM2SLMProcessor
@@ -54,6 +56,9 @@ class DataCollatorForLLM2SLM:
             batch["labels"] = self.processor.pad_labels([list(row["labels"]) for row in features], **pad)
             if self.model is not None:
                 batch["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(batch["labels"])
+                # `Trainer` takes smoothed labels away, and with them what tells padding, which takes no positions.
+                if not self.model.config.has_room(batch["input_ids"].shape[1], batch["labels"].shape[1]):
+                    batch["decoder_attention_mask"] = labels_mask(batch["labels"])
         return batch
 
 

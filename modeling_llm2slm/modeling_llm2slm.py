@@ -37,6 +37,7 @@ from .cache_llm2slm import (
     as_llm2slm_cache,
     check_cross_attention,
     has_read_prompt,
+    labels_mask,
     mask_and_positions,
 )
 from .checkpoint_llm2slm import LLM2SLMCheckpointMixin, record_sources
@@ -141,7 +142,7 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         llm_hidden_states: torch.Tensor | None = None,
-        answer_length: int = 1,
+        answer_length: int | torch.Tensor = 1,
         **kwargs: Any,
     ) -> PromptStates:
         """Prompt token ids `(B, N)`, or LLM states `(B, N, d_llm)` computed before, to what the SLM reads."""
@@ -233,14 +234,21 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
             )
         return torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
 
-    def check_prompt(self, prompt_mask: torch.Tensor, answer_length: int) -> None:
-        """Raise `ValueError` on an empty prompt, and where prompt and answer need more positions than the SLM has."""
+    def check_prompt(self, prompt_mask: torch.Tensor, answer_length: int | torch.Tensor) -> None:
+        """
+        Raise `ValueError` on an empty prompt, and where a prompt and its answer, of one length for all rows or one for
+        each, need more positions than the SLM has.
+        """
         if torch.compiler.is_compiling():
             return  # the checks read values, which a graph cannot
         lengths = prompt_mask.sum(-1)
         if lengths.min() == 0:
             raise ValueError("A prompt is empty: every row of `input_ids` needs a token that is not padding.")
-        self.config.check_length(int(lengths.max()), answer_length)
+        if isinstance(answer_length, int):
+            self.config.check_length(int(lengths.max()), answer_length)
+            return
+        for prompt, answer in zip(lengths.tolist(), answer_length.tolist(), strict=True):
+            self.config.check_length(prompt, answer)
 
     @torch.no_grad()
     def scale_prompt(self) -> None:
@@ -490,9 +498,16 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
 
         check = encoder_outputs is not None and past_key_values is None
-        if encoder_outputs is None and (input_ids is not None or llm_hidden_states is not None):
+        read = input_ids if input_ids is not None else llm_hidden_states
+        if encoder_outputs is None and read is not None:
+            width = decoder_input_ids.shape[1]
+            # CODEPATH: decoder-only SLMs that have positions for each row of a batch, and not for all of its padding.
+            room = self.config.has_room(read.shape[1], width)
+            if labels is not None and decoder_attention_mask is None and not room:
+                decoder_attention_mask = labels_mask(labels)
+            answer_length = width if decoder_attention_mask is None else decoder_attention_mask.sum(-1)
             encoder_outputs = self.get_encoder()(
-                input_ids, attention_mask, llm_hidden_states, decoder_input_ids.shape[1], return_dict=True, **kwargs
+                input_ids, attention_mask, llm_hidden_states, answer_length, return_dict=True, **kwargs
             )
         prompt = as_prompt_states(encoder_outputs, attention_mask, check) if encoder_outputs is not None else None
         # Beams and samples of a prompt begin alike: the SLM reads prompt and beginning once for all of them.
@@ -559,7 +574,10 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
             if prompt is None:
                 raise ValueError("There is no prompt: pass `input_ids`, `llm_hidden_states` or `encoder_outputs`.")
             mask, position_ids = mask_and_positions(prompt.attention_mask, mask, answer_length, cache)
-            self.encoder.check_prompt(prompt.attention_mask, mask.shape[1] - prompt.attention_mask.shape[1])
+            answer_mask = mask[:, prompt.attention_mask.shape[1] :]
+            self.encoder.check_prompt(
+                prompt.attention_mask, answer_mask.shape[1] if decoder_attention_mask is None else answer_mask.sum(-1)
+            )
             if cache is None or cache.prompt_length == 0:
                 prompt_length = prompt.last_hidden_state.shape[1]
                 embeds = torch.cat([prompt.last_hidden_state.to(embeds), embeds], dim=1)

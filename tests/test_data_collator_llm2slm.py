@@ -56,6 +56,27 @@ def test_a_model_gets_decoder_input_ids(processor: LLM2SLMProcessor) -> None:
     assert torch.equal(logits, model(**batch).logits)
 
 
+def test_padding_that_there_are_no_positions_for_is_masked(processor: LLM2SLMProcessor) -> None:
+    """Each row has its positions, all of them padded together have not."""
+    model = build_model("add")
+    prompts, answers = ["src1 " * 50, "src2"], ["out3", "out3 out8 " * 25]
+    rows = [dict(processor(text=prompt, text_target=answer)) for prompt, answer in zip(prompts, answers, strict=True)]
+    batch = DataCollatorForLLM2SLM(processor, model=model)(rows)
+    assert torch.equal(batch["decoder_attention_mask"], (batch["labels"] != -100).long())
+    together = model(**batch)
+    counts, losses = [], []
+    for row in rows:
+        alone = DataCollatorForLLM2SLM(processor)([row])
+        counts.append(alone["labels"].numel())
+        losses.append(model(**alone).loss * counts[-1])
+    torch.testing.assert_close(together.loss, sum(losses) / sum(counts))
+    stock = DataCollatorForLLM2SLM(processor)(rows)
+    torch.testing.assert_close(model(**stock).loss, together.loss)
+    rows[1]["input_ids"], rows[1]["attention_mask"] = rows[0]["input_ids"], rows[0]["attention_mask"]
+    with pytest.raises(ValueError, match="51 tokens and the answer up to 51, together 102"):
+        model(**DataCollatorForLLM2SLM(processor)(rows))
+
+
 def test_prompts_alone(processor: LLM2SLMProcessor) -> None:
     rows = [dict(processor(text=prompt)) for prompt in PROMPTS]
     batch = DataCollatorForLLM2SLM(processor, model=shared_parts("add").model)(rows)
