@@ -34,6 +34,7 @@ def quantize_llm(model: LLM2SLMForConditionalGeneration, to: str = "int8") -> No
         raise ValueError(f"An LLM is quantized to one of {', '.join(map(repr, QUANTIZATIONS))}, not to {to!r}.")
     if not model.config.freeze_llm:
         raise ValueError("A quantized LLM cannot train: set `freeze_llm=True`, or leave it as it is.")
+    with_linear_layers(model.encoder.llm)
     _quantize(model.encoder.llm, to)
 
 

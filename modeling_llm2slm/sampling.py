@@ -58,7 +58,7 @@ class EpochSampler(Sampler[int]):
         rows: The number of rows.
         seed: Of the order.
         lengths: The length of each row `(rows,)`: groups rows as [`grouped_order`] does. None shuffles only.
-        batch_size: The number of rows that are read together, over all processes.
+        batch_size: The number of rows that a step is taken on, over all processes.
 
     Attributes:
         epoch: The epoch whose order is next.

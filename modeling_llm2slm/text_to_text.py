@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import logging
@@ -11,7 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import (
@@ -98,7 +100,8 @@ class TextToText:
             answer_max_length: See the class.
             states: Of a composite: a store to take the LLM's states from; the LLM itself is not loaded then.
             quantize: Keep the matrices in fewer bits, to answer with: see [`quantize`].
-            keep_llm_dtype: Of a composite: its LLM keeps the dtype that it was saved in also where that is the SLM's.
+            keep_llm_dtype: Of a composite: its frozen LLM keeps the dtype that it was saved in also where that is the
+                SLM's. One that trains is loaded in `dtype` like the SLM.
 
         Raises:
             ImportError: If it is an exported model, and its runtime is not installed, or the library that quantizes.
@@ -124,7 +127,8 @@ class TextToText:
             states.check(path, config, processor.tokenizer)
         dtypes: dict[str, Any] = {"dtype": dtype or torch.float32}
         if keep_llm_dtype and config.model_type == "llm2slm":
-            dtypes["encoder_dtype"] = config.encoder_dtype or str(config.dtype or torch.float32).removeprefix("torch.")
+            kept = config.encoder_dtype or config.dtype or torch.float32
+            dtypes["encoder_dtype"] = str(kept if config.freeze_llm else dtypes["dtype"]).removeprefix("torch.")
         model = load_model(auto_class, path, **dtypes)
         kind = EncoderDecoderTextToText if encoder_decoder else DecoderOnlyTextToText
         model = _move(model, device or "cpu").eval()
@@ -169,6 +173,12 @@ class TextToText:
         parts += [str(self.prompt_max_length), str(self.answer_max_length), str(self._positions)]
         parts.append(str(getattr(self.model.config, "llm_positions", None)))
         return hashlib.sha256("|".join([*parts, str(self.states and self.states.description)]).encode()).hexdigest()
+
+    def without_model(self) -> TextToText:
+        """What makes the same features and finds the same problems, with no weights, to be sent to processes."""
+        reader = copy.copy(self)
+        reader.model = cast(PreTrainedModel, SimpleNamespace(config=self.model.config))
+        return reader
 
     def generate(self, prompts: list[str], batch_size: int = 32, **generate_kwargs: Any) -> list[str]:
         """

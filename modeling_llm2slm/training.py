@@ -24,6 +24,7 @@ from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     TrainerCallback,
+    TrainingArguments,
     set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput
@@ -50,7 +51,8 @@ FEATURES_VERSION = 2  # of what is kept on disk: another one for other features 
 @dataclass
 class TrainingRecipe:
     """
-    What to train on what. A recipe file also takes every field of [`~transformers.Seq2SeqTrainingArguments`].
+    What to train on what. A recipe file also takes every field of [`~transformers.Seq2SeqTrainingArguments`], but for
+    those that would do nothing here, which are refused with what to say instead.
 
     Args:
         model: The checkpoint to start from, as `llm2slm build` makes it: a folder or a name on the Hub.
@@ -161,14 +163,24 @@ DEFAULTS: dict[str, Any] = {
     "remove_unused_columns": False,
 }
 VALIDATION_DEFAULTS: dict[str, Any] = {"load_best_model_at_end": True}
+# Fields of the Trainer that would do nothing, or something else than is hoped for.
+_NOT_IN_RECIPES = {
+    "resume_from_checkpoint": "it goes on from the last checkpoint in output_dir; to begin elsewhere, name a model",
+    "predict_with_generate": "answers are generated where a metric, such as bleu, wants them",
+    "generation_num_beams": "say generation: {num_beams: 4}",
+    "generation_max_length": "say generation: {max_new_tokens: 64}",
+    "push_to_hub": "checkpoints would go there, and not the model; upload output_dir when it is trained",
+}
 STEPS = 500  # between checkpoints where epochs do not end, in streams
-# What a run that goes on has to have as it began: the optimizer, the schedule and the order of the data go by it.
+# What a run that goes on has to have as it began: the optimizer, the schedule and the order of the data go by it, and
+# the best checkpoint is found by it.
 FIXED = (
     "model", "train_data", "train_split", "prompt_column", "answer_column", "train_samples", "prompt_max_length",
     "answer_max_length", "optimizer", "optim", "learning_rate", "learning_rate_mapping", "weight_decay",
     "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs",
     "warmup_steps", "label_smoothing_factor", "lora", "quantize_llm", "seed", "data_seed", "train_sampling_strategy",
-    "streaming",
+    "streaming", "validation_data", "validation_split", "validation_samples", "metric_for_best_model", "generation",
+    "save_only_model",
 )  # fmt: skip
 FIXED_IN_STREAMS = ("shuffle_buffer", "dataloader_num_workers")
 RECIPE = "recipe.json"
@@ -226,9 +238,13 @@ def parse_recipe(recipe: Mapping[str, Any]) -> tuple[TrainingRecipe, Seq2SeqTrai
         # What a processor has no instructions for is emulated, at a tenth of the speed of float32.
         logger.warning("bf16 is left out: this CPU has no instructions for it, and trains in float32 instead.")
         return parse_recipe({**recipe, "bf16": False})
+    if trainers.save_only_model and ours.resume:
+        raise ValueError("save_only_model keeps nothing to go on from: say resume: false as well, or leave it out.")
     if ours.streaming:
         if trainers.max_steps < 1:
             raise ValueError("With streaming nobody knows how long an epoch is: say how long to train with max_steps.")
+        if trainers.train_sampling_strategy not in ("random", "group_by_length"):
+            raise ValueError("With streaming, train_sampling_strategy is random or group_by_length.")
         trainers.accelerator_config.dispatch_batches = False  # batches of different lengths cannot be sent as one
     return ours, trainers
 
@@ -264,6 +280,9 @@ def _check_keys(recipe: Mapping[str, Any]) -> None:
     for name in ("model", "train_data", "output_dir"):
         if not recipe.get(name):
             raise ValueError(f"The recipe names no {name}.")
+    for name, instead in _NOT_IN_RECIPES.items():
+        if str(recipe.get(name) or False).lower() != "false":
+            raise ValueError(f"A recipe has no {name}: {instead}.")
 
 
 def _check_name(name: Any, known: Sequence[str], whose: str) -> None:
@@ -399,7 +418,7 @@ class TextToTextTrainer(Seq2SeqTrainer):
             len(dataset),
             self.args.seed if self.args.data_seed is None else self.args.data_seed,
             torch.tensor(dataset["length"][:]) if grouped else None,
-            self.args.train_batch_size * self.args.world_size,
+            pairs_a_step(self.args),
         )
         self.add_callback(_SetEpoch(sampler))
         return sampler
@@ -502,14 +521,17 @@ def _fixed(ours: TrainingRecipe, arguments: Seq2SeqTrainingArguments) -> dict[st
     """What of a recipe stays as it is while a run goes on. A model and data that were moved are the same."""
     names = (*FIXED, *(FIXED_IN_STREAMS if ours.streaming else ()))
     settings = {name: getattr(ours if hasattr(ours, name) else arguments, name) for name in names}
-    settings |= {name: ours.mapping(name) for name in ("lora", "learning_rate_mapping") if settings[name] is not None}
-    settings |= {name: Path(settings[name]).name for name in ("model", "train_data")}
-    settings["pairs a step"] = (
-        arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    )
+    settings |= {name: ours.mapping(name) for name in _MAPPINGS if settings[name] is not None}
+    settings |= {name: Path(settings[name] or "").name for name in ("model", "train_data", "validation_data")}
+    settings["pairs a step"] = pairs_a_step(arguments)
     if Path(ours.train_data).is_file() and not ours.streaming:
         settings["bytes of train_data"] = Path(ours.train_data).stat().st_size
     return json.loads(json.dumps(settings, default=str))
+
+
+def pairs_a_step(arguments: TrainingArguments) -> int:
+    """The number of pairs that the optimizer takes a step on, over all processes."""
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
 
 def _check_begun(ours: TrainingRecipe, arguments: Seq2SeqTrainingArguments) -> None:
@@ -631,12 +653,14 @@ def _features(
         number_rows=True,
     )  # fmt: skip
 
+    reader = text_to_text.without_model()
+
     def features(rows: dict[str, list[str]]) -> dict[str, list[Any]]:
-        found = text_to_text.features(rows["prompt"], rows["answer"])
+        found = reader.features(rows["prompt"], rows["answer"])
         return {
             **found,
             "length": lengths(found),  # for `train_sampling_strategy: group_by_length`
-            "problem": [problem or "" for problem in text_to_text.problems(found)],
+            "problem": [problem or "" for problem in reader.problems(found)],
         }
 
     dataset = pairs.map(
@@ -672,10 +696,10 @@ def _stream(ours: TrainingRecipe, arguments: Seq2SeqTrainingArguments, text_to_t
         text_to_text.features,
         text_to_text.problems,
         split=ours.train_split,
-        batch_size=arguments.train_batch_size * arguments.world_size,
+        batch_size=pairs_a_step(arguments),
         buffer=ours.shuffle_buffer,
         group_by_length=arguments.train_sampling_strategy == "group_by_length",
-        seed=arguments.seed,
+        seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
         limit=ours.train_samples,
         skip_bad_rows=ours.skip_bad_rows,
     )

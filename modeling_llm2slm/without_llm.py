@@ -52,8 +52,11 @@ class LLMEmbedding(PreTrainedModel):
         return self.llm_dtype
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding; `AttributeError` where there is none."""
-        return self.get_submodule(self.path)
+        """The embedding; `NotImplementedError`, as gradient checkpointing expects, where there is none."""
+        try:
+            return self.get_submodule(self.path)
+        except AttributeError as error:
+            raise NotImplementedError("No embedding of the LLM is needed here, so none was loaded.") from error
 
     def _init_weights(self, module: nn.Module) -> None:
         self.llm_class._init_weights(self, module)  # sets what no checkpoint holds, such as the scale of a Gemma's

@@ -119,6 +119,12 @@ class TestStoredStates:
             assert (str(model.encoder.llm.dtype), model.dtype) == (f"torch.{dtype}", torch.float32)
             assert llm_fingerprint(tmp_path / folder) == llm_fingerprint(recipe["model"])
 
+    def test_less_memory_for_activations_changes_no_loss(self, recipe: dict[str, Any], tmp_path: Path) -> None:
+        encode(recipe["model"], [recipe["train_data"]], tmp_path / "states")
+        recipe = {**recipe, "llm_states": str(tmp_path / "states"), "max_steps": 3, "metric": "loss"}
+        kept = train({**recipe, "output_dir": str(tmp_path / "kept")})
+        assert losses(train({**recipe, "activation_checkpointing": True})) == pytest.approx(losses(kept), rel=1e-5)
+
     def test_workers_read_the_same_states(self, recipe: dict[str, Any], tmp_path: Path) -> None:
         encode(recipe["model"], [recipe["train_data"]], tmp_path / "states")
         recipe = {**recipe, "llm_states": str(tmp_path / "states"), "max_steps": 3, "metric": "loss"}
@@ -286,6 +292,18 @@ class TestBadRows:
         assert "1 bad rows were skipped: 1." in caplog.text
         assert "1 bad rows were skipped: 6." in caplog.text
         assert report["steps"] == 4
+
+    @pytest.mark.parametrize("smoothing", [0, 0.1])
+    def test_rows_that_fit_train_together(self, recipe: dict[str, Any], tmp_path: Path, smoothing: float) -> None:
+        """A long prompt beside a long answer, with more padding than there are positions."""
+        pairs = [{"prompt": "src1 " * 50, "answer": "src2"}, {"prompt": "src1", "answer": "src2 " * 50}]
+        data = write_pairs(tmp_path / "mixed.jsonl", pairs)
+        recipe = {**recipe, "train_data": data, "validation_data": data, "metric": "loss", "max_steps": 1}
+        recipe |= {"lr_scheduler_type": "constant", "label_smoothing_factor": smoothing}
+        together = train(recipe)
+        apart = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 2}
+        one_by_one = train({**recipe, **apart, "output_dir": str(tmp_path / "apart")})
+        assert together["log"][-2]["eval_loss"] == pytest.approx(one_by_one["log"][-2]["eval_loss"], rel=1e-3)
 
     @pytest.mark.parametrize("kind", ["llm2slm", "slm"])
     def test_rows_without_room_are_found_before_training(

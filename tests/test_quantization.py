@@ -12,7 +12,7 @@ from torch import nn
 
 from checkpoints import write_pairs
 from common import PROMPTS, gpt2_config, llm_tokenizer, make_labels, pad_prompts, slm_tokenizer, t5_config
-from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
+from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, LLM2SLMProcessor, quantization
 from modeling_llm2slm.quantization import QUANTIZATIONS, nbytes, quantize, quantize_llm, with_linear_layers
 from modeling_llm2slm.state_store import llm_fingerprint
 from modeling_llm2slm.training import train
@@ -64,6 +64,14 @@ def test_a_gpt2_of_linear_layers_is_the_same() -> None:
     assert not any(type(module).__name__ == "Conv1D" for module in model.modules())
     batch = {**pad_prompts(PROMPTS), "labels": make_labels()}
     torch.testing.assert_close(model(**batch).logits, whole(**batch).logits)
+
+
+def test_a_gpt2_that_reads_has_matrices_to_quantize(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LLM2SLMForConditionalGeneration(LLM2SLMConfig(encoder=gpt2_config(n_embd=64), decoder=gpt2_config()))
+    found: list[nn.Module] = []
+    monkeypatch.setattr(quantization, "_to_int8", lambda llm: found.extend(llm.modules()))
+    quantize_llm(model, "int8")
+    assert sum(isinstance(module, nn.Linear) for module in found) == 4 * model.config.encoder.n_layer
 
 
 @pytest.mark.parametrize(("to", "error", "part"), [("int8", 0.05, 0.5), ("nf4", 0.5, 0.5)])

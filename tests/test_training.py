@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from functools import partial
 from pathlib import Path
@@ -99,6 +100,15 @@ class TestRecipe:
             ({"generation": {"num_beam": 4}}, "generation has no field 'num_beam'. Did you mean num_beams"),
             ({"learning_rate_mapping": {"projector": "fast"}}, "has 'fast' for 'projector', which is no number"),
             ({"learning_rate_mapping": {"projector": None}}, "has None for 'projector', which is no number"),
+            ({"save_only_model": True}, "save_only_model keeps nothing to go on from: say resume: false"),
+            ({"resume_from_checkpoint": "o/checkpoint-1"}, "has no resume_from_checkpoint: it goes on from the last"),
+            ({"predict_with_generate": "true"}, "has no predict_with_generate: .* a metric, such as bleu"),
+            ({"generation_num_beams": 4}, r"generation_num_beams: say generation: \{num_beams: 4\}"),
+            ({"push_to_hub": True}, "has no push_to_hub: .*upload output_dir"),
+            (
+                {"streaming": True, "max_steps": 1, "train_sampling_strategy": "sequential"},
+                "random or group_by_length",
+            ),
             ({"model": "${LLM2SLM_NOT_SET}/x"}, "environment variable LLM2SLM_NOT_SET, which is not set"),
         ],
     )
@@ -336,6 +346,8 @@ def test_a_stopped_run_continues_to_the_same_weights(recipe, tmp_path):
         ({"lr_scheduler_type": "constant"}, "was begun with lr_scheduler_type"),
         ({"per_device_train_batch_size": 2}, "was begun with pairs a step: 4, and cannot go on with 2"),
         ({"max_grad_norm": 5}, "was begun with max_grad_norm: 1.0"),
+        ({"metric": "bleu"}, "was begun with metric_for_best_model: eval_chrf, and cannot go on with eval_bleu"),
+        ({"validation_samples": 3}, "was begun with validation_samples: None, and cannot go on with 3"),
     ],
 )
 def test_a_run_does_not_go_on_by_another_recipe(recipe, tmp_path, change, told):
@@ -359,6 +371,51 @@ def test_the_same_pairs_a_step_go_on_and_other_data_of_the_same_name_does_not(re
         ValueError, match=r"was begun with bytes of train_data: \d+, and cannot go on with \d+\. Put it"
     ):
         train(recipe)
+
+
+def test_the_order_of_groups_goes_by_pairs_a_step(recipe):
+    """However they are cut into batches, an epoch that goes on reads what is left of it."""
+    orders = []
+    for batch, accumulated in ((4, 1), (2, 2), (1, 4), (2, 1)):
+        ours, arguments = parse_recipe(
+            {
+                **recipe, "train_sampling_strategy": "group_by_length", "per_device_train_batch_size": batch,
+                "gradient_accumulation_steps": accumulated,
+            }
+        )  # fmt: skip
+        orders.append(list(training._trainer(ours, arguments, training._load(ours))._get_train_sampler()))
+    assert orders[0] == orders[1] == orders[2] != orders[3]
+
+
+def test_a_stream_has_the_seed_of_its_data(recipe):
+    recipe = {**recipe, "streaming": True, "max_steps": 2, "shuffle_buffer": 100}
+    orders = []
+    for settings in ({"seed": 1}, {"data_seed": 1}, {"seed": 1, "data_seed": 42}):
+        ours, arguments = parse_recipe({**recipe, **settings})
+        stream = training._stream(ours, arguments, training._load(ours))
+        orders.append([row["input_ids"] for row, _ in zip(stream, range(len(PAIRS)), strict=False)])
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_an_llm_that_trains_does_so_in_float32(checkpoints, recipe, tmp_path):
+    """In bfloat16 most steps are too small to move a weight."""
+    model = TextToText.from_pretrained(checkpoints["llm2slm"], dtype="bfloat16")
+    for freeze, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        model.model.config.freeze_llm = freeze
+        model.save_pretrained(tmp_path / str(freeze))
+        ours, _ = parse_recipe({**recipe, "model": str(tmp_path / str(freeze))})
+        assert training._load(ours).model.encoder.llm.dtype == dtype
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_processes_that_make_features_are_sent_no_weights(checkpoints, kind):
+    text_to_text = TextToText.from_pretrained(checkpoints[kind])
+    reader = text_to_text.without_model()
+    prompts, answers = ["src1", "src2 " * 70], ["src1", "src1"]
+    features = text_to_text.features(prompts, answers)
+    assert reader.features(prompts, answers) == features
+    assert reader.problems(features) == text_to_text.problems(features)
+    assert len(pickle.dumps(text_to_text)) - len(pickle.dumps(reader)) > 4 * text_to_text.model.num_parameters()
 
 
 def test_a_run_that_has_ended_is_no_run_by_another_recipe(recipe):
@@ -385,7 +442,7 @@ def test_a_validation_prompt_without_room_for_its_answer_is_a_bad_row(recipe, tm
         train(recipe)
     assert not Path(recipe["output_dir"]).exists()
     assert train({**recipe, "max_steps": 1, "skip_bad_rows": True})["steps"] == 1
-    assert train({**recipe, "max_steps": 2, "metric": "loss"})["steps"] == 2
+    assert train({**recipe, "max_steps": 2, "metric": "loss", "resume": False})["steps"] == 2
 
 
 def test_a_prompt_that_a_whole_llm_has_no_positions_for_is_a_bad_row(recipe, tmp_path):
