@@ -181,10 +181,14 @@ class LLM2SLMCheckpointMixin:
         Raises:
             ValueError: If a lean checkpoint could not be loaded again: the LLM has no known source, or has changed.
         """
+        if push_to_hub and kwargs.get("distributed_checkpoint"):
+            raise ValueError(
+                "A distributed checkpoint is not uploaded. Leave out `push_to_hub`, and upload its folder."
+            )
         hub = {name: kwargs.pop(name) for name in UPLOAD_ARGUMENTS if name in kwargs} if push_to_hub else {}
         repo_id = hub.pop("repo_id", Path(save_directory).name)
         written = self._save(Path(save_directory), include_llm, repo_id if push_to_hub else None, card, **kwargs)
-        if push_to_hub:
+        if push_to_hub and written:
             _upload(Path(save_directory), repo_id, written, token=kwargs.get("token"), **hub)
 
     def _save(
@@ -195,12 +199,15 @@ class LLM2SLMCheckpointMixin:
         card: Mapping[str, Any] | None,
         **kwargs: Any,
     ) -> list[str]:
-        """Save to a folder, for oneself or for `repo_id`; returns the names of the files."""
+        """
+        Save to a folder, for oneself or for `repo_id`; returns the names of the files, of which a process other than
+        the first has none.
+        """
         include_llm = self.include_llm if include_llm is None else include_llm
         if repo_id is not None and not include_llm:
             _check_source_is_public(self)
         with _described(self, target, include_llm, public=repo_id is not None), _of_its_own_class(self):
-            if not kwargs.get("is_main_process", True) or kwargs.get("distributed_checkpoint"):
+            if not (kwargs.get("is_main_process", True) and _is_first()) or kwargs.get("distributed_checkpoint"):
                 super().save_pretrained(target, **kwargs)  # type: ignore[misc]
                 return []
             with write_aside(target) as folder:
@@ -230,12 +237,18 @@ class LLM2SLMCheckpointMixin:
             kwargs: `commit_message`, `commit_description`, `private`, `revision` (a branch), `create_pr`.
 
         Returns:
-            `str`: The address of the commit.
+            `str`: The address of the commit; of several processes, an empty text on all but the first, which uploads.
         """
         with TemporaryDirectory() as folder:
             target = Path(folder, repo_id.rpartition("/")[2])
             written = self._save(target, include_llm, repo_id, {"tags": tags}, max_shard_size=max_shard_size)
-            return _upload(target, repo_id, written, token=token, **kwargs)
+            return _upload(target, repo_id, written, token=token, **kwargs) if written else ""
+
+
+def _is_first() -> bool:
+    """Whether this is the process that transformers has write a checkpoint."""
+    group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not group or torch.distributed.get_rank() == 0
 
 
 def _lacks_llm(request: LoadRequest) -> str:
@@ -398,7 +411,7 @@ def _in_memory(source: dict[str, Any] | None, request: LoadRequest) -> dict[str,
         return source
     placed = {key: value for key, value in source.items() if key != "name_or_path"}
     if request.folder is not None and not os.path.isabs(name):
-        placed["name_or_path"] = os.path.abspath(os.path.join(request.folder, name))
+        placed["name_or_path"] = os.path.normpath(os.path.join(os.path.realpath(request.folder), name))
     return placed
 
 
@@ -475,6 +488,7 @@ def _described(model: Any, target: Path, include_llm: bool, public: bool) -> Ite
     sources = config.llm_source, config.slm_source
     if not include_llm:
         config.llm_source = lean_source(model)
+        check_not_replaced(config.llm_source, target)
         names = [name for name in model.state_dict() if name.startswith(LLM_PREFIX)]
         model._keys_to_ignore_on_save = {*(ignored or ()), *names}
     config.llm_source, config.slm_source = (
@@ -511,6 +525,16 @@ def _as_written(source: dict[str, Any] | None, target: Path, public: bool) -> di
     return {key: value for key, value in source.items() if key != "name_or_path"} | name
 
 
+def check_not_replaced(source: Mapping[str, Any] | None, target: str | Path, emptied: bool = False) -> None:
+    """Raise `ValueError` where a lean checkpoint at `target`, which may be `emptied` first, replaces its LLM."""
+    name = (source or {}).get("name_or_path") or ""
+    place, folder = Path(name, (source or {}).get("subfolder") or "").resolve(), Path(target).resolve()
+    if _is_local(name) and (place == folder or (emptied and place.is_relative_to(folder))):
+        raise ValueError(
+            f"The LLM is in {place}, which a lean checkpoint in {target} would replace. Choose another folder."
+        )
+
+
 def lean_source(model: Any) -> dict[str, Any]:
     """
     Where a lean checkpoint of a model would find its LLM.
@@ -527,28 +551,38 @@ def lean_source(model: Any) -> dict[str, Any]:
             "It is not known where the LLM comes from. Save it too, with `include_llm=True`, or name its folder or "
             'repository: `model.config.llm_source = {"name_or_path": ...}`.'
         )
-    if not source.get("fingerprint"):  # named by the caller
-        _check_named_source(source, model.encoder.llm)
+    if os.path.isdir(name):  # also where it could be the id of a repository, as `from_pretrained` sees it
+        source["name_or_path"] = os.path.abspath(name)
+    elif _is_local(name) or not is_repo_id(name):
+        raise ValueError(
+            f"A lean checkpoint could not read the LLM from {name}: there is no such folder. Name its folder or "
+            'repository: `model.config.llm_source = {"name_or_path": ...}`.'
+        )
     found = _fingerprint_in_memory(model.encoder.llm)
-    expected = source.setdefault("fingerprint", found)
+    if not source.get("fingerprint"):  # named by the caller
+        source["fingerprint"] = _fingerprint_of_named(source, model.encoder.llm) or found
+    expected = source["fingerprint"]
     if found is not None and found != expected:
         raise ValueError(
-            f"The LLM has fingerprint {found}, but that of {name} is {expected}: it was changed, and a lean "
-            "checkpoint would lose the change. Save it too, with `include_llm=True`."
+            f"The LLM has fingerprint {found}, but that of {name} is {expected}: it was changed, or is another one, "
+            "and a lean checkpoint would lose it. Save it too, with `include_llm=True`."
         )
     return source
 
 
-def _check_named_source(source: dict[str, Any], llm: PreTrainedModel) -> None:
-    """Raise `ValueError` where files at hand are not what a lean checkpoint could read the LLM from."""
+def _fingerprint_of_named(source: dict[str, Any], llm: PreTrainedModel) -> str | None:
+    """
+    The fingerprint of files at hand, `None` where they are not. Raise `ValueError` where a lean checkpoint could not
+    read the LLM from them.
+    """
     if not all(parameter.is_floating_point() for parameter in llm.parameters()):
-        return  # quantized, its tensors have names of their own
+        return None  # quantized, its tensors have names of their own
     name = source["name_or_path"]
     try:
-        _locate(source, llm, {})
+        return fingerprint(_locate(source, llm, {}))
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, OSError) and not _is_local(name):
-            return  # a repository that is not in the cache
+            return None  # a repository that is not in the cache
         raise ValueError(
             f"A lean checkpoint could not read this LLM from {name}, as {first_line(error).removesuffix('.')}: name "
             "the place that holds it, or save it anew, with `model.encoder.llm.save_pretrained(folder, "
@@ -557,8 +591,8 @@ def _check_named_source(source: dict[str, Any], llm: PreTrainedModel) -> None:
 
 
 def _check_source_is_public(model: Any) -> None:
-    name = (model.config.llm_source or {}).get("name_or_path", "")
-    if _is_local(name):
+    name = (model.config.llm_source or {}).get("name_or_path") or ""
+    if _is_local(name) or os.path.isdir(name):
         raise ValueError(
             f"The LLM comes from the folder {name}, which nobody else has: a lean checkpoint on the Hub has to name a "
             "repository. Upload the LLM too, with `include_llm=True`."

@@ -61,6 +61,7 @@ def write_aside(path: str | os.PathLike, keep: bool = True) -> Iterator[Path]:
     An `OSError` of the system names `path`, also where a full disk has no name.
     """
     path = Path(os.path.realpath(path))
+    check_replaceable(path)
     aside = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")  # as deep as `path`: relative paths stay true
     with _named(path, aside):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,6 +76,16 @@ def write_aside(path: str | os.PathLike, keep: bool = True) -> Iterator[Path]:
                 shutil.rmtree(aside, ignore_errors=True)
             else:
                 aside.unlink(missing_ok=True)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise `PermissionError` for a folder beside which nothing can be written, as for a mounted one in `/`."""
+    path = Path(os.path.realpath(path))
+    if path.is_dir() and not os.access(path.parent, os.W_OK):
+        raise PermissionError(
+            f"{path} is put in place from beside it, and {path.parent} is not writable. Choose a folder in it, such "
+            f"as {path / 'model'}."
+        )
 
 
 def remove_left_aside(path: Path) -> None:
@@ -112,9 +123,11 @@ def _replace_folder(new: Path, old: Path, keep: bool) -> None:
     if not Path.cwd().is_relative_to(old) and _swap(new, old, keep, written | stale):
         return
     for name in sorted(written, key=lambda name: name == "config.json"):
+        beside = old / f".{uuid.uuid4().hex[:8]}.{name}"
+        shutil.move(new / name, beside)  # to a mounted disk, a copy: under another name until it is whole
         if (old / name).is_dir():
             shutil.rmtree(old / name)
-        shutil.move(new / name, old / name)  # to a mounted disk, a copy
+        beside.replace(old / name)
     for name in stale:
         (old / name).unlink()
 

@@ -160,6 +160,54 @@ class TestLean:
         model.save_pretrained(tmp_path / "lean", include_llm=False)
         same_tensors(load(tmp_path / "lean").state_dict(), model.state_dict())
 
+    def test_an_llm_named_by_its_folder_where_one_stands(self, folder, tmp_path, monkeypatch):
+        """`runs/llm` could be the id of a repository."""
+        shutil.copytree(folder / "llm", tmp_path / "runs" / "llm")
+        monkeypatch.chdir(tmp_path)
+        model = load(folder / "full")
+        model.config.llm_source = {"name_or_path": "runs/llm"}
+        with pytest.raises(ValueError, match=r"folder runs/llm, which nobody else has"):
+            model.push_to_hub("somebody/model", include_llm=False)
+        model.save_pretrained("lean", include_llm=False)
+        same_tensors(load(tmp_path / "lean").state_dict(), model.state_dict())
+        for name in ("a/b/c", str(tmp_path / "gone")):
+            model.config.llm_source = {"name_or_path": name}
+            with pytest.raises(ValueError, match=f"could not read the LLM from {name}: there is no such folder"):
+                model.save_pretrained("other", include_llm=False)
+
+    def test_a_link_to_a_checkpoint(self, folder, tmp_path):
+        model = load(folder / "full")
+        (tmp_path / "2026").mkdir()
+        shutil.copytree(folder / "llm", tmp_path / "llm")
+        model.config.llm_source = {"name_or_path": str(tmp_path / "llm")}
+        (tmp_path / "latest").symlink_to(Path("2026", "lean"))
+        model.save_pretrained(tmp_path / "latest", include_llm=False)
+        loaded = load(tmp_path / "latest")
+        same_tensors(loaded.state_dict(), model.state_dict())
+        assert loaded.config.llm_source["name_or_path"] == str(tmp_path / "llm")
+
+    def test_it_never_replaces_its_llm(self, folder, tmp_path):
+        shutil.copytree(folder / "full", tmp_path / "full")
+        model = load(tmp_path / "full")
+        model.config.llm_source = {"name_or_path": str(tmp_path / "full")}
+        with pytest.raises(ValueError, match=r"full, which a lean checkpoint in .*full would replace"):
+            model.save_pretrained(tmp_path / "full", include_llm=False)
+        model.save_pretrained(tmp_path / "full" / "lean", include_llm=False)
+        same_tensors(load(tmp_path / "full" / "lean").state_dict(), load(tmp_path / "full").state_dict())
+
+    def test_a_named_llm_in_half_precision_is_known_again(self, folder, tmp_path):
+        """What is in memory is no longer what the files have, so that they are asked."""
+        shutil.copytree(folder / "llm", tmp_path / "llm")
+        model = load(folder / "full", dtype="float16")
+        model.config.llm_source = {"name_or_path": str(tmp_path / "llm")}
+        model.save_pretrained(tmp_path / "lean", include_llm=False)
+        load(tmp_path / "lean")
+        llm = load(folder / "full").encoder.llm
+        llm.shared.weight.data += 1
+        llm.save_pretrained(tmp_path / "llm")
+        with pytest.raises(ValueError, match="was trained with"):
+            load(tmp_path / "lean")
+
     def test_the_llm_of_another_composite(self, folder):
         model = load(folder / "lean", encoder_pretrained_model_name_or_path=folder / "full")
         same_tensors(model.state_dict(), load(folder / "full").state_dict())
@@ -258,6 +306,22 @@ class TestAnotherLLM:
 
 
 class TestSaving:
+    @pytest.mark.parametrize("how", ["is_main_process", "rank"])
+    def test_one_process_of_several_uploads(self, how, folder, tmp_path, monkeypatch):
+        """The others have no weights, and would delete those that are there."""
+        uploads = []
+        monkeypatch.setattr(checkpoint_llm2slm, "_upload", lambda *_, **__: uploads.append(1))
+        model = load(folder / "full")
+        if how == "rank":
+            monkeypatch.setattr(checkpoint_llm2slm, "_is_first", lambda: False)
+            assert model.push_to_hub("somebody/model") == ""
+        else:
+            model.save_pretrained(tmp_path / "new", push_to_hub=True, is_main_process=False)
+            assert not (tmp_path / "new" / "README.md").exists()
+        with pytest.raises(ValueError, match="Leave out `push_to_hub`"):
+            model.save_pretrained(tmp_path / "new", push_to_hub=True, distributed_checkpoint=True)
+        assert not uploads
+
     def test_shards_ties_and_loading_again(self, folder, tmp_path):
         torch.manual_seed(0)
         model = LLM2SLMForConditionalGeneration(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,36 @@ class TestWriteAside:
                 temporary.mkdir()
                 (temporary / written).touch()
             assert set(os.listdir(target)) == left
+
+    def test_a_folder_beside_which_nothing_can_be_written_is_told(self, tmp_path, monkeypatch):
+        (tmp_path / "mounted").mkdir()
+        monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+        told = pytest.raises(PermissionError, match=r"mounted is put in place from beside it, .*mounted/model")
+        with told, write_aside(tmp_path / "mounted"):
+            pass
+        with write_aside(tmp_path / "mounted" / "model") as temporary:
+            temporary.mkdir()
+
+    @pytest.mark.parametrize("cut", [False, True])
+    def test_a_mounted_disk_keeps_what_it_has_until_the_copy_is_whole(self, cut, tmp_path, monkeypatch):
+        target, copied = tmp_path / "model", []
+        target.mkdir()
+        (target / "config.json").write_text("old")
+        monkeypatch.setattr(files_llm2slm, "_swap", lambda *_: False)
+
+        def copy(source: Path, place: Path) -> None:
+            copied.append((target / "config.json").read_text())
+            if cut:
+                place.write_text("ha")
+                raise OSError("No space left on device")
+            shutil.copy(source, place)
+
+        monkeypatch.setattr(shutil, "move", copy)
+        with pytest.raises(OSError, match="No space") if cut else nullcontext(), write_aside(target) as temporary:
+            temporary.mkdir()
+            (temporary / "config.json").write_text("new")
+        assert copied == ["old"]
+        assert (target / "config.json").read_text() == ("old" if cut else "new")
 
     @pytest.mark.parametrize("why", ["somebody is in it", "it is a mount point"])
     def test_a_folder_that_cannot_be_exchanged_stays_the_same_folder(self, why, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from typing import Any
 import fresh_process
 import hub_server
 import pytest
+import safetensors.torch
 from hub_server import Hub
 
 
@@ -90,7 +91,9 @@ def test_what_is_pushed_is_whole(hub, pushed):
     assert "model.safetensors" not in files, "weights of an earlier upload are left"
     assert any(oid for oid, _ in files.values()), "nothing went the way of large files"
     _, lean = hub.repositories["tester/lean"].at("main")
-    assert sum(len(hub.large.get(oid, content)) for oid, content in lean.values()) > 0
+    weights = safetensors.torch.load(hub.large.get(*lean["model.safetensors"]))
+    assert any(name.startswith("decoder.") for name in weights)
+    assert not any(name.startswith("encoder.llm.") for name in weights)
     card = files["README.md"][1].decode()
     assert 'name = "tester/model"' in card
     assert b"- mine" in model.at("other")[1]["README.md"][1]

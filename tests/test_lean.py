@@ -45,6 +45,14 @@ def test_the_llm_can_be_named(sources, tmp_path):
     same_bytes(weights_of(tmp_path / "full"), weights_of(sources / "full"))
 
 
+def test_an_llm_in_what_is_replaced_is_not_lost(sources, tmp_path):
+    shutil.copytree(sources / "full", tmp_path / "full")
+    shutil.copytree(sources / "llm", tmp_path / "full" / "llm")
+    with pytest.raises(ValueError, match="which a lean checkpoint in .*full would replace"):
+        lean(tmp_path / "full", tmp_path / "full", llm=tmp_path / "full" / "llm", force=True)
+    assert (tmp_path / "full" / "llm" / "model.safetensors").is_file()
+
+
 def test_another_llm_is_refused(sources, tmp_path):
     shutil.copytree(sources / "two", tmp_path / "other")
     with pytest.raises(ValueError, match="could not read this LLM from .*slm, as it has no"):
