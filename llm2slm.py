@@ -646,7 +646,7 @@ def generate(
     if file is not None and output is not None:
         _quiet()
         _quiet_data()
-        limits = _limits(batch_size, batch_tokens)
+        limits = {"rows": batch_size or 128, "tokens": batch_tokens or 4096}
         _answer_file(
             model, file, output, prompt_column, column=column, limits=limits, seed=seed if sample else None,
             device=_local(device), skip_bad_rows=skip_bad_rows, overwrite=overwrite, quantize=quantize, **options,
@@ -654,6 +654,7 @@ def generate(
         return
     if batch_tokens is not None:
         raise typer.BadParameter("--batch-tokens belongs to --file with --output.")
+    _check_output(output)
     text_to_text, size = _load_model(model, device, seed, quantize), batch_size or 1
     texts = _prompts(prompts, file, prompt_column, skip_bad_rows)
     if output is not None:
@@ -667,12 +668,6 @@ def generate(
             _stream(text_to_text, prompt, options)
     else:
         _print_batches(text_to_text, texts, size, options)
-
-
-def _limits(batch_size: int | None, batch_tokens: int | None) -> dict[str, int | None]:
-    if batch_size is None:
-        return {"rows": 128, "tokens": batch_tokens or 4096}
-    return {"rows": batch_size, "tokens": batch_tokens}
 
 
 def _answer_file(

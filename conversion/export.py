@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.pytorch_utils import Conv1D
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
-from modeling_llm2slm.exported import EMBEDDINGS, ExportedLLM2SLM
+from modeling_llm2slm.exported import EMBEDDINGS, ExportedLLM2SLM, supported_defaults
 from modeling_llm2slm.graphs import MANIFEST, check_packages, exported_model_class, read_manifest
 from modeling_llm2slm.parts_llm2slm import reading_arguments
 from modeling_llm2slm.text_to_text import composite_parts, count_parameters, decoding_modules, load_model
@@ -240,7 +240,8 @@ def export(
                 progress(f"exporting {name}")
                 components[name] = component(graph, sample, runtime, weights, is_step=name == "step")
         progress("writing")
-        exported_model(components, runtime, model.config, model.generation_config).save_pretrained(folder)
+        defaults = supported_defaults(model.generation_config)
+        exported_model(components, runtime, model.config, defaults).save_pretrained(folder)
         manifest = json.dumps({**read_manifest(folder), "llm2slm": details}, indent=2)
         (folder / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
         copy_processor(checkpoint, folder, report)

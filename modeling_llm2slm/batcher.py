@@ -116,6 +116,7 @@ class Batcher:
     Attributes:
         running: The number of prompts that are being answered.
         prompts: The number of prompts answered so far.
+        failed: The number of prompts that the model failed at so far.
         tokens: The number of tokens written so far.
         batches: The number of batches so far.
     """
@@ -133,7 +134,7 @@ class Batcher:
         self.max_wait = max_wait
         self.max_queue = max_queue
         self.num_beams = num_beams
-        self.running = self.prompts = self.tokens = self.batches = 0
+        self.running = self.prompts = self.failed = self.tokens = self.batches = 0
         self._waiting: list[Job] = []
         self._changed = threading.Condition()
         self._stopping = False
@@ -220,8 +221,9 @@ class Batcher:
             for answer in answers:
                 if not answer.finish_reason:
                     answer.job.send(error)
+                    self.failed += 1
         self.batches += 1
-        self.prompts += len(answers)
+        self.prompts += sum(answer.finish_reason is not None for answer in answers)
         self.tokens += sum(len(answer.tokens) for answer in answers)
 
     def _generate(self, answers: list[_Answer]) -> None:
@@ -295,7 +297,12 @@ class _Answer:
         How much of a text no later token changes: a character may not be whole yet, white space may be taken back
         before punctuation, and a text to stop at may have begun.
         """
-        begun = [size for stop in self.decoding.stop for size in range(1, len(stop)) if text.endswith(stop[:size])]
+        begun = [
+            size
+            for stop in self.decoding.stop
+            for size in range(1, min(len(stop), len(text) + 1))
+            if text.endswith(stop[:size])
+        ]
         return min(len(text.rstrip(HALF_A_CHARACTER).rstrip()), len(text) - max(begun, default=0))
 
 

@@ -9,6 +9,7 @@ Shapes: batch B, prompt length N, width d_slm.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ from .prompt_llm2slm import PromptStates, as_prompt_states, padding_to, reorder
 
 
 EMBEDDINGS = "embeddings.safetensors"
+DEFAULTS_LEFT_OUT = (
+    "cache_implementation", "cache_config", "max_cache_len", "use_cache", "prompt_lookup_num_tokens", "is_assistant",
+    "output_attentions", "output_hidden_states",
+)  # fmt: skip
 MASK_AHEAD = 256  # a mask is made for so many tokens more than there are
 
 
@@ -340,6 +345,14 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
             "encoder_outputs": kwargs.get("encoder_outputs"),
             "attention_mask": kwargs.get("attention_mask"),
         }
+
+
+def supported_defaults(generation_config: GenerationConfig) -> GenerationConfig:
+    """A checkpoint's defaults without those that change no answer and would have each call refused."""
+    defaults = copy.deepcopy(generation_config)
+    for name in DEFAULTS_LEFT_OUT:
+        setattr(defaults, name, None)
+    return defaults
 
 
 def check_supported(generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:

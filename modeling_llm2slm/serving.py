@@ -153,7 +153,7 @@ class Service:
 
     async def metrics(self, request: Request) -> Response:
         """`GET /metrics`: counters in the way of Prometheus."""
-        counters = {name: getattr(self.batcher, name) for name in ("prompts", "tokens", "batches")}
+        counters = {name: getattr(self.batcher, name) for name in ("prompts", "failed", "tokens", "batches")}
         lines = [
             f"# TYPE llm2slm_{name}_total counter\nllm2slm_{name}_total {count}" for name, count in counters.items()
         ]

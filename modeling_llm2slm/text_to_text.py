@@ -271,7 +271,9 @@ class TextToText:
     def _prepare(self, prompts: list[str], generate_kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Features and arguments of `generate`, checked before any compute."""
         features, generate_kwargs = self.features(prompts), self.with_limit(generate_kwargs)
-        self.check_room(max(map(len, features["input_ids"])), generate_kwargs.get("max_new_tokens", 0))
+        lengths = [len(ids) for ids in features["input_ids"]]
+        for length in {min(lengths), max(lengths)}:
+            self.check_room(length, generate_kwargs.get("max_new_tokens", 0))
         return features, generate_kwargs
 
     @property
@@ -392,6 +394,8 @@ class EncoderDecoderTextToText(TextToText):
         if not self._composite:
             check_encoder_decoder_length(self.model.config, prompt_length, new_tokens)
             return
+        if not prompt_length:
+            raise ValueError("The prompt is empty.")
         self.model.config.check_llm_length(prompt_length)
         self.model.config.check_length(prompt_length, new_tokens)
 

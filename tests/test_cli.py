@@ -21,8 +21,10 @@ from transformers import AutoModelForSeq2SeqLM
 import llm2slm
 from checkpoints import PAIRS, PROMPTS, sample_by_default, write_checkpoint, write_pairs, write_parts
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
+from modeling_llm2slm.answer_file import AnswerReport
 from modeling_llm2slm.state_store import StateStore, is_complete
 from modeling_llm2slm.text_to_text import TextToText
+from modeling_llm2slm.throughput import BatchLimits
 
 
 COMMANDS = (
@@ -330,6 +332,28 @@ class TestGenerate:
     def test_an_output_file_holds_an_answer_a_line(self, composite, tmp_path):
         assert run("generate", composite, *PROMPTS, "--output", tmp_path / "answers.txt", "--max-new-tokens", 5) == 0
         assert len((tmp_path / "answers.txt").read_text().splitlines()) == len(PROMPTS)
+
+    def test_an_output_that_cannot_be_written_is_told_before_any_answer(self, tmp_path, capsys):
+        assert run("generate", "no/model", "src1", "--output", tmp_path) == 1
+        assert f"{tmp_path} cannot be written: it is a folder" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("words", "limits"),
+        [
+            ((), BatchLimits(128, 4096)),
+            (("--batch-size", 128), BatchLimits(128, 4096)),
+            (("--batch-size", 3, "--batch-tokens", 50), BatchLimits(3, 50)),
+        ],
+    )
+    def test_both_limits_hold_from_file_to_file(self, words, limits, tmp_path, monkeypatch):
+        given: list[BatchLimits] = []
+        monkeypatch.setattr(
+            "modeling_llm2slm.answer_file.answer_file",
+            lambda *_, limits, **__: given.append(limits) or AnswerReport(0, 0, 0, 0, 0.0),
+        )
+        (tmp_path / "a.txt").write_text("src1\n")
+        assert run("generate", "model", "--file", tmp_path / "a.txt", "--output", tmp_path / "b.txt", *words) == 0
+        assert given == [limits]
 
 
 def test_evaluate_prints_and_writes_the_same_numbers(composite, tmp_path, capsys):

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from exports import exported_folder, learned, needs
+from exports import checkpoint, exported_folder, learned, needs
 from transformers import GenerationConfig
 
 from common import END, PROMPTS, check_answers_say_something, pad_prompts, strip_padding
 from modeling_llm2slm import ExportedLLM2SLM, LLM2SLMForConditionalGeneration
+from modeling_llm2slm.conversion import export
 
 
 KINDS = (("gpt2", "add_shared"), ("t5", "replace"))
@@ -239,6 +240,18 @@ def test_what_cannot_work_is_refused(gpt2, kwargs, message) -> None:
         kwargs = {**kwargs, "decoder_input_ids": torch.tensor([[END, 3]])}
     with pytest.raises(ValueError, match=message):
         gpt2.exported.generate(input_ids=torch.tensor(PROMPTS[:1]), **{"max_new_tokens": 4, **kwargs})
+
+
+def test_defaults_that_it_cannot_follow_are_not_its_own(tmp_path, tmp_path_factory) -> None:
+    needs("openvino")
+    source = checkpoint("gpt2", "add", tmp_path / "source")
+    defaults = GenerationConfig.from_pretrained(source)
+    defaults.update(cache_implementation="static", max_cache_len=64, prompt_lookup_num_tokens=2, num_beams=3)
+    defaults.save_pretrained(source)
+    export(source, tmp_path / "fast", runtime="openvino")
+    exported = ExportedLLM2SLM.from_pretrained(tmp_path / "fast")
+    assert exported.generation_config.num_beams == 3
+    assert exported.generate(input_ids=torch.tensor(PROMPTS[:1]), max_new_tokens=4).shape[0] == 1
 
 
 def test_it_drafts_for_nobody_and_nobody_drafts_for_it(gpt2) -> None:

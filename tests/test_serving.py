@@ -421,6 +421,8 @@ class TestBounds:
             }  # fmt: skip
             assert [future.result() for future in good] == [ANSWERS[0], ANSWERS[2]]
             assert client.text(prompt=prompts[0]) == ANSWERS[0]
+            assert "llm2slm_failed_total 1\n" in client.get("/metrics")
+            assert "llm2slm_prompts_total 3\n" in client.get("/metrics")
 
     def test_requests_that_need_too_many_positions_together_are_answered_apart(self, model: TextToText) -> None:
         long, short = " ".join(["src1"] * 50), "src2"

@@ -63,6 +63,16 @@ def test_no_prompts_have_no_answers(text_to_text):
     assert text_to_text.generate([]) == []
 
 
+def test_an_empty_prompt_is_found_before_any_compute(checkpoints, monkeypatch):
+    """Tokenizers that add no end make one of an empty text."""
+    text_to_text = TextToText.from_pretrained(checkpoints["llm2slm"])
+    assert text_to_text.lacks_room(0, 4) == "The prompt is empty"
+    monkeypatch.setattr(text_to_text, "features", lambda prompts: {"input_ids": [[3, 4], []]})
+    monkeypatch.setattr(text_to_text, "read", None)
+    with pytest.raises(ValueError, match="The prompt is empty"):
+        text_to_text.generate(["src1", ""])
+
+
 def test_answers_are_limited_by_answer_max_length(text_to_text, monkeypatch):
     text_to_text.answer_max_length = 3
     suppressed = text_to_text.generate_tokens(["src1"], suppress_tokens=[END])
