@@ -199,6 +199,13 @@ class LLM2SLMConfig(PreTrainedConfig):
             used = max(prompt_length, answer_length)
         return limit is None or used <= limit
 
+    def needs_answer_mask(self, prompt_width: int, answer_width: int) -> bool:
+        """
+        Whether a batch of these widths has more places than the SLM has positions, so that answers need a mask, as
+        padding takes no positions. A GPT-Neo has no more places than positions: its own mask is as wide as they are.
+        """
+        return not self.has_room(prompt_width, answer_width) and self.decoder.model_type != "gpt_neo"
+
     def check_length(self, prompt_length: int, answer_length: int) -> None:
         """Raise `ValueError`, with both lengths and the fix, where [`~LLM2SLMConfig.has_room`] is `False`."""
         if self.has_room(prompt_length, answer_length):

@@ -244,11 +244,11 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
         lengths = prompt_mask.sum(-1)
         if lengths.min() == 0:
             raise ValueError("A prompt is empty: every row of `input_ids` needs a token that is not padding.")
-        if isinstance(answer_length, int):
-            self.config.check_length(int(lengths.max()), answer_length)
-            return
-        for prompt, answer in zip(lengths.tolist(), answer_length.tolist(), strict=True):
-            self.config.check_length(prompt, answer)
+        if isinstance(answer_length, torch.Tensor) and answer_length.ndim:
+            for prompt, answer in zip(lengths.tolist(), answer_length.tolist(), strict=True):
+                self.config.check_length(prompt, answer)
+        else:
+            self.config.check_length(int(lengths.max()), int(answer_length))
 
     @torch.no_grad()
     def scale_prompt(self) -> None:
@@ -487,6 +487,12 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
             if labels is None:
                 raise ValueError("There is no answer to score or go on from: pass `labels` or `decoder_input_ids`.")
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+            read = encoder_outputs[0] if encoder_outputs is not None else input_ids
+            read = llm_hidden_states if read is None else read
+            # CODEPATH: decoder-only SLMs that have positions for each row of a batch, and not for all of its padding.
+            if decoder_attention_mask is None and read is not None:
+                needed = self.config.needs_answer_mask(read.shape[1], labels.shape[1])
+                decoder_attention_mask = labels_mask(labels) if needed else None
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if labels is not None and (scored := decoder_input_ids[:, kept].shape) != labels.shape:
             raise ValueError(
@@ -498,13 +504,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
 
         check = encoder_outputs is not None and past_key_values is None
-        read = input_ids if input_ids is not None else llm_hidden_states
-        if encoder_outputs is None and read is not None:
+        if encoder_outputs is None and (input_ids is not None or llm_hidden_states is not None):
             width = decoder_input_ids.shape[1]
-            # CODEPATH: decoder-only SLMs that have positions for each row of a batch, and not for all of its padding.
-            room = self.config.has_room(read.shape[1], width)
-            if labels is not None and decoder_attention_mask is None and not room:
-                decoder_attention_mask = labels_mask(labels)
             answer_length = width if decoder_attention_mask is None else decoder_attention_mask.sum(-1)
             encoder_outputs = self.get_encoder()(
                 input_ids, attention_mask, llm_hidden_states, answer_length, return_dict=True, **kwargs

@@ -161,7 +161,7 @@ class Speedup:
         """
         recipe = {name: value for name, value in settings["recipe"].items() if name != "skip_bad_rows"}
         fixed: dict[str, Any] = {}
-        if any((self.output / f"distilled.jsonl{part}").exists() for part in ("", ".part")):
+        if any((self.output / name).exists() for name in ("distilled.jsonl.part", *_RESULTS)):
             fixed |= {name: settings.get(name) for name in (*_OF_DISTILLING, *_CONTENTS)}
             fixed["prompt_max_length"] = recipe.get("prompt_max_length")
         if (self.output / "start" / "config.json").is_file():
@@ -283,6 +283,7 @@ class Speedup:
             settings.llm, settings.slm, settings.llm, settings.slm_tokenizer, fusion=settings.fusion,
             max_new_tokens=settings.max_new_tokens, **dtype,
         )  # fmt: skip
+        write_json(self.output / "speedup.json", self._kept)
         remove_left_aside(start)
         with write_aside(start) as folder:
             composite.save_pretrained(folder)

@@ -29,10 +29,10 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from .checkpoint_llm2slm import describe_source, lean_source
+from .checkpoint_llm2slm import check_not_replaced, describe_source, lean_source
 from .data import load_pairs, tell_bad_rows, versions, write_aside, write_json
 from .evaluation import METRICS, score
-from .files_llm2slm import remove_left_aside
+from .files_llm2slm import check_replaceable, remove_left_aside
 from .lora import lora_config
 from .model_card_llm2slm import without_tokens
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
@@ -479,6 +479,8 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
     text_to_text = _load(ours)
     use_cache = getattr(text_to_text.model.config, "use_cache", True)
     composite = text_to_text.model.config.model_type == "llm2slm"
+    if composite and not ours.include_llm:
+        check_not_replaced(_source_of_llm(text_to_text.model, ours), arguments.output_dir)
     trainer = _trainer(ours, arguments, text_to_text)
     if trainer.is_world_process_zero():
         _make_room(Path(arguments.output_dir), anew=not ours.resume)
@@ -508,6 +510,7 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 def _make_room(output_dir: Path, anew: bool) -> None:
     """Removes what killed runs left half written, and of a run that begins `anew` what the one before it has left."""
+    check_replaceable(output_dir)
     remove_left_aside(output_dir)
     remove_left_aside(output_dir / "checkpoint-*")
     if anew:
@@ -524,6 +527,8 @@ def _fixed(ours: TrainingRecipe, arguments: Seq2SeqTrainingArguments) -> dict[st
     settings |= {name: ours.mapping(name) for name in _MAPPINGS if settings[name] is not None}
     settings |= {name: Path(settings[name] or "").name for name in ("model", "train_data", "validation_data")}
     settings["pairs a step"] = pairs_a_step(arguments)
+    if ours.streaming and arguments.dataloader_num_workers > 1:  # which give batches by turns
+        settings["per_device_train_batch_size"] = arguments.per_device_train_batch_size
     if Path(ours.train_data).is_file() and not ours.streaming:
         settings["bytes of train_data"] = Path(ours.train_data).stat().st_size
     return json.loads(json.dumps(settings, default=str))
@@ -552,10 +557,16 @@ def _place_llm(model: LLM2SLMForConditionalGeneration, ours: TrainingRecipe) -> 
     """Has the Trainer save lean checkpoints. An LLM of unknown source is found in the checkpoint to start from."""
     if not ours.quantize_llm and ours.lora is None:  # else the Trainer's checkpoints have no LLM in them anyway
         model.include_llm = ours.include_llm_in_checkpoints or not model.config.freeze_llm
-    if not (model.config.llm_source or {}).get("name_or_path"):
-        model.config.llm_source = describe_source(ours.model)
+    model.config.llm_source = _source_of_llm(model, ours)
     if not (model.include_llm and ours.include_llm):
         lean_source(model)  # what stands in the way of a lean checkpoint is said before the training
+
+
+def _source_of_llm(model: Any, ours: TrainingRecipe) -> dict[str, Any] | None:
+    """Where the LLM is: as the model says, unless that is no folder here, or in what the training starts from."""
+    name = (model.config.llm_source or {}).get("name_or_path")
+    gone = not name or (os.path.isabs(name) and not os.path.isdir(name))
+    return describe_source(ours.model) if gone else model.config.llm_source
 
 
 def _load(ours: TrainingRecipe) -> TextToText:
@@ -689,12 +700,13 @@ def _features(
 
 
 def _stream(ours: TrainingRecipe, arguments: Seq2SeqTrainingArguments, text_to_text: TextToText) -> StreamedFeatures:
+    reader = text_to_text.without_model()
     return StreamedFeatures(
         ours.train_data,
         ours.prompt_column,
         ours.answer_columns,
-        text_to_text.features,
-        text_to_text.problems,
+        reader.features,
+        reader.problems,
         split=ours.train_split,
         batch_size=pairs_a_step(arguments),
         buffer=ours.shuffle_buffer,

@@ -150,6 +150,26 @@ def test_each_encoder_runs_once(slm: str, strategy: str) -> None:
     assert len(llm_calls) == 1
 
 
+@pytest.mark.parametrize("slm", [name for name, slm in families.SLMS.items() if not slm.config().is_encoder_decoder])
+def test_a_batch_of_more_padding_than_positions(slm: str) -> None:
+    """A long prompt beside a long answer: each row fits, all of them padded together do not."""
+    model = build_family(slm).model
+    prompts, answers = [[3] * 40, [4, 5]], [[6, 7], list(range(2, 42))]
+    labels = torch.full((2, 40), -100)
+    for row, answer in zip(labels, answers, strict=True):
+        row[: len(answer)] = torch.tensor(answer)
+    if slm == "gpt_neo":  # whose own mask is as wide as its positions
+        with pytest.raises(ValueError, match="together 80, but the SLM has 64 positions"):
+            model(**pad_prompts(prompts), labels=labels)
+        return
+    apart = [
+        model(**pad_prompts([prompt]), labels=torch.tensor([answer])).loss * len(answer)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    together = model(**pad_prompts(prompts), labels=labels).loss
+    torch.testing.assert_close(together, sum(apart) / sum(map(len, answers)), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("slm", families.NO_STATIC_CACHE)
 def test_a_static_cache_that_transformers_gets_wrong_is_refused(slm: str) -> None:
     model = shared_family(slm).model

@@ -246,6 +246,18 @@ def test_results_of_something_else_are_not_taken_for_its_own(settings: SpeedupSe
             Speedup(settings, folder)
 
 
+def test_results_without_the_answers_they_came_from_are_still_of_one_run(
+    settings: SpeedupSettings, tmp_path: Path
+) -> None:
+    Speedup(settings, tmp_path / "built").build()
+    Speedup(settings, tmp_path / "built")
+    Speedup(settings, tmp_path / "split").distill()
+    (tmp_path / "split" / "distilled.jsonl").unlink()
+    for name in ("built", "split"):
+        with pytest.raises(ValueError, match=r"begun with another num_beams \(1\)"):
+            Speedup(replace(settings, num_beams=2), tmp_path / name)
+
+
 def test_before_the_first_answer_everything_may_change(
     settings: SpeedupSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import dill
 import pytest
 import torch
 import yaml
@@ -418,6 +419,24 @@ def test_processes_that_make_features_are_sent_no_weights(checkpoints, kind):
     assert len(pickle.dumps(text_to_text)) - len(pickle.dumps(reader)) > 4 * text_to_text.model.num_parameters()
 
 
+def test_training_sends_no_weights_to_processes(checkpoints, recipe, monkeypatch):
+    sent, original = [], Dataset.map
+
+    def look(self, function, **kwargs):
+        sent.append(len(dill.dumps(function)))
+        return original(self, function, **kwargs)
+
+    monkeypatch.setattr(Dataset, "map", look)
+    recipe = {**recipe, "model": checkpoints["llm2slm"]}
+    ours, arguments = parse_recipe(recipe)
+    text_to_text = training._load(ours)
+    training._trainer(ours, arguments, text_to_text)
+    ours, arguments = parse_recipe({**recipe, "streaming": True, "max_steps": 1})
+    sent.append(len(dill.dumps(training._stream(ours, arguments, text_to_text))))
+    assert len(sent) == 3
+    assert max(sent) < 4 * text_to_text.model.num_parameters()
+
+
 def test_a_run_that_has_ended_is_no_run_by_another_recipe(recipe):
     train({**recipe, "max_steps": 1})
     with pytest.raises(ValueError, match="was begun with learning_rate: 0.003"):
@@ -537,6 +556,13 @@ def test_a_changed_llm_is_said_before_the_training(recipe, checkpoints, tmp_path
     assert not Path(recipe["output_dir"]).exists()
     if "lora" in settings:  # an adapter's checkpoints have no LLM to find again
         assert train({**recipe, "lora": {}, "model": str(tmp_path / "start"), "max_steps": 1})["steps"] == 1
+
+
+def test_a_lean_model_does_not_replace_its_llm(recipe, checkpoints, tmp_path):
+    shutil.copytree(checkpoints["llm2slm"], tmp_path / "model")
+    recipe |= {"model": str(tmp_path / "model"), "output_dir": str(tmp_path / "model"), "include_llm": False}
+    with pytest.raises(ValueError, match="which a lean checkpoint in .*model would replace"):
+        train(recipe)
 
 
 def test_a_lean_model_is_trained_on_request(recipe, checkpoints):
