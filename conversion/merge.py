@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
+from modeling_llm2slm.checkpoint_llm2slm import check_not_replaced
 from modeling_llm2slm.text_to_text import load_model, one_sentence
 
 from .output import composite_config, copy_processor, output_folder, size_of
@@ -49,6 +50,8 @@ def merge(
     source = model.config.llm_source
     with one_sentence(adapter):
         adapted: Any = PeftModel.from_pretrained(model, str(adapter)).eval()
+    if not include_llm:
+        check_not_replaced(source, output, emptied=True)
     report = Report(f"{adapter} is merged into {place} as {output}")
     expected = composite_logits(adapted)
     with one_sentence(adapter):

@@ -345,6 +345,12 @@ def _is_local(name_or_path: str) -> bool:
     return name_or_path.startswith(".") or os.path.isabs(name_or_path)
 
 
+def _is_folder(source: Mapping[str, Any]) -> bool:
+    """Whether a source is a folder: one that a caller named, so without a fingerprint, may look like a repository."""
+    name = source.get("name_or_path") or ""
+    return _is_local(name) or (not source.get("fingerprint") and os.path.isdir(name))
+
+
 def _source_files(source: Mapping[str, Any], hub: Mapping[str, Any]) -> list[Path]:
     name = source["name_or_path"]
     on_hub = not _is_local(name)
@@ -487,7 +493,7 @@ def _described(model: Any, target: Path, include_llm: bool, public: bool) -> Ite
     config, ignored = model.config, model._keys_to_ignore_on_save
     sources = config.llm_source, config.slm_source
     if not include_llm:
-        config.llm_source = lean_source(model)
+        config.llm_source = lean_source(model, at_hand=False)
         check_not_replaced(config.llm_source, target)
         names = [name for name in model.state_dict() if name.startswith(LLM_PREFIX)]
         model._keys_to_ignore_on_save = {*(ignored or ()), *names}
@@ -529,15 +535,20 @@ def check_not_replaced(source: Mapping[str, Any] | None, target: str | Path, emp
     """Raise `ValueError` where a lean checkpoint at `target`, which may be `emptied` first, replaces its LLM."""
     name = (source or {}).get("name_or_path") or ""
     place, folder = Path(name, (source or {}).get("subfolder") or "").resolve(), Path(target).resolve()
-    if _is_local(name) and (place == folder or (emptied and place.is_relative_to(folder))):
+    if _is_folder(source or {}) and (place == folder or (emptied and place.is_relative_to(folder))):
         raise ValueError(
             f"The LLM is in {place}, which a lean checkpoint in {target} would replace. Choose another folder."
         )
 
 
-def lean_source(model: Any) -> dict[str, Any]:
+def lean_source(model: Any, at_hand: bool = True) -> dict[str, Any]:
     """
     Where a lean checkpoint of a model would find its LLM.
+
+    Args:
+        model: The model.
+        at_hand: Whether a folder that is known by its fingerprint has to be there. A training whose LLM is out of
+            reach for a moment goes on.
 
     Raises:
         ValueError: If it would find none or another one: the LLM trains, has no known source, or has changed.
@@ -551,15 +562,16 @@ def lean_source(model: Any) -> dict[str, Any]:
             "It is not known where the LLM comes from. Save it too, with `include_llm=True`, or name its folder or "
             'repository: `model.config.llm_source = {"name_or_path": ...}`.'
         )
-    if os.path.isdir(name):  # also where it could be the id of a repository, as `from_pretrained` sees it
+    known = bool(source.get("fingerprint"))  # else named by the caller
+    if _is_folder(source):
         source["name_or_path"] = os.path.abspath(name)
-    elif _is_local(name) or not is_repo_id(name):
+    if not os.path.isdir(name) and (_is_local(name) or not is_repo_id(name)) and (at_hand or not known):
         raise ValueError(
             f"A lean checkpoint could not read the LLM from {name}: there is no such folder. Name its folder or "
             'repository: `model.config.llm_source = {"name_or_path": ...}`.'
         )
     found = _fingerprint_in_memory(model.encoder.llm)
-    if not source.get("fingerprint"):  # named by the caller
+    if not known:
         source["fingerprint"] = _fingerprint_of_named(source, model.encoder.llm) or found
     expected = source["fingerprint"]
     if found is not None and found != expected:
@@ -591,11 +603,11 @@ def _fingerprint_of_named(source: dict[str, Any], llm: PreTrainedModel) -> str |
 
 
 def _check_source_is_public(model: Any) -> None:
-    name = (model.config.llm_source or {}).get("name_or_path") or ""
-    if _is_local(name) or os.path.isdir(name):
+    source = model.config.llm_source or {}
+    if _is_folder(source):
         raise ValueError(
-            f"The LLM comes from the folder {name}, which nobody else has: a lean checkpoint on the Hub has to name a "
-            "repository. Upload the LLM too, with `include_llm=True`."
+            f"The LLM comes from the folder {source['name_or_path']}, which nobody else has: a lean checkpoint on "
+            "the Hub has to name a repository. Upload the LLM too, with `include_llm=True`."
         )
 
 

@@ -123,11 +123,16 @@ def _replace_folder(new: Path, old: Path, keep: bool) -> None:
     if not Path.cwd().is_relative_to(old) and _swap(new, old, keep, written | stale):
         return
     for name in sorted(written, key=lambda name: name == "config.json"):
+        remove_left_aside(old / name)
         beside = old / f".{uuid.uuid4().hex[:8]}.{name}"
-        shutil.move(new / name, beside)  # to a mounted disk, a copy: under another name until it is whole
-        if (old / name).is_dir():
-            shutil.rmtree(old / name)
-        beside.replace(old / name)
+        try:
+            shutil.move(new / name, beside)  # to a mounted disk, a copy: under another name until it is whole
+            if (old / name).is_dir():
+                shutil.rmtree(old / name)
+            beside.replace(old / name)
+        except BaseException:
+            remove_left_aside(old / name)
+            raise
     for name in stale:
         (old / name).unlink()
 

@@ -487,18 +487,19 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
             if labels is None:
                 raise ValueError("There is no answer to score or go on from: pass `labels` or `decoder_input_ids`.")
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-            read = encoder_outputs[0] if encoder_outputs is not None else input_ids
-            read = llm_hidden_states if read is None else read
-            # CODEPATH: decoder-only SLMs that have positions for each row of a batch, and not for all of its padding.
-            if decoder_attention_mask is None and read is not None:
-                needed = self.config.needs_answer_mask(read.shape[1], labels.shape[1])
-                decoder_attention_mask = labels_mask(labels) if needed else None
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if labels is not None and (scored := decoder_input_ids[:, kept].shape) != labels.shape:
             raise ValueError(
                 f"`labels` have shape {tuple(labels.shape)}, but there will be logits for {tuple(scored)}. Cut them "
                 "to what `decoder_input_ids` and `logits_to_keep` leave, or leave these out."
             )
+        read = encoder_outputs[0] if encoder_outputs is not None else input_ids
+        read = llm_hidden_states if read is None else read
+        # CODEPATH: decoder-only SLMs that have positions for each row of a batch, and not for all of its padding.
+        if decoder_attention_mask is None and labels is not None and read is not None:
+            needed = self.config.needs_answer_mask(read.shape[1], decoder_input_ids.shape[1])
+            if needed and labels.shape == decoder_input_ids.shape:
+                decoder_attention_mask = labels_mask(labels)
         if use_cache is None:
             use_cache = self.config.use_cache and labels is None and not self.training
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)

@@ -32,7 +32,7 @@ from .training import last_checkpoint, load_recipe, parse_recipe, train
 SPLITS = ("train", "validation", "test")
 Progress = Callable[[str, int, int], None]
 _OF_DISTILLING = ("llm", "prompts", "prompt_column", "limit", "held_out", "num_beams", "max_new_tokens")
-_OF_BUILDING = ("slm", "slm_tokenizer", "fusion", "encoder_dtype")
+_OF_BUILDING = ("llm", "llm_sha256", "slm", "slm_tokenizer", "fusion", "encoder_dtype", "max_new_tokens")
 _RESULTS = ("distilled.jsonl", *(f"{split}.jsonl" for split in SPLITS), "start", "states", "model", "evaluation.json")
 _CONTENTS = {"llm_sha256": "llm", "prompts_sha256": "prompts"}  # of those that lie on this machine
 
@@ -161,11 +161,11 @@ class Speedup:
         """
         recipe = {name: value for name, value in settings["recipe"].items() if name != "skip_bad_rows"}
         fixed: dict[str, Any] = {}
-        if any((self.output / name).exists() for name in ("distilled.jsonl.part", *_RESULTS)):
+        if any((self.output / name).exists() for name in ("distilled.jsonl.part", *_RESULTS) if name != "start"):
             fixed |= {name: settings.get(name) for name in (*_OF_DISTILLING, *_CONTENTS)}
             fixed["prompt_max_length"] = recipe.get("prompt_max_length")
         if (self.output / "start" / "config.json").is_file():
-            fixed |= {name: settings[name] for name in _OF_BUILDING}
+            fixed |= {name: settings.get(name) for name in _OF_BUILDING}
         if (self.output / "model" / "training.json").is_file() or last_checkpoint(self.output / "model"):
             fixed["recipe"] = recipe
         return fixed

@@ -475,6 +475,9 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if finished:
         logger.warning(f"{arguments.output_dir} is trained already, for max_steps: nothing is done.")
         return finished
+    removed = Path(arguments.output_dir).resolve().glob("checkpoint-*") if not ours.resume else []
+    if any(Path(ours.model).resolve().is_relative_to(folder) for folder in removed):
+        raise ValueError(f"resume: false removes {ours.model}, which the training starts from: move it elsewhere.")
     set_seed(arguments.seed)
     text_to_text = _load(ours)
     use_cache = getattr(text_to_text.model.config, "use_cache", True)

@@ -175,6 +175,24 @@ class TestLean:
             with pytest.raises(ValueError, match=f"could not read the LLM from {name}: there is no such folder"):
                 model.save_pretrained("other", include_llm=False)
 
+    def test_a_repository_is_no_folder_of_its_name(self, folder, tmp_path, monkeypatch):
+        (tmp_path / "google" / "t5").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path)
+        model = load(folder / "lean")
+        model.config.llm_source = {**model.config.llm_source, "name_or_path": "google/t5"}
+        model.save_pretrained("lean", include_llm=False)
+        config = json.loads(Path("lean", "config.json").read_text())
+        assert config["llm_source"]["name_or_path"] == "google/t5"
+
+    def test_a_training_goes_on_where_its_llm_is_out_of_reach(self, folder, tmp_path):
+        shutil.copytree(folder / "llm", tmp_path / "llm")
+        model = load(folder / "lean", encoder_pretrained_model_name_or_path=tmp_path / "llm")
+        model.config.llm_source["fingerprint"] = load(folder / "lean").config.llm_source["fingerprint"]
+        shutil.rmtree(tmp_path / "llm")
+        model.save_pretrained(tmp_path / "checkpoint", include_llm=False)
+        with pytest.raises(ValueError, match="there is no such folder"):
+            checkpoint_llm2slm.lean_source(model)
+
     def test_a_link_to_a_checkpoint(self, folder, tmp_path):
         model = load(folder / "full")
         (tmp_path / "2026").mkdir()

@@ -72,6 +72,8 @@ def test_padding_that_there_are_no_positions_for_is_masked(processor: LLM2SLMPro
     torch.testing.assert_close(together.loss, sum(losses) / sum(counts))
     stock = DataCollatorForLLM2SLM(processor)(rows)
     torch.testing.assert_close(model(**stock).loss, together.loss)
+    stock["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(stock["labels"])
+    torch.testing.assert_close(model(**stock).loss, together.loss)
     prompt = model.encode_prompt(stock["input_ids"], stock["attention_mask"])
     torch.testing.assert_close(model(encoder_outputs=prompt, labels=stock["labels"]).loss, together.loss)
     rows[1]["input_ids"], rows[1]["attention_mask"] = rows[0]["input_ids"], rows[0]["attention_mask"]

@@ -152,6 +152,7 @@ class TestWriteAside:
             temporary.mkdir()
             (temporary / "config.json").write_text("new")
         assert copied == ["old"]
+        assert os.listdir(target) == ["config.json"]
         assert (target / "config.json").read_text() == ("old" if cut else "new")
 
     @pytest.mark.parametrize("why", ["somebody is in it", "it is a mount point"])

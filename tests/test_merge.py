@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conversions import change_weights, weights_of, write_sources
+from conversions import change_weights, edit, weights_of, write_sources
 from peft import PeftModel
 
 from common import PROMPTS, make_labels, pad_prompts
@@ -46,6 +46,14 @@ def test_a_base_in_half_precision(dtype, sources, tmp_path):
     change_weights(lambda tensors: [tensor.mul_(0.1) for name, tensor in tensors.items() if "lora_B" in name])(adapter)
     merge(adapter, tmp_path / "new", base=tmp_path / "base")
     assert LLM2SLMForConditionalGeneration.from_pretrained(tmp_path / "new").dtype == dtype
+
+
+def test_an_llm_in_what_is_replaced_is_not_lost(sources, tmp_path):
+    for name in ("full", "llm"):
+        shutil.copytree(sources / name, tmp_path / "model" / {"full": "", "llm": "llm"}[name], dirs_exist_ok=True)
+    edit(tmp_path / "model", llm_source={"name_or_path": "./llm"})
+    with pytest.raises(ValueError, match="which a lean checkpoint in .*model would replace"):
+        merge(sources / "adapter", tmp_path / "model", base=tmp_path / "model", include_llm=False, force=True)
 
 
 def test_lean_in_lean_out(sources, tmp_path):

@@ -250,12 +250,13 @@ def test_results_without_the_answers_they_came_from_are_still_of_one_run(
     settings: SpeedupSettings, tmp_path: Path
 ) -> None:
     Speedup(settings, tmp_path / "built").build()
-    Speedup(settings, tmp_path / "built")
+    Speedup(replace(settings, num_beams=2), tmp_path / "built")
+    with pytest.raises(ValueError, match=r"begun with another max_new_tokens \(5\)"):
+        Speedup(replace(settings, max_new_tokens=2), tmp_path / "built")
     Speedup(settings, tmp_path / "split").distill()
     (tmp_path / "split" / "distilled.jsonl").unlink()
-    for name in ("built", "split"):
-        with pytest.raises(ValueError, match=r"begun with another num_beams \(1\)"):
-            Speedup(replace(settings, num_beams=2), tmp_path / name)
+    with pytest.raises(ValueError, match=r"begun with another num_beams \(1\)"):
+        Speedup(replace(settings, num_beams=2), tmp_path / "split")
 
 
 def test_before_the_first_answer_everything_may_change(

@@ -558,6 +558,14 @@ def test_a_changed_llm_is_said_before_the_training(recipe, checkpoints, tmp_path
         assert train({**recipe, "lora": {}, "model": str(tmp_path / "start"), "max_steps": 1})["steps"] == 1
 
 
+def test_what_a_run_starts_from_is_not_removed(recipe):
+    train({**recipe, "max_steps": 2})
+    checkpoint = last_checkpoint(recipe["output_dir"])
+    with pytest.raises(ValueError, match=r"resume: false removes .*checkpoint-2, which the training starts from"):
+        train({**recipe, "model": checkpoint, "resume": False})
+    assert last_checkpoint(recipe["output_dir"]) == checkpoint
+
+
 def test_a_lean_model_does_not_replace_its_llm(recipe, checkpoints, tmp_path):
     shutil.copytree(checkpoints["llm2slm"], tmp_path / "model")
     recipe |= {"model": str(tmp_path / "model"), "output_dir": str(tmp_path / "model"), "include_llm": False}
