@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import logging
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas  # type: ignore[import-untyped]
 from datasets import Dataset, Features, Value, load_dataset
 
 from .files_llm2slm import write_aside as write_aside
@@ -242,9 +242,13 @@ def reading_options(path: Path) -> dict[str, Any]:
     if file_format_of(path) != "csv":
         return {}
     # All in a table is text, also what is empty, says "NA" or is a number: a guess from the first rows may fail later.
-    options = {"keep_default_na": False, "sep": "\t" if _ending(path) == ".tsv" else ","}
-    names = pandas.read_csv(path, nrows=0, **options).columns
-    return {**options, "features": Features({str(name): Value("string") for name in names})}
+    options: dict[str, Any] = {"keep_default_na": False, "sep": "\t" if _ending(path) == ".tsv" else ","}
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+        names = next((row for row in csv.reader(file, delimiter=options["sep"]) if row), [])
+    if names and "" not in names and len(set(names)) == len(names):  # else the reader makes names of its own
+        options["features"] = Features({name: Value("string") for name in names})
+    return options
 
 
 def _ending(path: Path) -> str:

@@ -147,6 +147,17 @@ def test_all_in_a_table_is_text_whatever_its_first_rows_are(tmp_path):
     assert load_pairs(path, limit=1).to_list() == [{"prompt": "007", "answer": "1.50"}]
 
 
+@pytest.mark.parametrize(
+    "header",
+    ['prompt,"the, answer"', '\ufeffprompt,"the, answer"', '\nprompt,"the, answer",x,x', ',prompt,"the, answer"'],
+)
+def test_headers_of_all_kinds(tmp_path, header):
+    path = tmp_path / "pairs.csv"
+    before = "0," if header.startswith(",") else ""
+    path.write_text(f"{header}\n{before}a,b" + ",1,2" * header.endswith("x,x") + "\n", encoding="utf-8")
+    assert load_pairs(path, answer_column="the, answer").to_list() == [{"prompt": "a", "answer": "b"}]
+
+
 def test_empty_texts_are_texts(tmp_path):
     assert load_pairs(write(tmp_path / "pairs.jsonl"))["prompt"][2] == ""
 
