@@ -10,7 +10,6 @@ import torch
 from transformers import AutoConfig, EncoderDecoderConfig
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
-from modeling_llm2slm.checkpoint_llm2slm import check_not_replaced
 from modeling_llm2slm.files_llm2slm import open_weights, shape_of, weight_files
 from modeling_llm2slm.parts_llm2slm import llm_class, slm_class
 from modeling_llm2slm.text_to_text import load, load_model, one_sentence
@@ -138,14 +137,13 @@ def import_projector(
     model = load_model(LLM2SLMForConditionalGeneration, into)
     names = KNOWN_NAMES if mapping is None else _read_mapping(mapping)
     found = _rename(open_weights([projector]), names, complete=mapping is not None)
-    if not include_llm:
-        check_not_replaced(model.config.llm_source, output, emptied=True)
     report = Report(f"The projector of {projector} and the rest of {into} become {output}")
     _take_in(model, found, projector)
     report.add("tensors carried over", ", ".join(sorted(found)))
     report.add("not carried over", "the activation: a projector here has ReLU, one of LLaVA has GELU")
     expected = composite_logits(model)
-    with output_folder(output, force, size_of(model.state_dict())) as folder:
+    named = None if include_llm else model.config.llm_source
+    with output_folder(output, force, size_of(model.state_dict()), named) as folder:
         model.save_pretrained(folder, include_llm, card={"name": Path(output).name})
         copy_processor(into, folder, report)
         written = load_model(LLM2SLMForConditionalGeneration, folder)

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
-from modeling_llm2slm.checkpoint_llm2slm import check_not_replaced, describe_source
+from modeling_llm2slm.checkpoint_llm2slm import describe_source
 from modeling_llm2slm.files_llm2slm import WEIGHTS
 from modeling_llm2slm.text_to_text import load, load_model
 
@@ -47,7 +47,6 @@ def lean(
             raise ValueError(f"{llm} is neither a folder nor the id of a repository.")
         load(AutoConfig, str(llm), revision=revision)  # if it is not there, said in its own name
         model.config.llm_source = source
-    check_not_replaced(model.config.llm_source, output, emptied=True)
     return _save(model, checkpoint, output, False, force, max_shard_size)
 
 
@@ -91,7 +90,8 @@ def _save(
     state = model.state_dict()
     check_finite(state)
     left_out = {} if include_llm else model.encoder.llm.state_dict()
-    with output_folder(output, force, size_of(state) - size_of(left_out)) as folder:
+    named = None if include_llm else model.config.llm_source
+    with output_folder(output, force, size_of(state) - size_of(left_out), named) as folder:
         model.save_pretrained(folder, include_llm, max_shard_size=max_shard_size, card={"name": Path(output).name})
         copy_processor(checkpoint, folder, report)
         written = load_model(LLM2SLMForConditionalGeneration, folder)

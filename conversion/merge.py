@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
-from modeling_llm2slm.checkpoint_llm2slm import check_not_replaced
 from modeling_llm2slm.text_to_text import load_model, one_sentence
 
 from .output import composite_config, copy_processor, output_folder, size_of
@@ -50,14 +49,12 @@ def merge(
     source = model.config.llm_source
     with one_sentence(adapter):
         adapted: Any = PeftModel.from_pretrained(model, str(adapter)).eval()
-    if not include_llm:
-        check_not_replaced(source, output, emptied=True)
     report = Report(f"{adapter} is merged into {place} as {output}")
     expected = composite_logits(adapted)
     with one_sentence(adapter):
         merged = adapted.merge_and_unload(safe_merge=True)
     merged.config.llm_source = source
-    with output_folder(output, force, size_of(merged.state_dict())) as folder:
+    with output_folder(output, force, size_of(merged.state_dict()), None if include_llm else source) as folder:
         merged.save_pretrained(folder, include_llm, card={"name": Path(output).name})
         copy_processor(place, folder, report)
         written = load_model(LLM2SLMForConditionalGeneration, folder)

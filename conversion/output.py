@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoProcessor
 from transformers.utils.logging import tqdm
 
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMProcessor
+from modeling_llm2slm.checkpoint_llm2slm import check_not_replaced
 from modeling_llm2slm.files_llm2slm import INDEX, WEIGHTS, first_line, write_aside
 from modeling_llm2slm.text_to_text import load
 
@@ -25,7 +26,9 @@ from .report import Report
 
 
 @contextmanager
-def output_folder(path: str | Path, force: bool, needed: int = 0) -> Iterator[Path]:
+def output_folder(
+    path: str | Path, force: bool, needed: int = 0, named: Mapping[str, Any] | None = None
+) -> Iterator[Path]:
     """
     A folder to write to that becomes `path` at the end.
 
@@ -33,12 +36,15 @@ def output_folder(path: str | Path, force: bool, needed: int = 0) -> Iterator[Pa
         path: Where the result goes.
         force: Whether a folder that is there and not empty is replaced.
         needed: The size of the result in bytes, which must be free on the disk.
+        named: The source of an LLM that the result names, and so must not replace.
 
     Raises:
         FileExistsError: If there is something at `path`.
         OSError: If the disk is too full, before or while it is written.
+        ValueError: If the LLM is in `path`.
     """
     path = Path(path)
+    check_not_replaced(named, path, emptied=True)
     if path.exists() and (not path.is_dir() or any(path.iterdir())) and not force:
         raise FileExistsError(f"{path} is not empty. Choose another folder, or add --overwrite (`force=True`).")
     parent = next(folder for folder in path.absolute().parents if folder.exists())

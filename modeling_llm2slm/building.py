@@ -61,37 +61,28 @@ def build(
         OSError: If a model or a tokenizer is not there, or cannot be loaded.
     """
     set_seed(seed)
-    built = _build(llm, slm, llm_tokenizer, slm_tokenizer, preset, (prompt_max_length, answer_max_length), kwargs)
-    if max_new_tokens is not None:
-        built.model.generation_config.max_new_tokens = max_new_tokens
-    return built
-
-
-def _build(
-    llm: str | None,
-    slm: str | None,
-    llm_tokenizer: str | None,
-    slm_tokenizer: str | None,
-    preset: str | None,
-    lengths: tuple[int | None, int | None],
-    kwargs: dict[str, Any],
-) -> TextToText:
+    lengths = prompt_max_length, answer_max_length
+    built: TextToText
     for source in filter(None, (llm, slm, preset)):
         if _is_config(source) and not Path(source).is_file():
             raise FileNotFoundError(f"There is no config file {source}.")
     if preset is not None:
         if llm or slm:
             raise ValueError("A preset names both models: give either a preset or an LLM and an SLM.")
-        return _build_preset(preset, llm_tokenizer, slm_tokenizer, lengths, kwargs)
-    if llm and slm:
-        return _build_composite(llm, slm, llm_tokenizer, slm_tokenizer, lengths, kwargs)
-    if kwargs:
+        built = _build_preset(preset, llm_tokenizer, slm_tokenizer, lengths, kwargs)
+    elif llm and slm:
+        built = _build_composite(llm, slm, llm_tokenizer, slm_tokenizer, lengths, kwargs)
+    elif kwargs:
         raise ValueError(f"Only a composite of an LLM and an SLM has {', '.join(kwargs)}.")
-    if llm:
-        return EncoderDecoderTextToText(*_part(AutoModelForSeq2SeqLM, llm, _tokenizer(llm, llm_tokenizer, "LLM")))
-    if slm:
-        return DecoderOnlyTextToText(*_part(AutoModelForCausalLM, slm, _tokenizer(slm, slm_tokenizer, "SLM")))
-    raise ValueError("There is nothing to build from: name an LLM, an SLM, both, or a preset.")
+    elif llm:
+        built = EncoderDecoderTextToText(*_part(AutoModelForSeq2SeqLM, llm, _tokenizer(llm, llm_tokenizer, "LLM")))
+    elif slm:
+        built = DecoderOnlyTextToText(*_part(AutoModelForCausalLM, slm, _tokenizer(slm, slm_tokenizer, "SLM")))
+    else:
+        raise ValueError("There is nothing to build from: name an LLM, an SLM, both, or a preset.")
+    if max_new_tokens is not None:
+        built.model.generation_config.max_new_tokens = max_new_tokens
+    return built
 
 
 def _build_composite(

@@ -223,10 +223,15 @@ def _load(source: str, split: str, columns: Sequence[str], default_format: str |
         raise ValueError(f"{source} cannot be read as {file_format}: {reason}") from error
 
 
-def _is_empty(path: Path) -> bool:
+def opened(path: Path, mode: str, **options: Any) -> Any:
+    """A file, which may be compressed."""
     opener: Any = gzip.open if path.suffix == ".gz" else open
+    return opener(path, mode, **options)
+
+
+def _is_empty(path: Path) -> bool:
     try:
-        with opener(path, "rb") as content:
+        with opened(path, "rb") as content:
             return not content.read(1)
     except (OSError, EOFError):  # a damaged archive, of which the reader says more
         return False
@@ -243,8 +248,7 @@ def reading_options(path: Path) -> dict[str, Any]:
         return {}
     # All in a table is text, also what is empty, says "NA" or is a number: a guess from the first rows may fail later.
     options: dict[str, Any] = {"keep_default_na": False, "sep": "\t" if _ending(path) == ".tsv" else ","}
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+    with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
         names = next((row for row in csv.reader(file, delimiter=options["sep"]) if row), [])
     if names and "" not in names and len(set(names)) == len(names):  # else the reader makes names of its own
         options["features"] = Features({name: Value("string") for name in names})
@@ -299,8 +303,7 @@ def is_text(value: Any) -> bool:
 
 def parse_lines(path: Path, limit: int | None) -> Iterator[dict[str, Any]]:
     """Each line of a file of JSON lines, as a mapping; of one that is none, a mapping that says why."""
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as file:
+    with opened(path, "rb") as file:
         try:
             lines = (line for text in file for line in text.removeprefix(BOM_UTF8).splitlines() if line.strip())
             for number, line in enumerate(islice(lines, limit)):

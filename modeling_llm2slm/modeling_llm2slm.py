@@ -493,12 +493,11 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
                 f"`labels` have shape {tuple(labels.shape)}, but there will be logits for {tuple(scored)}. Cut them "
                 "to what `decoder_input_ids` and `logits_to_keep` leave, or leave these out."
             )
-        read = encoder_outputs[0] if encoder_outputs is not None else input_ids
-        read = llm_hidden_states if read is None else read
-        # CODEPATH: decoder-only SLMs that have positions for each row of a batch, and not for all of its padding.
-        if decoder_attention_mask is None and labels is not None and read is not None:
-            needed = self.config.needs_answer_mask(read.shape[1], decoder_input_ids.shape[1])
-            if needed and labels.shape == decoder_input_ids.shape:
+        if decoder_attention_mask is None and labels is not None and labels.shape == decoder_input_ids.shape:
+            read = encoder_outputs[0] if encoder_outputs is not None else input_ids
+            read = llm_hidden_states if read is None else read
+            # CODEPATH: decoder-only SLMs that have positions for each row of a batch, and not for all of its padding.
+            if read is not None and self.config.needs_answer_mask(read.shape[1], labels.shape[1]):
                 decoder_attention_mask = labels_mask(labels)
         if use_cache is None:
             use_cache = self.config.use_cache and labels is None and not self.training

@@ -108,12 +108,6 @@ class Speedup:
     def _check(self) -> None:
         """Whatever would stop a stage is better found before hours of the stages before it."""
         path, kept = self.output / "speedup.json", self._kept  # of the prompts as they are before the LLM answers them
-        foreign = [] if path.is_file() else [name for name in _RESULTS if (self.output / name).exists()]
-        if foreign:
-            raise ValueError(
-                f"{self.output} has {foreign[0]}, which no speed-up made (there is no {path.name}). Choose another "
-                "folder with --output."
-            )
         if path.is_file():
             try:
                 begun = json.loads(path.read_text(encoding="utf-8"))
@@ -132,6 +126,11 @@ class Speedup:
                     f"{self.output} was begun with another {changed[0]} ({before.get(changed[0])!r}). Repeat its "
                     "settings, or choose another folder with --output."
                 )
+        elif foreign := [name for name in _RESULTS if (self.output / name).exists()]:
+            raise ValueError(
+                f"{self.output} has {foreign[0]}, which no speed-up made (there is no {path.name}). Choose another "
+                "folder with --output."
+            )
         filled_in = [name for name in self._paths() if name in self.settings.recipe]
         if filled_in:
             raise ValueError(

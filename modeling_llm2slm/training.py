@@ -416,7 +416,7 @@ class TextToTextTrainer(Seq2SeqTrainer):
         grouped = strategy == "group_by_length"
         sampler = EpochSampler(
             len(dataset),
-            self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            seed_of_data(self.args),
             torch.tensor(dataset["length"][:]) if grouped else None,
             pairs_a_step(self.args),
         )
@@ -535,6 +535,11 @@ def _fixed(ours: TrainingRecipe, arguments: Seq2SeqTrainingArguments) -> dict[st
     if Path(ours.train_data).is_file() and not ours.streaming:
         settings["bytes of train_data"] = Path(ours.train_data).stat().st_size
     return json.loads(json.dumps(settings, default=str))
+
+
+def seed_of_data(arguments: TrainingArguments) -> int:
+    """The seed of the order of the data."""
+    return arguments.seed if arguments.data_seed is None else arguments.data_seed
 
 
 def pairs_a_step(arguments: TrainingArguments) -> int:
@@ -714,7 +719,7 @@ def _stream(ours: TrainingRecipe, arguments: Seq2SeqTrainingArguments, text_to_t
         batch_size=pairs_a_step(arguments),
         buffer=ours.shuffle_buffer,
         group_by_length=arguments.train_sampling_strategy == "group_by_length",
-        seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
+        seed=seed_of_data(arguments),
         limit=ours.train_samples,
         skip_bad_rows=ours.skip_bad_rows,
     )

@@ -242,7 +242,7 @@ def test_what_cannot_work_is_refused(gpt2, kwargs, message) -> None:
         gpt2.exported.generate(input_ids=torch.tensor(PROMPTS[:1]), **{"max_new_tokens": 4, **kwargs})
 
 
-def test_defaults_that_it_cannot_follow_are_not_its_own(tmp_path, tmp_path_factory) -> None:
+def test_defaults_that_it_cannot_follow_are_not_its_own(tmp_path) -> None:
     needs("openvino")
     source = checkpoint("gpt2", "add", tmp_path / "source")
     defaults = GenerationConfig.from_pretrained(source)

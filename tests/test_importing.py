@@ -87,6 +87,11 @@ def test_a_projector_with_a_mapping(sources, tmp_path):
     mapping.write_text(json.dumps(names))
     file = tmp_path / "projector.safetensors"
     import_projector(file, sources / "lean", tmp_path / "new", mapping=mapping, include_llm=False)
+    shutil.copytree(sources / "llm", tmp_path / "llm")
+    copy = shutil.copytree(sources / "lean", tmp_path / "lean")
+    with pytest.raises(ValueError, match="which a lean checkpoint in .*llm would replace"):
+        import_projector(file, copy, tmp_path / "llm", mapping=mapping, include_llm=False, force=True)
+    assert (tmp_path / "llm" / "model.safetensors").is_file()
     assert torch.equal(weights_of(tmp_path / "new")["encoder.projector.linear_1.weight"], theirs["adapter/up"])
     for text, message in {
         json.dumps({**names, "up_c": "projector.linear_1.bias"}): "The file has no up_c",

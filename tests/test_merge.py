@@ -54,6 +54,7 @@ def test_an_llm_in_what_is_replaced_is_not_lost(sources, tmp_path):
     edit(tmp_path / "model", llm_source={"name_or_path": "./llm"})
     with pytest.raises(ValueError, match="which a lean checkpoint in .*model would replace"):
         merge(sources / "adapter", tmp_path / "model", base=tmp_path / "model", include_llm=False, force=True)
+    assert (tmp_path / "model" / "llm" / "model.safetensors").is_file()
 
 
 def test_lean_in_lean_out(sources, tmp_path):

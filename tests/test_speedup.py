@@ -119,7 +119,12 @@ def test_the_commands_do_what_the_stages_do(settings: SpeedupSettings, tmp_path:
     answers = {"num_beams": 1, "max_new_tokens": 5}
     expected: dict[str, dict[str, Any]] = {
         "distill": {**data, **answers, "prompt_column": "source", "limit": 9, "batch_size": 5},
-        "build": {"slm_tokenizer": settings.llm, "fusion": "replace", "max_new_tokens": 5},
+        "build": {
+            "slm_tokenizer": settings.llm,
+            "fusion": "replace",
+            "encoder_dtype": "bfloat16",
+            "max_new_tokens": 5,
+        },
         "encode": {**data, "batch_size": 5, "prompt_column": "prompt"},
         "evaluate": {**data, **answers, "against": settings.llm},
     }
