@@ -30,7 +30,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, 
 from demo import corpus
 from demo.llm import LLM as DEMO_LLM
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
-from modeling_llm2slm.data import load_pairs, versions, write_json
+from modeling_llm2slm.data.loading import load_pairs
+from modeling_llm2slm.data.records import versions, write_json
 
 
 ROOT = Path(__file__).parents[1]

@@ -213,7 +213,7 @@ def main() -> None:
     report = measure(args.preset or PRESETS[args.what])
     print(json.dumps(report, indent=2))
     if args.output:
-        from modeling_llm2slm.data import write_json
+        from modeling_llm2slm.data.records import write_json
 
         write_json(args.output, report)
 

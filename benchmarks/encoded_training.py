@@ -24,8 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
 from modeling_llm2slm.configuration_llm2slm import llm_sizes
-from modeling_llm2slm.data import write_json
-from modeling_llm2slm.state_store import StateStore, StateWriter, StoreDescription
+from modeling_llm2slm.data.records import write_json
+from modeling_llm2slm.states.store import StateStore, StateWriter, StoreDescription
 
 
 def flops(work: Any) -> int:

@@ -21,7 +21,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration as Model
-from modeling_llm2slm.data import versions, write_json
+from modeling_llm2slm.data.records import versions, write_json
 
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "results" / "encoder-layer.json"

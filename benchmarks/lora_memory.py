@@ -37,7 +37,7 @@ def train(folder: str, batch: int, prompt: int, answer: int) -> dict[str, Any]:
     from transformers import AutoModelForSeq2SeqLM
 
     from modeling_llm2slm import lora_config
-    from modeling_llm2slm.memory import training_memory
+    from modeling_llm2slm.training.memory import training_memory
 
     torch.set_num_threads(1)
     baselines, peaks, done = memory(), [0, 0], threading.Event()
@@ -99,7 +99,7 @@ def main() -> None:
     report = {"preset": args.preset, **sizes_of, **json.loads(output.splitlines()[-1])}
     print(json.dumps(report, indent=2))
     if args.output:
-        from modeling_llm2slm.data import write_json
+        from modeling_llm2slm.data.records import write_json
 
         write_json(args.output, report)
 

@@ -32,14 +32,17 @@ from datasets import Dataset
 from torch import nn
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from modeling_llm2slm.building import build
+from benchmarks.tokenizer import train_tokenizer
 from modeling_llm2slm.conversion import export
-from modeling_llm2slm.data import load_pairs, train_tokenizer, write_aside, write_json
-from modeling_llm2slm.distillation import distill
-from modeling_llm2slm.encoding import encode
-from modeling_llm2slm.state_store import is_complete
-from modeling_llm2slm.text_to_text import TextToText
-from modeling_llm2slm.training import load_recipe, train
+from modeling_llm2slm.conversion.build import build
+from modeling_llm2slm.data.loading import load_pairs
+from modeling_llm2slm.data.records import write_json
+from modeling_llm2slm.files_llm2slm import write_aside
+from modeling_llm2slm.inference.text_to_text import TextToText
+from modeling_llm2slm.states.encoding import encode
+from modeling_llm2slm.states.store import is_complete
+from modeling_llm2slm.training.distillation import distill
+from modeling_llm2slm.training.training import load_recipe, train
 
 
 ROOT = Path(__file__).parents[1]

@@ -19,9 +19,10 @@ import numpy as np
 from sacrebleu.metrics import BLEU
 
 from benchmarks.multi30k import ROOT, Experiment, Job
-from modeling_llm2slm.benchmark_plots import drawn
-from modeling_llm2slm.data import load_pairs, versions, write_json
-from modeling_llm2slm.evaluation import METRICS, score_and_sign, time_answers
+from modeling_llm2slm.benchmark.plots import drawn
+from modeling_llm2slm.data.loading import load_pairs
+from modeling_llm2slm.data.records import versions, write_json
+from modeling_llm2slm.evaluation.metrics import METRICS, score_and_sign, time_answers
 
 
 OUTPUT = ROOT / "docs" / "results"

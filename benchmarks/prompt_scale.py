@@ -19,7 +19,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5EncoderModel
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
-from modeling_llm2slm.data import write_json
+from modeling_llm2slm.data.records import write_json
 from modeling_llm2slm.parts_llm2slm import rms
 
 

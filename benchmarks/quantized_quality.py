@@ -20,9 +20,10 @@ from typing import Any
 import torch
 
 from modeling_llm2slm.conversion import export
-from modeling_llm2slm.data import load_pairs, versions, write_json
-from modeling_llm2slm.evaluation import score_and_sign
-from modeling_llm2slm.text_to_text import TextToText
+from modeling_llm2slm.data.loading import load_pairs
+from modeling_llm2slm.data.records import versions, write_json
+from modeling_llm2slm.evaluation.metrics import score_and_sign
+from modeling_llm2slm.inference.text_to_text import TextToText
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

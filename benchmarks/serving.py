@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from demo import corpus
-from modeling_llm2slm.data import versions, write_json
+from modeling_llm2slm.data.records import versions, write_json
 
 
 ROOT = Path(__file__).parents[1]

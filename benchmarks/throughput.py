@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 
-from modeling_llm2slm.answer_file import answer_file
-from modeling_llm2slm.data import load_prompts, versions, write_json
-from modeling_llm2slm.text_to_text import TextToText
-from modeling_llm2slm.throughput import BatchLimits
+from modeling_llm2slm.data.loading import load_prompts
+from modeling_llm2slm.data.records import versions, write_json
+from modeling_llm2slm.inference.batching import BatchLimits
+from modeling_llm2slm.inference.files import answer_file
+from modeling_llm2slm.inference.text_to_text import TextToText
 
 
 ROOT = Path(__file__).parents[1]

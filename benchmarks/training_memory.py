@@ -1,5 +1,5 @@
 """
-The memory that each preset needs on one device, counted and not measured; see `modeling_llm2slm.memory`.
+The memory that each preset needs on one device, counted and not measured; see `modeling_llm2slm.training.memory`.
 
     python benchmarks/training_memory.py --output docs/results/training-memory.json
 
@@ -11,9 +11,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from modeling_llm2slm.building import preset_config
-from modeling_llm2slm.data import write_json
-from modeling_llm2slm.memory import training_memory
+from modeling_llm2slm.conversion.build import preset_config
+from modeling_llm2slm.data.records import write_json
+from modeling_llm2slm.training.memory import training_memory
 
 
 PRESETS = ("t5-large_gpt2", "t5-large_t5-small", "flan-t5-xl_gpt2", "t5-3b_gpt2")

@@ -19,10 +19,10 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.pytorch_utils import Conv1D
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
-from modeling_llm2slm.exported import EMBEDDINGS, ExportedLLM2SLM, supported_defaults
-from modeling_llm2slm.graphs import MANIFEST, check_packages, exported_model_class, read_manifest
+from modeling_llm2slm.engines.exported import EMBEDDINGS, ExportedLLM2SLM, supported_defaults
+from modeling_llm2slm.engines.graphs import MANIFEST, check_packages, exported_model_class, read_manifest
+from modeling_llm2slm.inference.text_to_text import composite_parts, count_parameters, decoding_modules, load_model
 from modeling_llm2slm.parts_llm2slm import reading_arguments
-from modeling_llm2slm.text_to_text import composite_parts, count_parameters, decoding_modules, load_model
 
 from .output import composite_config, copy_processor, output_folder, size_of
 from .report import Report, check_finite, probe

@@ -27,11 +27,13 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoProcessor, loggi
 
 from demo import corpus
 from demo.llm import BATCH, LLM, LLM_PAIRS, RECIPES
-from modeling_llm2slm.building import build
-from modeling_llm2slm.data import load_pairs, versions, write_aside, write_json
-from modeling_llm2slm.evaluation import score
-from modeling_llm2slm.text_to_text import TextToText
-from modeling_llm2slm.training import load_recipe, train
+from modeling_llm2slm.conversion.build import build
+from modeling_llm2slm.data.loading import load_pairs
+from modeling_llm2slm.data.records import versions, write_json
+from modeling_llm2slm.evaluation.metrics import score
+from modeling_llm2slm.files_llm2slm import write_aside
+from modeling_llm2slm.inference.text_to_text import TextToText
+from modeling_llm2slm.training.training import load_recipe, train
 
 
 SLM_PAIRS = 16_000

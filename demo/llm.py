@@ -15,9 +15,9 @@ from transformers import T5ForConditionalGeneration
 
 from demo import corpus
 from demo.tokenizer import train_tokenizer
-from modeling_llm2slm.building import build
-from modeling_llm2slm.data import write_aside
-from modeling_llm2slm.training import load_recipe, train
+from modeling_llm2slm.conversion.build import build
+from modeling_llm2slm.files_llm2slm import write_aside
+from modeling_llm2slm.training.training import load_recipe, train
 
 
 RECIPES = Path(__file__).parent / "recipes"

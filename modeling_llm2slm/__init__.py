@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoProcessor
 
 from .configuration_llm2slm import LLM2SLMConfig
-from .data_collator_llm2slm import DataCollatorForLLM2SLM
-from .lora import ia3_config, lora_config
+from .data.collator import DataCollatorForLLM2SLM
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration, PromptStates
-from .optimization import parameter_groups
 from .processing_llm2slm import LLM2SLMProcessor
+from .training import model_card
+from .training.adapters import ia3_config, lora_config
+from .training.optimization import parameter_groups
 
 
 if TYPE_CHECKING:
-    from .exported import ExportedLLM2SLM
+    from .engines.exported import ExportedLLM2SLM
 
 AutoConfig.register(LLM2SLMConfig.model_type, LLM2SLMConfig)
 AutoModelForSeq2SeqLM.register(LLM2SLMConfig, LLM2SLMForConditionalGeneration)
@@ -26,12 +27,13 @@ AutoProcessor.register(LLM2SLMConfig, LLM2SLMProcessor)
 LLM2SLMConfig.register_for_auto_class()
 LLM2SLMForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
 LLM2SLMProcessor.register_for_auto_class()
+LLM2SLMForConditionalGeneration.model_cards = model_card
 
 
 def __getattr__(name: str) -> Any:
     """What few need is imported when it is asked for."""
     if name == "ExportedLLM2SLM":
-        from .exported import ExportedLLM2SLM
+        from .engines.exported import ExportedLLM2SLM
 
         return ExportedLLM2SLM
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

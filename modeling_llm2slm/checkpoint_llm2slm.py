@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
@@ -44,7 +44,6 @@ from .files_llm2slm import (
     weight_files,
     write_aside,
 )
-from .model_card_llm2slm import has_card_by_hand, write_model_card
 
 
 logger = logging.get_logger(__name__)
@@ -77,6 +76,8 @@ class LLM2SLMCheckpointMixin:
 
     # What `save_pretrained` does where it is not told: `Trainer` tells it nothing.
     include_llm: bool = True
+    # The module that writes model cards, where the package is installed; remote code writes none.
+    model_cards: ClassVar[Any] = None
 
     @classmethod
     def from_pretrained(
@@ -189,7 +190,7 @@ class LLM2SLMCheckpointMixin:
         repo_id = hub.pop("repo_id", Path(save_directory).name)
         written = self._save(Path(save_directory), include_llm, repo_id if push_to_hub else None, card, **kwargs)
         if push_to_hub and written:
-            _upload(Path(save_directory), repo_id, written, token=kwargs.get("token"), **hub)
+            self._upload(Path(save_directory), repo_id, written, token=kwargs.get("token"), **hub)
 
     def _save(
         self,
@@ -212,7 +213,9 @@ class LLM2SLMCheckpointMixin:
                 return []
             with write_aside(target) as folder:
                 super().save_pretrained(folder, **kwargs)  # type: ignore[misc]
-                write_model_card(self, folder, target, **{"name": repo_id or target.name, **(card or {})})
+                if self.model_cards is not None:
+                    details = {"name": repo_id or target.name, **(card or {})}
+                    self.model_cards.write_model_card(self, folder, target, **details)
                 return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
 
     def push_to_hub(
@@ -242,7 +245,35 @@ class LLM2SLMCheckpointMixin:
         with TemporaryDirectory() as folder:
             target = Path(folder, repo_id.rpartition("/")[2])
             written = self._save(target, include_llm, repo_id, {"tags": tags}, max_shard_size=max_shard_size)
-            return _upload(target, repo_id, written, token=token, **kwargs) if written else ""
+            return self._upload(target, repo_id, written, token=token, **kwargs) if written else ""
+
+    def _upload(
+        self,
+        folder: Path,
+        repo_id: str,
+        written: list[str] | None = None,
+        token: bool | str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        **commit: Any,
+    ) -> str:
+        """Send the files of a checkpoint in one commit; a card that somebody wrote for the repository stays."""
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        keep = self.model_cards is not None and self.model_cards.has_card_by_hand(repo_id, token)
+        commit.setdefault("commit_message", "Upload model")
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            allow_patterns=written,
+            ignore_patterns=["README.md"] if keep else None,
+            # An earlier upload's weights: a whole file would be loaded in place of new shards.
+            delete_patterns=[WEIGHTS, INDEX, "model-*-of-*.safetensors"],
+            **commit,
+        )
 
 
 def _is_first() -> bool:
@@ -609,31 +640,3 @@ def _check_source_is_public(model: Any) -> None:
             f"The LLM comes from the folder {source['name_or_path']}, which nobody else has: a lean checkpoint on "
             "the Hub has to name a repository. Upload the LLM too, with `include_llm=True`."
         )
-
-
-def _upload(
-    folder: Path,
-    repo_id: str,
-    written: list[str] | None = None,
-    token: bool | str | None = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    **commit: Any,
-) -> str:
-    """Send the files of a checkpoint in one commit; a card that somebody wrote for the repository stays."""
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/pr"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    keep = has_card_by_hand(repo_id, token)
-    commit.setdefault("commit_message", "Upload model")
-    return api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        revision=revision,
-        allow_patterns=written,
-        ignore_patterns=["README.md"] if keep else None,
-        # An earlier upload's weights: a whole file would be loaded in place of new shards.
-        delete_patterns=[WEIGHTS, INDEX, "model-*-of-*.safetensors"],
-        **commit,
-    )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
-from conftest import DEPRECATIONS
+from tests.conftest import DEPRECATIONS
 
 
 @pytest.fixture

@@ -1,0 +1,4 @@
+from llm2slm import main
+
+
+main()

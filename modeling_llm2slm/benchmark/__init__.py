@@ -1,0 +1,1 @@
+"""The timing harness and its contestants."""

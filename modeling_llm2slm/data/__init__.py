@@ -1,0 +1,1 @@
+"""Rows in, examples out: reading files and data sets, tokenizing, streaming, order, collator."""

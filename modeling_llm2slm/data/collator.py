@@ -1,0 +1,65 @@
+# Copyright 2026 The modeling-llm2slm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Batches for training an LLM-to-SLM model."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..cache_llm2slm import labels_mask
+from ..processing_llm2slm import LLM2SLMProcessor
+
+
+@dataclass
+class DataCollatorForLLM2SLM:
+    """
+    Pads features of [`LLM2SLMProcessor`] to a batch: prompts by the LLM's tokenizer, answers with -100.
+
+    Args:
+        processor ([`LLM2SLMProcessor`]): The processor the features came from.
+        model ([`LLM2SLMForConditionalGeneration`], *optional*):
+            If given, `decoder_input_ids` are made from the labels, which `Trainer` needs for label smoothing.
+        pad_to_multiple_of (`int`, *optional*): Pad lengths to a multiple of this.
+        states (`StateStore`, *optional*):
+            A store of `llm2slm encode`: the LLM's states of every prompt, with which no LLM has to run.
+
+    Returns (of a call):
+        `dict[str, torch.Tensor]`: `input_ids` and `attention_mask` `(B, N)`; `labels` (and `decoder_input_ids`)
+        `(B, M)` if the features have them, and with a model that has no positions for N + M tokens
+        `decoder_attention_mask` `(B, M)`; `llm_hidden_states` `(B, N, d_llm)` from a store.
+    """
+
+    processor: LLM2SLMProcessor
+    model: Any = None
+    pad_to_multiple_of: int | None = None
+    states: Any = None
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        pad: dict[str, Any] = {"padding": True, "pad_to_multiple_of": self.pad_to_multiple_of, "return_tensors": "pt"}
+        prompts = [{key: row[key] for key in ("input_ids", "attention_mask") if key in row} for row in features]
+        batch = dict(self.processor.tokenizer.pad(prompts, verbose=False, **pad))
+        if self.states is not None:
+            batch["llm_hidden_states"] = self.states.batch(batch["input_ids"], batch["attention_mask"])
+        if features[0].get("labels") is not None:
+            batch["labels"] = self.processor.pad_labels([list(row["labels"]) for row in features], **pad)
+            if self.model is not None:
+                batch["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(batch["labels"])
+                # `Trainer` takes smoothed labels away, and with them what tells padding, which takes no positions.
+                if self.model.config.needs_answer_mask(batch["input_ids"].shape[1], batch["labels"].shape[1]):
+                    batch["decoder_attention_mask"] = labels_mask(batch["labels"])
+        return batch
+
+
+__all__ = ["DataCollatorForLLM2SLM"]

@@ -1,0 +1,1 @@
+"""Engines that compute a model: PyTorch, OpenVINO, ONNX Runtime; and quantization."""

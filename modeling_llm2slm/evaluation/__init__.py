@@ -1,0 +1,1 @@
+"""Metrics, and agreement with the LLM."""

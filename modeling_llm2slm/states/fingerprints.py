@@ -1,0 +1,79 @@
+"""Fingerprints: what tells the weights, tokenizers and checkpoints of one result from those of another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+
+WEIGHTS = (".safetensors", ".bin", ".xml", ".onnx", ".data")
+
+
+def weights_fingerprint(model: str | Path, prefix: str = "") -> str:
+    """
+    SHA-256 over names, dtypes, shapes and bytes of the tensors in a checkpoint whose names begin with `prefix`, which
+    does not count. They are read from the file, one after another, and loaded nowhere.
+    """
+    digest, names = hashlib.sha256(), tensors_of(model, prefix)
+    with ExitStack() as stack:
+        files = {file: stack.enter_context(safe_open(file, framework="pt")) for file in set(names.values())}
+        for name in sorted(names):
+            tensor = files[names[name]].get_tensor(name)
+            digest.update(f"{name.removeprefix(prefix)} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def tensors_of(model: str | Path, prefix: str) -> dict[str, Path]:
+    """The name of each tensor in a checkpoint that begins with `prefix`, and the weight file that holds it."""
+    folder = checkpoint_folder(model)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    else:
+        files = {"model.safetensors"}
+    found = {}
+    for file in sorted(files):
+        with safe_open(folder / file, framework="pt") as tensors:
+            found.update({name: folder / file for name in tensors.keys() if name.startswith(prefix)})  # noqa: SIM118
+    return found
+
+
+def checkpoint_folder(model: str | Path) -> Path:
+    """Where the files of a checkpoint are, which is a folder or a name on the Hub."""
+    if Path(model).is_dir():
+        return Path(model)
+    from transformers.utils import cached_file
+
+    return Path(cached_file(str(model), "config.json") or model).parent
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 over vocabulary and rules of a tokenizer, padding and truncation aside."""
+    content = json.dumps(sorted(tokenizer.get_vocab().items()))
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend = type(backend).from_str(backend.to_str())
+        backend.no_padding()
+        backend.no_truncation()
+        content += backend.to_str()
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def checkpoint_fingerprint(model: str | Path) -> str:
+    """SHA-256 over the files of a checkpoint that decide about answers: its weights and its configs."""
+    folder, digest = checkpoint_folder(model), hashlib.sha256()
+    files = [folder / "config.json", folder / "generation_config.json"]
+    files += [path for path in sorted(folder.rglob("*")) if path.suffix in WEIGHTS]
+    for path in files:
+        name = path.relative_to(folder)
+        if path.is_file() and not name.parts[0].startswith("checkpoint-"):  # what a training keeps beside its result
+            with path.open("rb") as file:
+                digest.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Recipes, trainer, optimizer, adapters, memory, distillation."""

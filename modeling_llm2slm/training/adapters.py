@@ -1,0 +1,119 @@
+"""Adapters (LoRA, DoRA, IA3) for the SLM of an LLM-to-SLM model."""
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+if TYPE_CHECKING:
+    from peft import IA3Config, LoraConfig
+
+    from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
+
+
+# Everything before the SLM, whatever names a user asks for: "all-linear", or layers that LLM and SLM both have.
+_BEFORE_SLM = r"encoder\..*"
+
+
+def lora_config(model: "LLM2SLMForConditionalGeneration", **overrides: Any) -> "LoraConfig":
+    r"""
+    A `peft.LoraConfig` that adapts every linear layer of the SLM but its head, and trains the projector (and the
+    prompt embedding) in full. The LLM is never touched, whatever `target_modules` say: they are looked for in the
+    SLM only.
+
+    Args:
+        model ([`LLM2SLMForConditionalGeneration`]): The model to adapt.
+        overrides:
+            Arguments of `peft.LoraConfig` that replace these defaults (`r=16`, `lora_alpha=32`, ...); `use_dora=True`
+            gives DoRA. What `exclude_modules` names is left out as well.
+
+    Returns:
+        `peft.LoraConfig`: for `peft.get_peft_model(model, config)`.
+
+    Raises:
+        ValueError: If some layers alone are asked for with `layers_to_transform`, and no `target_modules` as a list.
+    """
+    from peft import LoraConfig
+
+    if overrides.get("layers_to_transform") is not None and isinstance(overrides.get("target_modules", ""), str):
+        raise ValueError(
+            '`layers_to_transform` needs the layers by name as well, such as `target_modules=["c_attn"]`.'
+        )
+    head = model.get_output_embeddings()
+    names = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.decoder.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+    defaults = {"r": 16, "lora_alpha": 32, "target_modules": _in_slm(names)} | _defaults(model)
+    return LoraConfig(**(defaults | overrides | _exclusion(overrides)))
+
+
+def ia3_config(model: "LLM2SLMForConditionalGeneration", **overrides: Any) -> "IA3Config":
+    r"""
+    A `peft.IA3Config` that scales keys, values and the inner activations of the SLM's feed-forward layers, and trains
+    the projector (and the prompt embedding) in full. The LLM is never touched.
+
+    Args:
+        model ([`LLM2SLMForConditionalGeneration`]): The model to adapt.
+        overrides: Arguments of `peft.IA3Config` that replace these defaults.
+
+    Returns:
+        `peft.IA3Config`: for `peft.get_peft_model(model, config)`.
+
+    Raises:
+        ValueError: If peft does not know the layers of this family of SLM; name them then.
+    """
+    from peft import IA3Config
+    from peft.utils.constants import (
+        TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
+        TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+    )
+
+    family = model.config.decoder.model_type
+    defaults = _defaults(model)
+    # Layer by layer: peft 0.21 cannot merge IA3 beside a module that was saved as a whole and has layers inside.
+    linears = [f"projector.{name}" for name in model.encoder.projector.names]
+    defaults["modules_to_save"] = [*linears, *defaults["modules_to_save"][1:]]
+    if "target_modules" not in overrides:
+        if family not in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
+            raise ValueError(
+                f"Which layers of a {family} SLM IA3 scales is not known: pass `target_modules` and "
+                "`feedforward_modules`, regular expressions that begin with `decoder`."
+            )
+        defaults["target_modules"] = _in_slm(TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING[family])
+        defaults["feedforward_modules"] = _in_slm(TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[family])
+    return IA3Config(**(defaults | overrides | _exclusion(overrides)))
+
+
+def _defaults(model: "LLM2SLMForConditionalGeneration") -> dict[str, Any]:
+    has_embedding = model.encoder.prompt_embedding is not None
+    return {
+        "task_type": "SEQ_2_SEQ_LM",
+        "fan_in_fan_out": any(isinstance(module, Conv1D) for module in model.decoder.modules()),  # GPT-2's
+        "modules_to_save": ["projector", "prompt_embedding"] if has_embedding else ["projector"],
+    }
+
+
+def _in_slm(names: Iterable[str]) -> str:
+    """A pattern for the SLM's modules whose names end like this."""
+    return rf"decoder\..*\.({_any_of(names)})"
+
+
+def _any_of(names: Iterable[str]) -> str:
+    return "|".join(sorted(map(re.escape, names)))
+
+
+def _exclusion(overrides: dict[str, Any]) -> dict[str, Any]:
+    excluded = overrides.get("exclude_modules")
+    if not excluded:
+        return {"exclude_modules": _BEFORE_SLM}
+    if not isinstance(excluded, str):
+        excluded = rf"(.*\.)?({_any_of(excluded)})"
+    return {"exclude_modules": rf"{_BEFORE_SLM}|{excluded}"}
+
+
+__all__ = ["ia3_config", "lora_config"]

@@ -1,0 +1,192 @@
+"""The memory that training and answering take, counted on tensors that have shapes and no storage."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from transformers.initialization import no_init_weights
+
+from ..configuration_llm2slm import LLM2SLMConfig, llm_sizes
+from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
+from ..states.without_llm import LLM2SLMWithoutLLM
+from .adapters import lora_config
+
+
+def training_memory(
+    config: LLM2SLMConfig,
+    *,
+    batch_size: int,
+    prompt_length: int,
+    answer_length: int,
+    llm_states: bool = False,
+    lora: Mapping[str, Any] | None = None,
+    bf16: bool = False,
+    gradient_checkpointing: bool = False,
+    optimizer: str = "adamw",
+    shards: int = 1,
+) -> dict[str, int]:
+    """
+    Bytes that one device needs to train a composite, without what torch and its libraries need themselves.
+
+    Weights, gradients and optimizer states follow from the parameters. Activations are the tensors that a forward
+    pass saves for its backward pass, counted on fake tensors, and the logits with their gradients beside them. The
+    frozen LLM saves none; the widest of its layers needs a working memory, which counts as `llm_activations`.
+
+    Args:
+        config: The composite.
+        batch_size: Pairs on one device at once.
+        prompt_length: Tokens of a prompt, padding included.
+        answer_length: Tokens of an answer, padding included.
+        llm_states: Train on a store of `llm2slm encode`, without the LLM.
+        lora: Arguments of [`lora_config`] for training an adapter; None trains the whole SLM.
+        bf16: Compute in bfloat16 by autocast; weights, gradients and optimizer states stay in float32.
+        gradient_checkpointing: Keep only the input of each layer of the SLM, and compute the rest again.
+        optimizer: `"adamw"`, two numbers a parameter; or `"adafactor"`, one for each row and column.
+        shards: Devices that weights, gradients and optimizer states are spread over (FSDP); 1 keeps all on each (DDP).
+
+    Returns:
+        `llm`, `trained`, `frozen` (of the SLM, with LoRA), `gradients`, `optimizer`, `activations`,
+        `llm_activations` and `total`.
+    """
+    model = without_storage(config, llm_states, lora)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    llm = sum(parameter.nbytes for name, parameter in model.named_parameters() if ".llm." in name)
+    every = sum(parameter.nbytes for parameter in model.parameters())
+    sizes = {"batch": batch_size, "prompt": prompt_length, "answer": answer_length}
+    activations = _activations(config, lora, bf16, gradient_checkpointing, **sizes)
+    weights = sum(parameter.nbytes for parameter in trained)
+    memory = {
+        "llm": llm // shards,
+        "trained": weights // shards,
+        "frozen": (every - llm - weights) // shards,
+        "gradients": weights // shards,
+        "optimizer": _optimizer_bytes(trained, optimizer) // shards,
+        "activations": activations,
+        "llm_activations": 0 if llm_states else _llm_activations(config, batch_size, prompt_length),
+    }
+    return {**memory, "total": sum(memory.values())}
+
+
+def answering_memory(
+    config: LLM2SLMConfig, *, batch_size: int, prompt_length: int, answer_length: int
+) -> dict[str, int]:
+    """
+    Bytes of all weights and of the SLM's cache that it takes to answer.
+
+    Args:
+        config: The composite.
+        batch_size: Prompts at once, times beams.
+        prompt_length: Tokens of a prompt.
+        answer_length: Tokens of an answer.
+
+    Returns:
+        `weights`, `cache` and `total`.
+    """
+    model = without_storage(config, llm_states=False, lora=None)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    slm = config.decoder
+    heads = getattr(slm, "num_key_value_heads", None) or slm.num_attention_heads
+    width = getattr(slm, "head_dim", None) or getattr(slm, "d_kv", None) or slm.hidden_size // slm.num_attention_heads
+    positions = prompt_length + answer_length
+    # An encoder-decoder SLM caches the prompt in its cross-attention, a decoder-only one before the answer.
+    layers = getattr(slm, "num_decoder_layers", None) or slm.num_hidden_layers
+    cache = 2 * layers * batch_size * positions * heads * width * (2 if slm.dtype == torch.bfloat16 else 4)
+    return {"weights": weights, "cache": cache, "total": weights + cache}
+
+
+def without_storage(config: LLM2SLMConfig, llm_states: bool = False, lora: Mapping[str, Any] | None = None) -> Any:
+    """The model as it trains, on the meta device."""
+    config = copy.deepcopy(config)
+    with torch.device("meta"), no_init_weights():
+        model = (LLM2SLMWithoutLLM if llm_states else LLM2SLMForConditionalGeneration)(config).train()
+        for part in (model.encoder.llm, model.decoder):
+            part.tie_weights()  # else done with the initialization
+        object.__setattr__(model.encoder, "check_prompt", lambda *_: None)  # it reads values, and there are none
+        if lora is None:
+            return model
+        from peft import get_peft_model
+
+        return get_peft_model(model, lora_config(model, **lora)).train()
+
+
+def _activations(
+    config: LLM2SLMConfig, lora: Mapping[str, Any] | None, bf16: bool, checkpointing: bool, **sizes: int
+) -> int:
+    if not checkpointing:
+        return _saved_bytes(config, lora, bf16, **sizes)
+    # What lies outside the layers, one layer that is computed again, and the input of each.
+    layers, width = config.decoder.num_hidden_layers, config.hidden_size * (2 if bf16 else 4)
+    inputs = layers * sizes["batch"] * (sizes["prompt"] + sizes["answer"]) * width
+    return _saved_bytes(_with_one_layer(config), lora, bf16, **sizes) + inputs
+
+
+def _with_one_layer(config: LLM2SLMConfig) -> LLM2SLMConfig:
+    config = copy.deepcopy(config)
+    config.decoder.num_hidden_layers = 1
+    if hasattr(config.decoder, "num_decoder_layers"):
+        config.decoder.num_decoder_layers = 1
+    return config
+
+
+def _saved_bytes(
+    config: LLM2SLMConfig, lora: Mapping[str, Any] | None, bf16: bool, batch: int, prompt: int, answer: int
+) -> int:
+    """Bytes of all tensors but the weights that a forward pass saves, and of the logits with their gradients."""
+    model, fake = without_storage(config, llm_states=True, lora=lora), FakeTensorMode()
+    make_fake(model, fake)
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    saved: dict[int, Any] = {}
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            saved[storage._cdata] = storage  # kept, so that no other gets its number
+        return tensor
+
+    with (
+        fake,
+        torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+    ):
+        outputs = model(
+            input_ids=torch.zeros(batch, prompt, dtype=torch.long),
+            attention_mask=torch.ones(batch, prompt, dtype=torch.long),
+            llm_hidden_states=torch.zeros(batch, prompt, llm_sizes(config.encoder).hidden_size, dtype=torch.bfloat16),
+            labels=torch.zeros(batch, answer, dtype=torch.long),
+        )
+    # The output holds its logits while the loss, computed in float32, passes back two gradients of their size.
+    logits = outputs.logits.nbytes + 2 * 4 * outputs.logits.numel()
+    return sum(storage.nbytes() for storage in saved.values()) + logits
+
+
+def make_fake(model: nn.Module, fake: FakeTensorMode) -> None:
+    """Gives every tensor of a model on the meta device a device to compute on, and no storage; ties stay ties."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and id(tensor) not in made:
+                    faked = FakeTensor(fake, tensor.detach().to("meta"), torch.device("cpu"))
+                    is_weight = tensors is module._parameters
+                    made[id(tensor)] = nn.Parameter(faked, tensor.requires_grad) if is_weight else faked
+                if tensor is not None:
+                    tensors[name] = made[id(tensor)]
+
+
+def _llm_activations(config: LLM2SLMConfig, batch: int, prompt: int) -> int:
+    """The widest layer of a frozen LLM: its states, what the feed-forward layer makes of them, and its attention."""
+    llm = llm_sizes(config.encoder)
+    width = getattr(llm, "intermediate_size", None) or getattr(llm, "d_ff", None) or 4 * llm.hidden_size
+    numbers = 4 * llm.hidden_size + 2 * width + llm.num_attention_heads * prompt
+    return batch * prompt * numbers * (2 if config.encoder_dtype in ("bfloat16", "float16") else 4)
+
+
+def _optimizer_bytes(trained: list[nn.Parameter], optimizer: str) -> int:
+    if optimizer == "adafactor":
+        return 4 * sum(sum(p.shape[-2:]) if p.dim() > 1 else p.numel() for p in trained)
+    return 2 * sum(parameter.nbytes for parameter in trained)

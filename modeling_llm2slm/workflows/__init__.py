@@ -1,0 +1,1 @@
+"""Several steps in one command: plan and speedup."""

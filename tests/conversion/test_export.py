@@ -1,0 +1,201 @@
+"""Exporting: complete folders, compared before they are put in place, and one sentence for what is wrong."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import T5ForConditionalGeneration
+
+import llm2slm
+from modeling_llm2slm import LLM2SLMForConditionalGeneration
+from modeling_llm2slm.conversion import export
+from modeling_llm2slm.engines.exported import ExportedLLM2SLM
+from modeling_llm2slm.engines.graphs import exported_model_class
+from modeling_llm2slm.evaluation.metrics import evaluate
+from modeling_llm2slm.inference.text_to_text import ExportedTextToText, TextToText
+from tests.llm2slm.test_cli import run
+from tests.support.common import t5_config
+from tests.support.exports import checkpoint, exported_folder, needs
+
+
+KIND = ("gpt2", "add_shared")
+MODULE = sys.modules[export.__module__]
+TEXTS = ["out11 out52 out7 out93", "out85 out29"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    needs("openvino")
+    return checkpoint(*KIND, tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def folder(source, tmp_path_factory) -> Path:
+    return exported_folder(tmp_path_factory, *KIND)
+
+
+def test_a_folder_is_complete_in_itself(source, folder, tmp_path) -> None:
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    whole, exported = TextToText.from_pretrained(source), TextToText.from_pretrained(moved)
+    assert isinstance(exported, ExportedTextToText)
+    expected = whole.generate(TEXTS, max_new_tokens=12)
+    assert len(set(expected)) == 2
+    assert exported.generate(TEXTS, max_new_tokens=12) == expected
+    assert "".join(exported.stream(TEXTS[0], max_new_tokens=12)) == expected[0]
+    assert exported.parameters() == {**whole.parameters(), "trainable": 0}
+    assert [part.name for part in exported.parts()] == [part.name for part in whole.parts()]
+
+
+def test_the_commands_take_it(folder, tmp_path, capsys) -> None:
+    assert run("info", folder) == 0
+    assert "fp32" in capsys.readouterr().out
+    assert run("generate", folder, TEXTS[0], "--max-new-tokens", 4) == 0
+    assert capsys.readouterr().out.startswith("out")
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps({"prompt": text, "answer": text}) + "\n" for text in TEXTS))
+    result = evaluate(str(folder), pairs, timed_answers=1, max_new_tokens=4)
+    assert result["pairs"] == 2
+    assert result["device"] == "cpu"
+
+
+def test_weights_are_stored_once(source, folder) -> None:
+    size = sum(file.stat().st_size for file in folder.glob("*") if file.suffix in (".bin", ".safetensors"))
+    model = TextToText.from_pretrained(source).model
+    table = model.get_input_embeddings().weight.nbytes
+    unused = model.encoder.llm.get_input_embeddings().weight.nbytes - model.encoder.llm.shared.weight.nbytes
+    assert unused == 0
+    weights = sum(tensor.nbytes for tensor in model.parameters())
+    assert weights <= size < weights + table / 2
+
+
+@pytest.fixture
+def traced(folder, monkeypatch) -> None:
+    """Graphs are those of the exported folder: to make them anew takes seconds."""
+    components = exported_model_class().from_pretrained(folder).components
+    monkeypatch.setattr(MODULE, "component", lambda graph, *_, is_step: components["step" if is_step else "prompt"])
+
+
+@pytest.mark.usefixtures("traced")
+def test_the_command_does_not_overwrite(source, tmp_path, capsys) -> None:
+    written = tmp_path / "exported"
+    written.mkdir()
+    (written / "precious").write_text("")
+    assert run("export", source, written) == 1
+    assert "add --overwrite" in capsys.readouterr().err
+    assert [file.name for file in written.iterdir()] == ["precious"]
+    assert run("export", source, written, "--overwrite") == 0
+    assert "answers, largest difference" in capsys.readouterr().out
+    assert TextToText.from_pretrained(written).generate(TEXTS, max_new_tokens=4)
+    assert not (written / "precious").exists()
+
+
+@pytest.mark.usefixtures("traced")
+def test_an_llm_with_a_dtype_of_its_own_becomes_float32(source, tmp_path, monkeypatch) -> None:
+    model = LLM2SLMForConditionalGeneration.from_pretrained(source, encoder_dtype="bfloat16")
+    model.save_pretrained(tmp_path / "source")
+    dtypes = set()
+    graphs_of = MODULE.graphs_of
+
+    def look(model: LLM2SLMForConditionalGeneration) -> dict[str, Any]:
+        dtypes.update(parameter.dtype for parameter in model.parameters())
+        return graphs_of(model)
+
+    monkeypatch.setattr(MODULE, "graphs_of", look)
+    with pytest.raises(ValueError, match="answers differ"):  # the graphs are of weights that were never rounded
+        export(tmp_path / "source", tmp_path / "exported")
+    assert dtypes == {torch.float32}
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_result_that_differs_is_not_put_in_place(source, tmp_path, monkeypatch) -> None:
+    table = MODULE.embeddings_of
+    monkeypatch.setattr(MODULE, "embeddings_of", lambda *args: table(*args).roll(1, 0).contiguous())
+    with pytest.raises(ValueError, match="answers differ"):
+        export(source, tmp_path / "exported")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("runtime", "weights", "part"),
+    [("openvino", "bf16", 0.75), ("openvino", "int8", 0.5), ("openvino", "int4", 0.5), ("onnx", "int8", 0.7)],
+)
+def test_smaller_weights(source, folder, tmp_path_factory, runtime, weights, part, capsys) -> None:
+    needs(runtime)
+    small = exported_folder(tmp_path_factory, *KIND, weights, runtime)
+    assert not capsys.readouterr().out
+    sizes = [
+        sum(file.stat().st_size for file in place.glob("*") if file.suffix in (".bin", ".data"))
+        for place in (small, folder)
+    ]
+    assert sizes[0] < part * sizes[1]
+    text_to_text = TextToText.from_pretrained(small)
+    assert {part.dtype for part in text_to_text.parts()} == {weights}
+    # Few bits of so narrow a model are enough for the beginning of what it learned.
+    length = {"openvino-int4": 2, "onnx-int8": 4}.get(f"{runtime}-{weights}", 8)
+    expected = TextToText.from_pretrained(source).generate(TEXTS, max_new_tokens=length)
+    assert text_to_text.generate(TEXTS, max_new_tokens=length) == expected
+
+
+def test_what_is_wrong_takes_one_sentence(source, tmp_path, capsys) -> None:
+    assert run("export", source, tmp_path / "e", "--runtime", "tpu") == 1
+    assert "Choose one of: openvino, onnx." in capsys.readouterr().err
+    assert run("export", source, tmp_path / "e", "--weights", "int2") == 1
+    assert "Choose one of: fp32, bf16, int8, int4." in capsys.readouterr().err
+    T5ForConditionalGeneration(t5_config()).save_pretrained(tmp_path / "t5")
+    assert run("export", tmp_path / "t5", tmp_path / "e") == 1
+    assert "is a t5 model, not a composite" in capsys.readouterr().err
+    assert run("export", source, tmp_path / "e", "--runtime", "onnx", "--weights", "bf16") == 1
+    assert "has no bf16" in capsys.readouterr().err
+    assert not (tmp_path / "e").exists()
+
+
+def test_a_missing_package_names_its_extra(tmp_path, monkeypatch, capsys) -> None:
+    version = importlib.metadata.version
+
+    def without(package: str) -> str:
+        if package == "openvino":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return version(package)
+
+    monkeypatch.setattr("modeling_llm2slm.engines.graphs.version", without)
+    assert run("export", tmp_path, tmp_path / "e") == 1
+    assert "Error: openvino is not installed. Try: pip install 'modeling-llm2slm[openvino]'" in capsys.readouterr().err
+
+
+def test_an_older_transformers_names_the_version(source, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "transformers.exporters", None)
+    assert run("export", source, tmp_path / "e") == 1
+    assert "needs transformers 5.23 or newer" in capsys.readouterr().err
+
+
+def test_an_exported_model_stays_what_it_is(folder, tmp_path) -> None:
+    exported = TextToText.from_pretrained(folder)
+    with pytest.raises(ValueError, match="copy its folder"):
+        exported.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="runs on the CPU"):
+        TextToText.from_pretrained(folder, device="cuda")
+    with pytest.raises(ValueError, match="with all of its weights as they are"):
+        TextToText.from_pretrained(folder, dtype=torch.bfloat16)
+    with pytest.raises(OSError, match="is not an exported model"):
+        ExportedLLM2SLM.from_pretrained(tmp_path)
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    (broken / "openvino_step.bin").unlink()
+    with pytest.raises(OSError, match="cannot be loaded"):
+        TextToText.from_pretrained(broken)
+    (broken / "export.json").write_text("{")
+    with pytest.raises(OSError, match="export.json is damaged"):
+        TextToText.from_pretrained(broken)
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(llm2slm, "out", llm2slm.Console(width=200))
+    monkeypatch.setattr(llm2slm, "err", llm2slm.Console(stderr=True, width=200))

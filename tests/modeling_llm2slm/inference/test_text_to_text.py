@@ -1,0 +1,214 @@
+"""Three kinds of checkpoint behind one interface: features, answers, streams, sizes, errors that say what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DataCollatorForSeq2Seq, GPT2LMHeadModel, ViTConfig, ViTModel
+
+from modeling_llm2slm.inference.text_to_text import DecoderOnlyTextToText, TextToText
+from tests.support.checkpoints import ANSWERS, KINDS, PROMPTS, write_checkpoint
+from tests.support.common import gpt2_config, slm_tokenizer
+
+
+END = 1
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {kind: write_checkpoint(kind, folder / kind) for kind in KINDS}
+
+
+@pytest.fixture(params=KINDS)
+def text_to_text(request, checkpoints):
+    return TextToText.from_pretrained(checkpoints[request.param])
+
+
+def test_features_end_an_answer_once_and_are_not_padded(text_to_text):
+    features = text_to_text.features(PROMPTS, ANSWERS)
+    assert sorted(features) == ["attention_mask", "input_ids", "labels"]
+    for ids, mask, labels, answer in zip(
+        *(features[name] for name in ("input_ids", "attention_mask", "labels")), ANSWERS, strict=True
+    ):
+        assert mask == [1] * len(ids)
+        kept = [label for label in labels if label != -100]
+        assert kept[-1] == END
+        assert text_to_text.tokenizer.decode(kept[:-1]) == answer
+
+
+def test_answers_do_not_depend_on_the_batch(text_to_text):
+    alone = text_to_text.generate_tokens(PROMPTS, batch_size=1, max_new_tokens=6)
+    together = text_to_text.generate_tokens(PROMPTS, batch_size=5, max_new_tokens=6)
+    assert alone == together
+    assert len({tuple(answer) for answer in alone}) > 2  # a model that always says the same would prove nothing
+
+
+def test_what_streams_is_what_is_generated(text_to_text):
+    for prompt in PROMPTS[:3]:
+        pieces = list(text_to_text.stream(prompt, max_new_tokens=6))
+        assert "".join(pieces).strip() == text_to_text.generate([prompt], max_new_tokens=6)[0].strip()
+        assert len(pieces) > 1
+
+
+def test_an_error_while_streaming_reaches_the_caller(text_to_text):
+    with pytest.raises(ValueError, match="num_beams"):
+        list(text_to_text.stream("src1", num_beams=2))
+
+
+def test_no_prompts_have_no_answers(text_to_text):
+    assert text_to_text.generate([]) == []
+
+
+def test_an_empty_prompt_is_found_before_any_compute(checkpoints, monkeypatch):
+    """Tokenizers that add no end make one of an empty text."""
+    text_to_text = TextToText.from_pretrained(checkpoints["llm2slm"])
+    assert text_to_text.lacks_room(0, 4) == "The prompt is empty"
+    monkeypatch.setattr(text_to_text, "features", lambda prompts: {"input_ids": [[3, 4], []]})
+    monkeypatch.setattr(text_to_text, "read", None)
+    with pytest.raises(ValueError, match="The prompt is empty"):
+        text_to_text.generate(["src1", ""])
+
+
+def test_answers_are_limited_by_answer_max_length(text_to_text, monkeypatch):
+    text_to_text.answer_max_length = 3
+    suppressed = text_to_text.generate_tokens(["src1"], suppress_tokens=[END])
+    assert len(suppressed[0]) == 3
+    assert len(text_to_text.generate_tokens(["src1"], suppress_tokens=[END], max_new_tokens=4)[0]) == 4
+
+
+def test_answers_are_as_long_as_the_checkpoint_says(text_to_text):
+    text_to_text.model.generation_config.max_new_tokens = 3
+    assert len(text_to_text.generate_tokens(["src1"], suppress_tokens=[END])[0]) == 3
+    assert len(text_to_text.generate_tokens(["src1"], suppress_tokens=[END], max_new_tokens=4)[0]) == 4
+    text_to_text.answer_max_length = 2
+    assert len(text_to_text.generate_tokens(["src1"], suppress_tokens=[END])[0]) == 2
+
+
+def test_a_saved_model_answers_as_before(text_to_text, tmp_path):
+    text_to_text.save_pretrained(tmp_path)
+    reloaded = TextToText.from_pretrained(tmp_path)
+    assert type(reloaded) is type(text_to_text)
+    assert reloaded.generate(PROMPTS, max_new_tokens=6) == text_to_text.generate(PROMPTS, max_new_tokens=6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_texts_are_cut_to_the_maximum_and_still_end(checkpoints, kind, caplog):
+    limited = TextToText.from_pretrained(checkpoints[kind], prompt_max_length=3, answer_max_length=3)
+    features = limited.features(PROMPTS[:1], ANSWERS[:1])
+    labels = [label for label in features["labels"][0] if label != -100]
+    assert len(labels) == 3
+    assert labels[-1] == END
+    prompt = features["input_ids"][0]
+    assert caplog.text.count("1 of 1") == 2  # nothing is cut in silence
+    assert len(prompt) == (3 if kind != "slm" else 3 + 1 + 3)  # a decoder-only model has all in one, with a separator
+
+
+def test_parameters_are_counted_once(checkpoints):
+    counts = {kind: TextToText.from_pretrained(path).parameters() for kind, path in checkpoints.items()}
+    assert counts["slm"]["total"] == counts["slm"]["trainable"] == counts["slm"]["decode"]
+    assert counts["llm2slm"]["decode"] == counts["slm"]["total"]
+    assert counts["llm2slm"]["decode"] < counts["llm2slm"]["trainable"] < counts["llm2slm"]["total"]
+    assert counts["llm"]["decode"] < counts["llm"]["total"]
+
+
+def test_parts_of_a_composite_are_all_of_it(checkpoints):
+    composite = TextToText.from_pretrained(checkpoints["llm2slm"])
+    parts = {part.name: part for part in composite.parts()}
+    assert list(parts) == ["LLM", "projector", "SLM"]
+    assert sum(part.parameters for part in parts.values()) == composite.parameters()["total"]
+    assert parts["SLM"].config is composite.model.config.decoder
+    assert {part.dtype for part in parts.values()} == {"float32"}
+
+
+class TestDecoderOnly:
+    @pytest.fixture
+    def slm(self, checkpoints):
+        return TextToText.from_pretrained(checkpoints["slm"])
+
+    def test_only_the_answer_counts_in_the_loss(self, slm):
+        features = slm.features(["src1 src2"], ["src3"])
+        one, two, three = slm.tokenizer.convert_tokens_to_ids(["src1", "src2", "src3"])
+        assert features["input_ids"] == [[one, two, END, three, END]]
+        assert features["labels"] == [[-100, -100, -100, three, END]]
+
+    def test_batches_of_answers_give_the_loss_and_gradients_of_whole_sequences(self, slm):
+        features = slm.features(PROMPTS, ANSWERS)
+        rows = [{name: features[name][row] for name in features} for row in range(len(PROMPTS))]
+        short, whole = slm.collator(rows), DataCollatorForSeq2Seq(slm.tokenizer)(rows)
+        assert short["logits_to_keep"] == 1 + 7
+        losses, gradients = [], []
+        for batch in (short, whole):
+            output = slm.model(**batch)
+            losses.append(output.loss)
+            gradients.append(torch.autograd.grad(output.loss, slm.model.transformer.wte.weight)[0])
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*gradients)
+
+    def test_a_tokenizer_without_pad_and_end_ids_of_its_own_will_do(self):
+        # As GPT-2's: one token starts and ends, none pads.
+        slm = DecoderOnlyTextToText(GPT2LMHeadModel(gpt2_config()).eval(), slm_tokenizer())
+        end = slm.tokenizer.eos_token_id
+        assert slm.tokenizer.pad_token_id == end
+        assert slm.features(["out1"], ["out2"])["input_ids"][0][1::2] == [end, end]
+        prompts = ["out1 out2 out3", "out5"]
+        assert slm.generate(prompts, 2, max_new_tokens=5) == slm.generate(prompts, 1, max_new_tokens=5)
+
+    def test_too_few_positions_are_an_error_before_any_compute(self, slm, monkeypatch):
+        monkeypatch.setattr(slm.model, "generate", None)
+        with pytest.raises(ValueError, match=r"69 tokens together, but the model has 64 positions"):
+            slm.generate([" ".join(["src1"] * 60)], max_new_tokens=8)
+        with pytest.raises(ValueError, match=r"prompt_max_length"):
+            slm.generate([" ".join(["src1"] * 60)], max_new_tokens=8)
+
+
+def damage(folder: Path, how: str) -> None:
+    weights = folder / "model.safetensors"
+    if how == "truncated weights":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "weights missing":
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(weights)
+        tensors.pop(next(name for name in tensors if name.endswith(("c_fc.weight", "wi.weight"))))
+        save_file(tensors, weights, metadata={"format": "pt"})
+    elif how == "broken config":
+        (folder / "config.json").write_text("{")
+    elif how == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "how", ["truncated weights", "no weights", "weights missing", "broken config", "no tokenizer"]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_checkpoint_is_an_error_of_one_line(checkpoints, tmp_path, kind, how):
+    TextToText.from_pretrained(checkpoints[kind]).save_pretrained(tmp_path)
+    damage(tmp_path, how)
+    with pytest.raises(OSError, match=tmp_path.name) as caught:
+        TextToText.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_another_type_is_an_error(tmp_path):
+    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=16)
+    ViTModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="vit model, which does not turn a prompt into an answer"):
+        TextToText.from_pretrained(tmp_path)
+
+
+def test_a_type_nobody_knows_is_an_error(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard-of"}))
+    with pytest.raises(OSError, match="cannot be loaded"):
+        TextToText.from_pretrained(tmp_path)
+
+
+def test_weights_are_loaded_in_the_dtype_asked_for(checkpoints, tmp_path):
+    TextToText.from_pretrained(checkpoints["slm"], dtype="bfloat16").save_pretrained(tmp_path)
+    assert TextToText.from_pretrained(tmp_path).model.dtype == torch.float32
+    assert TextToText.from_pretrained(tmp_path, dtype="bfloat16").model.dtype == torch.bfloat16

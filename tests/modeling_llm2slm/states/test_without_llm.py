@@ -1,0 +1,116 @@
+"""Models without their LLM: the same losses, gradients and answers from stored states, and no LLM in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.utils.dataclasses import get_module_class_from_name
+
+from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
+from modeling_llm2slm.states.without_llm import load_without_llm, with_llm
+from tests.support.common import (
+    FUSIONS,
+    PROMPTS,
+    build_model,
+    gpt2_config,
+    make_labels,
+    pad_prompts,
+    same_tensors,
+    t5_config,
+)
+from tests.support.families import LLMS
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_loss_gradients_and_answers_are_those_of_the_whole(fusion: str, dtype: str | None, tmp_path: Path) -> None:
+    built = build_model(fusion)
+    if dtype is not None:
+        built.config.encoder_dtype = dtype
+        built.encoder.llm.to(torch.bfloat16)
+    built.save_pretrained(tmp_path)
+    whole = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path)
+    model, report = load_without_llm(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    of_llm = [name for name, _ in model.named_parameters() if ".llm." in name]
+    assert of_llm == (["encoder.llm.shared.weight"] if fusion == "add" else [])
+
+    batch = pad_prompts(PROMPTS)
+    states = whole.encode_llm(**batch)
+    losses = []
+    for each in (whole, model):
+        loss = each.eval()(**batch, labels=make_labels(), llm_hidden_states=states).loss
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[0] == losses[1]
+    expected = dict(whole.named_parameters())
+    for name, parameter in model.named_parameters():
+        if ".llm." not in name:
+            assert torch.equal(parameter.grad, expected[name].grad), name
+    answers = [each.generate(**batch, llm_hidden_states=states, max_new_tokens=6) for each in (whole, model)]
+    assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_nothing_of_the_llm_trains_and_the_whole_comes_back(fusion: str, tmp_path: Path) -> None:
+    built = build_model(fusion)
+    built.save_pretrained(tmp_path)
+    model = load_without_llm(tmp_path).train()
+    assert not [name for name, p in model.named_parameters() if ".llm." in name and p.requires_grad]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    whole = with_llm(model, tmp_path)
+    assert type(whole) is LLM2SLMForConditionalGeneration
+    for name, tensor in whole.state_dict().items():
+        moved = 0 if ".llm." in name else 1
+        torch.testing.assert_close(tensor, built.state_dict()[name] + moved)
+    whole.save_pretrained(tmp_path / "whole")
+    same_tensors(LLM2SLMForConditionalGeneration.from_pretrained(tmp_path / "whole").state_dict(), whole.state_dict())
+
+
+def test_a_prompt_without_states_is_an_error_that_names_the_fix(tmp_path: Path) -> None:
+    build_model("add").save_pretrained(tmp_path)
+    model = load_without_llm(tmp_path)
+    for call in (model, model.generate, model.encode_llm):
+        labels = {"labels": make_labels()} if call is model else {}
+        with pytest.raises(ValueError, match="loaded without its LLM: pass `llm_hidden_states`"):
+            call(**pad_prompts(PROMPTS), **labels)
+
+
+@pytest.mark.parametrize("family", LLMS)
+def test_every_family_of_llm_leaves_its_embedding(family: str, tmp_path: Path) -> None:
+    """Some scale what their table holds, by a number that no checkpoint has."""
+    llm = LLMS[family]
+    config = LLM2SLMConfig(encoder=llm.config(vocab_size=120), decoder=gpt2_config(), encoder_layer=llm.layer)
+    LLM2SLMForConditionalGeneration(config).save_pretrained(tmp_path)
+    whole = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path)
+    model, report = load_without_llm(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    of_llm = [parameter.numel() for name, parameter in model.named_parameters() if ".llm." in name]
+    assert of_llm == [whole.encoder.llm.get_input_embeddings().weight.numel()]
+    # What accelerate shards by: a class that is not in the model is an error there.
+    assert all(get_module_class_from_name(each, name) for each in (whole, model) for name in each._no_split_modules)
+    assert "GPT2Block" in model._no_split_modules <= whole._no_split_modules
+    batch = pad_prompts(PROMPTS)
+    states = whole.encode_llm(**batch)
+    stored = {**batch, "llm_hidden_states": states, "labels": make_labels()}
+    losses = [each.eval()(**stored).loss for each in (whole, model)]
+    assert torch.equal(*losses)
+    assert torch.equal(with_llm(model, tmp_path)(**batch, labels=make_labels()).loss, losses[0])
+
+
+def test_a_cut_llm_and_an_encoder_decoder_slm(tmp_path: Path) -> None:
+    config = LLM2SLMConfig(encoder=t5_config(), decoder=t5_config(), encoder_layer=2)
+    whole = LLM2SLMForConditionalGeneration(config).eval()
+    whole.save_pretrained(tmp_path)
+    model = load_without_llm(tmp_path)
+    batch = pad_prompts(PROMPTS)
+    states = whole.encode_llm(**batch)
+    labels = make_labels()
+    assert torch.equal(
+        model(**batch, llm_hidden_states=states, labels=labels).loss, whole(**batch, labels=labels).loss
+    )

@@ -1,0 +1,524 @@
+"""Full and lean checkpoints: what is in them, where the LLM of a lean one comes from, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    T5ForConditionalGeneration,
+    TrainingArguments,
+)
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, checkpoint_llm2slm, files_llm2slm
+from modeling_llm2slm.states.without_llm import load_without_llm
+from tests.support import families
+from tests.support.common import (
+    PROMPTS,
+    build_model,
+    build_parts,
+    gpt2_config,
+    make_labels,
+    pad_prompts,
+    same_tensors,
+    t5_config,
+)
+from tests.support.conversions import edit
+
+
+LLM = "encoder.llm."
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A composite of two models on disk, saved full and lean beside them."""
+    folder = tmp_path_factory.mktemp("models")
+    parts = build_parts()
+    parts.llm.save_pretrained(folder / "llm")
+    parts.slm.save_pretrained(folder / "slm")
+    model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(folder / "llm", folder / "slm")
+    model.save_pretrained(folder / "full")
+    model.save_pretrained(folder / "lean", include_llm=False)
+    return folder
+
+
+@pytest.fixture
+def copy(folder, tmp_path) -> Path:
+    """The same folder, to be spoilt."""
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def load(path: Path, **kwargs: Any) -> LLM2SLMForConditionalGeneration:
+    return LLM2SLMForConditionalGeneration.from_pretrained(path, **kwargs)
+
+
+def names_in(path: Path) -> set[str]:
+    with safe_open(path / "model.safetensors", "pt") as file:
+        return set(file.keys())
+
+
+class TestLean:
+    def test_the_llm_is_left_out_and_found_again(self, folder):
+        assert not any(name.startswith(LLM) for name in names_in(folder / "lean"))
+        assert any(name.startswith(LLM) for name in names_in(folder / "full"))
+        full, lean = load(folder / "full"), load(folder / "lean")
+        same_tensors(lean.state_dict(), full.state_dict())
+        batch = pad_prompts(PROMPTS)
+        assert torch.equal(lean.generate(**batch, max_new_tokens=8), full.generate(**batch, max_new_tokens=8))
+        assert not lean.encoder.llm.shared.weight.requires_grad
+
+    def test_the_config_says_where_it_is(self, folder):
+        config = json.loads((folder / "lean" / "config.json").read_text())
+        assert config["lean"] is True
+        assert config["llm_source"]["name_or_path"] == "../llm"
+        assert len(config["llm_source"]["fingerprint"]) == 32
+        assert str(folder) not in json.dumps(config)
+
+    def test_nothing_is_missing_or_unexpected(self, folder):
+        for kind in ("full", "lean"):
+            _, info = AutoModelForSeq2SeqLM.from_pretrained(folder / kind, output_loading_info=True)
+            assert not any(info.values()), info
+
+    def test_where_it_comes_from_is_logged(self, folder, caplog):
+        load(folder / "lean")
+        assert f"the LLM's weights are read from {folder / 'llm'}" in caplog.text
+
+    def test_the_folders_move_together(self, copy, tmp_path):
+        shutil.move(copy, tmp_path / "elsewhere")
+        load(tmp_path / "elsewhere" / "lean")
+
+    def test_a_checkpoint_in_a_subfolder(self, copy):
+        load(copy / "full").save_pretrained(copy / "many" / "lean", include_llm=False)
+        loaded = LLM2SLMForConditionalGeneration.from_pretrained(copy / "many", subfolder="lean")
+        assert loaded.config.llm_source["name_or_path"] == str(copy / "llm")
+        edit(copy / "lean", llm_source={"subfolder": "../slm"})
+        with pytest.raises(ValueError, match="encoder_pretrained_model_name_or_path"):
+            load(copy / "lean")
+
+    def test_the_llm_moves_alone(self, copy):
+        (copy / "llm").rename(copy / "other")
+        with pytest.raises(OSError, match=r"llm has no model\.safetensors"):
+            load(copy / "lean")
+        model = load(copy / "lean", encoder_pretrained_model_name_or_path=copy / "other")
+        model.save_pretrained(copy / "again", include_llm=False)
+        same_tensors(load(copy / "again").state_dict(), model.state_dict())
+
+    @pytest.mark.parametrize("kwargs", [{}, {"max_shard_size": "20KB"}])
+    def test_an_llm_with_head_decoder_and_shards(self, kwargs, tmp_path):
+        torch.manual_seed(3)
+        T5ForConditionalGeneration(t5_config()).save_pretrained(tmp_path / "llm", **kwargs)
+        build_parts().slm.save_pretrained(tmp_path / "slm")
+        model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(
+            tmp_path / "llm", tmp_path / "slm", encoder_layer=2
+        )
+        model.save_pretrained(tmp_path / "lean", include_llm=False)
+        same_tensors(load(tmp_path / "lean").state_dict(), model.state_dict())
+
+    @pytest.mark.parametrize(
+        ("family", "kind"), [*((family, "head") for family in families.LLMS), ("t5gemma", "base"), ("bart", "base")]
+    )
+    def test_every_family_of_llm(self, family, kind, tmp_path):
+        llm = families.build_llm(family)
+        if kind == "head":
+            heads = {"bert": AutoModelForMaskedLM, "roberta": AutoModelForMaskedLM}
+            decoder_only = families.LLMS[family].layer is not None
+            auto_class = heads.get(family, AutoModelForCausalLM if decoder_only else AutoModelForSeq2SeqLM)
+            llm = auto_class.from_config(families.LLMS[family].config(vocab_size=families.LLM_VOCAB_SIZE))
+        llm.save_pretrained(tmp_path / "llm")
+        build_parts().slm.save_pretrained(tmp_path / "slm")
+        model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(
+            tmp_path / "llm", tmp_path / "slm", encoder_layer=families.LLMS[family].layer
+        )
+        model.save_pretrained(tmp_path / "lean", include_llm=False)
+        loaded, info = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path / "lean", output_loading_info=True)
+        assert not any(info.values()), info
+        same_tensors(loaded.state_dict(), model.state_dict())
+
+    def test_an_llm_in_a_file_of_other_names(self, tmp_path):
+        """As of old BERTs: transformers renames what it loads, and a lean checkpoint would not find it again."""
+        families.build_llm("bert").save_pretrained(tmp_path / "llm")
+        build_parts().slm.save_pretrained(tmp_path / "slm")
+        file = tmp_path / "llm" / "model.safetensors"
+        old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+        tensors = {
+            name.replace(ending, old.get(ending, ending)): tensor
+            for name, tensor in load_file(file).items()
+            for ending in [".".join(name.split(".")[-2:])]
+        }
+        save_file(tensors, file, metadata={"format": "pt"})
+        model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(tmp_path / "llm", tmp_path / "slm")
+        assert model.config.llm_source is None
+        model.config.llm_source = {"name_or_path": str(tmp_path / "llm")}
+        with pytest.raises(ValueError, match=r"it has no embeddings\.LayerNorm\.weight by this name: .* anew"):
+            model.save_pretrained(tmp_path / "lean", include_llm=False)
+        model.encoder.llm.save_pretrained(tmp_path / "anew", save_original_format=False)
+        model.config.llm_source = {"name_or_path": str(tmp_path / "anew")}
+        model.save_pretrained(tmp_path / "lean", include_llm=False)
+        same_tensors(load(tmp_path / "lean").state_dict(), model.state_dict())
+
+    def test_an_llm_named_by_its_folder_where_one_stands(self, folder, tmp_path, monkeypatch):
+        """`runs/llm` could be the id of a repository."""
+        shutil.copytree(folder / "llm", tmp_path / "runs" / "llm")
+        monkeypatch.chdir(tmp_path)
+        model = load(folder / "full")
+        model.config.llm_source = {"name_or_path": "runs/llm"}
+        with pytest.raises(ValueError, match=r"folder runs/llm, which nobody else has"):
+            model.push_to_hub("somebody/model", include_llm=False)
+        model.save_pretrained("lean", include_llm=False)
+        same_tensors(load(tmp_path / "lean").state_dict(), model.state_dict())
+        for name in ("a/b/c", str(tmp_path / "gone")):
+            model.config.llm_source = {"name_or_path": name}
+            with pytest.raises(ValueError, match=f"could not read the LLM from {name}: there is no such folder"):
+                model.save_pretrained("other", include_llm=False)
+
+    def test_a_repository_is_no_folder_of_its_name(self, folder, tmp_path, monkeypatch):
+        (tmp_path / "google" / "t5").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path)
+        model = load(folder / "lean")
+        model.config.llm_source = {**model.config.llm_source, "name_or_path": "google/t5"}
+        model.save_pretrained("lean", include_llm=False)
+        config = json.loads(Path("lean", "config.json").read_text())
+        assert config["llm_source"]["name_or_path"] == "google/t5"
+
+    def test_a_training_goes_on_where_its_llm_is_out_of_reach(self, folder, tmp_path):
+        shutil.copytree(folder / "llm", tmp_path / "llm")
+        model = load(folder / "lean", encoder_pretrained_model_name_or_path=tmp_path / "llm")
+        model.config.llm_source["fingerprint"] = load(folder / "lean").config.llm_source["fingerprint"]
+        shutil.rmtree(tmp_path / "llm")
+        model.save_pretrained(tmp_path / "checkpoint", include_llm=False)
+        with pytest.raises(ValueError, match="there is no such folder"):
+            checkpoint_llm2slm.lean_source(model)
+
+    def test_a_link_to_a_checkpoint(self, folder, tmp_path):
+        model = load(folder / "full")
+        (tmp_path / "2026").mkdir()
+        shutil.copytree(folder / "llm", tmp_path / "llm")
+        model.config.llm_source = {"name_or_path": str(tmp_path / "llm")}
+        (tmp_path / "latest").symlink_to(Path("2026", "lean"))
+        model.save_pretrained(tmp_path / "latest", include_llm=False)
+        loaded = load(tmp_path / "latest")
+        same_tensors(loaded.state_dict(), model.state_dict())
+        assert loaded.config.llm_source["name_or_path"] == str(tmp_path / "llm")
+
+    def test_it_never_replaces_its_llm(self, folder, tmp_path):
+        shutil.copytree(folder / "full", tmp_path / "full")
+        model = load(tmp_path / "full")
+        model.config.llm_source = {"name_or_path": str(tmp_path / "full")}
+        with pytest.raises(ValueError, match=r"full, which a lean checkpoint in .*full would replace"):
+            model.save_pretrained(tmp_path / "full", include_llm=False)
+        model.save_pretrained(tmp_path / "full" / "lean", include_llm=False)
+        same_tensors(load(tmp_path / "full" / "lean").state_dict(), load(tmp_path / "full").state_dict())
+
+    def test_a_named_llm_in_half_precision_is_known_again(self, folder, tmp_path):
+        """What is in memory is no longer what the files have, so that they are asked."""
+        shutil.copytree(folder / "llm", tmp_path / "llm")
+        model = load(folder / "full", dtype="float16")
+        model.config.llm_source = {"name_or_path": str(tmp_path / "llm")}
+        model.save_pretrained(tmp_path / "lean", include_llm=False)
+        load(tmp_path / "lean")
+        llm = load(folder / "full").encoder.llm
+        llm.shared.weight.data += 1
+        llm.save_pretrained(tmp_path / "llm")
+        with pytest.raises(ValueError, match="was trained with"):
+            load(tmp_path / "lean")
+
+    def test_the_llm_of_another_composite(self, folder):
+        model = load(folder / "lean", encoder_pretrained_model_name_or_path=folder / "full")
+        same_tensors(model.state_dict(), load(folder / "full").state_dict())
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_dtypes(self, folder, dtype):
+        full, lean = load(folder / "full", dtype=dtype), load(folder / "lean", dtype=dtype)
+        assert lean.encoder.llm.dtype == lean.decoder.dtype == getattr(torch, dtype)
+        same_tensors(lean.state_dict(), full.state_dict())
+        lean = load(folder / "lean", encoder_dtype=dtype)
+        assert (lean.encoder.llm.dtype, lean.decoder.dtype) == (getattr(torch, dtype), torch.float32)
+
+    def test_a_lean_checkpoint_of_an_llm_in_half_precision(self, folder, tmp_path):
+        for dtype in ("bfloat16", "float16"):
+            model = load(folder / "lean", encoder_dtype=dtype)
+            model.save_pretrained(tmp_path / dtype, include_llm=False)
+            same_tensors(load(tmp_path / dtype).state_dict(), model.state_dict())
+
+    def test_device_maps(self, folder, tmp_path):
+        batch = pad_prompts(PROMPTS)
+        expected = load(folder / "full")(**batch, labels=make_labels()).logits
+        on_disk = {"encoder.llm": "disk", "encoder.projector": 0, "encoder.prompt_embedding": 0, "decoder": 0}
+        for device_map in ({"": "cpu"}, {name: place or "cpu" for name, place in on_disk.items()}):
+            model = load(folder / "lean", device_map=device_map, offload_folder=tmp_path / "offload")
+            assert model.encoder.llm.shared.weight.is_meta == ("disk" in device_map.values())
+            assert torch.allclose(model(**batch, labels=make_labels()).logits, expected, atol=1e-5)
+
+    def test_quantization_meets_the_llm_too(self, folder):
+        model = load(folder / "lean", quantization_config=RoundingConfig())
+        full = load(folder / "full", quantization_config=RoundingConfig())
+        assert model.encoder.llm.encoder.block[0].layer[0].SelfAttention.q.weight.frac().abs().sum() == 0
+        same_tensors(model.state_dict(), full.state_dict())
+
+    def test_hub_arguments_are_handed_on(self, copy, monkeypatch):
+        asked = {}
+
+        def download(repo_id: str, name: str, **kwargs: Any) -> str:
+            asked.update(kwargs, repo_id=repo_id)
+            return str(copy / "llm" / name)
+
+        monkeypatch.setattr(files_llm2slm, "hf_hub_download", download)
+        source = {"name_or_path": "google/t5", "revision": "abc"}
+        edit(copy / "lean", llm_source=source)
+        model = load(copy / "lean", cache_dir="/cache", token="secret", local_files_only=True, revision="not-this")
+        expected = {"cache_dir": "/cache", "token": "secret", "local_files_only": True, "revision": "abc"}
+        assert asked == {"repo_id": "google/t5", "subfolder": None, **expected}
+        assert model.config.llm_source["name_or_path"] == "google/t5"
+        load(copy / "lean", encoder_pretrained_model_name_or_path="other/t5", encoder_revision="main")
+        assert (asked["repo_id"], asked["revision"]) == ("other/t5", "main")
+
+    def test_trainer_saves_lean_checkpoints_where_the_model_is_told_to(self, folder, tmp_path):
+        from transformers import Trainer
+
+        model = load(folder / "full")
+        model.include_llm = False
+        rows = [{"input_ids": prompt, "labels": [3, 4, 98]} for prompt in PROMPTS[:1] * 2]
+        arguments = TrainingArguments(str(tmp_path), max_steps=2, save_steps=1, report_to="none", use_cpu=True)
+        Trainer(model=model, args=arguments, train_dataset=rows).train()
+        for step in (1, 2):
+            assert not any(name.startswith(LLM) for name in names_in(tmp_path / f"checkpoint-{step}"))
+        same_tensors(load(tmp_path / "checkpoint-2").state_dict(), model.state_dict())
+        again = load(folder / "full")
+        trainer = Trainer(model=again, args=arguments, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        same_tensors(again.state_dict(), model.state_dict())
+
+
+class TestAnotherLLM:
+    def test_loading_it_names_both_fingerprints(self, folder, tmp_path):
+        build_parts(seed=5).llm.save_pretrained(tmp_path / "other")
+        expected = load(folder / "lean").config.llm_source["fingerprint"]
+        with pytest.raises(ValueError, match=f"has fingerprint [0-9a-f]{{32}}, but .* was trained with {expected}"):
+            load(folder / "lean", encoder_pretrained_model_name_or_path=tmp_path / "other")
+
+    def test_one_of_other_sizes_is_told_by_its_weights(self, folder, tmp_path):
+        T5ForConditionalGeneration(t5_config(num_layers=1)).save_pretrained(tmp_path / "other")
+        with pytest.raises(OSError, match="other is another LLM: it lacks"):
+            load(folder / "lean", encoder_pretrained_model_name_or_path=tmp_path / "other")
+
+    @pytest.mark.parametrize(
+        ("spoil", "message"),
+        [
+            (lambda model: model.encoder.llm.shared.weight.data.add_(1), "it was changed"),
+            (lambda model: setattr(model.config, "freeze_llm", False), "The LLM trains"),
+            (lambda model: setattr(model.config, "llm_source", None), "not known where the LLM comes from"),
+        ],
+    )
+    def test_no_lean_checkpoint_of_it_is_written(self, spoil, message, folder, tmp_path):
+        model = load(folder / "lean")
+        spoil(model)
+        with pytest.raises(ValueError, match=message):
+            model.save_pretrained(tmp_path / "new", include_llm=False)
+        assert list(tmp_path.iterdir()) == []
+        model.save_pretrained(tmp_path / "new")
+        same_tensors(load(tmp_path / "new").state_dict(), model.state_dict())
+
+
+class TestSaving:
+    @pytest.mark.parametrize("how", ["is_main_process", "rank"])
+    def test_one_process_of_several_uploads(self, how, folder, tmp_path, monkeypatch):
+        """The others have no weights, and would delete those that are there."""
+        uploads = []
+        monkeypatch.setattr(checkpoint_llm2slm, "_upload", lambda *_, **__: uploads.append(1))
+        model = load(folder / "full")
+        if how == "rank":
+            monkeypatch.setattr(checkpoint_llm2slm, "_is_first", lambda: False)
+            assert model.push_to_hub("somebody/model") == ""
+        else:
+            model.save_pretrained(tmp_path / "new", push_to_hub=True, is_main_process=False)
+            assert not (tmp_path / "new" / "README.md").exists()
+        with pytest.raises(ValueError, match="Leave out `push_to_hub`"):
+            model.save_pretrained(tmp_path / "new", push_to_hub=True, distributed_checkpoint=True)
+        assert not uploads
+
+    def test_shards_ties_and_loading_again(self, folder, tmp_path):
+        torch.manual_seed(0)
+        model = LLM2SLMForConditionalGeneration(
+            LLM2SLMConfig(encoder=t5_config(), decoder=gpt2_config(tie_word_embeddings=True))
+        ).eval()
+        model.save_pretrained(tmp_path / "new")
+        model.save_pretrained(tmp_path / "new", max_shard_size="20KB")
+        files = sorted(path.name for path in (tmp_path / "new").glob("*.safetensors*"))
+        assert "model.safetensors" not in files
+        assert len(files) > 3
+        loaded, info = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path / "new", output_loading_info=True)
+        assert not any(info.values()), info
+        same_tensors(loaded.state_dict(), model.state_dict())
+        assert loaded.decoder.lm_head.weight is loaded.decoder.transformer.wte.weight
+        assert loaded.encoder.llm.shared.weight is loaded.encoder.llm.encoder.embed_tokens.weight
+        model.save_pretrained(tmp_path / "new")
+        names = names_in(tmp_path / "new")
+        assert sorted(path.name for path in (tmp_path / "new").glob("*.safetensors*")) == ["model.safetensors"]
+        assert len(names & {"decoder.lm_head.weight", "decoder.transformer.wte.weight"}) == 1
+
+    def test_casts_made_after_loading_are_kept(self, folder, tmp_path):
+        model = load(folder / "full")
+        model.encoder.llm.to(torch.bfloat16)
+        model.save_pretrained(tmp_path / "new")
+        assert load(tmp_path / "new").encoder.llm.dtype == torch.bfloat16
+        model.to(torch.float32)
+        model.save_pretrained(tmp_path / "new")
+        assert load(tmp_path / "new").encoder.llm.dtype == torch.float32
+
+    def test_no_pickle_is_written_or_read(self, folder, copy):
+        assert not [path for path in folder.rglob("*") if path.suffix in {".bin", ".pt", ".pkl"}]
+        (copy / "full" / "model.safetensors").unlink()
+        torch.save(load(folder / "full").state_dict(), copy / "full" / "pytorch_model.bin")
+        with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+            load(copy / "full")
+        with pytest.raises(ValueError, match="pickled"):
+            load(folder / "full", use_safetensors=False)
+
+    def test_a_killed_save_leaves_the_earlier_checkpoint_whole(self, copy, monkeypatch):
+        before = load(copy / "full").state_dict()
+        changed = build_model(seed=7)
+
+        def die(*_: Any, **__: Any) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        for step in ("write_model_card", "_exchange"):  # all but the card is written; all is
+            child = os.fork()
+            if child == 0:
+                module: Any = checkpoint_llm2slm if step == "write_model_card" else files_llm2slm
+                setattr(module, step, die)
+                changed.save_pretrained(copy / "full")
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+            same_tensors(load(copy / "full").state_dict(), before)
+
+    def test_a_failed_save_leaves_the_model_as_it_was(self, folder, monkeypatch, tmp_path):
+        model = load(folder / "lean")
+        config = model.config.to_dict()
+        monkeypatch.setattr(checkpoint_llm2slm, "write_model_card", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.save_pretrained(tmp_path / "new", include_llm=False)
+        assert model.config.to_dict() == {**config, "auto_map": model.config.auto_map, "encoder_dtype": None}
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestWhatACheckpointMayNotDo:
+    @pytest.mark.parametrize("name", ["/etc", "~/llm", "C:\\llm", "a/b/c", "", 7, None])
+    def test_the_llm_is_a_repository_or_relative(self, name, copy):
+        edit(copy / "lean", llm_source={"name_or_path": name})
+        with pytest.raises(ValueError, match="encoder_pretrained_model_name_or_path|its values must be text"):
+            load(copy / "lean")
+
+    def test_a_checkpoint_of_the_hub_names_no_folder(self, copy, monkeypatch):
+        # What is not a folder comes from the Hub, also where a folder of the LLM's name is at hand.
+        monkeypatch.chdir(copy)
+        model = load(copy / "full")
+        request = checkpoint_llm2slm.LoadRequest("user/model", None, None, None, False, {})
+        for name in ("../llm", "./llm", str(copy / "llm")):
+            with pytest.raises(ValueError, match="neither a repository nor"):
+                checkpoint_llm2slm._llm_weights(model, {"name_or_path": name}, request)
+        with pytest.raises(OSError, match="nor in the cache"):
+            checkpoint_llm2slm._llm_weights(model, {"name_or_path": "llm"}, request)
+
+    def test_code_beside_the_llm_is_never_run(self, copy, tmp_path):
+        code = f"open({str(tmp_path / 'run')!r}, 'w')\n"
+        for part in ("llm", "lean"):
+            (copy / part / "evil.py").write_text(code)
+            edit(copy / part, auto_map={"AutoConfig": "evil.A", "AutoModel": "evil.B"})
+        load(copy / "lean", trust_remote_code=True)
+        AutoModelForSeq2SeqLM.from_pretrained(copy / "lean", trust_remote_code=True)
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"transformers_weights": "../llm/model.safetensors"},
+            {"transformers_weights": "adapter_model.bin"},
+            {"attn_implementation": "somebody/kernel"},
+            {"encoder": {"_attn_implementation": "somebody/kernel"}},
+        ],
+    )
+    def test_other_files_and_kernels_are_the_callers_to_choose(self, changes, copy):
+        edit(copy / "full", **changes)
+        with pytest.raises(ValueError, match="the caller's to choose"):
+            load(copy / "full")
+
+    def test_shards_are_in_the_folder(self, copy):
+        index = {"metadata": {}, "weight_map": dict.fromkeys(names_in(copy / "full"), "../full/secret.safetensors")}
+        (copy / "full" / "model.safetensors").rename(copy / "full" / "secret.safetensors")
+        (copy / "full" / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match="only safetensors files beside it are read"):
+            load(copy / "full")
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"decoder": {"vocab_size": 10**9}},
+            {"decoder": {"n_positions": 10**9}},
+            {"encoder": {"d_ff": 10**10}},
+            {"decoder": {"n_layer": 10**9}},
+            {"encoder": {"num_layers": 999, "d_model": 10**6}},
+        ],
+    )
+    def test_sizes_are_checked_before_memory_is_taken(self, changes, copy):
+        edit(copy / "full", **changes)
+        with pytest.raises(ValueError, match=r"Correct the sizes in config\.json|a number up to 1000 is needed"):
+            load(copy / "full")
+
+    def test_a_checkpoint_without_llm_that_does_not_say_so(self, copy):
+        edit(copy / "lean", lean=False)
+        with pytest.raises(OSError, match="lacks the LLM"):
+            load(copy / "lean")
+
+    @pytest.mark.parametrize("kind", ["embedding alone", "one layer short"])
+    def test_a_checkpoint_with_a_part_of_the_llm(self, kind, copy):
+        if kind == "embedding alone":
+            load_without_llm(copy / "full").save_pretrained(copy / "full")
+            load_without_llm(copy / "full")
+        else:
+            tensors = load_file(copy / "full" / "model.safetensors")
+            del tensors[f"{LLM}encoder.block.2.layer.0.SelfAttention.q.weight"]
+            save_file(tensors, copy / "full" / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(OSError, match="lacks the LLM"):
+            load(copy / "full")
+        load(copy / "full", encoder_pretrained_model_name_or_path=copy / "llm")
+
+
+@register_quantization_config("rounding")
+class RoundingConfig(QuantizationConfigMixin):
+    def __init__(self, **kwargs: Any) -> None:
+        self.quant_method = "rounding"
+
+
+@register_quantizer("rounding")
+class Rounding(HfQuantizer):
+    """Rounds every linear layer of the LLM once it is loaded."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        model.prepared = True
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for module in model.encoder.llm.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.data.mul_(10).round_()
+        return model
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False

@@ -1,0 +1,110 @@
+"""Graphs of the model: compiled decoding, exported parts, parts on different devices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CompileConfig
+
+from modeling_llm2slm import LLM2SLMForConditionalGeneration
+from tests.support import families
+from tests.support.common import END, PROMPTS, build_family, pad_prompts, shared_family, strip_padding
+
+
+PROMPT_LENGTHS = (5, 9, 17, 30)
+# Gemma's sliding layers count their first steps in a Python number, with which transformers compiles three graphs, for
+# the bare Gemma as well.
+GRAPHS = {slm: 3 if slm == "gemma3" else 1 for slm in families.SLMS if slm not in families.NO_STATIC_CACHE}
+PARAMETERS = [slm if slm == "gpt2" else pytest.param(slm, marks=pytest.mark.slow) for slm in GRAPHS]
+KINDS = ("gpt2", "llama", "t5")
+
+
+def compiled(slm: str, backend: str) -> dict[str, Any]:
+    """Arguments of `generate()` for decoding in one graph, also on a CPU; an encoder-decoder's with dynamic shapes."""
+    dynamic = True if families.SLMS[slm].config().is_encoder_decoder else None
+    config = CompileConfig(fullgraph=True, backend=backend, mode=None, dynamic=dynamic)
+    config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": config, "max_cache_len": 63}
+
+
+def check_one_graph(slm: str, backend: str) -> None:
+    """The same answers as without compiling, from as many graphs as `GRAPHS` says, whatever the prompts' lengths."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, graphs = build_family(slm).model, []
+    kwargs = {"max_new_tokens": 8, "do_sample": False}
+    for length in PROMPT_LENGTHS:
+        ids = torch.arange(3, 3 + length)[None]
+        answer = model.generate(ids, **kwargs, **compiled(slm, backend))
+        assert answer.tolist() == model.generate(ids, **kwargs).tolist()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == [GRAPHS[slm]] * len(PROMPT_LENGTHS)
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("slm", PARAMETERS)
+def test_one_graph_serves_prompts_of_all_lengths(slm: str) -> None:
+    check_one_graph(slm, "eager")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("slm", KINDS)
+def test_the_compiler_gives_the_same_answers(slm: str) -> None:
+    check_one_graph(slm, "inductor")
+
+
+@pytest.mark.parametrize("slm", PARAMETERS)
+def test_compiled_beams_and_padding(slm: str) -> None:
+    torch._dynamo.reset()
+    model = shared_family(slm).model
+    for side in ("left", "right"):
+        batch, kwargs = pad_prompts(PROMPTS, side), {"num_beams": 2, "max_new_tokens": 6, "do_sample": False}
+        answer = model.generate(**batch, **kwargs, **compiled(slm, "eager"))
+        assert answer.tolist() == model.generate(**batch, **kwargs).tolist()
+
+
+@pytest.mark.parametrize("slm", KINDS)
+def test_the_parts_export(slm: str) -> None:
+    """`torch.export` of what reads the prompt and of a forward over the answer, for prompts of any length."""
+    parts = build_family(slm)
+    model = parts.model.eval()
+    batch = pad_prompts(PROMPTS, "left")
+    length = torch.export.Dim("length", min=2, max=40)
+    names = ("input_ids", "attention_mask")
+    shapes = {name: {1: length} for name in names}
+    with torch.no_grad():
+        encoder = torch.export.export(model.get_encoder(), (), batch, dynamic_shapes=shapes, strict=False)
+        states = encoder.module()(**pad_prompts(PROMPTS, "left", extra=3))
+        wanted = model.encode_prompt(**pad_prompts(PROMPTS, "left", extra=3))
+        torch.testing.assert_close(states.last_hidden_state, wanted.last_hidden_state)
+        assert torch.equal(states.attention_mask, wanted.attention_mask)
+
+        answer = {"decoder_input_ids": torch.tensor([[END, 5, 6, 7]] * len(PROMPTS)), "use_cache": False}
+        whole = torch.export.export(model, (), {**batch, **answer}, strict=False)
+        torch.testing.assert_close(whole.module()(**batch, **answer).logits, model(**batch, **answer).logits)
+        projector = torch.export.export(model.encoder.projector, (model.encode_llm(**batch),))
+        assert projector is not None
+
+
+@pytest.mark.parametrize("slm", KINDS)
+@pytest.mark.parametrize("fusion", ["add", "add_shared"])
+def test_the_llm_on_another_device(slm: str, fusion: str, tmp_path: Path) -> None:
+    """A device map takes the LLM from the disk while the SLM is in memory, and the other way round."""
+    model = build_family(slm, fusion=fusion).model
+    model.save_pretrained(tmp_path / "model")
+    batch, kwargs = pad_prompts(PROMPTS), {"max_new_tokens": 8, "num_beams": 2, "do_sample": False}
+    wanted = strip_padding(model.generate(**batch, **kwargs))
+    rest = {"encoder.projector": "cpu"} | ({"encoder.prompt_embedding": "cpu"} if fusion == "add" else {})
+    for llm, small in (("disk", "cpu"), ("cpu", "disk")):
+        loaded = LLM2SLMForConditionalGeneration.from_pretrained(
+            tmp_path / "model",
+            device_map={"encoder.llm": llm, "decoder": small, **rest},
+            offload_folder=str(tmp_path / f"offload-{llm}"),
+        )
+        on_disk = loaded.encoder.llm if llm == "disk" else loaded.decoder
+        assert {weight.device.type for weight in on_disk.parameters()} == {"meta"}
+        assert strip_padding(loaded.generate(**batch, **kwargs)) == wanted

@@ -1,0 +1,775 @@
+"""The model from construction to checkpoint: what it computes, what trains, what is frozen, what is saved."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    BatchEncoding,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+)
+
+from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, PromptStates
+from tests.support.common import (
+    END,
+    FUSIONS,
+    LLM_VOCAB_SIZE,
+    PROMPTS,
+    SLM_VOCAB_SIZE,
+    T5_VARIANTS,
+    Parts,
+    build_model,
+    build_parts,
+    count_calls,
+    gpt2_config,
+    make_labels,
+    pad_prompts,
+    reference_greedy,
+    reference_logits,
+    same_tensors,
+    shared_parts,
+    strip_padding,
+    t5_config,
+)
+
+
+Model = LLM2SLMForConditionalGeneration
+
+
+def training_batch() -> dict[str, torch.Tensor]:
+    return {**pad_prompts(PROMPTS), "labels": make_labels()}
+
+
+def logits_of(model: Model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**training_batch()).logits
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> dict[str, Any]:
+    """An LLM and an SLM as their users save them: a whole T5 and a GPT-2."""
+    torch.manual_seed(3)
+    llm = T5ForConditionalGeneration(t5_config()).eval()
+    slm = GPT2LMHeadModel(gpt2_config()).eval()
+    paths = {"llm_path": str(tmp_path / "llm"), "slm_path": str(tmp_path / "slm")}
+    llm.save_pretrained(paths["llm_path"])
+    slm.save_pretrained(paths["slm_path"])
+    return {"llm": llm, "slm": slm, **paths}
+
+
+def from_sources(sources: dict[str, Any], **kwargs: Any) -> Model:
+    return Model.from_encoder_decoder_pretrained(sources["llm_path"], sources["slm_path"], **kwargs)
+
+
+# Forward and loss.
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_logits_are_those_of_the_plain_parts(fusion: str, side: str) -> None:
+    parts, labels = shared_parts(fusion), make_labels()
+    with torch.no_grad():
+        logits = parts.model(**pad_prompts(PROMPTS, side), labels=labels).logits
+    assert logits.shape == (*labels.shape, SLM_VOCAB_SIZE)
+    for row, prompt in enumerate(PROMPTS):
+        answer = labels[row][labels[row] != -100].tolist()
+        expected = reference_logits(parts, prompt, answer[:-1])
+        torch.testing.assert_close(logits[row, : len(answer)], expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_loss_is_the_cross_entropy_of_the_answers(fusion: str) -> None:
+    parts, labels = shared_parts(fusion), make_labels()
+    loss = parts.model(**pad_prompts(PROMPTS), labels=labels).loss
+    terms = []
+    for prompt, row in zip(PROMPTS, labels, strict=True):
+        answer = row[row != -100]
+        scores = reference_logits(parts, prompt, answer[:-1].tolist()).log_softmax(-1)
+        terms += (-scores.gather(1, answer[:, None])[:, 0]).tolist()
+    assert loss.item() == pytest.approx(sum(terms) / len(terms), rel=1e-4)
+
+
+def test_a_mask_of_the_answers_padding_changes_nothing() -> None:
+    """Padding at the end of an answer is hidden by causality, masked or not."""
+    model, batch = shared_parts("add").model, training_batch()
+    mask = (batch["labels"] != -100).long()
+    torch.testing.assert_close(model(**batch, decoder_attention_mask=mask).loss, model(**batch).loss)
+
+
+def test_num_items_in_batch_divides_the_loss() -> None:
+    """What `Trainer` passes under gradient accumulation; dropped, the loss would be too large."""
+    model, batch = shared_parts("add").model, training_batch()
+    items = int((batch["labels"] != -100).sum())
+    mean = model(**batch).loss
+    torch.testing.assert_close(model(**batch, num_items_in_batch=torch.tensor(4 * items)).loss, mean / 4)
+
+
+def test_labels_make_decoder_input_ids() -> None:
+    model = shared_parts("add").model
+    labels = torch.tensor([[5, 6, END, -100], [7, END, -100, -100]])
+    expected = [[END, 5, 6, END], [END, 7, END, END]]
+    assert model.prepare_decoder_input_ids_from_labels(labels).tolist() == expected
+    batch = pad_prompts(PROMPTS[:2])
+    given = model(**batch, decoder_input_ids=torch.tensor(expected), labels=labels)
+    torch.testing.assert_close(model(**batch, labels=labels).loss, given.loss)
+
+
+@pytest.mark.parametrize("keep", [1, 3, torch.tensor([0, 2])], ids=["one", "three", "tensor"])
+def test_logits_to_keep(keep: Any) -> None:
+    model, batch = shared_parts("add").model, training_batch()
+    del batch["labels"]
+    batch["decoder_input_ids"] = torch.tensor([[END, 4, 5, 6]] * 3)
+    whole = model(**batch).logits
+    kept = whole[:, -keep:] if isinstance(keep, int) else whole[:, keep]
+    torch.testing.assert_close(model(**batch, logits_to_keep=keep).logits, kept)
+
+
+def test_tuple_output() -> None:
+    model, batch = shared_parts("add").model, training_batch()
+    output = model(**batch, return_dict=False)
+    expected = model(**batch)
+    assert isinstance(output, tuple)
+    torch.testing.assert_close(output[0], expected.loss)
+    torch.testing.assert_close(output[1], expected.logits)
+
+
+def test_outputs_cover_answer_positions() -> None:
+    model = build_model("add")
+    model.set_attn_implementation("eager")
+    batch = training_batch()
+    length, prompt_length = batch["labels"].shape[1], batch["input_ids"].shape[1]
+    output = model(**batch, output_hidden_states=True, output_attentions=True)
+    heads, width = model.config.decoder.n_head, model.config.decoder.n_embd
+    assert {tuple(states.shape) for states in output.decoder_hidden_states} == {(3, length, width)}
+    assert {tuple(weights.shape) for weights in output.decoder_attentions} == {
+        (3, heads, length, prompt_length + length)
+    }
+    assert output.cross_attentions is None
+    assert output.encoder_last_hidden_state.shape == (3, prompt_length, width)
+    assert len(output.encoder_hidden_states) == model.config.encoder.num_layers + 1
+    assert output.encoder_attentions[0].shape == (3, model.config.encoder.num_heads, prompt_length, prompt_length)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_implementation_of_the_whole(implementation: str) -> None:
+    expected = logits_of(shared_parts("add").model)
+    model = build_model("add")
+    model.set_attn_implementation(implementation)
+    assert model.encoder.llm.config._attn_implementation == implementation
+    assert model.decoder.config._attn_implementation == implementation
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("of_slm", ["eager", "sdpa"])
+@pytest.mark.parametrize("of_llm", ["eager", "sdpa"])
+def test_attention_implementation_of_each_part(
+    of_llm: str, of_slm: str, sources: dict[str, Any], tmp_path: Path
+) -> None:
+    model = from_sources(sources, encoder_attn_implementation=of_llm, decoder_attn_implementation=of_slm)
+    assert model.encoder.llm.config._attn_implementation == of_llm
+    assert model.decoder.config._attn_implementation == of_slm
+    assert torch.isfinite(model(**training_batch()).loss)
+    model.save_pretrained(tmp_path / "saved")
+    each = {"encoder": of_llm, "decoder": of_slm}
+    reloaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "saved", attn_implementation=each)
+    assert reloaded.encoder.llm.config._attn_implementation == of_llm
+    assert reloaded.decoder.config._attn_implementation == of_slm
+    torch.testing.assert_close(logits_of(reloaded), logits_of(model), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_implementation_on_load(implementation: str, tmp_path: Path) -> None:
+    """Refused by transformers where the composite does not say what it supports."""
+    model = shared_parts("add").model
+    model.save_pretrained(tmp_path)
+    reloaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, attn_implementation=implementation)
+    assert reloaded.encoder.llm.config._attn_implementation == implementation
+    assert reloaded.decoder.config._attn_implementation == implementation
+    torch.testing.assert_close(logits_of(reloaded), logits_of(model), rtol=1e-3, atol=1e-3)
+
+
+# The two kinds of prompt state.
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_encode_llm_stands_in_for_the_llm(fusion: str, side: str) -> None:
+    parts, batch, labels = shared_parts(fusion), pad_prompts(PROMPTS, side), make_labels()
+    states = parts.model.encode_llm(**batch)
+    assert states.shape == (*batch["input_ids"].shape, parts.llm.config.d_model)
+    assert not states.requires_grad
+    expected = parts.llm(**batch).last_hidden_state
+    torch.testing.assert_close(states[batch["attention_mask"] == 1], expected[batch["attention_mask"] == 1])
+    inputs = {"attention_mask": batch["attention_mask"], "llm_hidden_states": states}
+    if fusion != "replace":
+        inputs["input_ids"] = batch["input_ids"]
+    with count_calls(parts.model.encoder.llm) as calls:
+        given = parts.model(**inputs, labels=labels)
+        prompt = parts.model.encode_prompt(**inputs)
+    assert not calls
+    assert torch.equal(given.logits, parts.model(**batch, labels=labels).logits)
+    assert torch.equal(prompt.last_hidden_state, parts.model.encode_prompt(**batch).last_hidden_state)
+
+
+def test_encode_llm_infers_the_mask() -> None:
+    model, batch = shared_parts("add").model, pad_prompts(PROMPTS)
+    assert torch.equal(model.encode_llm(batch["input_ids"]), model.encode_llm(**batch))
+
+
+def test_encode_prompt_gives_prompt_states() -> None:
+    model, batch = shared_parts("add").model, pad_prompts(PROMPTS)
+    states = model.encode_prompt(**batch)
+    assert isinstance(states, PromptStates)
+    assert states.last_hidden_state.shape == (*batch["input_ids"].shape, model.config.hidden_size)
+    assert states.attention_mask.sum(-1).tolist() == [len(prompt) for prompt in PROMPTS]
+    labels = make_labels()
+    expected = model(**batch, labels=labels).loss
+    for mask in ({}, {"attention_mask": batch["attention_mask"]}):
+        torch.testing.assert_close(model(encoder_outputs=states, labels=labels, **mask).loss, expected)
+
+
+def test_states_of_the_llm_train_the_rest() -> None:
+    """Training from stored states gives the gradients of training from tokens."""
+    gradients = []
+    for stored in (False, True):
+        model, batch = build_model("add"), training_batch()
+        if stored:
+            batch["llm_hidden_states"] = model.encode_llm(batch["input_ids"], batch["attention_mask"])
+        model(**batch).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+# Frozen and trained.
+
+
+def is_llm(name: str) -> bool:
+    return name.startswith("encoder.llm.")
+
+
+def check_frozen(model: Model) -> None:
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad != is_llm(name), name
+    assert not any(module.training for module in model.encoder.llm.modules())
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_the_llm_is_frozen_by_the_config(fusion: str, tmp_path: Path) -> None:
+    model = build_model(fusion)
+    check_frozen(model)
+    check_frozen(Model(model.config))
+    model.train()
+    check_frozen(model)
+    assert model.decoder.training
+    assert model.encoder.projector.training
+    model.save_pretrained(tmp_path)
+    reloaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    check_frozen(reloaded)
+    check_frozen(reloaded.train())
+    check_frozen(copy.deepcopy(reloaded))
+
+
+def test_train_mode_has_dropout_in_the_slm_only() -> None:
+    model = build_model("replace").train()
+    batch = pad_prompts(PROMPTS)
+    assert torch.equal(model.encode_llm(**batch), model.encode_llm(**batch))
+    assert torch.equal(model.encode_prompt(**batch).last_hidden_state, model.encode_prompt(**batch).last_hidden_state)
+    logits = [model(**batch, labels=make_labels()).logits for _ in range(2)]
+    assert not torch.equal(*logits)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_gradients_reach_all_but_the_llm(fusion: str) -> None:
+    model = build_model(fusion).train()
+    model(**training_batch()).loss.backward()
+    for name, parameter in model.named_parameters():
+        if is_llm(name):
+            assert parameter.grad is None, name
+        else:
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
+    trained = {name.split(".")[1] for name, _ in model.named_parameters() if name.startswith("encoder.")} - {"llm"}
+    assert trained == ({"projector", "prompt_embedding"} if fusion == "add" else {"projector"})
+
+
+def test_the_graph_ends_before_the_llm() -> None:
+    """A frozen LLM keeps no activations for a backward that never comes."""
+    model, kept = build_model("replace").train(), []
+    handle = model.encoder.llm.register_forward_hook(
+        lambda *args: kept.append(args[2].last_hidden_state.requires_grad)
+    )
+    model(**training_batch())
+    handle.remove()
+    assert kept == [False]
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_freeze_llm_false_trains_the_llm(fusion: str, tmp_path: Path) -> None:
+    model = build_model(fusion, freeze_llm=False)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model.train()
+    assert all(module.training for module in model.encoder.llm.modules())
+    model(**training_batch()).loss.backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not without
+    model.save_pretrained(tmp_path)
+    assert all(parameter.requires_grad for parameter in AutoModelForSeq2SeqLM.from_pretrained(tmp_path).parameters())
+
+
+def enable_checkpointing(model: Model, use_reentrant: bool) -> None:
+    """The method has a new name from transformers 5.23 on, where the old one is deprecated."""
+    name = next(
+        name for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable") if hasattr(model, name)
+    )
+    getattr(model, name)({"use_reentrant": use_reentrant})
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("freeze_llm", [True, False])
+def test_gradient_checkpointing(freeze_llm: bool, use_reentrant: bool) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = build_model("add", freeze_llm=freeze_llm)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        if checkpointing:
+            enable_checkpointing(model, use_reentrant)
+        model.train()
+        blocks = model.decoder.transformer.h[0].attn, model.encoder.llm.encoder.block[0].layer[0]
+        with count_calls(blocks[0]) as of_slm, count_calls(blocks[1]) as of_llm:
+            model(**training_batch()).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        assert len(of_slm) == (2 if checkpointing else 1)  # computed again in the backward pass
+        assert len(of_llm) == (2 if checkpointing and not freeze_llm else 1)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5)
+
+
+# The factory: the parts stay what they were.
+
+
+def test_parts_equal_their_sources(sources: dict[str, Any]) -> None:
+    model = from_sources(sources)
+    assert not model.training
+    batch = pad_prompts(PROMPTS)
+    with torch.no_grad():
+        expected = T5EncoderModel.from_pretrained(sources["llm_path"])(**batch).last_hidden_state
+    assert torch.equal(model.encode_llm(**batch), expected)
+    ids = torch.tensor([[4, 8, 15, 16]])
+    assert torch.equal(model.decoder(ids).logits, sources["slm"](ids).logits)
+    assert not [name for name, _ in model.named_parameters() if ".decoder.block" in name]
+
+
+@pytest.mark.parametrize("variant", T5_VARIANTS)
+def test_every_kind_of_t5(variant: str, tmp_path: Path) -> None:
+    T5ForConditionalGeneration(t5_config(variant)).save_pretrained(tmp_path / "llm")
+    parts = build_parts("add", llm=variant)
+    model = Model.from_encoder_decoder_pretrained(
+        str(tmp_path / "llm"), decoder_model=parts.slm, fusion="add", shared_tokenizer=False
+    )
+    model.save_pretrained(tmp_path / "saved")
+    check_reload(model, tmp_path / "saved")
+    answer = parts.model.generate(**pad_prompts(PROMPTS), max_new_tokens=6, do_sample=False)
+    assert strip_padding(answer) == [reference_greedy(parts, prompt, 6)[0] for prompt in PROMPTS]
+
+
+def test_factory_arguments_reach_their_part(sources: dict[str, Any]) -> None:
+    model = from_sources(
+        sources, fusion="replace", encoder_dtype="bfloat16", decoder_attn_pdrop=0.25, encoder_dropout_rate=0.5
+    )
+    assert model.config.fusion == "replace"
+    assert model.encoder.llm.dtype == torch.bfloat16
+    assert model.decoder.dtype == torch.float32
+    assert model.decoder.config.attn_pdrop == 0.25
+    assert model.encoder.llm.config.dropout_rate == 0.5
+
+
+def test_factory_takes_configs(sources: dict[str, Any]) -> None:
+    config = GPT2Config.from_pretrained(sources["slm_path"], resid_pdrop=0.3)
+    model = from_sources(sources, decoder_config=config)
+    assert model.decoder.config.resid_pdrop == 0.3
+
+
+def test_factory_leaves_its_sources_alone(sources: dict[str, Any]) -> None:
+    """Configs and models given as objects may serve elsewhere, too."""
+    llm, slm = T5EncoderModel(t5_config()), GPT2LMHeadModel(gpt2_config())
+    configs = [llm.config.to_dict(), slm.config.to_dict()]
+    config = LLM2SLMConfig(encoder=llm.config, decoder=slm.config)
+    Model(config)
+    assert [llm.config.to_dict(), slm.config.to_dict()] == configs
+    assert (sources["llm"].config.is_encoder_decoder, sources["slm"].config.is_encoder_decoder) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        ((None, None), {}, "encoder_pretrained_model_name_or_path|encoder_model"),
+        (("llm_path", None), {}, "decoder_pretrained_model_name_or_path|decoder_model"),
+        (("llm_path", "slm_path"), {"fusionn": "add"}, "fusionn"),
+        (("llm_path", "slm_path"), {"attn_implementation": "eager"}, "encoder_.*decoder_"),
+        (("llm_path", "slm_path"), {"fusion": "concat"}, "fusion"),
+        (("llm_path", "slm_path"), {"encoder_layer": 9}, "encoder_layer.*3 layers"),
+        (("llm_path", "slm_path"), {"decoder_start_token_id": 1000}, "decoder_start_token_id"),
+    ],
+)
+def test_factory_errors(args: tuple, kwargs: dict[str, Any], message: str, sources: dict[str, Any]) -> None:
+    paths = [sources[name] if name else None for name in args]
+    with pytest.raises(ValueError, match=message):
+        Model.from_encoder_decoder_pretrained(*paths, **kwargs)
+
+
+def test_factory_refuses_a_model_without_a_head() -> None:
+    parts = build_parts("add")
+    with pytest.raises(ValueError, match="decoder_model"):
+        Model.from_encoder_decoder_pretrained(
+            encoder_model=parts.llm, decoder_model=parts.slm.transformer, shared_tokenizer=False
+        )
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2, 3, None])
+def test_encoder_layer(layer: int | None, sources: dict[str, Any], tmp_path: Path) -> None:
+    """H is `hidden_states[k]` of the full model, and no layer above k is built, saved or loaded."""
+    model, batch = from_sources(sources, encoder_layer=layer), pad_prompts(PROMPTS)
+    full = T5EncoderModel.from_pretrained(sources["llm_path"])
+    outputs = full(**batch, output_hidden_states=True)
+    expected = outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
+    torch.testing.assert_close(model.encode_llm(**batch), expected)
+    if layer not in (3, None):
+        assert model.encoder.llm.num_parameters() < full.num_parameters()
+    assert len(model.encoder.llm.encoder.block) == (3 if layer is None else layer)
+    model.save_pretrained(tmp_path / "saved")
+    reloaded = check_reload(model, tmp_path / "saved")
+    torch.testing.assert_close(reloaded.encode_llm(**batch), expected)
+    assert reloaded.config.encoder.num_layers == 3
+    assert reloaded.generate(**batch, max_new_tokens=3).shape[0] == 3
+
+
+# Saving and loading.
+
+
+def check_reload(model: Model, path: Path) -> Model:
+    """Reload with no key missing or unexpected; parameters, ties and buffers are those of the model."""
+    reloaded, report = AutoModelForSeq2SeqLM.from_pretrained(path, output_loading_info=True)
+    assert type(reloaded) is Model
+    assert not any(report.values()), report
+    same_tensors(reloaded.state_dict(), model.state_dict())
+    assert not reloaded.training
+    assert torch.equal(logits_of(reloaded), logits_of(model))
+    return reloaded
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_save_and_load(fusion: str, tmp_path: Path) -> None:
+    model = build_model(fusion)
+    model.save_pretrained(tmp_path)
+    reloaded = check_reload(model, tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert type(config) is LLM2SLMConfig
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llm2slm"
+    kwargs = {**pad_prompts(PROMPTS), "max_new_tokens": 8, "num_beams": 3, "do_sample": False}
+    assert reloaded.generate(**kwargs).tolist() == model.generate(**kwargs).tolist()
+
+
+@pytest.mark.parametrize("tied_llm", [True, False])
+@pytest.mark.parametrize("tied_slm", [True, False])
+def test_ties_are_pointers_after_loading(tied_llm: bool, tied_slm: bool, tmp_path: Path) -> None:
+    llm = T5EncoderModel(t5_config("tied" if tied_llm else "untied"))
+    slm = GPT2LMHeadModel(gpt2_config(tie_word_embeddings=tied_slm))
+    model = Model.from_encoder_decoder_pretrained(encoder_model=llm, decoder_model=slm, shared_tokenizer=False)
+    model.save_pretrained(tmp_path)
+    reloaded = check_reload(model.eval(), tmp_path)
+    for loaded in (model, reloaded):
+        encoder = loaded.encoder.llm
+        assert encoder.shared.weight is encoder.encoder.embed_tokens.weight
+        assert (loaded.decoder.lm_head.weight is loaded.decoder.transformer.wte.weight) == tied_slm
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert "encoder.llm.encoder.embed_tokens.weight" not in names
+    assert ("decoder.lm_head.weight" in names) != tied_slm
+
+
+def test_loading_with_a_device_map(tmp_path: Path) -> None:
+    model = build_model("add")
+    model.save_pretrained(tmp_path)
+    reloaded = Model.from_pretrained(tmp_path, device_map="cpu")
+    check_frozen(reloaded)
+    assert torch.equal(logits_of(reloaded), logits_of(model))
+
+
+def test_parameter_names() -> None:
+    for fusion in FUSIONS:
+        names = [name for name, _ in build_model(fusion).named_parameters(remove_duplicate=False)]
+        expected = {"encoder.llm", "encoder.projector"} | ({"encoder.prompt_embedding"} if fusion == "add" else set())
+        assert {".".join(name.split(".")[:2]) for name in names if name.startswith("encoder.")} == expected
+        assert all(name.startswith(("encoder.", "decoder.")) for name in names)
+        assert {"linear_1", "linear_2"} == {name.split(".")[2] for name in names if ".projector." in name}
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_projectors_of_other_depths(layers: int, tmp_path: Path) -> None:
+    model = build_model("replace", projector_layers=layers)
+    projector = model.encoder.projector
+    names = {name.split(".")[0] for name, _ in projector.named_parameters()}
+    assert names == {f"linear_{number + 1}" for number in range(layers)}
+    states = expected = torch.randn(2, 5, projector.linear_1.in_features)
+    for name in sorted(names):
+        linear = getattr(projector, name)
+        expected = (expected.relu() if name != "linear_1" else expected) @ linear.weight.T + linear.bias
+    assert torch.allclose(projector(states), expected, atol=1e-6)
+    model.save_pretrained(tmp_path)
+    check_reload(model, tmp_path)
+
+
+def test_sharded_checkpoint(tmp_path: Path) -> None:
+    model = build_model("add")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    check_reload(model, tmp_path)
+
+
+def test_a_damaged_checkpoint_is_reported(tmp_path: Path) -> None:
+    """T5 has transformers ignore unexpected keys with "decoder" in them; here these are the SLM's."""
+    from safetensors.torch import load_file, save_file
+
+    model = build_model("add")
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["decoder.transformer.h.7.ln_1.weight"] = torch.ones(3)
+    del tensors["encoder.projector.linear_1.weight"], tensors["decoder.transformer.wpe.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    _, report = Model.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(report["missing_keys"]) == {"encoder.projector.linear_1.weight", "decoder.transformer.wpe.weight"}
+    assert set(report["unexpected_keys"]) == {"decoder.transformer.h.7.ln_1.weight"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_dtype_on_load(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = build_model("add")
+    model.save_pretrained(tmp_path)
+    reloaded = Model.from_pretrained(tmp_path, dtype=dtype)
+    assert reloaded.dtype == dtype
+    kept = {name for name, parameter in reloaded.named_parameters() if parameter.dtype != dtype}
+    # In float16, T5's `wo` stays float32, as it does in T5 alone.
+    assert all(name.endswith("wo.weight") and dtype == torch.float16 for name in kept), kept
+    assert bool(kept) == (dtype == torch.float16)
+    assert torch.isfinite(reloaded(**training_batch()).loss)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_llm_in_bfloat16_slm_in_float32(fusion: str, tmp_path: Path) -> None:
+    source = build_parts(fusion)
+    model = Model.from_encoder_decoder_pretrained(
+        encoder_model=copy.deepcopy(source.llm).bfloat16(), decoder_model=source.slm, **FUSIONS[fusion]
+    )
+    check_mixed(model)
+    parts = Parts(model, source.llm, source.slm)
+    expected = reference_logits(parts, PROMPTS[0], [4, 5])
+    given = torch.tensor([[END, 4, 5]])
+    actual = model(input_ids=torch.tensor(PROMPTS[:1]), decoder_input_ids=given).logits[0]
+    assert (actual - expected).abs().mean() < 0.1 * expected.std()
+    assert model.generate(**pad_prompts(PROMPTS), max_new_tokens=4, num_beams=2).shape[0] == 3
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    before = model(**training_batch()).loss
+    before.backward()
+    optimizer.step()
+    after = model(**training_batch()).loss
+    assert after < before
+    model.save_pretrained(tmp_path)
+    for kwargs in ({}, {"dtype": "auto"}, {"dtype": torch.float32}):
+        reloaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, **kwargs)
+        check_mixed(reloaded)
+        same_tensors(reloaded.state_dict(), model.state_dict())
+        torch.testing.assert_close(logits_of(reloaded), logits_of(model.eval()))
+        assert reloaded.encode_llm(**pad_prompts(PROMPTS)).dtype == torch.bfloat16
+
+
+def check_mixed(model: Model) -> None:
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.bfloat16 if is_llm(name) else torch.float32), name
+    assert model.dtype == torch.float32
+
+
+def test_encoder_dtype_of_the_factory(sources: dict[str, Any], tmp_path: Path) -> None:
+    for dtype in ("bfloat16", torch.bfloat16):
+        check_mixed(from_sources(sources, encoder_dtype=dtype))
+    half = from_sources(sources, encoder_dtype="bfloat16", decoder_dtype="bfloat16")
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    half.save_pretrained(tmp_path / "half")
+    assert {p.dtype for p in Model.from_pretrained(tmp_path / "half").parameters()} == {torch.bfloat16}
+
+
+def test_states_that_overflow_in_float16_are_an_error() -> None:
+    model = build_model("add")
+    with torch.no_grad():
+        model.encoder.llm.encoder.final_layer_norm.weight.fill_(6e4)
+    model.encoder.llm.half()
+    with pytest.raises(ValueError, match="bfloat16"):
+        model.encode_llm(torch.tensor(PROMPTS[:1]))
+
+
+# Scale of a new projector.
+
+
+def rms(tensor: torch.Tensor) -> float:
+    return tensor.float().pow(2).mean().sqrt().item()
+
+
+@pytest.mark.parametrize("norm_scale", [0.1, 1.0, 30.0])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_new_projector_keeps_the_scale_of_the_slm(fusion: str, norm_scale: float) -> None:
+    """Whatever the scale of the LLM's states: that of a pretrained T5 is not 1."""
+    ratios = []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        vocabulary = SLM_VOCAB_SIZE if fusion == "add_shared" else LLM_VOCAB_SIZE
+        llm = T5EncoderModel(t5_config(vocab_size=vocabulary, d_model=64, d_ff=128))
+        with torch.no_grad():
+            llm.encoder.final_layer_norm.weight.mul_(norm_scale)
+        slm = GPT2LMHeadModel(gpt2_config(n_embd=64))
+        model = Model.from_encoder_decoder_pretrained(encoder_model=llm, decoder_model=slm, **FUSIONS[fusion])
+        ids = torch.randint(2, SLM_VOCAB_SIZE, (4, 20))
+        ratios.append(rms(model.encode_prompt(ids).last_hidden_state) / rms(slm.transformer.wte.weight))
+    assert 0.7 < sum(ratios) / len(ratios) < 1.5, ratios
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_model_from_a_config_has_the_scale_of_the_slm(fusion: str) -> None:
+    torch.manual_seed(0)
+    config = LLM2SLMConfig(
+        encoder=t5_config(d_model=64, vocab_size=SLM_VOCAB_SIZE), decoder=gpt2_config(n_embd=64), **FUSIONS[fusion]
+    )
+    model = Model(config).eval()
+    ids = torch.randint(2, SLM_VOCAB_SIZE, (4, 20))
+    ratio = rms(model.encode_prompt(ids).last_hidden_state) / rms(model.decoder.transformer.wte.weight)
+    assert 0.7 < ratio < 1.5
+
+
+# Embeddings, copies, wrong inputs.
+
+
+def test_embeddings_are_the_slms() -> None:
+    model = build_model("add")
+    assert model.get_input_embeddings() is model.decoder.transformer.wte
+    assert model.get_output_embeddings() is model.decoder.lm_head
+    assert (model.config.vocab_size, model.config.hidden_size) == (SLM_VOCAB_SIZE, 32)
+    assert model.config.get_text_config().vocab_size == SLM_VOCAB_SIZE
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("fusion", ["add", "add_shared"])
+def test_resize_token_embeddings(fusion: str, tied: bool, tmp_path: Path) -> None:
+    model = build_model(fusion)
+    if tied:
+        model.decoder.config.tie_word_embeddings = True
+        model.decoder.tie_weights()
+    llm_size = model.encoder.llm.get_input_embeddings().num_embeddings
+    old = model.get_input_embeddings().weight[:SLM_VOCAB_SIZE].clone()
+    embeddings = model.resize_token_embeddings(SLM_VOCAB_SIZE + 6)
+    assert embeddings is model.get_input_embeddings()
+    assert (
+        embeddings.num_embeddings == model.config.vocab_size == model.config.decoder.vocab_size == SLM_VOCAB_SIZE + 6
+    )
+    assert torch.equal(embeddings.weight[:SLM_VOCAB_SIZE], old)
+    assert model.encoder.llm.get_input_embeddings().num_embeddings == llm_size
+    batch = pad_prompts(PROMPTS)
+    assert model(**batch, labels=torch.full((3, 2), SLM_VOCAB_SIZE + 5)).logits.shape[-1] == SLM_VOCAB_SIZE + 6
+    assert model.generate(**batch, max_new_tokens=3).shape[0] == 3
+    model.save_pretrained(tmp_path)
+    check_reload(model, tmp_path)
+
+
+def test_a_copy_shares_nothing() -> None:
+    """`encoder` knows the SLM without registering it: a copy has to know its own."""
+    model = build_model("add_shared")
+    copied, expected = copy.deepcopy(model), logits_of(model)
+    pointers = {parameter.data_ptr() for parameter in model.parameters()}
+    assert not pointers & {parameter.data_ptr() for parameter in copied.parameters()}
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.mul_(1.5)
+    assert torch.equal(logits_of(model), expected)
+    changed = logits_of(copied)
+    assert not torch.allclose(changed, expected)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(logits_of(copied), changed)
+    assert len(copied.state_dict()) == len(model.state_dict())
+
+
+def test_the_slm_can_be_replaced() -> None:
+    model = build_model("add_shared")
+    other = GPT2LMHeadModel(gpt2_config()).eval()
+    model.decoder = other
+    parts = Parts(model, build_parts("add_shared").llm, other)
+    answers = model.generate(**pad_prompts(PROMPTS), max_new_tokens=5, do_sample=False)
+    assert strip_padding(answers) == [reference_greedy(parts, prompt, 5)[0] for prompt in PROMPTS]
+
+
+IDS = torch.tensor(PROMPTS[:1])
+LABELS = torch.tensor([[4, END]])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"labels": LABELS}, "no prompt.*input_ids"),
+        ({"input_ids": IDS}, "labels.*decoder_input_ids"),
+        ({"input_ids": IDS, "labels": LABELS, "attention_mask": torch.ones(1, 3)}, "attention_mask"),
+        ({"input_ids": IDS, "labels": LABELS, "attention_mask": torch.zeros(1, 8)}, "empty"),
+        ({"input_ids": torch.zeros(1, 4, dtype=torch.long), "labels": LABELS}, "empty"),
+        ({"input_ids": IDS, "labels": torch.full((1, 57), 4)}, "8 tokens.* 57.* 64 positions"),
+        ({"llm_hidden_states": torch.zeros(1, 8, 24), "labels": LABELS}, "input_ids"),
+        ({"llm_hidden_states": torch.zeros(2, 8, 24), "labels": LABELS}, "mask"),
+        ({"inputs_embeds": torch.zeros(1, 8, 24), "labels": LABELS}, "inputs_embeds"),
+        (
+            {"input_ids": IDS, "labels": LABELS, "logits_to_keep": 1},
+            "`labels` have shape .* for .1, 1.. Cut them",
+        ),
+        (
+            {"input_ids": IDS, "decoder_inputs_embeds": torch.zeros(1, 2, 32), "labels": LABELS},
+            "decoder_inputs_embeds",
+        ),
+    ],
+)
+def test_wrong_inputs(inputs: dict[str, torch.Tensor], message: str) -> None:
+    model = shared_parts("add").model
+    with count_calls(model.encoder.llm) as calls, pytest.raises(ValueError, match=message):
+        model(**inputs)
+    assert not calls
+
+
+def test_a_mask_covers_cached_and_new_answer_tokens() -> None:
+    model, tokens = shared_parts("add").model, torch.tensor([[END, 4, 7, 9]])
+    first = model(input_ids=IDS, decoder_input_ids=tokens[:, :3])
+    rest = {"input_ids": IDS, "decoder_input_ids": tokens[:, 3:], "past_key_values": first.past_key_values}
+    with pytest.raises(ValueError, match=r"has width 1\. Pass one of width 4, over the 3 answer tokens"):
+        model(**rest, decoder_attention_mask=torch.ones(1, 1))
+    expected = model(input_ids=IDS, decoder_input_ids=tokens).logits[:, -1:]
+    torch.testing.assert_close(model(**rest, decoder_attention_mask=torch.ones(1, 4)).logits, expected)
+
+
+def test_the_longest_answer_that_fits_is_scored() -> None:
+    output = shared_parts("add").model(input_ids=IDS, labels=torch.full((1, 64 - 8), 4))
+    assert torch.isfinite(output.loss)
+
+
+def test_batch_encoding_is_taken() -> None:
+    model, batch = shared_parts("add").model, training_batch()
+    torch.testing.assert_close(model(**BatchEncoding(batch)).loss, model(**batch).loss)

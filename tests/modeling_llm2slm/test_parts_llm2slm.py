@@ -1,0 +1,222 @@
+"""Which models can be the LLM or the SLM, what of the LLM is loaded and run, and what is refused with the reason."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BertConfig,
+    BertGenerationConfig,
+    BloomConfig,
+    GPT2Config,
+    MambaConfig,
+    MPNetConfig,
+    MPNetModel,
+    OPTConfig,
+    OPTModel,
+)
+
+from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
+from modeling_llm2slm.parts_llm2slm import embedding_rms, keep_layers, rms
+from tests.support import families
+from tests.support.common import (
+    PROMPTS,
+    build_parts,
+    compose,
+    count_calls,
+    pad_prompts,
+    reference_states,
+    same_tensors,
+)
+from tests.support.families import LLM_VOCAB_SIZE, LLMS, SLMS, build_llm, build_slm
+
+
+Model = LLM2SLMForConditionalGeneration
+
+
+def whole_checkpoint(family: str, folder: Path) -> str:
+    """An LLM as its users save it: with the head that it generates or was trained with."""
+    torch.manual_seed(1)
+    config = LLMS[family].config(vocab_size=LLM_VOCAB_SIZE)
+    if family in ("bert", "roberta"):
+        model = build_llm(family)
+    else:
+        model = (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("fusion", ["add", "replace"])
+@pytest.mark.parametrize("family", LLMS)
+def test_states_are_those_of_the_whole_llm(family: str, fusion: str) -> None:
+    """One prompt at a time, without padding, is the truth for every padding; through save and load as well."""
+    parts = compose(build_llm(family), build_slm("gpt2"), fusion, encoder_layer=LLMS[family].layer)
+    for side in ("left", "right"):
+        batch = pad_prompts(PROMPTS, side, extra=3)
+        states = parts.model.encode_llm(**batch)
+        for row, prompt in enumerate(PROMPTS):
+            kept = batch["attention_mask"][row].bool()
+            torch.testing.assert_close(states[row][kept], reference_states(parts, prompt)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", LLMS)
+def test_hidden_states_and_attentions_are_in_the_layout_of_the_input(family: str) -> None:
+    parts = compose(build_llm(family), build_slm("gpt2"), "add", encoder_layer=LLMS[family].layer)
+    parts.model.set_attn_implementation("eager")
+    answers = {"decoder_input_ids": torch.tensor([[families.END]] * len(PROMPTS))}
+    wanted = {"output_hidden_states": True, "output_attentions": True}
+    with torch.no_grad():
+        outputs = {side: parts.model(**pad_prompts(PROMPTS, side), **answers, **wanted) for side in ("left", "right")}
+    masks = {side: pad_prompts(PROMPTS, side)["attention_mask"].bool() for side in outputs}
+    for row in range(len(PROMPTS)):
+        left, right = masks["left"][row], masks["right"][row]
+        for first, second in zip(*(outputs[side].encoder_hidden_states for side in ("left", "right")), strict=True):
+            torch.testing.assert_close(first[row][left], second[row][right])
+        for first, second in zip(*(outputs[side].encoder_attentions for side in ("left", "right")), strict=True):
+            torch.testing.assert_close(first[row][:, left][..., left], second[row][:, right][..., right])
+
+
+@pytest.mark.parametrize("family", LLMS)
+def test_a_pair_from_folders_saves_and_loads(family: str, tmp_path: Path) -> None:
+    """The factory takes the whole LLM's folder; what it made comes back with the same weights and answers."""
+    build_slm("gpt2").save_pretrained(tmp_path / "slm")
+    layer = LLMS[family].layer
+    model = Model.from_encoder_decoder_pretrained(
+        whole_checkpoint(family, tmp_path / "llm"), str(tmp_path / "slm"), encoder_layer=layer
+    )
+    model.save_pretrained(tmp_path / "both")
+    loaded, info = Model.from_pretrained(tmp_path / "both", output_loading_info=True)
+    assert not any(info.values()), info
+    same_tensors(loaded.state_dict(), model.state_dict())
+    batch = pad_prompts(PROMPTS, "left")
+    assert torch.equal(loaded.encode_llm(**batch), model.encode_llm(**batch))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "t5", "bart", "bert"])
+def test_layers_above_are_neither_loaded_nor_computed(
+    family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = whole_checkpoint(family, tmp_path / "llm")
+    build_slm("gpt2").save_pretrained(tmp_path / "slm")
+    models = {
+        layer: Model.from_encoder_decoder_pretrained(path, str(tmp_path / "slm"), encoder_layer=layer)
+        for layer in (None, 0, 1, 2, 3)
+    }
+    sizes = [models[layer].encoder.llm.num_parameters() for layer in (0, 1, 2, 3)]
+    steps = [after - before for before, after in zip(sizes, sizes[1:], strict=False)]
+    assert steps[0] == pytest.approx(steps[1], rel=0.1)
+    assert sizes[2] < sizes[3]
+    assert sizes[3] == models[None].encoder.llm.num_parameters()
+    assert not [record for record in caplog.records if "not used" in record.message or "newly init" in record.message]
+    batch = pad_prompts(PROMPTS[:1])
+    whole = models[None].encoder.run_llm(**batch, output_hidden_states=True).hidden_states
+    for layer in (0, 1, 2, 3):
+        llm = models[layer].encoder.llm
+        stacks = [module for module in llm.modules() if isinstance(module, nn.ModuleList) and len(module) == layer]
+        with count_calls(stacks[0][-1]) if layer else count_calls(llm) as calls:
+            states = models[layer].encode_llm(**batch)
+        assert len(calls) == 1
+        torch.testing.assert_close(states, whole[layer], rtol=1e-4, atol=1e-5)
+
+
+def test_the_callers_llm_keeps_its_layers() -> None:
+    llm = build_llm("llama")
+    before = llm.num_parameters()
+    model = Model.from_encoder_decoder_pretrained(encoder_model=llm, decoder_model=build_slm("gpt2"), encoder_layer=1)
+    assert llm.num_parameters() == before
+    assert model.encoder.llm.layers[0].mlp.up_proj.weight is llm.layers[0].mlp.up_proj.weight
+    assert llm(torch.tensor([[5, 6]]), output_hidden_states=True).hidden_states[3] is not None
+
+
+def test_layers_that_are_not_found() -> None:
+    llm = build_llm("t5")
+    llm.config.num_layers = 7
+    with pytest.raises(ValueError, match="7 layers are not in one list. Leave it out"):
+        keep_layers(llm, 2)
+
+
+@pytest.mark.parametrize("fusion", ["add", "replace"])
+@pytest.mark.parametrize(
+    ("slm", "llm", "layers"),
+    [*itertools.product(SLMS, ["t5", "llama", "bert"], [2]), ("gpt2", "t5", 1), ("gpt2", "t5", 3)],
+)
+def test_a_new_projector_keeps_the_scale_of_the_slms_embeddings(slm: str, llm: str, layers: int, fusion: str) -> None:
+    """As the SLM reads them: Gemma's embedding is scaled inside, a small OPT's is narrower than its layers."""
+    config = {"encoder_layer": LLMS[llm].layer, "projector_layers": layers}
+    parts = compose(build_llm(llm), build_slm(slm), fusion, **config)
+    for linear in parts.model.encoder.projector.linears:
+        nn.init.zeros_(linear.bias)
+    prompts = [[(17 * row + 7 * place) % 110 + 5 for place in range(20)] for row in range(8)]
+    batch = pad_prompts(prompts)
+    embeds = parts.model.encoder.projector(parts.model.encode_llm(**batch))
+    if fusion == "add":
+        embeds = embeds + parts.model.encoder.embed_prompt(batch["input_ids"])
+    assert rms(embeds) / embedding_rms(parts.slm) == pytest.approx(1, rel=0.5)
+
+
+# Refusals: each with its reason, when the pair is built.
+
+DECODER: dict[str, Any] = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "eos_token_id": 98}
+REFUSED_SLMS = {
+    "bert": (BertConfig(**DECODER, num_attention_heads=4, intermediate_size=64), "an encoder, which sees the tokens"),
+    "bert_generation": (
+        BertGenerationConfig(**DECODER, num_attention_heads=4, intermediate_size=64),
+        "an encoder, which sees the tokens",
+    ),
+    "mamba": (MambaConfig(**DECODER, state_size=4), "a state that cannot go back"),
+    "bloom": (BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4, eos_token_id=98), "position_ids"),
+}
+
+
+@pytest.mark.parametrize(("config", "reason"), REFUSED_SLMS.values(), ids=REFUSED_SLMS)
+def test_slms_that_are_refused(config: Any, reason: str, tmp_path: Path) -> None:
+    slm = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=rf"A {config.model_type} model cannot be the SLM: .*{reason}"):
+        Model.from_encoder_decoder_pretrained(encoder_model=build_llm("t5"), decoder_model=slm)
+    with pytest.raises(ValueError, match="cannot be the SLM"):
+        Model(LLM2SLMConfig(encoder=LLMS["t5"].config(vocab_size=120), decoder=config))
+
+
+def test_an_llm_whose_states_have_another_size_is_refused() -> None:
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 64, "num_attention_heads": 4}
+    config = OPTConfig(vocab_size=120, num_hidden_layers=2, do_layer_norm_before=False, **sizes)
+    with pytest.raises(ValueError, match="A opt model cannot be the LLM: its states do not have its hidden size"):
+        Model.from_encoder_decoder_pretrained(encoder_model=OPTModel(config), decoder_model=build_slm("gpt2"))
+
+
+def test_a_multimodal_config_is_refused() -> None:
+    with pytest.raises(ValueError, match="its `text_config`"):
+        LLM2SLMConfig(encoder={"model_type": "clip"}, decoder=GPT2Config())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "roberta"])
+def test_a_prompt_beyond_the_llms_positions_is_an_error(family: str) -> None:
+    """RoBERTa's positions begin after its pad id: it has as many fewer."""
+    model = compose(build_llm(family), build_slm("t5"), "add", encoder_layer=LLMS[family].layer).model
+    limit = 79 if family == "roberta" else 80
+    assert model.encode_llm(torch.full((1, limit), 5)).shape[1] == limit
+    for call in (model.encode_llm, model.encode_prompt, model.generate):
+        with pytest.raises(
+            ValueError, match=rf"{limit + 1} tokens wide.*LLM has {limit} positions.*prompt_max_length"
+        ):
+            call(torch.full((1, limit + 1), 5))
+
+
+def test_positions_of_mpnet_begin_after_its_pad_id() -> None:
+    llm = MPNetModel(MPNetConfig(**{**families.BERT, "vocab_size": LLM_VOCAB_SIZE, "pad_token_id": 1}))
+    model = compose(llm.eval(), build_slm("t5"), "add").model
+    assert model.encode_llm(torch.full((1, 78), 5)).shape[1] == 78
+    with pytest.raises(ValueError, match="79 tokens wide.*LLM has 78 positions"):
+        model.encode_llm(torch.full((1, 79), 5))
+
+
+def test_a_cut_llm_cannot_be_asked_for_more() -> None:
+    with pytest.raises(ValueError, match="`encoder_layer` is 4"):
+        build_parts(encoder_layer=4)

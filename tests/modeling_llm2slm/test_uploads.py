@@ -1,0 +1,139 @@
+"""What a saved model brings along: its code, which works where nothing but transformers is, and its files exactly."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer
+
+from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
+from tests.support import fresh_process
+from tests.support.common import build_parts, llm_tokenizer, slm_tokenizer
+
+
+MODEL_FILES = {
+    "assistant_llm2slm.py",
+    "generation_llm2slm.py",
+    "prompt_llm2slm.py",
+    "cache_llm2slm.py",
+    "checkpoint_llm2slm.py",
+    "configuration_llm2slm.py",
+    "files_llm2slm.py",
+    "model_card_llm2slm.py",
+    "modeling_llm2slm.py",
+    "parts_llm2slm.py",
+    "processing_llm2slm.py",
+}
+DATA_FILES = {
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "decoder_tokenizer/tokenizer.json",
+    "decoder_tokenizer/tokenizer_config.json",
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    build_parts().model.save_pretrained(folder)
+    LLM2SLMProcessor(llm_tokenizer(), slm_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_exact_list_of_files(saved, tmp_path):
+    assert files_in(saved) == MODEL_FILES | DATA_FILES
+    LLM2SLMProcessor(llm_tokenizer(), slm_tokenizer()).save_pretrained(tmp_path)
+    processor_files = {name for name in DATA_FILES if "tokenizer" in name or "processor" in name}
+    assert files_in(tmp_path) == processor_files | {"processing_llm2slm.py", "files_llm2slm.py"}
+
+
+def test_one_tokenizer_for_both_sides_is_saved_twice(tmp_path):
+    tokenizer = llm_tokenizer()
+    LLM2SLMProcessor(tokenizer, tokenizer).save_pretrained(tmp_path / "shared")
+    loaded = AutoProcessor.from_pretrained(tmp_path / "shared")
+    assert loaded.decoder_tokenizer.get_vocab() == loaded.tokenizer.get_vocab() == tokenizer.get_vocab()
+
+
+def test_loads_generates_and_trains_where_only_transformers_is(saved, tmp_path):
+    code = f"""
+import json, torch
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoProcessor
+path = {str(saved)!r}
+config = AutoConfig.from_pretrained(path, trust_remote_code=True)
+model = AutoModelForSeq2SeqLM.from_pretrained(path, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+batch = processor(text=["src1 src2", "src3"], text_target=["out1", "out2 out3"], padding=True, return_tensors="pt")
+tokens = model.generate(**{{k: v for k, v in batch.items() if k != "labels"}}, max_new_tokens=5)
+before = {{name: tensor.clone() for name, tensor in model.state_dict().items()}}
+optimizer = torch.optim.SGD([p for p in model.train().parameters() if p.requires_grad], lr=0.1)
+loss = model(**batch).loss
+loss.backward()
+optimizer.step()
+after = model.state_dict()
+changed = [name for name in before if not torch.equal(before[name], after[name])]
+frozen = not any(name.startswith("encoder.llm.") for name in changed)
+changed = {{name.split(".")[0] for name in changed}}
+model.save_pretrained({str(tmp_path / "again")!r}, include_llm=True)
+processor.save_pretrained({str(tmp_path / "again")!r})
+print(json.dumps([type(config).__module__, tokens.tolist(), float(loss), sorted(changed), frozen]))
+"""
+    module, tokens, loss, changed, frozen = fresh_process.run(code, package=False, HF_HOME=str(tmp_path / "home"))
+    assert module.startswith("transformers_modules.")
+    model, processor = AutoModelForSeq2SeqLM.from_pretrained(saved), AutoProcessor.from_pretrained(saved)
+    batch = processor(text=["src1 src2", "src3"], text_target=["out1", "out2 out3"], padding=True, return_tensors="pt")
+    prompt = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert model.generate(**prompt, max_new_tokens=5).tolist() == tokens
+    assert loss > 0
+    assert (changed, frozen) == (["decoder", "encoder"], True)
+    # Code travels on: what was saved there is as complete as what was loaded.
+    assert files_in(tmp_path / "again") == MODEL_FILES | DATA_FILES
+
+
+def test_the_snippet_of_the_card_runs(saved, tmp_path):
+    card = ModelCard.load(saved / "README.md")
+    snippet = card.text.partition("```python\n")[2].partition("```")[0].replace('"A prompt."', '"src1 src2"')
+    code = f"import os, json\nos.chdir({str(saved.parent)!r})\n{snippet}\nprint(json.dumps(tokens.tolist()))"
+    assert fresh_process.run(code, package=False, HF_HOME=str(tmp_path / "home"))
+
+
+def test_without_leave_no_code_is_run_and_with_the_package_none_is_at_all(saved, tmp_path):
+    spoilt = Path(shutil.copytree(saved, tmp_path / "spoilt"))
+    for file in spoilt.glob("*.py"):
+        file.write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nraise ImportError\n" + file.read_text())
+    for trust in (None, False, True):
+        assert type(AutoConfig.from_pretrained(spoilt, trust_remote_code=trust)) is LLM2SLMConfig
+        model = AutoModelForSeq2SeqLM.from_pretrained(spoilt, trust_remote_code=trust)
+        assert type(model) is LLM2SLMForConditionalGeneration
+        assert type(AutoProcessor.from_pretrained(spoilt, trust_remote_code=trust)) is LLM2SLMProcessor
+        AutoTokenizer.from_pretrained(spoilt, trust_remote_code=trust)
+    assert not (tmp_path / "run").exists()
+
+
+def test_parts_with_code_of_their_own_need_leave(saved, tmp_path):
+    for part, other in (("encoder", "decoder"), ("decoder", "encoder")):
+        kwargs = {f"{other}_pretrained_model_name_or_path": tmp_path / other}
+        folder = tmp_path / part
+        folder.mkdir(exist_ok=True)
+        (folder / "evil.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\n")
+        auto_map = '{"AutoConfig": "evil.Config", "AutoModel": "evil.M", "AutoModelForCausalLM": "evil.M"}'
+        (folder / "config.json").write_text(f'{{"model_type": "evil", "auto_map": {auto_map}}}')
+        parts = build_parts()
+        (parts.llm if other == "encoder" else parts.slm).save_pretrained(tmp_path / other)
+        with pytest.raises(ValueError, match="trust_remote_code=True"):
+            LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(
+                **kwargs, **{f"{part}_pretrained_model_name_or_path": folder}
+            )
+        shutil.rmtree(folder)
+    assert not (tmp_path / "run").exists()

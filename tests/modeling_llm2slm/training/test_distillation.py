@@ -1,0 +1,170 @@
+"""`llm2slm distill`: the LLM's own answers beside what was there, each prompt once, whatever kills it on the way."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modeling_llm2slm.data.loading import load_pairs
+from modeling_llm2slm.inference.text_to_text import TextToText
+from modeling_llm2slm.training.distillation import distill
+from tests.support.checkpoints import PAIRS, PROMPTS, sample_by_default, write_checkpoint, write_pairs
+
+
+OPTIONS = {"num_beams": 2, "max_new_tokens": 5}
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_checkpoint("llm", tmp_path_factory.mktemp("llm"))
+
+
+@pytest.fixture(scope="module")
+def expected(llm: str) -> list[str]:
+    return TextToText.from_pretrained(llm).generate(PROMPTS, **OPTIONS)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    return write_pairs(tmp_path / "pairs.jsonl", [{"id": row, **pair} for row, pair in enumerate(PAIRS)])
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    content = path.read_bytes()
+    text = gzip.decompress(content) if path.suffix == ".gz" else content
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("name", ["answers.jsonl", "answers.jsonl.gz"])
+def test_answers_stand_beside_what_was_there(
+    llm: str, data: str, expected: list[str], tmp_path: Path, name: str
+) -> None:
+    seen: list[tuple[int, int]] = []
+    assert distill(llm, data, tmp_path / name, batch_size=3, progress=lambda *now: seen.append(now), **OPTIONS) == 8
+    assert rows_of(tmp_path / name) == [
+        {"id": row, **pair, "llm_answer": answer}
+        for row, (pair, answer) in enumerate(zip(PAIRS, expected, strict=True))
+    ]
+    assert seen == [(0, 8), (3, 8), (6, 8), (8, 8)]
+    assert not list(tmp_path.glob("*.part*"))
+
+
+def test_answers_that_were_cut_are_told(
+    llm: str, data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distill(llm, data, tmp_path / "whole.jsonl", max_new_tokens=4, min_new_tokens=4)
+    assert "8 answers were cut at 4 tokens: allow longer ones with max_new_tokens" in caplog.text
+    caplog.clear()
+    end = {"forced_eos_token_id": 1}  # the last of four
+    distill(llm, data, tmp_path / "ended.jsonl", max_new_tokens=4, min_new_tokens=3, **end)
+    assert "cut" not in caplog.text
+
+
+def test_recipes_train_on_either_or_both(llm: str, data: str, expected: list[str], tmp_path: Path) -> None:
+    distill(llm, data, tmp_path / "answers.jsonl", **OPTIONS)
+    both = load_pairs(tmp_path / "answers.jsonl", answer_column=["answer", "llm_answer"], limit=2)
+    assert both["prompt"][:] == [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
+    assert both["answer"][:] == [PAIRS[0]["answer"], expected[0], PAIRS[1]["answer"], expected[1]]
+    one = load_pairs(tmp_path / "answers.jsonl", answer_column="llm_answer")
+    assert one["answer"][:] == expected
+
+
+def test_lines_of_text_and_other_names_will_do(llm: str, expected: list[str], tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS[:2], PROMPTS[0]]) + "\n")
+    write_pairs(tmp_path / "named.jsonl", [{"source": prompt} for prompt in PROMPTS[:2]])
+    distill(llm, tmp_path / "prompts.txt", tmp_path / "a.jsonl", **OPTIONS)
+    distill(llm, tmp_path / "named.jsonl", tmp_path / "b.jsonl", "source", column="target", **OPTIONS)
+    assert [row["llm_answer"] for row in rows_of(tmp_path / "a.jsonl")] == [*expected[:2], expected[0]]
+    assert rows_of(tmp_path / "b.jsonl")[1] == {"source": PROMPTS[1], "target": expected[1]}
+
+
+def test_what_answers_replace_is_told(
+    llm: str, data: str, expected: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ValueError, match="The prompts are in the column 'prompt'"):
+        distill(llm, data, tmp_path / "a.jsonl", column="prompt", **OPTIONS)
+    distill(llm, data, tmp_path / "a.jsonl", column="answer", **OPTIONS)
+    assert rows_of(tmp_path / "a.jsonl")[0]["answer"] == expected[0]
+    assert "in the place of the column 'answer'" in caplog.text
+
+
+@pytest.mark.parametrize("tail", [b"", b'{"prompt": "0f", "ans', '{"prompt": "0f", "answer": "ä'.encode()[:-1]])
+def test_a_killed_run_goes_on(
+    llm: str, data: str, expected: list[str], tmp_path: Path, tail: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered: list[list[int]] = []
+    write = TextToText.write
+
+    def stopping(self: TextToText, *args: Any, **kwargs: Any) -> list[list[int]]:
+        if len(answered) == 4 and not (tmp_path / "again").exists():
+            raise KeyboardInterrupt
+        answers = write(self, *args, **kwargs)
+        answered.extend(answers)
+        return answers
+
+    monkeypatch.setattr(TextToText, "write", stopping)
+    output = tmp_path / "answers.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        distill(llm, data, output, batch_size=2, **OPTIONS)
+    assert not output.exists()
+    with output.with_name("answers.jsonl.part").open("ab") as part:
+        part.write(tail)
+    (tmp_path / "again").touch()
+    distill(llm, data, output, batch_size=2, **OPTIONS)
+    assert len(answered) == len(PROMPTS)  # none twice
+    assert [row["llm_answer"] for row in rows_of(output)] == expected
+
+
+def test_processes_share_the_work(
+    llm: str, data: str, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        assert not (tmp_path / "answers.jsonl").exists()
+        monkeypatch.setenv("RANK", rank)
+        distill(llm, data, tmp_path / "answers.jsonl", batch_size=2, **OPTIONS)
+    assert [row["llm_answer"] for row in rows_of(tmp_path / "answers.jsonl")] == expected
+
+
+def test_of_processes_too_prompts_are_taken_away_meanwhile(
+    llm: str, data: str, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    distill(llm, data, tmp_path / "answers.jsonl", batch_size=2, **OPTIONS)  # 4 of 8
+    write_pairs(Path(data), PAIRS[1:4])
+    for rank in ("0", "1"):
+        assert not (tmp_path / "answers.jsonl").exists()
+        monkeypatch.setenv("RANK", rank)
+        distill(llm, data, tmp_path / "answers.jsonl", batch_size=2, **OPTIONS)
+    assert [row["llm_answer"] for row in rows_of(tmp_path / "answers.jsonl")] == expected[1:4]
+
+
+def test_what_another_run_left_is_not_mixed_in(llm: str, data: str, tmp_path: Path) -> None:
+    output = tmp_path / "answers.jsonl"
+    (tmp_path / "answers.jsonl.part").write_text('{"num_beams": 9}\n')
+    with pytest.raises(ValueError, match="left by a run with another model, other data or other settings"):
+        distill(llm, data, output, **OPTIONS)
+    distill(llm, data, output, overwrite=True, **OPTIONS)
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        distill(llm, data, output, **OPTIONS)
+    with pytest.raises(ValueError, match=r"none of \.jsonl"):
+        distill(llm, data, tmp_path / "answers.csv", **OPTIONS)
+
+
+def test_nothing_is_sampled_unless_asked_for(llm: str, data: str, expected: list[str], tmp_path: Path) -> None:
+    sampling = shutil.copytree(llm, tmp_path / "llm")
+    sample_by_default(sampling)
+    distill(sampling, data, tmp_path / "answers.jsonl", **OPTIONS)
+    assert [row["llm_answer"] for row in rows_of(tmp_path / "answers.jsonl")] == expected
+
+
+def test_a_decoder_only_llm_is_refused(data: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is decoder-only.* take an encoder-decoder"):
+        distill(write_checkpoint("slm", tmp_path), data, tmp_path / "answers.jsonl", **OPTIONS)
+    assert not list(tmp_path.glob("answers*"))

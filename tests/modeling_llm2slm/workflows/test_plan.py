@@ -1,0 +1,185 @@
+"""What is promised before training: measured, counted, and one of three recommendations."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, planning
+from modeling_llm2slm.inference.text_to_text import TextToText
+from modeling_llm2slm.workflows.plan import Candidate, plan, recommend
+from tests.support.checkpoints import PAIRS, PROMPTS, write_bart, write_checkpoint, write_pairs
+from tests.support.common import gpt2_config, slm_tokenizer, t5_config
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_checkpoint("llm", tmp_path_factory.mktemp("llm"))
+
+
+def test_a_plan_has_everything_a_user_asks_for(llm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("modeling_llm2slm.configuration", reason="presets are found in an installed package only")
+    (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS, PROMPTS[0]]) + "\n")
+    slm_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    large = TextToText.from_pretrained(llm)
+    answer = large.features([PROMPTS[0]], ["src1 src2 src3 src4"])["labels"][0]
+    monkeypatch.setattr(TextToText, "generate_tokens", lambda self, prompts, *_, **__: [answer] * len(prompts))
+    steps: list[str] = []
+    result = plan(
+        llm, tmp_path / "prompts.txt", presets=["tiny"], slm_tokenizers={"tiny": str(tmp_path / "tokenizer")},
+        timed_prompts=2, batch_size=2, max_new_tokens=8, progress=steps.append,
+    )  # fmt: skip
+    large = TextToText.from_pretrained(llm)
+    lengths = [len(ids) for ids in large.features(PROMPTS)["input_ids"]]
+    assert result["prompts"] == len(PROMPTS) + 1
+    assert result["prompt_tokens"] == pytest.approx((sum(lengths) + lengths[0]) / 9)
+    assert result["store_bytes"] == sum(lengths) * 24 * 2  # equal prompts are stored once
+    candidate = Candidate(**result["candidates"][0])
+    assert (candidate.name, candidate.answer_tokens, candidate.tokens_assumed) == ("tiny", 5, False)
+    assert candidate.speed_up == pytest.approx(candidate.llm_ms_per_answer / candidate.ms_per_answer)
+    assert candidate.training_bytes > candidate.answering_bytes > 4 * candidate.slm_parameters
+    assert min(candidate.encode_hours, candidate.distill_hours, candidate.train_hours) > 0
+    assert result["recommendation"]
+    assert steps[-1] == "measuring tiny"
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_without_the_slms_tokenizer_the_llms_count_stands_for_it(llm: str, tmp_path: Path) -> None:
+    pytest.importorskip("modeling_llm2slm.configuration", reason="presets are found in an installed package only")
+    (tmp_path / "prompts.txt").write_text(PROMPTS[0] + "\n")
+    result = plan(llm, tmp_path / "prompts.txt", presets=["tiny"], batch_size=1, max_new_tokens=4)
+    assert result["candidates"][0]["tokens_assumed"]
+    assert result["candidates"][0]["answer_tokens"] == result["answer_tokens"]
+    assert result["answer_tokens"] <= 4
+    with pytest.raises(ValueError, match="no preset 'huge'"):
+        plan(llm, tmp_path / "prompts.txt", presets=["huge"], max_new_tokens=4)
+
+
+def test_an_answer_is_timed_no_longer_than_it_may_be(
+    llm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the SLM's tokenizer needs more tokens than the LLM's, also for a prompt that leaves no room for them."""
+    pytest.importorskip("modeling_llm2slm.configuration", reason="presets are found in an installed package only")
+    (tmp_path / "prompts.txt").write_text("src5 src6\n")
+    slm_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    monkeypatch.setattr("modeling_llm2slm.workflows.plan._count", lambda *_: 1000)
+    options = {"slm_tokenizers": {"tiny": str(tmp_path / "tokenizer")}, "max_new_tokens": 4, "batch_size": 1}
+    assert plan(llm, tmp_path / "prompts.txt", presets=["tiny"], **options)["candidates"][0]["answer_tokens"] == 4
+
+
+def test_prompts_that_are_too_long_are_counted_and_not_timed(llm: str, tmp_path: Path) -> None:
+    pytest.importorskip("modeling_llm2slm.configuration", reason="presets are found in an installed package only")
+    long = " ".join(PROMPTS * 40)
+    data, options = tmp_path / "p.jsonl", {"presets": ["tiny"], "batch_size": 1, "max_new_tokens": 4}
+    write_pairs(data, [{"prompt": long}, {"prompt": PROMPTS[0]}, {"prompt": 7}])
+    with pytest.raises(ValueError, match="prompt of row 2 is 7.*skip_bad_rows"):
+        plan(llm, data, **options)
+    result = plan(llm, data, skip_bad_rows=True, timed_prompts=2, **options)
+    assert (result["prompts"], result["candidates"][0]["too_long"]) == (2, 1)
+    assert plan(llm, data, skip_bad_rows=True, prompt_max_length=9, **options)["candidates"][0]["too_long"] == 0
+    (tmp_path / "long.txt").write_text(long + "\n")
+    with pytest.raises(ValueError, match="tiny has positions for none of the prompts.*prompt_max_length"):
+        plan(llm, tmp_path / "long.txt", **options)
+
+
+def test_what_cannot_be_planned_is_refused(llm: str, tmp_path: Path) -> None:
+    pytest.importorskip("modeling_llm2slm.configuration", reason="presets are found in an installed package only")
+    data = write_pairs(tmp_path / "p.jsonl")
+    with pytest.raises(ValueError, match="is an LLM-to-SLM model"):
+        plan(write_checkpoint("llm2slm", tmp_path / "composite"), data, presets=["tiny"])
+    with pytest.raises(ValueError, match="is decoder-only"):
+        plan(write_checkpoint("slm", tmp_path / "slm"), data, presets=["tiny"])
+    with pytest.raises(ValueError, match="a tokenizer for tyni, which is none of the presets tiny"):
+        plan(llm, data, presets=["tiny"], slm_tokenizers={"tyni": "x"})
+    with pytest.raises(OSError, match="no/such/folder cannot be loaded"):
+        plan(llm, data, presets=["tiny"], slm_tokenizers={"tiny": "no/such/folder"})
+
+
+def test_every_slm_is_timed_on_prompts_that_it_has_room_for(
+    llm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("modeling_llm2slm.configuration", reason="presets are found in an installed package only")
+    long = [" ".join([*PROMPTS * 20, f"src{row}"]) for row in range(3)]
+    data = write_pairs(tmp_path / "p.jsonl", [{"prompt": text} for text in (*long, PROMPTS[0])])
+    config = LLM2SLMConfig(encoder=t5_config(), decoder=gpt2_config(n_positions=2048))
+    config.to_json_file(tmp_path / "wide.json")
+    wide, timed = str(tmp_path / "wide.json"), []
+    measure = planning._measure
+
+    def measuring(*args: Any) -> dict[str, Any]:
+        timed.append(args[2].prompts)
+        return measure(*args)
+
+    monkeypatch.setattr(planning, "_measure", measuring)
+    result = plan(llm, data, presets=["tiny", wide], timed_prompts=4, batch_size=1, max_new_tokens=4)
+    tiny, other = (Candidate(**candidate) for candidate in result["candidates"])
+    assert (tiny.too_long, other.too_long) == (3, 0)
+    assert timed == [[PROMPTS[0]], [*long, PROMPTS[0]]]
+    assert result["recommended"] != "tiny"
+
+
+def test_an_llm_is_timed_greedily_and_within_its_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("modeling_llm2slm.configuration", reason="presets are found in an installed package only")
+    bart = write_bart(tmp_path / "bart", num_beams=3)
+    data = write_pairs(tmp_path / "p.jsonl", [{"prompt": " ".join(PROMPTS * 4)}, *PAIRS[:2]])
+    asked: list[dict[str, Any]] = []
+    generate_tokens = TextToText.generate_tokens
+
+    def asking(self: TextToText, prompts: list[str], *args: Any, **kwargs: Any) -> list[list[int]]:
+        asked.append(kwargs)
+        return generate_tokens(self, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(TextToText, "generate_tokens", asking)
+    result = plan(bart, data, presets=["tiny"], timed_prompts=2, batch_size=1, max_new_tokens=4, num_beams=5)
+    assert result["candidates"][0]["too_long"] == 1
+    assert len(asked) >= 4
+    assert {options["num_beams"] for options in asked} <= {1, 5}
+    assert sum(options["num_beams"] == 1 for options in asked) >= 4
+
+
+def test_a_step_that_has_no_memory_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LLM2SLMForConditionalGeneration(LLM2SLMConfig(encoder=t5_config(), decoder=gpt2_config()))
+    monkeypatch.setattr(planning, "_seconds", lambda work: work() or 1.0)
+    batches: list[int] = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: batches.append(len(kwargs["labels"])), with_kwargs=True)
+    sizes = {"prompt_length": 5, "answer_length": 4}
+    assert planning._step_seconds(model, 8, **sizes) == 1
+    assert batches == [8, 8]
+    four = planning._training_bytes(model, 4, sizes)
+    monkeypatch.setattr(planning, "_free_bytes", lambda device: four)
+    assert planning._step_seconds(model, 8, **sizes) == 2
+    assert batches[2:] == [4, 4]
+    monkeypatch.setattr(planning, "_free_bytes", lambda device: 0)
+    assert planning._step_seconds(model, 8, **sizes) == 8
+
+
+def test_an_slm_without_room_is_not_recommended() -> None:
+    row = Candidate("narrow", 100, 1.0, 1.0, 4.0, 1, False, 1, 1, 1.0, 1.0, 1.0, 6)
+    other = replace(row, name="wide", speed_up=2.5, slm_parameters=10, too_long=5)
+    assert recommend([row, other], 100)[0] == "wide"
+    name, sentence = recommend([row, replace(other, too_long=50)], 100)
+    assert name == "narrow"
+    assert "But 6% of the prompts or more are too long: cut them with prompt_max_length" in sentence
+
+
+@pytest.mark.parametrize(
+    ("speed_ups", "recommended", "words"),
+    [
+        ((2.5, 4.0), "large", "largest SLM that is at least 2 times as fast"),
+        ((1.5, 3.0), "small", "largest SLM that is at least 2 times as fast"),
+        ((1.1, 1.4), "small", "is the fastest"),
+        ((0.7, 1.1), None, "Do not train"),
+    ],
+)
+def test_the_largest_slm_that_is_fast_enough(
+    speed_ups: tuple[float, float], recommended: str | None, words: str
+) -> None:
+    row = Candidate("large", 100, 1.0, 1.0, speed_ups[0], 1, False, 1, 1, 1.0, 1.0, 1.0, 0)
+    name, sentence = recommend([row, replace(row, name="small", slm_parameters=10, speed_up=speed_ups[1])], 100)
+    assert name == recommended
+    assert words in sentence
+    assert set(planning.SLMS) == {"t5-large_gpt2", "t5-large_t5-small"}

@@ -1,0 +1,308 @@
+"""From prompts to a model in one go: every stage once, whatever stops it, and wrong input found before the first."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+import llm2slm
+from modeling_llm2slm import speedup
+from modeling_llm2slm.inference.text_to_text import TextToText
+from modeling_llm2slm.states.encoding import encode
+from modeling_llm2slm.training.distillation import distill
+from modeling_llm2slm.training.training import load_recipe, train
+from modeling_llm2slm.workflows.speedup import Speedup, SpeedupSettings
+from tests.support.checkpoints import WORDS, write_bart, write_checkpoint
+
+
+pytest.importorskip("modeling_llm2slm.configuration", reason="the recipe is found in an installed package only")
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> SpeedupSettings:
+    folder = tmp_path_factory.mktemp("speedup")
+    llm = write_checkpoint("llm", folder)
+    prompts = [" ".join(reversed(words)) for words in WORDS] + [" ".join(words) for words in WORDS]
+    (folder / "prompts.txt").write_text("\n".join([*prompts, prompts[0]]) + "\n")
+    recipe = {"num_train_epochs": 1, "per_device_train_batch_size": 4}
+    return SpeedupSettings(
+        llm, str(folder / "prompts.txt"), str(folder / "gpt2.json"), num_beams=1, max_new_tokens=5, recipe=recipe
+    )
+
+
+STAGES = ["distill", "build", "encode", "train", "evaluate"]
+
+
+def test_prompts_become_a_model_and_nothing_is_done_twice(
+    settings: SpeedupSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    result = Speedup(settings, tmp_path).run(lambda stage, command: told.append(f"{stage}: {command}"))
+    assert [line.partition(":")[0] for line in told] == STAGES
+    assert all(f"llm2slm {stage}" in line for stage, line in zip(STAGES, told, strict=True))
+    assert TextToText.from_pretrained(tmp_path / "model").model.config.model_type == "llm2slm"
+    splits = [[json.loads(line) for line in (tmp_path / f"{name}.jsonl").open()] for name in speedup.SPLITS]
+    assert [len({row["prompt"] for row in rows}) for rows in splits] == [len(told) + 7 + 1, 1, 1]
+    assert not {row["prompt"] for row in splits[0]} & {row["prompt"] for row in splits[2]}
+    assert result["prompts"] == len(splits[2])
+    for name in ("distill", "build", "encode", "train", "compare"):
+        monkeypatch.setattr(speedup, name, None)
+    assert Speedup(settings, tmp_path).run() == result
+
+
+@pytest.mark.parametrize("stage", ["build", "encode", "train", "compare"])
+def test_a_run_that_was_stopped_goes_on(
+    settings: SpeedupSettings, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(speedup, stage, stop)
+        with pytest.raises(KeyboardInterrupt):
+            Speedup(settings, tmp_path).run()
+    monkeypatch.setattr(speedup, "distill", None)
+    assert Speedup(settings, tmp_path).run()["prompts"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"slm": "no/such/model"}, "no/such/model cannot be loaded"),
+        ({"llm": "no/such/model"}, "no/such/model cannot be loaded"),
+        ({"recipe": {"learning_rat": 1}}, "Did you mean learning_rate"),
+        ({"recipe": {"prompt_column": "source"}}, "name it with --prompt-column"),
+        *(
+            ({"recipe": {name: "x"}}, f"{name} is what a speed-up fills in itself")
+            for name in ("model", "output_dir", "train_data", "validation_data", "llm_states")
+        ),
+    ],
+)
+def test_what_is_wrong_is_found_before_any_work(
+    settings: SpeedupSettings, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((ValueError, OSError), match=message):
+        Speedup(replace(settings, **change), tmp_path / "out").run()
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_stage_reads_the_same_data(settings: SpeedupSettings, tmp_path: Path) -> None:
+    recipe = {**settings.recipe, "prompt_max_length": "2", "hub_token": "hf_secret"}
+    Speedup(replace(settings, recipe=recipe), tmp_path).run()
+    assert TextToText.from_pretrained(tmp_path / "model").prompt_max_length == 2
+    for file in ("speedup.json", "recipe.yaml", "model/training.json", "model/README.md"):
+        text = (tmp_path / file).read_text()
+        assert "prompt_max_length" in text
+        assert "hf_secret" not in text
+
+
+def test_the_commands_do_what_the_stages_do(settings: SpeedupSettings, tmp_path: Path) -> None:
+    recipe = {**settings.recipe, "prompt_max_length": 4, "skip_bad_rows": True}
+    changed = replace(
+        settings, slm_tokenizer=settings.llm, prompt_column="source", limit=9, batch_size=5, fusion="replace",
+        encoder_dtype="bfloat16", recipe=recipe,
+    )  # fmt: skip
+    app, given = typer.main.get_command(llm2slm.app), {}
+    for stage, (command, _) in Speedup(changed, tmp_path, "cuda").stages().items():
+        words = shlex.split(command)
+        assert words[:2] == ["llm2slm", stage]
+        given[stage] = app.commands[stage].make_context(stage, words[2:]).params  # type: ignore[attr-defined]
+    data = {"prompt_max_length": 4, "skip_bad_rows": True, "device": "cuda"}
+    answers = {"num_beams": 1, "max_new_tokens": 5}
+    expected: dict[str, dict[str, Any]] = {
+        "distill": {**data, **answers, "prompt_column": "source", "limit": 9, "batch_size": 5},
+        "build": {
+            "slm_tokenizer": settings.llm,
+            "fusion": "replace",
+            "encoder_dtype": "bfloat16",
+            "max_new_tokens": 5,
+        },
+        "encode": {**data, "batch_size": 5, "prompt_column": "prompt"},
+        "evaluate": {**data, **answers, "against": settings.llm},
+    }
+    for stage, options in expected.items():
+        assert {name: given[stage][name] for name in options} == options
+
+
+def test_other_settings_want_another_folder(settings: SpeedupSettings, tmp_path: Path) -> None:
+    Speedup(settings, tmp_path).distill()
+    with pytest.raises(ValueError, match=r"begun with another num_beams \(1\)"):
+        Speedup(replace(settings, num_beams=3), tmp_path)
+    with pytest.raises(ValueError, match=r"begun with another prompt_max_length \(None\)"):
+        Speedup(replace(settings, recipe={**settings.recipe, "prompt_max_length": 3}), tmp_path)
+    recipe = {**settings.recipe, "learning_rate": 1e-3}
+    changed = Speedup(replace(settings, fusion="replace", recipe=recipe), tmp_path)  # nothing was built or trained yet
+    changed.distill()
+    changed.build()
+    with pytest.raises(ValueError, match=r"begun with another fusion \('replace'\)"):
+        Speedup(settings, tmp_path)
+    changed = Speedup(replace(changed.settings, batch_size=2), tmp_path)  # what there is memory for
+    changed.encode()
+    changed.train()
+    with pytest.raises(ValueError, match="begun with another recipe"):
+        Speedup(replace(settings, fusion="replace"), tmp_path)
+    (tmp_path / "model" / "training.json").unlink()  # as if it had been stopped at its last checkpoint
+    with pytest.raises(ValueError, match="begun with another recipe"):
+        Speedup(replace(settings, fusion="replace"), tmp_path)
+    Speedup(replace(changed.settings, recipe={**recipe, "skip_bad_rows": True}), tmp_path).run()
+
+
+def test_prompts_without_room_are_found_before_any_work(
+    settings: SpeedupSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [" ".join(words) for words in WORDS]
+    (tmp_path / "long.txt").write_text("\n".join([*texts[:2], " ".join(texts * 9), *texts[2:]]) + "\n")
+    long = replace(settings, prompts=str(tmp_path / "long.txt"))
+    with monkeypatch.context() as context:
+        context.setattr(speedup, "distill", None)
+        with pytest.raises(ValueError, match=r"row 2: The prompt has .* positions.*skip_bad_rows"):
+            Speedup(long, tmp_path / "out").run()
+        (tmp_path / "all.txt").write_text(" ".join(texts * 9) + "\n")
+        with pytest.raises(ValueError, match="no row can be used; row 0: The prompt has"):
+            Speedup(replace(long, prompts=str(tmp_path / "all.txt")), tmp_path / "out").run()
+    for name, fix in (("skipped", {"skip_bad_rows": True}), ("cut", {"prompt_max_length": 8})):
+        result = Speedup(replace(long, recipe={**settings.recipe, **fix}), tmp_path / name).run()
+        assert result["prompts"] > 0
+
+
+def test_an_llm_with_positions_answers_what_it_has_room_for(
+    settings: SpeedupSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    llm, texts = write_bart(tmp_path / "bart"), [" ".join(words) for words in WORDS]
+    prompts = tmp_path / "long.txt"
+    prompts.write_text("\n".join([*texts[:2], " ".join(texts * 4), *texts[2:]]) + "\n")
+    recipe = {**settings.recipe, "skip_bad_rows": True}
+    bart = replace(settings, llm=llm, prompts=str(prompts), recipe=recipe)
+    assert Speedup(bart, tmp_path / "out").run()["prompts"] > 0
+    assert len((tmp_path / "out" / "distilled.jsonl").read_text().splitlines()) == len(texts)
+    options = {"max_new_tokens": 5, "num_beams": 1}
+    with pytest.raises(ValueError, match=r"row 2: .*the LLM has 64 positions.*skip_bad_rows"):
+        distill(llm, prompts, tmp_path / "all.jsonl", **options)
+    both, states = [tmp_path / "out" / "train.jsonl", prompts], tmp_path / "states"
+    with pytest.raises(ValueError, match=r"long\.txt: row 2 has a prompt of .* LLM has 64.*skip_bad_rows"):
+        encode(tmp_path / "out" / "start", both, states)
+    caplog.clear()
+    encode(tmp_path / "out" / "start", both, states, skip_bad_rows=True)
+    assert "long.txt: 1 bad rows were skipped: 2." in caplog.text
+    with pytest.raises(ValueError, match="answer up to 70"):
+        distill(llm, prompts, tmp_path / "all.jsonl", **{**options, "max_new_tokens": 70})
+
+
+def test_prompts_that_have_changed_want_another_folder(settings: SpeedupSettings, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(Path(settings.prompts).read_text())
+    own = replace(settings, prompts=str(prompts))
+    Speedup(own, tmp_path / "out").distill()
+    Speedup(own, tmp_path / "out")
+    with prompts.open("a") as file:
+        file.write("src1\n")
+    with pytest.raises(ValueError, match=r"prompts.txt has changed since .*out was begun.*--output"):
+        Speedup(own, tmp_path / "out")
+
+
+def test_a_cut_record_of_a_run_is_named(settings: SpeedupSettings, tmp_path: Path) -> None:
+    (tmp_path / "speedup.json").write_text('{"llm": ')
+    with pytest.raises(ValueError, match=r"speedup.json is cut or broken .*--output"):
+        Speedup(settings, tmp_path)
+
+
+def test_an_llm_that_was_trained_further_wants_another_folder(settings: SpeedupSettings, tmp_path: Path) -> None:
+    shutil.copytree(settings.llm, tmp_path / "llm")
+    own = replace(settings, llm=str(tmp_path / "llm"))
+    Speedup(own, tmp_path / "out").distill()
+    Speedup(own, tmp_path / "out")
+    model = AutoModelForSeq2SeqLM.from_pretrained(own.llm)
+    model.lm_head.weight.data += 1
+    model.save_pretrained(own.llm)
+    with pytest.raises(ValueError, match=r"llm has changed since .*out was begun.*--output"):
+        Speedup(own, tmp_path / "out")
+
+
+def test_the_limit_of_answers_stays_with_the_model(settings: SpeedupSettings, tmp_path: Path) -> None:
+    Speedup(settings, tmp_path).build()
+    assert TextToText.from_pretrained(tmp_path / "start").with_limit({}) == {"max_new_tokens": 5}
+
+
+def test_references_of_some_prompts_do_no_harm(settings: SpeedupSettings, tmp_path: Path) -> None:
+    rows = [{"prompt": " ".join(words), "answer": None if len(words) % 2 else "x"} for words in WORDS]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = Speedup(replace(settings, prompts=str(tmp_path / "some.jsonl")), tmp_path / "out").run()
+    assert result["agreement"]
+
+
+def test_two_prompts_cannot_be_split(settings: SpeedupSettings, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has 2 different prompts"):
+        Speedup(replace(settings, limit=2), tmp_path).distill()
+
+
+def test_results_of_something_else_are_not_taken_for_its_own(settings: SpeedupSettings, tmp_path: Path) -> None:
+    for name in ("train.jsonl", "start"):
+        folder = tmp_path / name.partition(".")[0]
+        (folder / name).mkdir(parents=True)
+        with pytest.raises(ValueError, match=rf"{folder} has {name}, which no speed-up made .*--output"):
+            Speedup(settings, folder)
+
+
+def test_results_without_the_answers_they_came_from_are_still_of_one_run(
+    settings: SpeedupSettings, tmp_path: Path
+) -> None:
+    Speedup(settings, tmp_path / "built").build()
+    Speedup(replace(settings, num_beams=2), tmp_path / "built")
+    with pytest.raises(ValueError, match=r"begun with another max_new_tokens \(5\)"):
+        Speedup(replace(settings, max_new_tokens=2), tmp_path / "built")
+    Speedup(settings, tmp_path / "split").distill()
+    (tmp_path / "split" / "distilled.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"begun with another num_beams \(1\)"):
+        Speedup(replace(settings, num_beams=2), tmp_path / "split")
+
+
+def test_before_the_first_answer_everything_may_change(
+    settings: SpeedupSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(speedup, "distill", stop)
+        with pytest.raises(KeyboardInterrupt):
+            Speedup(settings, tmp_path).run()
+    assert (tmp_path / "speedup.json").is_file()  # what is made from now on is its own
+    Speedup(replace(settings, num_beams=2), tmp_path).distill()
+    with pytest.raises(ValueError, match=r"begun with another num_beams \(2\)"):
+        Speedup(settings, tmp_path)
+
+
+def test_a_model_that_was_trained_anew_is_evaluated_anew(settings: SpeedupSettings, tmp_path: Path) -> None:
+    Speedup(settings, tmp_path).run()
+    evaluation = tmp_path / "evaluation.json"
+    evaluation.write_text("{}")
+    assert Speedup(settings, tmp_path).run() == {}
+    train(load_recipe(str(tmp_path / "recipe.yaml"), {"resume": False}))
+    assert Speedup(settings, tmp_path).run()["prompts"] > 0
+
+
+def test_a_config_file_gets_the_special_tokens_of_its_tokenizer(settings: SpeedupSettings, tmp_path: Path) -> None:
+    config = json.loads(Path(settings.slm).read_text())
+    own = {name: value for name, value in config.items() if not name.endswith("_token_id")}
+    (tmp_path / "slm.json").write_text(json.dumps(own))
+    made = Speedup(replace(settings, slm=str(tmp_path / "slm.json")), tmp_path / "out").config
+    assert made.decoder.eos_token_id == AutoTokenizer.from_pretrained(settings.llm).eos_token_id
+    (tmp_path / "slm.json").write_text(json.dumps({**own, "vocab_size": 3}))
+    with pytest.raises(ValueError, match="Set vocab_size"):
+        Speedup(replace(settings, slm=str(tmp_path / "slm.json")), tmp_path / "out")
+
+
+def test_half_a_letter_in_another_column_does_no_harm(settings: SpeedupSettings, tmp_path: Path) -> None:
+    rows = [{"prompt": " ".join(words), "note": "\ud83d"} for words in WORDS]
+    (tmp_path / "cut.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Speedup(replace(settings, prompts=str(tmp_path / "cut.jsonl")), tmp_path / "out").distill()
+    split = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").open()]
+    assert {row["note"] for row in split} == {"\ud83d"}

@@ -1,0 +1,18 @@
+"""Sizes of modules in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def nbytes(module: nn.Module) -> int:
+    """Bytes of the weights of a module, also of quantized ones."""
+    return sum(_tensor_bytes(parameter.data) for parameter in module.parameters())
+
+
+def _tensor_bytes(tensor: torch.Tensor) -> int:
+    names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else []
+    if not names:
+        return tensor.nbytes
+    return sum(_tensor_bytes(getattr(tensor, name)) for name in names)
