@@ -30,7 +30,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, 
 from demo import corpus
 from demo.llm import LLM as DEMO_LLM
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
-from modeling_llm2slm.data.loading import load_pairs
+from modeling_llm2slm.data.loading import load_examples
 from modeling_llm2slm.data.records import versions, write_json
 
 
@@ -97,8 +97,8 @@ def compare(
         "prompts": len(batches),
         "acceptance": sum(accepted for _, accepted in rounds.found) / sum(size for size, _ in rounds.found),
         "tokens_per_step_of_the_llm": tokens / steps,
-        "ms_per_answer_alone": 1000 * alone / len(batches),
-        "ms_per_answer_assisted": 1000 * assisted / len(batches),
+        "ms_per_output_alone": 1000 * alone / len(batches),
+        "ms_per_output_assisted": 1000 * assisted / len(batches),
         "speed_up": alone / assisted,
     }
     return summary, rounds.found
@@ -234,8 +234,8 @@ def multi30k(data: Path, runs: Path) -> tuple[PreTrainedModel, Any, dict[str, li
     llm = AutoModelForSeq2SeqLM.from_pretrained(runs / "llm" / "model").eval()
     model = LLM2SLMForConditionalGeneration.from_pretrained(runs / "t5-add-distilled" / "model").eval()
     folder = data / "multi30k" / "en-de"
-    validation = load_pairs(folder / "val.jsonl.gz", "source", "target", limit=VALIDATION_PROMPTS)["prompt"][:]
-    test = load_pairs(folder / "test_2016_flickr.jsonl.gz", "source", "target", limit=TEST_PROMPTS)["prompt"][:]
+    validation = load_examples(folder / "val.jsonl.gz", "source", "target", limit=VALIDATION_PROMPTS)["prompt"][:]
+    test = load_examples(folder / "test_2016_flickr.jsonl.gz", "source", "target", limit=TEST_PROMPTS)["prompt"][:]
     tokenizer = AutoTokenizer.from_pretrained(runs / "llm" / "model")
     return llm, model.as_assistant_of(llm), batches_of(tokenizer, validation=validation, test=test)
 

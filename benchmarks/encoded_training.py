@@ -89,7 +89,7 @@ def measure(args: argparse.Namespace, prompt: int, answer: int) -> dict[str, Any
         }
     return {
         "prompt": prompt,
-        "answer": answer,
+        "target": answer,
         "encoder_flops": counted[False] - counted[True],
         "other_flops": counted[True],
         "limit": limit,

@@ -63,7 +63,7 @@ def train(folder: str, batch: int, prompt: int, answer: int) -> dict[str, Any]:
     done.set()
     sampler.join()
     counted = training_memory(
-        base.config, batch_size=batch, prompt_length=prompt, answer_length=answer, lora={}, gradient_checkpointing=True
+        base.config, batch_size=batch, prompt_length=prompt, output_length=answer, lora={}, gradient_checkpointing=True
     )
     anonymous, every = (peak - baseline for peak, baseline in zip(peaks, baselines, strict=True))
     return {
@@ -95,7 +95,7 @@ def main() -> None:
         sizes = ["--batch", str(args.batch), "--prompt", str(args.prompt), "--answer", str(args.answer)]
         command = [sys.executable, __file__, "--folder", folder, *sizes]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    sizes_of = {"batch": args.batch, "prompt": args.prompt, "answer": args.answer}
+    sizes_of = {"batch": args.batch, "prompt": args.prompt, "target": args.answer}
     report = {"preset": args.preset, **sizes_of, **json.loads(output.splitlines()[-1])}
     print(json.dumps(report, indent=2))
     if args.output:

@@ -35,9 +35,9 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from benchmarks.tokenizer import train_tokenizer
 from modeling_llm2slm.conversion import export
 from modeling_llm2slm.conversion.build import build
-from modeling_llm2slm.data.loading import load_pairs
+from modeling_llm2slm.data.loading import load_examples
 from modeling_llm2slm.data.records import write_json
-from modeling_llm2slm.files_llm2slm import write_aside
+from modeling_llm2slm.files_llm2slm import atomic_write
 from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.states.encoding import encode
 from modeling_llm2slm.states.store import is_complete
@@ -183,9 +183,9 @@ class Experiment:
         if job.row is not None:
             self._do_row(job, job.row, folder / job.name)
         elif job.name == "tokenizer":
-            texts = load_pairs(str(self.split(job.pair, "train")), "source", "target")
-            with write_aside(folder / job.name) as aside:
-                tokenizer = train_tokenizer([*texts["prompt"], *texts["answer"]], self.settings["vocabulary"])
+            texts = load_examples(str(self.split(job.pair, "train")), "source", "target")
+            with atomic_write(folder / job.name) as aside:
+                tokenizer = train_tokenizer([*texts["prompt"], *texts["target"]], self.settings["vocabulary"])
                 tokenizer.save_pretrained(aside)
         elif job.name == "states":
             with tempfile.TemporaryDirectory() as start:
@@ -210,7 +210,7 @@ class Experiment:
             lambda batch: {column: model.generate(batch["source"], **options)},
             batched=True, batch_size=1000, load_from_cache_file=False,
         )  # fmt: skip
-        with write_aside(output) as aside:
+        with atomic_write(output) as aside:
             rows.to_json(aside, force_ascii=False)
 
     def model(self, pair: str, row: str) -> Path:
@@ -240,12 +240,12 @@ class Experiment:
     def _do_row(self, job: Job, row: dict[str, Any], folder: Path) -> None:
         if "build" in row:
             if not (folder / "start").exists():
-                with write_aside(folder / "start") as aside:
+                with atomic_write(folder / "start") as aside:
                     self._build(job.pair, row, job.seed).save_pretrained(aside)
             if not (folder / "model" / "training.json").is_file():
                 train(self.recipe(job))
         model = self.load(job.pair, job.name, row)
-        prompts = load_pairs(str(self.split(job.pair, "test")), "source", "target")["prompt"][:]
+        prompts = load_examples(str(self.split(job.pair, "test")), "source", "target")["prompt"][:]
         options = {"batch_size": 50, "max_new_tokens": self.settings["max_new_tokens"]}
         answers = {str(beams): model.generate(prompts, num_beams=beams, **options) for beams in (1, 4)}
         folder.mkdir(parents=True, exist_ok=True)
@@ -257,7 +257,7 @@ class Experiment:
         recipe = {**self._fields(row), "seed": job.seed}
         recipe["generation"] = {"max_new_tokens": self.settings["max_new_tokens"]}
         recipe |= {"model": str(folder / job.name / "start"), "output_dir": str(folder / job.name / "model")}
-        recipe |= {"train_data": str(self.split(job.pair, "train")), "answer_column": "target"}
+        recipe |= {"train_data": str(self.split(job.pair, "train")), "target_column": "target"}
         recipe["validation_data"] = str(self.split(job.pair, "validation"))
         if row.get("answers") == "distilled":
             recipe["train_data"] = str(folder / "distilled" / "train.jsonl")
@@ -311,7 +311,7 @@ class CTranslate2TextToText:
         from transformers import AutoTokenizer
 
         if not folder.exists():
-            with write_aside(folder) as aside:
+            with atomic_write(folder) as aside:
                 TransformersConverter(str(llm)).convert(str(aside), quantization=compute_type, force=True)
         self.tokenizer = AutoTokenizer.from_pretrained(llm)
         self.translator = ctranslate2.Translator(

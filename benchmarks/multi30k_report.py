@@ -20,9 +20,9 @@ from sacrebleu.metrics import BLEU
 
 from benchmarks.multi30k import ROOT, Experiment, Job
 from modeling_llm2slm.benchmark.plots import drawn
-from modeling_llm2slm.data.loading import load_pairs
+from modeling_llm2slm.data.loading import load_examples
 from modeling_llm2slm.data.records import versions, write_json
-from modeling_llm2slm.evaluation.metrics import METRICS, score_and_sign, time_answers
+from modeling_llm2slm.evaluation.metrics import METRICS, score_and_sign, time_generations
 
 
 OUTPUT = ROOT / "docs" / "results"
@@ -66,7 +66,7 @@ def _score(
     experiment: Experiment, pair: str, jobs: list[Job]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
     """What is known of each row but its time, and what BLEU counts in its greedy answers."""
-    references = load_pairs(str(experiment.split(pair, "test")), "source", "target")["answer"][:]
+    references = load_examples(str(experiment.split(pair, "test")), "source", "target")["target"][:]
     rows: dict[str, dict[str, Any]] = {job.name: {} for job in jobs}
     for beams in ("4", "1"):
         counts = {}
@@ -190,22 +190,22 @@ def _time(experiment: Experiment, pair: str, jobs: list[Job]) -> dict[str, dict[
     median of what each round has for the model by what it has for the LLM. A round is short, so a processor that
     changes its pace does so for all.
     """
-    prompts = load_pairs(str(experiment.split(pair, "test")), "source", "target")["prompt"][:PROMPTS_IN_BATCHES]
+    prompts = load_examples(str(experiment.split(pair, "test")), "source", "target")["prompt"][:PROMPTS_IN_BATCHES]
     models = {job.name: experiment.load(pair, job.name, job.row or {}) for job in jobs}
     options = {"max_new_tokens": experiment.settings["max_new_tokens"]}
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in models}
     for _ in range(ROUNDS):
         for name, model in models.items():
-            alone = time_answers(model, prompts[:PROMPTS_ALONE], num_beams=1, **options)
+            alone = time_generations(model, prompts[:PROMPTS_ALONE], num_beams=1, **options)
             start = time.perf_counter()
             model.generate(prompts, BATCH, num_beams=1, **options)
-            alone["ms_per_answer_in_batches"] = 1000 * (time.perf_counter() - start) / len(prompts)
+            alone["ms_per_output_in_batches"] = 1000 * (time.perf_counter() - start) / len(prompts)
             rounds[name].append(alone)
     return {
         name: {
             "speed": {key: statistics.median(one[key] for one in times) for key in times[0]},
             "time_by_llm": statistics.median(
-                one["ms_per_answer"] / llm["ms_per_answer"] for one, llm in zip(times, rounds["llm"], strict=True)
+                one["ms_per_output"] / llm["ms_per_output"] for one, llm in zip(times, rounds["llm"], strict=True)
             ),
         }
         for name, times in rounds.items()
@@ -228,8 +228,8 @@ def table(pair: str, result: dict[str, Any]) -> str:
         ]  # fmt: skip
         if "speed" in row:
             speed = row["speed"]
-            cells += [f"{speed['ms_per_answer']:.1f}", f"{row['time_by_llm']:.2f}", f"{speed['ms_per_token']:.2f}"]
-            cells += [f"{speed['tokens_per_answer']:.1f}", f"{speed['ms_per_answer_in_batches']:.1f}"]
+            cells += [f"{speed['ms_per_output']:.1f}", f"{row['time_by_llm']:.2f}", f"{speed['ms_per_token']:.2f}"]
+            cells += [f"{speed['tokens_per_answer']:.1f}", f"{speed['ms_per_output_in_batches']:.1f}"]
         lines.append(f"| {' | '.join(cells + [''] * (9 - len(cells)))} |")
     for name, seeds in result["seeds"].items():
         lines += ["", f"{name}, {len(seeds['bleu'])} seeds: {seeds['mean']:.2f} ± {seeds['plus_minus']:.2f}"]
@@ -252,7 +252,7 @@ def plot(pair: str, result: dict[str, Any], file: Path) -> None:
         for name, row in result["rows"].items():
             if "speed" not in row or name.startswith("half"):
                 continue
-            point = (row["speed"]["ms_per_answer"], row["bleu_1"])
+            point = (row["speed"]["ms_per_output"], row["bleu_1"])
             line = {"llm": ("LLM", "C3"), "t5": ("small T5 alone", "C0"), "gpt2": ("GPT-2 alone", "C2")}.get(name)
             if line is not None:
                 axes.axhline(point[1], linestyle="--", linewidth=0.8, color=line[1], label=line[0])

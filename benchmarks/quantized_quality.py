@@ -2,7 +2,7 @@
 What exported weights cost in BLEU: a checkpoint and its exports on the same pairs, greedy.
 
     python benchmarks/quantized_quality.py runs/multi30k/en-de/t5-add/model data/multi30k/en-de/val.jsonl.gz \\
-        --prompt-column source --answer-column target --output docs/results/quantized-quality.json
+        --prompt-column source --target-column target --output docs/results/quantized-quality.json
 
 Every row answers all pairs in batches, which are sorted by length and padded. `same_answers` is the part of the
 answers that are those of PyTorch to the letter. A row may lose `--allowed` BLEU.
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from modeling_llm2slm.conversion import export
-from modeling_llm2slm.data.loading import load_pairs
+from modeling_llm2slm.data.loading import load_examples
 from modeling_llm2slm.data.records import versions, write_json
 from modeling_llm2slm.evaluation.metrics import score_and_sign
 from modeling_llm2slm.inference.text_to_text import TextToText
@@ -29,8 +29,8 @@ from modeling_llm2slm.inference.text_to_text import TextToText
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """One row for PyTorch and one for each export."""
     torch.set_num_threads(arguments.threads)
-    pairs = load_pairs(arguments.data, arguments.prompt_column, arguments.answer_column)
-    prompts, references = pairs["prompt"][:], pairs["answer"][:]
+    pairs = load_examples(arguments.data, arguments.prompt_column, arguments.target_column)
+    prompts, references = pairs["prompt"][:], pairs["target"][:]
     rows: dict[str, dict[str, Any]] = {}
     expected: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("data")
     parser.add_argument("--prompt-column", default="prompt")
-    parser.add_argument("--answer-column", default="answer")
+    parser.add_argument("--target-column", default="target")
     parser.add_argument(
         "--exports", nargs="*", default=["openvino-fp32", "openvino-bf16", "openvino-int8", "openvino-int4"]
     )

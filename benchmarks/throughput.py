@@ -26,7 +26,7 @@ import torch
 from modeling_llm2slm.data.loading import load_prompts
 from modeling_llm2slm.data.records import versions, write_json
 from modeling_llm2slm.inference.batching import BatchLimits
-from modeling_llm2slm.inference.files import answer_file
+from modeling_llm2slm.inference.files import generate_file
 from modeling_llm2slm.inference.text_to_text import TextToText
 
 
@@ -67,13 +67,13 @@ def in_order(model: str, data: Path, limit: int) -> tuple[float, list[str]]:
 
 def from_file(model: str, data: Path, limit: int, way: Way, output: Path) -> tuple[float, list[str], dict[str, int]]:
     """Seconds, answers and counts, of the command."""
-    report = answer_file(
+    report = generate_file(
         model, data, output, "source", limit=limit, limits=way.limits, overlap=way.overlap,
         max_new_tokens=MAX_NEW_TOKENS,
     )  # fmt: skip
     answers = output.read_text(encoding="utf-8").splitlines()
     output.unlink()
-    return report.seconds, answers, {"duplicates": report.duplicates, "answer_tokens": report.tokens}
+    return report.seconds, answers, {"duplicates": report.duplicates, "output_tokens": report.tokens}
 
 
 def measure(model: str, data: Path, limit: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from modeling_llm2slm.training.memory import training_memory
 
 
 PRESETS = ("t5-large_gpt2", "t5-large_t5-small", "flan-t5-xl_gpt2", "t5-3b_gpt2")
-SIZES: dict[str, Any] = {"batch_size": 32, "prompt_length": 256, "answer_length": 128}
+SIZES: dict[str, Any] = {"batch_size": 32, "prompt_length": 256, "output_length": 128}
 SETTINGS: dict[str, dict[str, Any]] = {
     "LLM running, copied": {},
     "stored states, copied": {"llm_states": True},

@@ -33,7 +33,7 @@ def build(
     *,
     preset: str | None = None,
     prompt_max_length: int | None = None,
-    answer_max_length: int | None = None,
+    target_max_length: int | None = None,
     max_new_tokens: int | None = None,
     seed: int = 0,
     **kwargs: Any,
@@ -51,7 +51,7 @@ def build(
         slm_tokenizer: The same for the SLM (default: as above, and `llm_tokenizer` for a config file).
         preset: In place of both models, the name of a preset of a composite, or the path to one: random weights.
         prompt_max_length: The composite's processor cuts prompts to this many tokens (default: never).
-        answer_max_length: The same for answers.
+        target_max_length: The same for answers.
         max_new_tokens: The longest answer where `generate()` is told no other (default: what the SLM brings).
         seed: For the weights that are random.
         kwargs: Arguments of [`LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained`] (of a composite only).
@@ -61,7 +61,7 @@ def build(
         OSError: If a model or a tokenizer is not there, or cannot be loaded.
     """
     set_seed(seed)
-    lengths = prompt_max_length, answer_max_length
+    lengths = prompt_max_length, target_max_length
     built: TextToText
     for source in filter(None, (llm, slm, preset)):
         if _is_config(source) and not Path(source).is_file():

@@ -223,7 +223,7 @@ def export(
     model.float().eval()  # an LLM with a dtype of its own keeps that in a load
     state = model.state_dict()
     check_finite(state)
-    expected = answer_logits(model)
+    expected = output_logits(model)
     report = Report(f"{checkpoint} becomes {output} for {runtime}, weights in {weights}")
     size, tolerance = WEIGHTS[weights]
     needed = int(size_of(state) / 4 * size)
@@ -248,7 +248,7 @@ def export(
         del components
         progress("comparing")
         written = ExportedLLM2SLM.from_pretrained(folder)
-        report.compare("answers", (answer_logits(written), expected), tolerance)
+        report.compare("answers", (output_logits(written), expected), tolerance)
         report.add("bytes", sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
     return report
 
@@ -358,7 +358,7 @@ def embeddings_of(slm: Any, weights: str) -> torch.Tensor:
 
 
 @torch.no_grad()
-def answer_logits(model: Any) -> torch.Tensor:
+def output_logits(model: Any) -> torch.Tensor:
     """What a composite, exported or not, says after each token of an answer to a probe, `(1, M, vocabulary)`."""
     config = model.config
     prompt, answer = probe(config.encoder.vocab_size), probe(config.vocab_size)

@@ -19,7 +19,7 @@ from transformers.utils.logging import tqdm
 
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMProcessor
 from modeling_llm2slm.checkpoint_llm2slm import check_not_replaced
-from modeling_llm2slm.files_llm2slm import INDEX, WEIGHTS, first_line, write_aside
+from modeling_llm2slm.files_llm2slm import INDEX, WEIGHTS, atomic_write, first_line
 from modeling_llm2slm.inference.text_to_text import load
 
 from .report import Report
@@ -51,7 +51,7 @@ def output_folder(
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise OSError(f"{path} needs {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free. Choose another disk.")
-    with write_aside(path, keep=False) as folder, _quiet():
+    with atomic_write(path, keep=False) as folder, _quiet():
         try:
             yield folder
         except OSError as error:

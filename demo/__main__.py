@@ -28,10 +28,10 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoProcessor, loggi
 from demo import corpus
 from demo.llm import BATCH, LLM, LLM_PAIRS, RECIPES
 from modeling_llm2slm.conversion.build import build
-from modeling_llm2slm.data.loading import load_pairs
+from modeling_llm2slm.data.loading import load_examples
 from modeling_llm2slm.data.records import versions, write_json
 from modeling_llm2slm.evaluation.metrics import score
-from modeling_llm2slm.files_llm2slm import write_aside
+from modeling_llm2slm.files_llm2slm import atomic_write
 from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.training.training import load_recipe, train
 
@@ -62,7 +62,7 @@ def train_once(name: str, llm: Path | None, folder: Path, data: dict[str, str]) 
         console.print(f"{trained} is trained already; remove it to train it anew.")
         return trained
     slm = str(RECIPES / "gpt2.json")
-    with write_aside(start) as aside:
+    with atomic_write(start) as aside:
         if llm is None:
             build(slm=slm, slm_tokenizer=str(LLM)).save_pretrained(aside)
         else:
@@ -76,7 +76,7 @@ def train_once(name: str, llm: Path | None, folder: Path, data: dict[str, str]) 
     return trained
 
 
-def seconds_per_answer(models: dict[str, TextToText], prompts: Sequence[str], rounds: int = 3) -> dict[str, float]:
+def seconds_per_output(models: dict[str, TextToText], prompts: Sequence[str], rounds: int = 3) -> dict[str, float]:
     """
     Mean time of an answer, one prompt at a time, from text to text.
 
@@ -95,17 +95,17 @@ def seconds_per_answer(models: dict[str, TextToText], prompts: Sequence[str], ro
 
 def measure(models: dict[str, TextToText], test: str) -> dict[str, dict[str, float]]:
     """BLEU on the test split, time per answer and parameters of each model."""
-    pairs = load_pairs(test)
-    prompts, references = pairs["prompt"][:], pairs["answer"][:]
+    pairs = load_examples(test)
+    prompts, references = pairs["prompt"][:], pairs["target"][:]
     rows: dict[str, dict[str, float]] = {}
     for name, model in models.items():
         with console.status(f"{name} translates {len(prompts)} test sentences"):
             answers = model.generate(prompts, batch_size=100, max_new_tokens=MAX_NEW_TOKENS)
         rows[name] = {"bleu": score(answers, references, ["bleu"])["bleu"]}
     with console.status(f"Timing {TIMED} answers"):
-        seconds = seconds_per_answer(models, prompts[:TIMED])
+        seconds = seconds_per_output(models, prompts[:TIMED])
     for name, model in models.items():
-        rows[name]["ms_per_answer"] = 1000 * seconds[name]
+        rows[name]["ms_per_output"] = 1000 * seconds[name]
         rows[name]["parameters_that_decode"] = parameters_that_decode(model)
         rows[name]["parameters"] = model.model.num_parameters()
     return rows
@@ -126,9 +126,9 @@ def show(rows: dict[str, dict[str, float]]) -> None:
     for heading in ("BLEU", "ms per answer", "speed-up", "parameters that decode", "parameters in all"):
         table.add_column(heading, justify="right")
     for name, row in rows.items():
-        speed_up = rows["LLM"]["ms_per_answer"] / row["ms_per_answer"]
+        speed_up = rows["LLM"]["ms_per_output"] / row["ms_per_output"]
         sizes = [f"{row[column] / 1e6:.2f}M" for column in ("parameters_that_decode", "parameters")]
-        table.add_row(name, f"{row['bleu']:.1f}", f"{row['ms_per_answer']:.0f}", f"{speed_up:.1f}x", *sizes)
+        table.add_row(name, f"{row['bleu']:.1f}", f"{row['ms_per_output']:.0f}", f"{speed_up:.1f}x", *sizes)
     console.print(table)
     console.print(
         f"The LLM came trained, on {LLM_PAIRS:,} pairs; the SLM, alone and with the LLM, saw the first {SLM_PAIRS:,} "
@@ -190,8 +190,8 @@ def main() -> None:
     show(rows)
     if options.results:
         save_results(options.results, rows, [llm2slm, slm])
-    test = load_pairs(data["test"], limit=SHOWN)
-    translate(llm2slm, own or test["prompt"][:], [None] * len(own) if own else test["answer"][:])
+    test = load_examples(data["test"], limit=SHOWN)
+    translate(llm2slm, own or test["prompt"][:], [None] * len(own) if own else test["target"][:])
     if not own:
         console.print('\nNow a sentence of yours: python -m demo "The old woman gives the hungry dog a sausage."')
 

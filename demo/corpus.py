@@ -488,7 +488,7 @@ def pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
         english, german = grammar.pair()
         if len(english.split()) <= LONGEST:
             found.setdefault(english, german)
-    return [{"prompt": english, "answer": german} for english, german in found.items()]
+    return [{"prompt": english, "target": german} for english, german in found.items()]
 
 
 def splits(train: int, seed: int = 0) -> dict[str, list[dict[str, str]]]:
@@ -518,7 +518,7 @@ def in_batches(rows: Sequence[dict[str, str]], size: int, seed: int = 0) -> list
     """
     batches = []
     for start in range(0, len(rows), 50 * size):
-        near = sorted(rows[start : start + 50 * size], key=lambda row: len(row["answer"]))
+        near = sorted(rows[start : start + 50 * size], key=lambda row: len(row["target"]))
         batches += [near[first : first + size] for first in range(0, len(near), size)]
     random.Random(seed).shuffle(batches)
     return [row for batch in batches for row in batch]

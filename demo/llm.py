@@ -16,7 +16,7 @@ from transformers import T5ForConditionalGeneration
 from demo import corpus
 from demo.tokenizer import train_tokenizer
 from modeling_llm2slm.conversion.build import build
-from modeling_llm2slm.files_llm2slm import write_aside
+from modeling_llm2slm.files_llm2slm import atomic_write
 from modeling_llm2slm.training.training import load_recipe, train
 
 
@@ -41,7 +41,7 @@ def make_llm(folder: Path, shipped: Path = LLM) -> None:
     start, trained = folder / "start", folder / "trained"
     texts = [text for row in splits["train"][:TOKENIZER_PAIRS] for text in row.values()]
     train_tokenizer(texts, VOCABULARY).save_pretrained(folder / "tokenizer")
-    with write_aside(start) as aside:
+    with atomic_write(start) as aside:
         build(str(RECIPES / "t5.json"), llm_tokenizer=str(folder / "tokenizer")).save_pretrained(aside)
     paths = {"model": str(start), "output_dir": str(trained)}
     data = {"train_data": files["train"], "validation_data": files["validation"]}
@@ -52,7 +52,7 @@ def make_llm(folder: Path, shipped: Path = LLM) -> None:
 def ship(trained: Path, folder: Path) -> None:
     """Copies what was trained, in half the bytes; it is loaded as float32 all the same."""
     model = T5ForConditionalGeneration.from_pretrained(trained, dtype=torch.bfloat16)
-    with write_aside(folder) as aside:
+    with atomic_write(folder) as aside:
         model.save_pretrained(aside)
         for name in ("tokenizer.json", "tokenizer_config.json", "training.json"):
             shutil.copy(trained / name, aside / name)

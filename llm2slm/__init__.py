@@ -134,7 +134,7 @@ def build(
     encoder_dtype: Annotated[str | None, typer.Option(help="The LLM's dtype, such as bfloat16.")] = None,
     decoder_dtype: Annotated[str | None, typer.Option(help="The SLM's dtype.")] = None,
     prompt_max_length: Annotated[int | None, typer.Option(help="Cut prompts to this many tokens.")] = None,
-    answer_max_length: Annotated[int | None, typer.Option(help="Cut answers to this many tokens.")] = None,
+    target_max_length: Annotated[int | None, typer.Option(help="Cut answers to this many tokens.")] = None,
     max_new_tokens: MaxNewTokens = None,
     seed: Annotated[int, typer.Option(help="For weights that are random.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
@@ -151,7 +151,7 @@ def build(
         raise FileExistsError(f"{output} is not empty. Choose another folder, or add --overwrite.")
     _quiet()
     from modeling_llm2slm.conversion.build import build as build_checkpoint
-    from modeling_llm2slm.files_llm2slm import write_aside
+    from modeling_llm2slm.files_llm2slm import atomic_write
 
     composite = {
         "fusion": fusion,
@@ -162,9 +162,9 @@ def build(
     composite = {name: value for name, value in composite.items() if value is not None}
     text_to_text = build_checkpoint(
         llm, slm, llm_tokenizer, slm_tokenizer, preset=preset, prompt_max_length=prompt_max_length,
-        answer_max_length=answer_max_length, max_new_tokens=max_new_tokens, seed=seed, **composite,
+        target_max_length=target_max_length, max_new_tokens=max_new_tokens, seed=seed, **composite,
     )  # fmt: skip
-    with write_aside(output, keep=not overwrite) as folder:
+    with atomic_write(output, keep=not overwrite) as folder:
         text_to_text.save_pretrained(folder, **({"card": {"name": output.name}} if llm and slm or preset else {}))
     _print_model(str(output), text_to_text)
 
@@ -180,7 +180,7 @@ def train(
     `llm2slm train recipe.yaml --num_train_epochs 5 --output_dir runs/five`
 
     A recipe holds `model`, `train_data`, `output_dir`, and any of `validation_data`, `train_split`, `validation_split`
-    (of data sets on the Hub), `prompt_column`, `answer_column`, `prompt_max_length`, `answer_max_length`,
+    (of data sets on the Hub), `prompt_column`, `target_column`, `prompt_max_length`, `target_max_length`,
     `train_samples`, `validation_samples`, `optimizer`, `metric`, `generation`, `resume`, `llm_states`,
     `learning_rate_mapping`, `lora`, `quantize_llm`, `skip_bad_rows`, `streaming`, `shuffle_buffer`,
     `preprocessing_num_workers`, and every field of transformers' Seq2SeqTrainingArguments. Each is an option of this
@@ -254,7 +254,7 @@ def distill(
     data: Annotated[str, typer.Argument(help="Prompts: .jsonl, .json, .csv, .parquet, .txt, or a data set's name.")],
     output: Annotated[Path, typer.Option(help="The .jsonl or .jsonl.gz to write.", show_default=False)],
     prompt_column: PromptColumn = "prompt",
-    column: Annotated[str, typer.Option(help="The column for the LLM's answers.")] = "llm_answer",
+    column: Annotated[str, typer.Option(help="The column for the LLM's answers.")] = "llm_output",
     split: Annotated[str, typer.Option(help="Of a data set on the Hub.")] = "train",
     limit: Annotated[int | None, typer.Option(min=1, help="Answer this many prompts, from the top.")] = None,
     prompt_max_length: Annotated[int | None, typer.Option(help="Cut prompts to this many tokens.")] = None,
@@ -270,7 +270,7 @@ def distill(
 
     `llm2slm distill google-t5/t5-large train.jsonl --output distilled.jsonl --max-new-tokens 64`
 
-    A recipe with `answer_column: llm_answer` trains on them, one with `answer_column: [answer, llm_answer]` on both. A
+    A recipe with `target_column: llm_output` trains on them, one with `target_column: [target, llm_output]` on both. A
     run that was stopped continues where it was.
     """
     _quiet()
@@ -340,12 +340,12 @@ def _print_plan(result: dict[str, Any]) -> None:
         column.justify = "right"
     rows: dict[str, Callable[[dict[str, Any]], str]] = {
         "speed-up per answer": lambda row: f"{row['speed_up']:.2f}",
-        "ms per answer, LLM": lambda row: f"{row['llm_ms_per_answer']:.0f}",
-        "ms per answer, LLM-to-SLM": lambda row: f"{row['ms_per_answer']:.0f}",
-        "tokens per answer, LLM": lambda row: f"{result['answer_tokens']:.1f}",
-        "tokens per answer, SLM": lambda row: f"{row['answer_tokens']:.1f}" + ("*" if row["tokens_assumed"] else ""),
+        "ms per answer, LLM": lambda row: f"{row['llm_ms_per_output']:.0f}",
+        "ms per answer, LLM-to-SLM": lambda row: f"{row['ms_per_output']:.0f}",
+        "tokens per answer, LLM": lambda row: f"{result['output_tokens']:.1f}",
+        "tokens per answer, SLM": lambda row: f"{row['output_tokens']:.1f}" + ("*" if row["tokens_assumed"] else ""),
         "parameters that decode": lambda row: f"{row['slm_parameters'] / 1e6:.0f}M",
-        "memory to answer": lambda row: _size(row["answering_bytes"]),
+        "memory to answer": lambda row: _size(row["inference_bytes"]),
         "memory to train": lambda row: _size(row["training_bytes"]),
         "hours to distill, once": lambda row: f"{row['distill_hours']:.2g}",
         "hours to encode, once": lambda row: f"{row['encode_hours']:.2g}",
@@ -612,7 +612,7 @@ def generate(
         typer.Option(min=1, help="From file to file: prompt tokens at once, padding included. Default: 4096."),
     ] = None,
     prompt_column: PromptColumn = "prompt",
-    column: Annotated[str, typer.Option(help="The column for the answers, in a .jsonl.")] = "model_answer",
+    column: Annotated[str, typer.Option(help="The column for the answers, in a .jsonl.")] = "model_output",
     skip_bad_rows: SkipBadRows = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Begin anew where another run was stopped before this output.")
@@ -647,7 +647,7 @@ def generate(
         _quiet()
         _quiet_data()
         limits = {"rows": batch_size or 128, "tokens": batch_tokens or 4096}
-        _answer_file(
+        _generate_file(
             model, file, output, prompt_column, column=column, limits=limits, seed=seed if sample else None,
             device=_local(device), skip_bad_rows=skip_bad_rows, overwrite=overwrite, quantize=quantize, **options,
         )  # fmt: skip
@@ -658,10 +658,10 @@ def generate(
     text_to_text, size = _load_model(model, device, seed, quantize), batch_size or 1
     texts = _prompts(prompts, file, prompt_column, skip_bad_rows)
     if output is not None:
-        from modeling_llm2slm.files_llm2slm import write_aside
+        from modeling_llm2slm.files_llm2slm import atomic_write
 
         answers = text_to_text.generate(list(texts), size, **options)
-        with write_aside(output) as temporary:
+        with atomic_write(output) as temporary:
             temporary.write_text("".join(f"{_one_line(answer)}\n" for answer in answers), encoding="utf-8")
     elif size == 1 and num_beams == 1:
         for prompt in texts:
@@ -670,14 +670,14 @@ def generate(
         _print_batches(text_to_text, texts, size, options)
 
 
-def _answer_file(
+def _generate_file(
     model: str, file: Path, output: Path, prompt_column: str, limits: dict[str, Any], **options: Any
 ) -> None:
     from modeling_llm2slm.inference.batching import BatchLimits
-    from modeling_llm2slm.inference.files import answer_file
+    from modeling_llm2slm.inference.files import generate_file
 
     with _progress("answers") as counter:
-        report = answer_file(
+        report = generate_file(
             model, file, output, prompt_column, limits=BatchLimits(**limits),
             progress=partial(counter.count, "Answering"), **options,
         )  # fmt: skip
@@ -784,14 +784,14 @@ def evaluate(
     model: ModelArgument,
     data: Annotated[str, typer.Argument(help="A .jsonl, .json, .csv, .parquet or .txt file, or a data set's name.")],
     prompt_column: PromptColumn = "prompt",
-    answer_column: AnswerColumn = "answer",
+    target_column: AnswerColumn = "target",
     split: Annotated[str, typer.Option(help="Of a data set on the Hub.")] = "test",
     limit: Annotated[int | None, typer.Option(min=1, help="Score this many pairs, from the top.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
     max_new_tokens: MaxNewTokens = None,
     num_beams: NumBeams = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once; answers are timed one at a time.")] = 32,
-    timed_answers: Annotated[int, typer.Option(min=0, help="Time this many answers.")] = 50,
+    timed_outputs: Annotated[int, typer.Option(min=0, help="Time this many answers.")] = 50,
     against: Annotated[str | None, typer.Option(help="Compare with this LLM; references are not needed then.")] = None,
     worst: Annotated[int, typer.Option(min=0, help="With --against: show this many that agree least.")] = 5,
     prompt_max_length: Annotated[int | None, typer.Option(help="Cut prompts to this many tokens.")] = None,
@@ -816,7 +816,7 @@ def evaluate(
 
         comparison = compare(
             text_to_text, _load_model(against, device, prompt_max_length=prompt_max_length), data, prompt_column,
-            answer_column, split=split, limit=limit, batch_size=batch_size, timed_answers=timed_answers, worst=worst,
+            target_column, split=split, limit=limit, batch_size=batch_size, timed_outputs=timed_outputs, worst=worst,
             skip_bad_rows=skip_bad_rows, **_decoding(max_new_tokens, num_beams),
         )  # fmt: skip
         comparison = {"model": model, "against": against, "data": Path(data).name, **comparison}
@@ -825,8 +825,8 @@ def evaluate(
     from modeling_llm2slm.evaluation.metrics import evaluate as evaluate_model
 
     result = evaluate_model(
-        text_to_text, data, prompt_column, answer_column, split=split, limit=limit, batch_size=batch_size,
-        timed_answers=timed_answers, skip_bad_rows=skip_bad_rows, **_decoding(max_new_tokens, num_beams),
+        text_to_text, data, prompt_column, target_column, split=split, limit=limit, batch_size=batch_size,
+        timed_outputs=timed_outputs, skip_bad_rows=skip_bad_rows, **_decoding(max_new_tokens, num_beams),
     )  # fmt: skip
     result = {"model": model, "data": Path(data).name, **result}
     _report(result, output, _print_result)
@@ -865,7 +865,7 @@ def _print_comparison(result: dict[str, Any]) -> None:
         out.print(f"The model answers {result['speed_up']:.2f} times as fast as the LLM.", highlight=False)
     for row in result["worst"]:
         out.print(f"\nchrF {row['chrf']:.1f}, row {row['row']}", highlight=False, style="bold")
-        for name, text in (("prompt", row["prompt"]), ("model", row["answer"]), ("LLM", row["llm_answer"])):
+        for name, text in (("prompt", row["prompt"]), ("model", row["target"]), ("LLM", row["llm_output"])):
             out.print(f"  {name:7} {escape(_one_line(text))}", soft_wrap=True, highlight=False)
 
 
@@ -911,7 +911,7 @@ def card(
     """
     results = [[_read_json(file) for file in files or []] for files in (evaluation, compare)]
     text_to_text = _load_model(str(model))
-    from modeling_llm2slm.files_llm2slm import write_aside
+    from modeling_llm2slm.files_llm2slm import atomic_write
     from modeling_llm2slm.training.model_card import is_by_hand, model_card
 
     if len(text_to_text.parts()) == 1:
@@ -924,7 +924,7 @@ def card(
         text_to_text.model, name or model.name, license=license, pipeline_tag=task, evaluations=results[0],
         compared=results[1], training=_read_json(report) if report.is_file() else None, **details,
     )  # fmt: skip
-    with write_aside(file) as temporary:
+    with atomic_write(file) as temporary:
         temporary.write_text(str(text), encoding="utf-8")
     out.print(f"The card is in {file}.", soft_wrap=True, highlight=False)
 

@@ -144,29 +144,29 @@ def labels_mask(labels: torch.Tensor) -> torch.Tensor:
 
 
 def mask_and_positions(
-    prompt_mask: torch.Tensor, answer_mask: torch.Tensor | None, answer_length: int, cache: LLM2SLMCache | None
+    prompt_mask: torch.Tensor, output_mask: torch.Tensor | None, output_length: int, cache: LLM2SLMCache | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The SLM's mask over prompt, cached answer and `answer_length` new tokens (up to the end of a static cache), and the
+    The SLM's mask over prompt, cached answer and `output_length` new tokens (up to the end of a static cache), and the
     positions of what it reads now: of the new tokens, and of the prompt if that is not cached yet. Padding has none.
     """
     cache = cache if cache is not None and cache.prompt_length > 0 else None
     if cache is not None:
         _check_width(cache.prompt_length, prompt_mask.shape[1])
     past_length = int(cache.get_seq_length()) if cache is not None else 0
-    if answer_mask is None:
-        answer_mask = prompt_mask.new_ones(prompt_mask.shape[0], past_length + answer_length)
-    elif answer_mask.shape[1] != past_length + answer_length:
+    if output_mask is None:
+        output_mask = prompt_mask.new_ones(prompt_mask.shape[0], past_length + output_length)
+    elif output_mask.shape[1] != past_length + output_length:
         raise ValueError(
-            f"`decoder_attention_mask` has width {answer_mask.shape[1]}. Pass one of width "
-            f"{past_length + answer_length}, over the {past_length} answer tokens in `past_key_values` and the "
-            f"{answer_length} in `decoder_input_ids`."
+            f"`decoder_attention_mask` has width {output_mask.shape[1]}. Pass one of width "
+            f"{past_length + output_length}, over the {past_length} answer tokens in `past_key_values` and the "
+            f"{output_length} in `decoder_input_ids`."
         )
-    mask = torch.cat([prompt_mask, answer_mask.to(prompt_mask)], dim=-1)
+    mask = torch.cat([prompt_mask, output_mask.to(prompt_mask)], dim=-1)
     position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
     if cache is not None:
         # Strides of its own: with those of the mask a compiled step would be compiled anew for another length.
-        position_ids = position_ids[:, -answer_length:].clone(memory_format=torch.contiguous_format)
+        position_ids = position_ids[:, -output_length:].clone(memory_format=torch.contiguous_format)
         if cache.is_compileable:
             # If all layers have a sliding window, the cache has its length, and the mask may be longer.
             rest = max(cache.self_attention_cache.get_max_length() - mask.shape[1], 0)

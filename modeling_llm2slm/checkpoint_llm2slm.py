@@ -35,6 +35,7 @@ from .files_llm2slm import (
     INDEX,
     WEIGHTS,
     StoredTensor,
+    atomic_write,
     fingerprint,
     first_line,
     locate_tensors,
@@ -42,7 +43,6 @@ from .files_llm2slm import (
     shape_of,
     shard_names,
     weight_files,
-    write_aside,
 )
 
 
@@ -211,7 +211,7 @@ class LLM2SLMCheckpointMixin:
             if not (kwargs.get("is_main_process", True) and _is_first()) or kwargs.get("distributed_checkpoint"):
                 super().save_pretrained(target, **kwargs)  # type: ignore[misc]
                 return []
-            with write_aside(target) as folder:
+            with atomic_write(target) as folder:
                 super().save_pretrained(folder, **kwargs)  # type: ignore[misc]
                 if self.model_cards is not None:
                     details = {"name": repo_id or target.name, **(card or {})}

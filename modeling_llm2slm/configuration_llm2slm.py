@@ -191,31 +191,31 @@ class LLM2SLMConfig(PreTrainedConfig):
         config.num_hidden_layers = getattr(self.decoder, "num_decoder_layers", None) or config.num_hidden_layers
         return config
 
-    def has_room(self, prompt_length: int, answer_length: int) -> bool:
+    def fits(self, prompt_length: int, output_length: int) -> bool:
         """Whether the SLM has positions for prompt and answer (with its start token, without its last)."""
         limit = _positions(self.decoder)
-        used = prompt_length + answer_length
+        used = prompt_length + output_length
         if self.decoder.is_encoder_decoder:
-            used = max(prompt_length, answer_length)
+            used = max(prompt_length, output_length)
         return limit is None or used <= limit
 
-    def needs_answer_mask(self, prompt_width: int, answer_width: int) -> bool:
+    def needs_output_mask(self, prompt_width: int, answer_width: int) -> bool:
         """
         Whether a batch of these widths has more places than the SLM has positions, so that answers need a mask, as
         padding takes no positions. A GPT-Neo has no more places than positions: its own mask is as wide as they are.
         """
-        return not self.has_room(prompt_width, answer_width) and self.decoder.model_type != "gpt_neo"
+        return not self.fits(prompt_width, answer_width) and self.decoder.model_type != "gpt_neo"
 
-    def check_length(self, prompt_length: int, answer_length: int) -> None:
-        """Raise `ValueError`, with both lengths and the fix, where [`~LLM2SLMConfig.has_room`] is `False`."""
-        if self.has_room(prompt_length, answer_length):
+    def check_length(self, prompt_length: int, output_length: int) -> None:
+        """Raise `ValueError`, with both lengths and the fix, where [`~LLM2SLMConfig.fits`] is `False`."""
+        if self.fits(prompt_length, output_length):
             return
-        sizes = f"The prompt has {prompt_length} tokens and the answer up to {answer_length}"
+        sizes = f"The prompt has {prompt_length} tokens and the answer up to {output_length}"
         limit = f"but the SLM has {_positions(self.decoder)} positions"
-        both = f"{sizes}, together {prompt_length + answer_length}, {limit} for both."
+        both = f"{sizes}, together {prompt_length + output_length}, {limit} for both."
         raise ValueError(
             f"{f'{sizes}, {limit} for each.' if self.decoder.is_encoder_decoder else both} Shorten the prompt "
-            "(`prompt_max_length` of the processor) or the answer (`max_new_tokens`, `answer_max_length`), or use an "
+            "(`prompt_max_length` of the processor) or the answer (`max_new_tokens`, `target_max_length`), or use an "
             "SLM with more positions."
         )
 
@@ -294,12 +294,12 @@ def llm_sizes(config: PreTrainedConfig) -> PreTrainedConfig:
     return encoder if isinstance(encoder, PreTrainedConfig) else config
 
 
-def check_encoder_decoder_length(config: PreTrainedConfig, prompt_length: int, answer_length: int) -> None:
+def check_encoder_decoder_length(config: PreTrainedConfig, prompt_length: int, output_length: int) -> None:
     """Raise `ValueError` where a whole LLM has no positions for a prompt and an answer of these lengths."""
     limit = _positions(config)
-    if limit is not None and max(prompt_length, answer_length) > limit:
+    if limit is not None and max(prompt_length, output_length) > limit:
         raise ValueError(
-            f"The prompt has {prompt_length} tokens and the answer up to {answer_length}, but the LLM has {limit} "
+            f"The prompt has {prompt_length} tokens and the answer up to {output_length}, but the LLM has {limit} "
             "positions for each. Shorten the prompt (`prompt_max_length`) or the answer (`max_new_tokens`)."
         )
 

@@ -50,7 +50,7 @@ SAMPLES = 128  # values of each tensor that a fingerprint reads, at each of two 
 
 
 @contextmanager
-def write_aside(path: str | os.PathLike, keep: bool = True) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike, keep: bool = True) -> Iterator[Path]:
     """
     Gives a place beside `path` to write a file or a folder to, and puts it at `path` at the end.
 
@@ -88,8 +88,8 @@ def check_replaceable(path: Path) -> None:
         )
 
 
-def remove_left_aside(path: Path) -> None:
-    """Removes what [`write_aside`] had not finished when it was killed. A `*` in the name of `path` is any text."""
+def remove_unfinished(path: Path) -> None:
+    """Removes what [`atomic_write`] had not finished when it was killed. A `*` in the name of `path` is any text."""
     path = Path(os.path.realpath(path))
     for left in path.parent.glob(f".{'[0-9a-f]' * 8}.{glob.escape(path.name).replace('[*]', '*')}"):
         if left.is_dir():
@@ -123,7 +123,7 @@ def _replace_folder(new: Path, old: Path, keep: bool) -> None:
     if not Path.cwd().is_relative_to(old) and _swap(new, old, keep, written | stale):
         return
     for name in sorted(written, key=lambda name: name == "config.json"):
-        remove_left_aside(old / name)
+        remove_unfinished(old / name)
         beside = old / f".{uuid.uuid4().hex[:8]}.{name}"
         try:
             shutil.move(new / name, beside)  # to a mounted disk, a copy: under another name until it is whole
@@ -131,7 +131,7 @@ def _replace_folder(new: Path, old: Path, keep: bool) -> None:
                 shutil.rmtree(old / name)
             beside.replace(old / name)
         except BaseException:
-            remove_left_aside(old / name)
+            remove_unfinished(old / name)
             raise
     for name in stale:
         (old / name).unlink()

@@ -61,21 +61,21 @@ class LLM2SLMGenerationMixin(GenerationMixin):
 
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
         # `generate()` infers no mask for an encoder, and looks at lengths only once the prompt is encoded: with
-        # `answer_length`, which it hands on to the encoder, they are checked before any compute.
+        # `output_length`, which it hands on to the encoder, they are checked before any compute.
         generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
         check_generation(self.config, generation_config)
         states, mask = model_kwargs.get("encoder_outputs"), model_kwargs.get("attention_mask")
         start, new = model_kwargs.get("decoder_input_ids"), generation_config.max_new_tokens
-        answer_length = (generation_config.max_length or 2) - 1
+        output_length = (generation_config.max_length or 2) - 1
         if new is not None:
-            answer_length = new + (start.shape[1] if start is not None else 1) - 1
+            output_length = new + (start.shape[1] if start is not None else 1) - 1
         if states is not None:
             states = model_kwargs["encoder_outputs"] = as_prompt_states(states, mask, check=True)
             model_kwargs["attention_mask"] = states.attention_mask
-            self.encoder.check_prompt(model_kwargs["attention_mask"], answer_length)
+            self.encoder.check_prompt(model_kwargs["attention_mask"], output_length)
         elif model_kwargs.get("input_ids") is not None:
             model_kwargs["attention_mask"] = self.encoder.prompt_mask(model_kwargs["input_ids"], mask)
-        return generation_config, model_kwargs | {"answer_length": answer_length}
+        return generation_config, model_kwargs | {"output_length": output_length}
 
     def _prepare_model_inputs(self, inputs: Any, bos_token_id: Any, model_kwargs: dict[str, Any]) -> Any:
         # Of the LLM's states alone, stock generation would not know that they are a prompt.
@@ -83,7 +83,7 @@ class LLM2SLMGenerationMixin(GenerationMixin):
         states = model_kwargs.get("llm_hidden_states")
         if states is not None and all(prompt is None for prompt in given):
             prompt = self.get_encoder()(
-                None, model_kwargs.get("attention_mask"), states, model_kwargs["answer_length"], return_dict=True
+                None, model_kwargs.get("attention_mask"), states, model_kwargs["output_length"], return_dict=True
             )
             model_kwargs.update(encoder_outputs=prompt, attention_mask=prompt.attention_mask)
         return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
@@ -107,7 +107,7 @@ class LLM2SLMGenerationMixin(GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        for name in ("answer_length", "llm_hidden_states"):
+        for name in ("output_length", "llm_hidden_states"):
             model_kwargs.pop(name, None)  # the encoder's alone, and it is done
         # The SLM's cache holds the prompt too, and the one that `generate()` sees must not count it.
         # CODEPATH: decoder-only SLMs (GPT-2); encoder-decoder ones (T5-small) keep the prompt in the cross-attention.

@@ -142,12 +142,12 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         llm_hidden_states: torch.Tensor | None = None,
-        answer_length: int | torch.Tensor = 1,
+        output_length: int | torch.Tensor = 1,
         **kwargs: Any,
     ) -> PromptStates:
         """Prompt token ids `(B, N)`, or LLM states `(B, N, d_llm)` computed before, to what the SLM reads."""
         attention_mask = self.prompt_mask(input_ids, attention_mask, llm_hidden_states)
-        self.check_prompt(attention_mask, answer_length)
+        self.check_prompt(attention_mask, output_length)
         llm_outputs: Any = {}
         if llm_hidden_states is None:
             wanted = {key: True for key in ("output_attentions", "output_hidden_states") if kwargs.get(key)}
@@ -234,7 +234,7 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
             )
         return torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
 
-    def check_prompt(self, prompt_mask: torch.Tensor, answer_length: int | torch.Tensor) -> None:
+    def check_prompt(self, prompt_mask: torch.Tensor, output_length: int | torch.Tensor) -> None:
         """
         Raise `ValueError` on an empty prompt, and where a prompt and its answer, of one length for all rows or one for
         each, need more positions than the SLM has.
@@ -244,11 +244,11 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
         lengths = prompt_mask.sum(-1)
         if lengths.min() == 0:
             raise ValueError("A prompt is empty: every row of `input_ids` needs a token that is not padding.")
-        if isinstance(answer_length, torch.Tensor) and answer_length.ndim:
-            for prompt, answer in zip(lengths.tolist(), answer_length.tolist(), strict=True):
+        if isinstance(output_length, torch.Tensor) and output_length.ndim:
+            for prompt, answer in zip(lengths.tolist(), output_length.tolist(), strict=True):
                 self.config.check_length(prompt, answer)
         else:
-            self.config.check_length(int(lengths.max()), int(answer_length))
+            self.config.check_length(int(lengths.max()), int(output_length))
 
     @torch.no_grad()
     def scale_prompt(self) -> None:
@@ -497,7 +497,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
             read = encoder_outputs[0] if encoder_outputs is not None else input_ids
             read = llm_hidden_states if read is None else read
             # CODEPATH: decoder-only SLMs that have positions for each row of a batch, and not for all of its padding.
-            if read is not None and self.config.needs_answer_mask(read.shape[1], labels.shape[1]):
+            if read is not None and self.config.needs_output_mask(read.shape[1], labels.shape[1]):
                 decoder_attention_mask = labels_mask(labels)
         if use_cache is None:
             use_cache = self.config.use_cache and labels is None and not self.training
@@ -506,9 +506,9 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         check = encoder_outputs is not None and past_key_values is None
         if encoder_outputs is None and (input_ids is not None or llm_hidden_states is not None):
             width = decoder_input_ids.shape[1]
-            answer_length = width if decoder_attention_mask is None else decoder_attention_mask.sum(-1)
+            output_length = width if decoder_attention_mask is None else decoder_attention_mask.sum(-1)
             encoder_outputs = self.get_encoder()(
-                input_ids, attention_mask, llm_hidden_states, answer_length, return_dict=True, **kwargs
+                input_ids, attention_mask, llm_hidden_states, output_length, return_dict=True, **kwargs
             )
         prompt = as_prompt_states(encoder_outputs, attention_mask, check) if encoder_outputs is not None else None
         # Beams and samples of a prompt begin alike: the SLM reads prompt and beginning once for all of them.
@@ -568,16 +568,16 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         cache = as_llm2slm_cache(past_key_values)
         if cache is None and use_cache:
             cache = LLM2SLMCache(DynamicCache(config=self.config.decoder))
-        answer_length, prompt_length = decoder_input_ids.shape[1], 0
+        output_length, prompt_length = decoder_input_ids.shape[1], 0
         embeds = self.get_input_embeddings()(decoder_input_ids)
         mask, position_ids = decoder_attention_mask, decoder_position_ids
         if position_ids is None:
             if prompt is None:
                 raise ValueError("There is no prompt: pass `input_ids`, `llm_hidden_states` or `encoder_outputs`.")
-            mask, position_ids = mask_and_positions(prompt.attention_mask, mask, answer_length, cache)
-            answer_mask = mask[:, prompt.attention_mask.shape[1] :]
+            mask, position_ids = mask_and_positions(prompt.attention_mask, mask, output_length, cache)
+            output_mask = mask[:, prompt.attention_mask.shape[1] :]
             self.encoder.check_prompt(
-                prompt.attention_mask, answer_mask.shape[1] if decoder_attention_mask is None else answer_mask.sum(-1)
+                prompt.attention_mask, output_mask.shape[1] if decoder_attention_mask is None else output_mask.sum(-1)
             )
             if cache is None or cache.prompt_length == 0:
                 prompt_length = prompt.last_hidden_state.shape[1]
@@ -591,7 +591,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
             position_ids=position_ids,
             past_key_values=cache.self_attention_cache if cache is not None else None,
             use_cache=use_cache,
-            logits_to_keep=answer_length if isinstance(logits_to_keep, int) and not logits_to_keep else logits_to_keep,
+            logits_to_keep=output_length if isinstance(logits_to_keep, int) and not logits_to_keep else logits_to_keep,
             return_dict=True,
             **kwargs,
         )
@@ -601,8 +601,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         return Seq2SeqLMOutput(
             logits=outputs.logits,
             past_key_values=cache if use_cache else None,
-            decoder_hidden_states=hidden_states and tuple(layer[:, -answer_length:] for layer in hidden_states),
-            decoder_attentions=attentions and tuple(layer[:, :, -answer_length:] for layer in attentions),
+            decoder_hidden_states=hidden_states and tuple(layer[:, -output_length:] for layer in hidden_states),
+            decoder_attentions=attentions and tuple(layer[:, :, -output_length:] for layer in attentions),
         )
 
     def _decode_with_encoder(

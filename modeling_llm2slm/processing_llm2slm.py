@@ -22,7 +22,7 @@ from typing import Any
 from transformers import AutoTokenizer, BatchEncoding, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
-from .files_llm2slm import write_aside
+from .files_llm2slm import atomic_write
 
 
 logger = logging.get_logger(__name__)
@@ -39,7 +39,7 @@ class LLM2SLMProcessor(ProcessorMixin):
         decoder_tokenizer (`PreTrainedTokenizerBase`): The SLM's, for answers.
         prompt_max_length (`int`, *optional*):
             Longer prompts are cut to this many tokens, with a warning that says how many were. `None`: never.
-        answer_max_length (`int`, *optional*):
+        target_max_length (`int`, *optional*):
             The same for answers, end token included.
         chat_template (`str`, *optional*): As for every processor of transformers.
 
@@ -58,10 +58,10 @@ class LLM2SLMProcessor(ProcessorMixin):
         tokenizer: PreTrainedTokenizerBase,
         decoder_tokenizer: PreTrainedTokenizerBase,
         prompt_max_length: int | None = None,
-        answer_max_length: int | None = None,
+        target_max_length: int | None = None,
         chat_template: str | None = None,
     ) -> None:
-        for name, length, minimum in (("prompt", prompt_max_length, 1), ("answer", answer_max_length, 2)):
+        for name, length, minimum in (("prompt", prompt_max_length, 1), ("target", target_max_length, 2)):
             if length is not None and (not isinstance(length, int) or length < minimum):
                 raise ValueError(
                     f"`{name}_max_length` is {length!r}, but it must be None or an int of at least {minimum}."
@@ -76,7 +76,7 @@ class LLM2SLMProcessor(ProcessorMixin):
         if decoder_tokenizer is tokenizer:
             decoder_tokenizer = copy.deepcopy(tokenizer)  # stock `save_pretrained` cannot save one object twice
         self.prompt_max_length = prompt_max_length
-        self.answer_max_length = answer_max_length
+        self.target_max_length = target_max_length
         super().__init__(tokenizer, decoder_tokenizer, chat_template=chat_template)
 
     @classmethod
@@ -90,7 +90,7 @@ class LLM2SLMProcessor(ProcessorMixin):
             encoder_pretrained_model_name_or_path (`str`): Repository id or folder of the LLM.
             decoder_pretrained_model_name_or_path (`str`): Repository id or folder of the SLM.
             kwargs:
-                `prompt_max_length`, `answer_max_length`, `chat_template`, and arguments of
+                `prompt_max_length`, `target_max_length`, `chat_template`, and arguments of
                 `AutoTokenizer.from_pretrained` with the prefix `encoder_` or `decoder_` (`encoder_revision`, ...).
         """
         encoder_kwargs = {key[8:]: kwargs.pop(key) for key in list(kwargs) if key.startswith("encoder_")}
@@ -105,7 +105,7 @@ class LLM2SLMProcessor(ProcessorMixin):
         text_target: str | list[str] | None = None,
         padding: bool | str = False,
         prompt_max_length: int | None = None,
-        answer_max_length: int | None = None,
+        target_max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
         return_tensors: str | None = None,
         add_generation_prompt: bool = True,
@@ -119,7 +119,7 @@ class LLM2SLMProcessor(ProcessorMixin):
             padding (`bool` or `str`, *optional*, defaults to `False`):
                 `True` pads to the longest of the batch, `"max_length"` to the maximum lengths.
             prompt_max_length (`int`, *optional*): In place of the processor's own, for this call.
-            answer_max_length (`int`, *optional*): In place of the processor's own, for this call.
+            target_max_length (`int`, *optional*): In place of the processor's own, for this call.
             pad_to_multiple_of (`int`, *optional*): Pad lengths to a multiple of this.
             return_tensors (`str`, *optional*): `"pt"` for tensors.
             add_generation_prompt (`bool`, *optional*, defaults to `True`):
@@ -138,7 +138,7 @@ class LLM2SLMProcessor(ProcessorMixin):
             encoded = self._encode_prompts([text] if _is_one(text) else list(text), limit, add_generation_prompt)
             features.update(_pad(self.tokenizer, encoded, limit, **pad))
         if text_target is not None:
-            limit = answer_max_length if answer_max_length is not None else self.answer_max_length
+            limit = target_max_length if target_max_length is not None else self.target_max_length
             answers = self._encode_answers([text_target] if isinstance(text_target, str) else list(text_target), limit)
             if text is not None and len(answers) != len(encoded):
                 raise ValueError(
@@ -154,7 +154,7 @@ class LLM2SLMProcessor(ProcessorMixin):
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
     ) -> list[str]:
         """As of every processor, but either all files are written or none."""
-        with write_aside(save_directory) as folder:
+        with atomic_write(save_directory) as folder:
             written = super().save_pretrained(folder, **kwargs)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
@@ -206,7 +206,7 @@ class LLM2SLMProcessor(ProcessorMixin):
             while row and row[-1] == eos:  # an end token in the text itself
                 row.pop()
         if max_length is not None and (cut := sum(len(row) >= max_length for row in encoded)):
-            _warn_of_cut("answer", cut, len(encoded), max_length)
+            _warn_of_cut("target", cut, len(encoded), max_length)
         return [row[: max_length - 1 if max_length is not None else None] + [eos] for row in encoded]
 
     def pad_labels(self, labels: list[list[int]], max_length: int | None = None, **pad: Any) -> Any:
@@ -314,7 +314,7 @@ def _pad(
     tokenizer: PreTrainedTokenizerBase, rows: list[list[int]], max_length: int | None, **kwargs: Any
 ) -> BatchEncoding:
     if kwargs["padding"] == "max_length" and max_length is None:
-        raise ValueError('`padding="max_length"` needs a length: pass `prompt_max_length` and `answer_max_length`.')
+        raise ValueError('`padding="max_length"` needs a length: pass `prompt_max_length` and `target_max_length`.')
     masks = [[1] * len(row) for row in rows]
     return tokenizer.pad(
         BatchEncoding({"input_ids": rows, "attention_mask": masks}), max_length=max_length, verbose=False, **kwargs

@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from ..configuration_llm2slm import LLM2SLMConfig
 from ..data.records import versions, write_json
 from ..engines.graphs import graph_size, is_exported
-from ..files_llm2slm import first_line, weight_files, write_aside
+from ..files_llm2slm import atomic_write, first_line, weight_files
 from ..inference.text_to_text import decoding_modules
 from ..states.fingerprints import checkpoint_fingerprint
 from ..training.memory import make_fake, without_storage
@@ -39,7 +39,7 @@ from .contestants import (
     Timing,
     load_composite,
     make_models,
-    time_answer,
+    time_generation,
 )
 
 
@@ -157,7 +157,7 @@ class Benchmark:
         contestant, made = CONTESTANTS[name], models.folder / name
         if contestant.make is not None and not made.exists():
             self.progress(f"making {name}")
-            with write_aside(made) as folder:
+            with atomic_write(made) as folder:
                 contestant.make(models, folder)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             return pool.submit(_load_apart, name, models, self.device, self.threads).result()
@@ -239,10 +239,10 @@ class Stages:
 
         states = timed("LLM", lambda: self.model.encode_llm(ids, mask))
         prompt = timed("projector", lambda: self.model.encode_prompt(ids, mask, llm_hidden_states=states))
-        timed("first token", lambda: time_answer(self.model, replace(cell, answer=1), {"encoder_outputs": prompt}))
+        timed("first token", lambda: time_generation(self.model, replace(cell, answer=1), {"encoder_outputs": prompt}))
         if cell.beams > 1:
             greedy = replace(cell, answer=1, beams=1)
-            timed("first token, greedy", lambda: time_answer(self.model, greedy, {"encoder_outputs": prompt}))
+            timed("first token, greedy", lambda: time_generation(self.model, greedy, {"encoder_outputs": prompt}))
         return seconds
 
 

@@ -105,7 +105,7 @@ class _StepClock(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def time_answer(model: Any, cell: Cell, inputs: Mapping[str, Any], **options: Any) -> Timing:
+def time_generation(model: Any, cell: Cell, inputs: Mapping[str, Any], **options: Any) -> Timing:
     """One answer by stock `generate()`; the model must have no end token."""
     clock = _StepClock()
     model.generate(
@@ -135,7 +135,7 @@ def _prompts(model: Any, cell: Cell, vocab_size: int) -> dict[str, torch.Tensor]
 def load_llm(models: Models, device: str, threads: int, **kwargs: Any) -> Answer:
     """The LLM under its own `generate()`."""
     model = _endless(AutoModelForSeq2SeqLM.from_pretrained(models.llm, dtype=_dtype(device)).to(device))
-    return lambda cell: time_answer(model, cell, _prompts(model, cell, model.config.vocab_size), **kwargs)
+    return lambda cell: time_generation(model, cell, _prompts(model, cell, model.config.vocab_size), **kwargs)
 
 
 def load_composite(models: Models, device: str, dtype: torch.dtype | None = None) -> LLM2SLMForConditionalGeneration:
@@ -155,7 +155,7 @@ def load_llm2slm(
     model = load_composite(models, device, dtype)
     if quantized is not None:
         quantize(model, quantized)
-    return lambda cell: time_answer(model, cell, _prompts(model, cell, model.config.encoder.vocab_size), **kwargs)
+    return lambda cell: time_generation(model, cell, _prompts(model, cell, model.config.encoder.vocab_size), **kwargs)
 
 
 def load_slm(models: Models, device: str, threads: int) -> Answer:
@@ -168,7 +168,7 @@ def load_slm(models: Models, device: str, threads: int) -> Answer:
     def answer(cell: Cell) -> Timing:
         longer = 0 if slm.config.is_encoder_decoder else 1
         own = Cell(cell.prompt + longer, cell.answer, cell.batch, cell.beams)
-        return time_answer(slm, own, _prompts(slm, own, slm.config.vocab_size))
+        return time_generation(slm, own, _prompts(slm, own, slm.config.vocab_size))
 
     return answer
 
@@ -233,7 +233,7 @@ def load_exported(models: Models, device: str, threads: int, name: str) -> Answe
     from ..engines.exported import ExportedLLM2SLM
 
     model: Any = _endless(ExportedLLM2SLM.from_pretrained(models.folder / name))
-    return lambda cell: time_answer(model, cell, _prompts(model, cell, model.config.encoder.vocab_size))
+    return lambda cell: time_generation(model, cell, _prompts(model, cell, model.config.encoder.vocab_size))
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class DataCollatorForLLM2SLM:
             if self.model is not None:
                 batch["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(batch["labels"])
                 # `Trainer` takes smoothed labels away, and with them what tells padding, which takes no positions.
-                if self.model.config.needs_answer_mask(batch["input_ids"].shape[1], batch["labels"].shape[1]):
+                if self.model.config.needs_output_mask(batch["input_ids"].shape[1], batch["labels"].shape[1]):
                     batch["decoder_attention_mask"] = labels_mask(batch["labels"])
         return batch
 

@@ -31,10 +31,10 @@ ROW = "_row"  # a column with the number of each row in its source, from 0
 LINE = "_line"  # a column with each row of JSON lines, as JSON: columns of `datasets` would make dates of some texts
 
 
-def load_pairs(
+def load_examples(
     source: str | Path,
     prompt_column: str = "prompt",
-    answer_column: str | Sequence[str] = "answer",
+    target_column: str | Sequence[str] = "target",
     *,
     split: str = "train",
     limit: int | None = None,
@@ -49,7 +49,7 @@ def load_pairs(
         source: A file (`.jsonl`, `.json`, `.csv`, `.tsv` or `.txt`, also as `.gz`, or `.parquet`), or the name of a
             data set on the Hub, with a configuration after a colon where it has several (`"user/name:config"`).
         prompt_column: The column that holds what the model reads.
-        answer_column: The column that holds what the model shall write. Of several, each gives every row a pair.
+        target_column: The column that holds what the model shall write. Of several, each gives every row a pair.
         split: The split to take from a data set on the Hub. A file is one split.
         limit: Keep only this many rows, from the top.
         skip_bad_rows: Leave out rows that cannot be read or hold something that is not text, with a warning that
@@ -60,8 +60,8 @@ def load_pairs(
         FileNotFoundError: If `source` is neither a file nor a data set that can be reached.
         ValueError: If the file cannot be read, is empty, lacks a column, or has bad rows.
     """
-    answers = [answer_column] if isinstance(answer_column, str) else list(answer_column)
-    columns = {prompt_column: "prompt", **dict.fromkeys(answers, "answer")}
+    answers = [target_column] if isinstance(target_column, str) else list(target_column)
+    columns = {prompt_column: "prompt", **dict.fromkeys(answers, "target")}
     dataset, numbers = _load_texts(str(source), columns, split, limit, skip_bad_rows)
     dataset = dataset.select_columns(list(columns))
     if len(columns) == 2:
@@ -72,7 +72,7 @@ def load_pairs(
         texts = list(zip(*(rows[name] for name in answers), strict=True))
         return {
             "prompt": [prompt for prompt in rows[prompt_column] for _ in answers],
-            "answer": [text for row in texts for text in row],
+            "target": [text for row in texts for text in row],
         }
 
     dataset = dataset.map(as_pairs, batched=True, remove_columns=dataset.column_names)
@@ -99,14 +99,14 @@ def load_rows(
     number_rows: bool = False,
 ) -> Dataset:
     """
-    Like [`load_pairs`], for data that may have no answers: all columns, for [`whole_row`].
+    Like [`load_examples`], for data that may have no answers: all columns, for [`whole_row`].
 
     Args:
-        source: See [`load_pairs`]. Of a `.txt` file, and of one of a name that says no format, every line is a prompt.
+        source: See [`load_examples`]. Of a `.txt` file, and of one of a name that says no format, every line is a prompt.
         prompt_column: The column that holds what the model reads.
-        split: See [`load_pairs`].
-        limit: See [`load_pairs`].
-        skip_bad_rows: See [`load_pairs`].
+        split: See [`load_examples`].
+        limit: See [`load_examples`].
+        skip_bad_rows: See [`load_examples`].
         number_rows: Add the column `ROW`.
     """
     path = Path(source).expanduser()
@@ -141,7 +141,7 @@ def _load_texts(
         dataset = dataset.select(range(min(limit, len(dataset))))
     bad, numbers = _bad_rows(dataset, columns), np.arange(len(dataset))
     if bad:
-        tell_bad_rows(source, bad, skip_bad_rows)
+        report_bad_rows(source, bad, skip_bad_rows)
         numbers = np.setdiff1d(numbers, list(bad))
         dataset = dataset.select(numbers)
     if not len(dataset):
@@ -159,11 +159,11 @@ def check_columns(source: str, needed: Sequence[str], there: Sequence[str]) -> N
                 "compare with an LLM, `llm2slm evaluate --against`."
                 if is_text
                 else f"{source} has no column {column!r}; it has {', '.join(map(repr, there))}. "
-                "Name the columns with prompt_column and answer_column."
+                "Name the columns with prompt_column and target_column."
             )
 
 
-def tell_bad_rows(source: str, bad: Mapping[int, str], skip: bool) -> None:
+def report_bad_rows(source: str, bad: Mapping[int, str], skip: bool) -> None:
     """Raises `ValueError` with the numbers of bad rows and what is wrong with the first, or logs it if they go."""
     numbers = ", ".join(map(str, list(bad)[:10])) + (", ..." if len(bad) > 10 else "")
     if skip:
@@ -174,7 +174,7 @@ def tell_bad_rows(source: str, bad: Mapping[int, str], skip: bool) -> None:
     raise ValueError(f"{source}: {next(iter(bad.values()))}.{others} Mend them, or leave them out with skip_bad_rows.")
 
 
-def check_some_left(source: str, bad: Mapping[int, str], rows: int) -> None:
+def check_any_left(source: str, bad: Mapping[int, str], rows: int) -> None:
     """Raises `ValueError`, with what is wrong with the first, where all rows are bad."""
     if len(bad) == rows:
         raise ValueError(f"{source}: no row can be used; {next(iter(bad.values()))}.")

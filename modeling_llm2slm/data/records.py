@@ -9,12 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..files_llm2slm import write_aside
+from ..files_llm2slm import atomic_write
 
 
 def write_json(path: str | Path, value: Any) -> None:
     """Writes a value to a JSON file, whole or not at all."""
-    with write_aside(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -19,7 +19,7 @@ from .loading import (
     is_text,
     parse_lines,
     reading_options,
-    tell_bad_rows,
+    report_bad_rows,
 )
 from .order import grouped_order, lengths, seeded
 
@@ -30,12 +30,12 @@ class StreamedFeatures(IterableDataset):
     `DataLoader`, each turns its share of the rows into token ids.
 
     Args:
-        source: See [`load_pairs`].
-        prompt_column: See [`load_pairs`].
-        answer_columns: The columns that hold answers; each gives every row a pair.
+        source: See [`load_examples`].
+        prompt_column: See [`load_examples`].
+        target_columns: The columns that hold answers; each gives every row a pair.
         features: Turns prompts and answers into features, see [`TextToText.features`].
         problems: Says of each of some features why it cannot be used, or None, see [`TextToText.problems`].
-        split: See [`load_pairs`].
+        split: See [`load_examples`].
         batch_size: The number of rows that a step is taken on, over all processes.
         buffer: Rows are shuffled, and grouped by length, among this many.
         group_by_length: Put rows of similar length together, see [`grouped_order`].
@@ -49,7 +49,7 @@ class StreamedFeatures(IterableDataset):
         self,
         source: str,
         prompt_column: str,
-        answer_columns: Sequence[str],
+        target_columns: Sequence[str],
         features: Callable[[list[str], list[str]], dict[str, list[Any]]],
         problems: Callable[[dict[str, list[Any]]], list[str | None]],
         *,
@@ -62,7 +62,7 @@ class StreamedFeatures(IterableDataset):
         skip_bad_rows: bool = False,
     ):
         self.source = source
-        self.columns = [prompt_column, *answer_columns]
+        self.columns = [prompt_column, *target_columns]
         self.features = features
         self.problems = problems
         self.split = split
@@ -120,7 +120,7 @@ class StreamedFeatures(IterableDataset):
 
     def _tell(self, bad: dict[int, str], epoch: int) -> None:
         if bad and epoch == 0:
-            tell_bad_rows(self.source, dict(sorted(bad.items())), self.skip_bad_rows)
+            report_bad_rows(self.source, dict(sorted(bad.items())), self.skip_bad_rows)
         bad.clear()
 
     def _shuffled(self, features: dict[str, list[Any]], generator: torch.Generator) -> Iterator[dict[str, Any]]:
@@ -139,7 +139,7 @@ class StreamedFeatures(IterableDataset):
                     row.get(ROW_ERROR) or f"the {wrong[0]} of row {number} is {row.get(wrong[0])!r}, not a text"
                 )
                 if not self.skip_bad_rows:
-                    tell_bad_rows(self.source, {number: bad[number]}, skip=False)
+                    report_bad_rows(self.source, {number: bad[number]}, skip=False)
                 continue
             for column in self.columns[1:]:
                 yield number, row[self.columns[0]], row[column]

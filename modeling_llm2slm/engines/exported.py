@@ -55,14 +55,14 @@ class ExportedEncoder:
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        answer_length: int = 1,
+        output_length: int = 1,
         return_dict: bool = True,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> PromptStates:
         """Prompt token ids `(B, N)` to what the SLM reads, in the layout of [`LLM2SLMEncoder`]."""
         mask = self.prompt_mask(input_ids, attention_mask)
-        self.check_prompt(mask, answer_length)
+        self.check_prompt(mask, output_length)
         assert input_ids is not None  # else `prompt_mask` has raised
         self.config.check_llm_length(input_ids.shape[1])
         padded = not bool(mask.all())
@@ -98,14 +98,14 @@ class ExportedCache:
         self.state = state
         self.repeats = repeats
         self.prompt_mask: torch.Tensor | None = None  # (B, N) once the SLM has read the prompt
-        self.answer_length = 0
+        self.output_length = 0
         self._mask: torch.Tensor | None = None  # the prompt's, and ones for an answer to come
         self.cross: dict[str, torch.Tensor] = {}  # of an encoder-decoder SLM: keys and values of the prompt
         self.rows: torch.Tensor | None = None  # which row of the state each row of the next step goes on from
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Answer tokens read so far, the start token among them."""
-        return self.answer_length
+        return self.output_length
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Let each row go on from another one, in the next step."""
@@ -118,15 +118,15 @@ class ExportedCache:
         """
         assert self.prompt_mask is not None
         rows, prompt_length = self.prompt_mask.shape
-        begins = self.answer_length == 0
-        width = new if begins else prompt_length + self.answer_length + new
+        begins = self.output_length == 0
+        width = new if begins else prompt_length + self.output_length + new
         if self._mask is None or len(self._mask) != rows or self._mask.shape[1] < width:
             self._mask = torch.cat([self.prompt_mask, self.prompt_mask.new_ones(rows, width + MASK_AHEAD)], dim=1)
             self._prompt_lengths = self.prompt_mask.sum(-1, keepdim=True)
         mask = self._mask[:, :width]
         if begins:
             return mask, (mask.cumsum(-1) - 1).clamp(min=0)
-        return mask, self._prompt_lengths + torch.arange(self.answer_length, self.answer_length + new)
+        return mask, self._prompt_lengths + torch.arange(self.output_length, self.output_length + new)
 
     def run(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Read more, and return the logits `(B, 1, vocabulary)` of what follows."""
@@ -268,7 +268,7 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
         # CODEPATH: encoder-decoder SLMs (T5-small) against decoder-only ones (GPT-2).
         read = self._read_across if self.config.decoder.is_encoder_decoder else self._read_after_prompt
         logits = read(states and states.last_hidden_state, self._embed(answer), cache)
-        cache.answer_length += answer.shape[1]
+        cache.output_length += answer.shape[1]
         if states is not None and cache.repeats > 1:
             cache.expand()
             logits = logits.repeat_interleave(cache.repeats, dim=0)
@@ -316,7 +316,7 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        model_kwargs.pop("answer_length", None)  # the encoder's alone, and it is done
+        model_kwargs.pop("output_length", None)  # the encoder's alone, and it is done
         # CODEPATH: decoder-only SLMs (GPT-2), whose prompt and answer share positions.
         if not self.config.decoder.is_encoder_decoder:
             prompt = as_prompt_states(model_kwargs["encoder_outputs"], model_kwargs.get("attention_mask"))

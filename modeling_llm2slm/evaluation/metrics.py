@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from ..data.loading import check_some_left, load_pairs, tell_bad_rows
+from ..data.loading import check_any_left, load_examples, report_bad_rows
 from ..data.records import versions
 from ..inference.text_to_text import TextToText
 
@@ -71,7 +71,7 @@ def _rouge(names: list[str], answers: Sequence[str], references: Sequence[str]) 
     return {name: 100 * sum(row[name].fmeasure for row in rows) / len(rows) for name in names}
 
 
-def time_answers(text_to_text: TextToText, prompts: Sequence[str], **generate_kwargs: Any) -> dict[str, float]:
+def time_generations(text_to_text: TextToText, prompts: Sequence[str], **generate_kwargs: Any) -> dict[str, float]:
     """
     Measures how long answers take, one prompt at a time and from text to text.
 
@@ -81,22 +81,22 @@ def time_answers(text_to_text: TextToText, prompts: Sequence[str], **generate_kw
         generate_kwargs: Arguments of `generate()`.
 
     Returns:
-        `ms_per_answer`, `ms_per_token`, `tokens_per_answer` and `timed_answers`.
+        `ms_per_output`, `ms_per_token`, `tokens_per_answer` and `timed_outputs`.
     """
     text_to_text.generate([prompts[0]], **generate_kwargs)
     seconds, tokens = 0.0, 0
     for prompt in prompts:
-        second, count = time_answer(text_to_text, prompt, **generate_kwargs)
+        second, count = time_generation(text_to_text, prompt, **generate_kwargs)
         seconds, tokens = seconds + second, tokens + count
     return {
-        "ms_per_answer": 1000 * seconds / len(prompts),
+        "ms_per_output": 1000 * seconds / len(prompts),
         "ms_per_token": 1000 * seconds / tokens,
         "tokens_per_answer": tokens / len(prompts),
-        "timed_answers": len(prompts),
+        "timed_outputs": len(prompts),
     }
 
 
-def time_answer(text_to_text: TextToText, prompt: str, **generate_kwargs: Any) -> tuple[float, int]:
+def time_generation(text_to_text: TextToText, prompt: str, **generate_kwargs: Any) -> tuple[float, int]:
     """Seconds and tokens of the answer to one prompt, from text to text."""
     start = time.perf_counter()
     answer = text_to_text.generate_tokens([prompt], **generate_kwargs)
@@ -113,12 +113,12 @@ def with_room(models: Sequence[TextToText], rows: Dataset, source: str, generate
     for model in models:
         new_tokens = model.with_limit(dict(generate_kwargs)).get("max_new_tokens", 0)
         for row, ids in enumerate(model.features(rows["prompt"][:])["input_ids"]):
-            if problem := model.lacks_room(len(ids), new_tokens):
+            if problem := model.position_problem(len(ids), new_tokens):
                 bad[row] = problem
-    check_some_left(source, bad, len(rows))
+    check_any_left(source, bad, len(rows))
     if bad:
         numbers = rows["row"][:]
-        tell_bad_rows(source, {numbers[row]: reason for row, reason in bad.items()}, skip=True)
+        report_bad_rows(source, {numbers[row]: reason for row, reason in bad.items()}, skip=True)
     return rows.select([row for row in range(len(rows)) if row not in bad])
 
 
@@ -126,12 +126,12 @@ def evaluate(
     model: str | Path | TextToText,
     data: str | Path,
     prompt_column: str = "prompt",
-    answer_column: str = "answer",
+    target_column: str = "target",
     *,
     split: str = "test",
     limit: int | None = None,
     batch_size: int = 32,
-    timed_answers: int = 50,
+    timed_outputs: int = 50,
     skip_bad_rows: bool = False,
     **generate_kwargs: Any,
 ) -> dict[str, Any]:
@@ -140,13 +140,13 @@ def evaluate(
 
     Args:
         model: A checkpoint of any of the three kinds, or one already loaded.
-        data: A file or a data set on the Hub, see [`load_pairs`].
+        data: A file or a data set on the Hub, see [`load_examples`].
         prompt_column: The column that holds what the model reads.
-        answer_column: The column that holds the references.
+        target_column: The column that holds the references.
         split: The split to take from a data set on the Hub.
         limit: Score this many pairs, from the top (default: all).
         batch_size: How many prompts go through the model at once when it is scored. It is timed one at a time.
-        timed_answers: How many answers to time; 0 times none.
+        timed_outputs: How many answers to time; 0 times none.
         skip_bad_rows: Leave out rows that hold no text or are too long for the model, with a warning.
         generate_kwargs: Arguments of `generate()`; without `do_sample` nothing is sampled.
 
@@ -154,19 +154,19 @@ def evaluate(
         `scores`, `signatures`, `speed`, `parameters`, `pairs`, `generation`, `versions`, `device`, `dtype`, `threads`.
     """
     generate_kwargs = {"do_sample": False, **generate_kwargs}
-    pairs = load_pairs(
-        data, prompt_column, answer_column, split=split, limit=limit, skip_bad_rows=skip_bad_rows, number_rows=True
+    pairs = load_examples(
+        data, prompt_column, target_column, split=split, limit=limit, skip_bad_rows=skip_bad_rows, number_rows=True
     )
     text_to_text = model if isinstance(model, TextToText) else TextToText.from_pretrained(model)
     if skip_bad_rows:
         pairs = with_room([text_to_text], pairs, str(data), generate_kwargs)
-    prompts, references = pairs["prompt"][:], pairs["answer"][:]
+    prompts, references = pairs["prompt"][:], pairs["target"][:]
     answers = text_to_text.generate(prompts, batch_size, **generate_kwargs)
     scores, signatures = score_and_sign(answers, references)
     return {
         "scores": scores,
         "signatures": signatures,
-        "speed": time_answers(text_to_text, prompts[:timed_answers], **generate_kwargs) if timed_answers else {},
+        "speed": time_generations(text_to_text, prompts[:timed_outputs], **generate_kwargs) if timed_outputs else {},
         "parameters": text_to_text.parameters(),
         "pairs": len(prompts),
         "generation": generate_kwargs,

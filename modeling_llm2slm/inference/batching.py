@@ -236,7 +236,7 @@ def _take(values: Any, rows: list[int]) -> Any:
     return values
 
 
-class AnswerParts:
+class OutputParts:
     """
     Answers as they come, one file of JSON lines for each process, with the settings they were made with before them. A
     line holds the answers of a batch.

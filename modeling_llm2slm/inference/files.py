@@ -14,11 +14,11 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..data.loading import ROW, check_some_left, is_jsonl, load_rows, tell_bad_rows, whole_row
+from ..data.loading import ROW, check_any_left, is_jsonl, load_rows, report_bad_rows, whole_row
 from ..data.processes import processes
-from ..files_llm2slm import write_aside
+from ..files_llm2slm import atomic_write
 from ..states.fingerprints import checkpoint_fingerprint
-from .batching import AnswerParts, BatchLimits, PromptTable, answer, is_sampled, one_line, writing
+from .batching import BatchLimits, OutputParts, PromptTable, answer, is_sampled, one_line, writing
 from .text_to_text import TextToText
 
 
@@ -28,7 +28,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class AnswerReport:
+class GenerationReport:
     """
     What a run did.
 
@@ -54,13 +54,13 @@ class AnswerReport:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-def answer_file(
+def generate_file(
     model: str | Path,
     data: str | Path,
     output: str | Path,
     prompt_column: str = "prompt",
     *,
-    column: str = "model_answer",
+    column: str = "model_output",
     split: str = "train",
     limit: int | None = None,
     prompt_max_length: int | None = None,
@@ -73,7 +73,7 @@ def answer_file(
     quantize: str | None = None,
     progress: Progress = lambda done, total: None,
     **generate_kwargs: Any,
-) -> AnswerReport:
+) -> GenerationReport:
     """
     Answers every prompt of some data.
 
@@ -127,16 +127,16 @@ def answer_file(
     table = _table(text_to_text, rows.select_columns([prompt_column]), sampled)
     bad = _without_room(text_to_text, table, longest)
     if bad:
-        check_some_left(str(data), bad, len(rows))
+        check_any_left(str(data), bad, len(rows))
         told = {numbers[at]: f"row {numbers[at]}: {error}" for at, error in bad.items()}
-        tell_bad_rows(str(data), told, skip_bad_rows)
+        report_bad_rows(str(data), told, skip_bad_rows)
         rows = rows.select([at for at in range(len(rows)) if at not in bad])
         table = _table(text_to_text, rows.select_columns([prompt_column]), sampled)
     prompts = rows.select_columns([prompt_column])
     settings = _settings(model, text_to_text, table, limits, seed, generate_kwargs)
     if quantize is not None:
         settings["quantize"] = quantize
-    parts = AnswerParts(output, settings, rank, overwrite)
+    parts = OutputParts(output, settings, rank, overwrite)
     batches = table.batches(limits, parts.answers, rank, world)
     total, tokens, cut = table.answers(), 0, 0
     kept = done = sum(table.key(draw) in parts.answers for draw in set(table.draws))
@@ -162,7 +162,7 @@ def answer_file(
         with writing(output, "All answers are kept; make room, and repeat the command."):
             _write(output, rows, column, (answers[table.key(draw)] for draw in table.draws))
         parts.remove()
-    return AnswerReport(len(rows), len(rows) - len(table.rows), kept, tokens, seconds if batches else 0.0, cut)
+    return GenerationReport(len(rows), len(rows) - len(table.rows), kept, tokens, seconds if batches else 0.0, cut)
 
 
 def check_writable(output: Path) -> None:
@@ -203,7 +203,7 @@ def _table(text_to_text: TextToText, prompts: Dataset, sampled: bool) -> PromptT
 
 def _without_room(text_to_text: TextToText, table: PromptTable, new_tokens: int) -> dict[int, str]:
     """What is wrong with each row whose prompt and answer the model has no positions for."""
-    problems = [text_to_text.lacks_room(length, new_tokens) for length in table.lengths]
+    problems = [text_to_text.position_problem(length, new_tokens) for length in table.lengths]
     return {row: problem for row, (number, _) in enumerate(table.draws) if (problem := problems[number])}
 
 
@@ -211,7 +211,7 @@ def _write(output: Path, rows: Dataset, column: str, answers: Iterator[str]) -> 
     opener: Any = gzip.open if output.suffix == ".gz" else open
     # What UTF-8 has no bytes for, halves of surrogate pairs, is escaped, as it was in the JSON that it came from.
     with (
-        write_aside(output) as temporary,
+        atomic_write(output) as temporary,
         opener(temporary, "wt", encoding="utf-8", errors="backslashreplace") as file,
     ):
         if not is_jsonl(output):

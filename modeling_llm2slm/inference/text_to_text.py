@@ -53,7 +53,7 @@ class TextToText:
         model: The model, as loaded by its Auto class.
         processor: Its tokenizer; for a composite the [`LLM2SLMProcessor`].
         prompt_max_length: Prompts are cut to this many tokens (default: never).
-        answer_max_length: Answers are cut to this many tokens in training (default: never), and end there when
+        target_max_length: Answers are cut to this many tokens in training (default: never), and end there when
             they are generated.
 
     Attributes:
@@ -69,12 +69,12 @@ class TextToText:
         model: PreTrainedModel,
         processor: Any,
         prompt_max_length: int | None = None,
-        answer_max_length: int | None = None,
+        target_max_length: int | None = None,
     ):
         self.model = model
         self.processor = processor
         self.prompt_max_length = prompt_max_length
-        self.answer_max_length = answer_max_length
+        self.target_max_length = target_max_length
         self.tokenizer: PreTrainedTokenizerBase = getattr(processor, "decoder_tokenizer", processor)
 
     @staticmethod
@@ -83,7 +83,7 @@ class TextToText:
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         prompt_max_length: int | None = None,
-        answer_max_length: int | None = None,
+        target_max_length: int | None = None,
         states: StateStore | None = None,
         quantize: str | None = None,
         keep_llm_dtype: bool = False,
@@ -97,7 +97,7 @@ class TextToText:
                 composite keeps a dtype of its own).
             device: Where to put the model (default: the CPU).
             prompt_max_length: See the class.
-            answer_max_length: See the class.
+            target_max_length: See the class.
             states: Of a composite: a store to take the LLM's states from; the LLM itself is not loaded then.
             quantize: Keep the matrices in fewer bits, to answer with: see [`quantize`].
             keep_llm_dtype: Of a composite: its frozen LLM keeps the dtype that it was saved in also where that is the
@@ -112,7 +112,7 @@ class TextToText:
         if is_exported(path):
             if quantize is not None:
                 raise ValueError(f"{path} is an exported model: export it with the weights that you want.")
-            return ExportedTextToText.load(path, dtype, device, states, prompt_max_length, answer_max_length)
+            return ExportedTextToText.load(path, dtype, device, states, prompt_max_length, target_max_length)
         config = load(AutoConfig, path)
         encoder_decoder = getattr(config, "is_encoder_decoder", False)
         auto_class = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
@@ -136,7 +136,7 @@ class TextToText:
             from ..engines.quantization import quantize as quantize_model
 
             quantize_model(model, quantize)
-        text_to_text = kind(model, processor, prompt_max_length, answer_max_length)
+        text_to_text = kind(model, processor, prompt_max_length, target_max_length)
         text_to_text.states = states
         return text_to_text
 
@@ -170,7 +170,7 @@ class TextToText:
 
         reader = getattr(self.processor, "tokenizer", self.processor)
         parts = [type(self).__name__, tokenizer_fingerprint(reader), tokenizer_fingerprint(self.tokenizer)]
-        parts += [str(self.prompt_max_length), str(self.answer_max_length), str(self._positions)]
+        parts += [str(self.prompt_max_length), str(self.target_max_length), str(self._positions)]
         parts.append(str(getattr(self.model.config, "llm_positions", None)))
         return hashlib.sha256("|".join([*parts, str(self.states and self.states.description)]).encode()).hexdigest()
 
@@ -252,18 +252,18 @@ class TextToText:
     def with_limit(self, generate_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of `generate()` with a limit: the checkpoint's, where it has one, or `DEFAULT_MAX_NEW_TOKENS`."""
         defaults = getattr(self.model, "generation_config", None)
-        own = self.answer_max_length or getattr(defaults, "max_new_tokens", None)
+        own = self.target_max_length or getattr(defaults, "max_new_tokens", None)
         limit = own or min(DEFAULT_MAX_NEW_TOKENS, (self._positions or sys.maxsize) // 2)
         limits = {} if "max_length" in generate_kwargs else {"max_new_tokens": limit}
         return {**limits, **generate_kwargs}
 
-    def check_room(self, prompt_length: int, new_tokens: int) -> None:
+    def check_positions(self, prompt_length: int, new_tokens: int) -> None:
         """Raises `ValueError` where a prompt and an answer of these lengths need more positions than there are."""
 
-    def lacks_room(self, prompt_length: int, new_tokens: int) -> str | None:
-        """What [`TextToText.check_room`] raises, without its full stop, or `None`."""
+    def position_problem(self, prompt_length: int, new_tokens: int) -> str | None:
+        """What [`TextToText.check_positions`] raises, without its full stop, or `None`."""
         try:
-            self.check_room(prompt_length, new_tokens)
+            self.check_positions(prompt_length, new_tokens)
         except ValueError as error:
             return str(error).removesuffix(".")
         return None
@@ -273,7 +273,7 @@ class TextToText:
         features, generate_kwargs = self.features(prompts), self.with_limit(generate_kwargs)
         lengths = [len(ids) for ids in features["input_ids"]]
         for length in {min(lengths), max(lengths)}:
-            self.check_room(length, generate_kwargs.get("max_new_tokens", 0))
+            self.check_positions(length, generate_kwargs.get("max_new_tokens", 0))
         return features, generate_kwargs
 
     @property
@@ -332,7 +332,7 @@ class EncoderDecoderTextToText(TextToText):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self._composite:  # the processor of a composite does its own cutting
-            for name in ("prompt_max_length", "answer_max_length"):
+            for name in ("prompt_max_length", "target_max_length"):
                 if getattr(self, name) is None:
                     setattr(self, name, getattr(self.processor, name))
                 setattr(self.processor, name, getattr(self, name))
@@ -355,12 +355,12 @@ class EncoderDecoderTextToText(TextToText):
         features = {"input_ids": self._encode("prompts", self.prompt_max_length, text=list(prompts))}
         features["attention_mask"] = [[1] * len(ids) for ids in features["input_ids"]]
         if answers is not None:
-            features["labels"] = self._encode("answers", self.answer_max_length, text_target=list(answers))
+            features["labels"] = self._encode("answers", self.target_max_length, text_target=list(answers))
         return features
 
     def _problem(self, input_ids: list[int], labels: list[int]) -> str | None:
         if not self._composite:
-            problem = self.lacks_room(len(input_ids), len(labels))
+            problem = self.position_problem(len(input_ids), len(labels))
             return problem and f"is too long: {problem}"
         if not input_ids:
             return "has an empty prompt"
@@ -372,7 +372,7 @@ class EncoderDecoderTextToText(TextToText):
         llm_positions = self.model.config.llm_positions
         if llm_positions is not None and len(input_ids) > llm_positions:
             return f"has a prompt of {len(input_ids)} tokens, but the LLM has {llm_positions} positions"
-        if not self.model.config.has_room(len(input_ids), len(labels)):
+        if not self.model.config.fits(len(input_ids), len(labels)):
             return f"has {len(input_ids) + len(labels)} tokens, but the SLM has {self._positions} positions"
         return None
 
@@ -390,7 +390,7 @@ class EncoderDecoderTextToText(TextToText):
             return {**inputs, "encoder_outputs": self.model.encode_prompt(**inputs)}
         return {**inputs, "encoder_outputs": self.model.get_encoder()(**inputs, return_dict=True)}
 
-    def check_room(self, prompt_length: int, new_tokens: int) -> None:
+    def check_positions(self, prompt_length: int, new_tokens: int) -> None:
         if not self._composite:
             check_encoder_decoder_length(self.model.config, prompt_length, new_tokens)
             return
@@ -461,7 +461,7 @@ class ExportedTextToText(EncoderDecoderTextToText):
 
 
 @dataclass
-class DataCollatorForAnswers:
+class DataCollatorForTargets:
     """
     Batches for a decoder-only model, with logits for the answers only, which on short texts are most of the work.
 
@@ -506,7 +506,7 @@ class DecoderOnlyTextToText(TextToText):
     def collator(self) -> Any:
         if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
             return super().collator
-        return DataCollatorForAnswers(self.tokenizer)
+        return DataCollatorForTargets(self.tokenizer)
 
     def features(self, prompts: list[str], answers: list[str] | None = None) -> dict[str, list[list[int]]]:
         separator, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
@@ -514,7 +514,7 @@ class DecoderOnlyTextToText(TextToText):
         inputs = [ids + [separator] for ids in self._ids("prompts", prompts, self.prompt_max_length)]
         features = {"input_ids": inputs}
         if answers is not None:
-            room = None if self.answer_max_length is None else self.answer_max_length - 1
+            room = None if self.target_max_length is None else self.target_max_length - 1
             targets = [ids + [end] for ids in self._ids("answers", answers, room)]
             pairs = list(zip(inputs, targets, strict=True))
             features["input_ids"] = [prompt + answer for prompt, answer in pairs]
@@ -532,12 +532,12 @@ class DecoderOnlyTextToText(TextToText):
         _warn_of_cut(what, ids, max_length)
         return [row[:max_length] for row in ids]
 
-    def check_room(self, prompt_length: int, new_tokens: int) -> None:
+    def check_positions(self, prompt_length: int, new_tokens: int) -> None:
         length = prompt_length + new_tokens
         if self._positions is not None and length > self._positions:
             raise ValueError(
                 f"Prompt and answer are {length} tokens together, but the model has {self._positions} positions. "
-                "Set prompt_max_length, answer_max_length or max_new_tokens."
+                "Set prompt_max_length, target_max_length or max_new_tokens."
             )
 
     def _answers(self, generated: torch.Tensor, inputs: Any) -> torch.Tensor:

@@ -202,7 +202,7 @@ class Batcher:
         if self.num_beams > 1 and len(set(limits)) > 1:
             return False
         try:
-            self.text_to_text.check_room(max(len(job.ids) for job in jobs), max(limits))
+            self.text_to_text.check_positions(max(len(job.ids) for job in jobs), max(limits))
         except ValueError:
             return len(jobs) == 1  # to be refused where it is answered
         return True

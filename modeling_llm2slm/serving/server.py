@@ -252,7 +252,7 @@ class Service:
                     400, f"prompt has {len(ids)} tokens, but at most {self.max_prompt_tokens} are taken."
                 )
             try:
-                self.text_to_text.check_room(len(ids), asked.decoding.max_tokens)
+                self.text_to_text.check_positions(len(ids), asked.decoding.max_tokens)
             except ValueError as error:
                 raise HTTPException(400, str(error)) from None
         return rows

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 
-from ..data.loading import ROW, check_some_left, load_prompts, tell_bad_rows
+from ..data.loading import ROW, check_any_left, load_prompts, report_bad_rows
 from ..data.processes import processes, share
 from ..inference.text_to_text import TextToText
 from .store import SHARD_BYTES, StateWriter, StoreDescription, describe, index_prompts, remove_store
@@ -92,7 +92,7 @@ def encode(
     rank, world = processes(overwrite)
     if overwrite:
         remove_store(output)
-    check_room(output, description)
+    check_disk_space(output, description)
     writer = StateWriter(output, description, shard_bytes, writer=rank)
     rows = _shortest_first(index)
     missing = rows[~np.isin(index["key"][rows], writer.done)]
@@ -115,15 +115,15 @@ def encode(
 def _tell_long(
     source: str, prompts: Dataset, lengths: np.ndarray, too_long: np.ndarray, positions: int | None, skip: bool
 ) -> None:
-    """Tells which rows of a source the LLM has no positions for, see [`tell_bad_rows`]; that all are is an error."""
+    """Tells which rows of a source the LLM has no positions for, see [`report_bad_rows`]; that all are is an error."""
     rows = prompts[ROW][:]
     bad = {
         rows[place]: f"row {rows[place]} has a prompt of {lengths[place]} tokens, but the LLM has {positions} "
         "positions (prompt_max_length cuts)"
         for place in np.flatnonzero(too_long)
     }
-    check_some_left(source, bad, len(rows))
-    tell_bad_rows(source, bad, skip)
+    check_any_left(source, bad, len(rows))
+    report_bad_rows(source, bad, skip)
 
 
 def _token_ids(text_to_text: TextToText, prompts: Dataset) -> Iterator[list[int]]:
@@ -137,7 +137,7 @@ def _shortest_first(index: np.ndarray) -> np.ndarray:
     return first[np.lexsort((first, index["length"][first]))]
 
 
-def check_room(folder: str | Path, description: StoreDescription) -> None:
+def check_disk_space(folder: str | Path, description: StoreDescription) -> None:
     """Raises `OSError` if the states, less what the folder holds already, do not fit on its disk."""
     folder = Path(folder)
     there = sum(file.stat().st_size for file in folder.glob("states-*.safetensors"))

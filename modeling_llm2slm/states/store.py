@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from ..checkpoint_llm2slm import LLM_PREFIX
 from ..configuration_llm2slm import llm_sizes
-from ..files_llm2slm import remove_left_aside, write_aside
+from ..files_llm2slm import atomic_write, remove_unfinished
 from .fingerprints import tensors_of, tokenizer_fingerprint, weights_fingerprint
 
 
@@ -270,9 +270,9 @@ class StateWriter:
                 raise ValueError(
                     f"{self.path} holds states, but no {DESCRIPTION} that says of what. Remove them, with --overwrite."
                 )
-            with write_aside(self.path / DESCRIPTION) as temporary:
+            with atomic_write(self.path / DESCRIPTION) as temporary:
                 temporary.write_text(json.dumps(asdict(self.description), indent=2) + "\n", encoding="utf-8")
-        remove_left_aside(self.path / f"{self._prefix}*.safetensors")
+        remove_unfinished(self.path / f"{self._prefix}*.safetensors")
 
     def add(self, ids: Sequence[int], states: torch.Tensor) -> None:
         """Keeps the states `(N, d_llm)` of a prompt, and writes a shard when there are enough."""
@@ -297,7 +297,7 @@ class StateWriter:
         }
         while (target := self.path / f"{self._prefix}{self._files:06d}.safetensors").exists():
             self._files += 1  # a damaged shard that was removed has left its number free
-        with write_aside(target) as temporary:
+        with atomic_write(target) as temporary:
             save_file(tensors, temporary)
         self._keys, self._states, self._kept_bytes = [], [], 0
 

@@ -9,11 +9,11 @@ from transformers import AutoConfig
 
 from ..data.loading import is_jsonl
 from ..inference.batching import BatchLimits
-from ..inference.files import answer_file
+from ..inference.files import generate_file
 from ..inference.text_to_text import load
 
 
-ANSWER_COLUMN = "llm_answer"
+OUTPUT_COLUMN = "llm_output"
 
 
 def distill(
@@ -22,14 +22,14 @@ def distill(
     output: str | Path,
     prompt_column: str = "prompt",
     *,
-    column: str = ANSWER_COLUMN,
+    column: str = OUTPUT_COLUMN,
     batch_size: int = 32,
     overwrite: bool = False,
     **kwargs: Any,
 ) -> int:
     """
     Has an LLM answer every prompt of some data, and writes the data with these answers in a column of their own: what
-    [`answer_file`] does, for rows to train on.
+    [`generate_file`] does, for rows to train on.
 
     Args:
         llm: The checkpoint of an encoder-decoder, a folder or a name on the Hub.
@@ -39,7 +39,7 @@ def distill(
         column: The column for the answers, in the place of one of that name; all others are kept as they are.
         batch_size: How many prompts are answered at once.
         overwrite: Replace an output, or what another run has left of one.
-        kwargs: Of [`answer_file`], or of `generate()`, such as `num_beams` and `max_new_tokens`; without `do_sample`
+        kwargs: Of [`generate_file`], or of `generate()`, such as `num_beams` and `max_new_tokens`; without `do_sample`
             nothing is sampled, whatever the LLM's own default.
 
     Returns:
@@ -60,7 +60,7 @@ def distill(
             f"{llm} is decoder-only, and nothing says where its prompts end and its answers begin: take an "
             "encoder-decoder, or write its answers to a column of the data with the tools that it comes with."
         )
-    report = answer_file(
+    report = generate_file(
         llm, data, output, prompt_column, column=column, limits=BatchLimits(batch_size), overwrite=overwrite,
         **{"do_sample": False, **kwargs},
     )  # fmt: skip

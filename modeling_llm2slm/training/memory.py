@@ -22,7 +22,7 @@ def training_memory(
     *,
     batch_size: int,
     prompt_length: int,
-    answer_length: int,
+    output_length: int,
     llm_states: bool = False,
     lora: Mapping[str, Any] | None = None,
     bf16: bool = False,
@@ -41,7 +41,7 @@ def training_memory(
         config: The composite.
         batch_size: Pairs on one device at once.
         prompt_length: Tokens of a prompt, padding included.
-        answer_length: Tokens of an answer, padding included.
+        output_length: Tokens of an answer, padding included.
         llm_states: Train on a store of `llm2slm encode`, without the LLM.
         lora: Arguments of [`lora_config`] for training an adapter; None trains the whole SLM.
         bf16: Compute in bfloat16 by autocast; weights, gradients and optimizer states stay in float32.
@@ -57,7 +57,7 @@ def training_memory(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     llm = sum(parameter.nbytes for name, parameter in model.named_parameters() if ".llm." in name)
     every = sum(parameter.nbytes for parameter in model.parameters())
-    sizes = {"batch": batch_size, "prompt": prompt_length, "answer": answer_length}
+    sizes = {"batch": batch_size, "prompt": prompt_length, "target": output_length}
     activations = _activations(config, lora, bf16, gradient_checkpointing, **sizes)
     weights = sum(parameter.nbytes for parameter in trained)
     memory = {
@@ -72,8 +72,8 @@ def training_memory(
     return {**memory, "total": sum(memory.values())}
 
 
-def answering_memory(
-    config: LLM2SLMConfig, *, batch_size: int, prompt_length: int, answer_length: int
+def generation_memory(
+    config: LLM2SLMConfig, *, batch_size: int, prompt_length: int, output_length: int
 ) -> dict[str, int]:
     """
     Bytes of all weights and of the SLM's cache that it takes to answer.
@@ -82,7 +82,7 @@ def answering_memory(
         config: The composite.
         batch_size: Prompts at once, times beams.
         prompt_length: Tokens of a prompt.
-        answer_length: Tokens of an answer.
+        output_length: Tokens of an answer.
 
     Returns:
         `weights`, `cache` and `total`.
@@ -92,7 +92,7 @@ def answering_memory(
     slm = config.decoder
     heads = getattr(slm, "num_key_value_heads", None) or slm.num_attention_heads
     width = getattr(slm, "head_dim", None) or getattr(slm, "d_kv", None) or slm.hidden_size // slm.num_attention_heads
-    positions = prompt_length + answer_length
+    positions = prompt_length + output_length
     # An encoder-decoder SLM caches the prompt in its cross-attention, a decoder-only one before the answer.
     layers = getattr(slm, "num_decoder_layers", None) or slm.num_hidden_layers
     cache = 2 * layers * batch_size * positions * heads * width * (2 if slm.dtype == torch.bfloat16 else 4)
@@ -121,7 +121,7 @@ def _activations(
         return _saved_bytes(config, lora, bf16, **sizes)
     # What lies outside the layers, one layer that is computed again, and the input of each.
     layers, width = config.decoder.num_hidden_layers, config.hidden_size * (2 if bf16 else 4)
-    inputs = layers * sizes["batch"] * (sizes["prompt"] + sizes["answer"]) * width
+    inputs = layers * sizes["batch"] * (sizes["prompt"] + sizes["target"]) * width
     return _saved_bytes(_with_one_layer(config), lora, bf16, **sizes) + inputs
 
 

@@ -263,7 +263,7 @@ def _times(evaluations: Sequence[Mapping[str, Any]]) -> str:
     for evaluation in timed:
         speed = evaluation["speed"]
         device = f"{evaluation.get('device')}, {evaluation.get('threads')} threads, {evaluation.get('dtype')}"
-        times = f"{speed['ms_per_answer']:.1f} | {speed['ms_per_token']:.2f} | {speed['tokens_per_answer']:.1f}"
+        times = f"{speed['ms_per_output']:.1f} | {speed['ms_per_token']:.2f} | {speed['tokens_per_answer']:.1f}"
         lines.append(f"| {Path(str(evaluation.get('model'))).name} | {times} | {device} |")
     return "\n".join([*lines, "", "One prompt at a time, from text to text."])
 

@@ -30,13 +30,13 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..checkpoint_llm2slm import check_not_replaced, describe_source, lean_source
-from ..data.loading import load_pairs, tell_bad_rows
+from ..data.loading import load_examples, report_bad_rows
 from ..data.order import EpochSampler, lengths
 from ..data.records import versions, without_secrets, write_json
 from ..data.streaming import StreamedFeatures
 from ..engines.quantization import QUANTIZATIONS, quantize_llm
 from ..evaluation.metrics import METRICS, score
-from ..files_llm2slm import check_replaceable, remove_left_aside, write_aside
+from ..files_llm2slm import atomic_write, check_replaceable, remove_unfinished
 from ..inference.text_to_text import TextToText
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..states.store import StateStore
@@ -56,17 +56,17 @@ class TrainingRecipe:
 
     Args:
         model: The checkpoint to start from, as `llm2slm build` makes it: a folder or a name on the Hub.
-        train_data: A file or a data set on the Hub, see [`load_pairs`].
+        train_data: A file or a data set on the Hub, see [`load_examples`].
         validation_data: The same, for choosing the best checkpoint. None trains without validation.
         train_split: The split of `train_data`, where that is a data set on the Hub. A file is one split.
         validation_split: The same of `validation_data`.
         prompt_column: The column that holds what the model reads.
-        answer_column: The column that holds what the model shall write; of several (a list), such as the references
+        target_column: The column that holds what the model shall write; of several (a list), such as the references
             and the LLM's answers of `llm2slm distill`, each gives every row a pair. Validation takes the first.
         train_samples: Train on this many rows, from the top (default: all).
         validation_samples: Validate on this many rows, from the top (default: all).
         prompt_max_length: Prompts are cut to this many tokens (default: never).
-        answer_max_length: Answers are cut to this many tokens (default: never).
+        target_max_length: Answers are cut to this many tokens (default: never).
         optimizer: `"adamw"`, or `"adafactor"` with updates relative to each parameter, which a T5 needs from scratch.
         metric: What chooses the best checkpoint: `"loss"`, `"bleu"`, `"chrf"`, `"rouge1"`, `"rouge2"`, `"rougeL"` or
             `"exact_match"`; all but the loss are computed on generated answers.
@@ -95,11 +95,11 @@ class TrainingRecipe:
     train_split: str = "train"
     validation_split: str = "validation"
     prompt_column: str = "prompt"
-    answer_column: str = "answer"
+    target_column: str = "target"
     train_samples: int | None = None
     validation_samples: int | None = None
     prompt_max_length: int | None = None
-    answer_max_length: int | None = None
+    target_max_length: int | None = None
     optimizer: str = field(default="adamw", metadata={"choices": ["adamw", "adafactor"]})
     metric: str = field(default="loss", metadata={"choices": ["loss", *METRICS]})
     generation: str = "{}"
@@ -142,9 +142,9 @@ class TrainingRecipe:
         return self.mapping("generation")
 
     @property
-    def answer_columns(self) -> list[str]:
+    def target_columns(self) -> list[str]:
         """The names of the columns that hold answers."""
-        return [name.strip() for name in self.answer_column.split(",")]
+        return [name.strip() for name in self.target_column.split(",")]
 
 
 logger = logging.getLogger(__name__)
@@ -175,8 +175,8 @@ STEPS = 500  # between checkpoints where epochs do not end, in streams
 # What a run that goes on has to have as it began: the optimizer, the schedule and the order of the data go by it, and
 # the best checkpoint is found by it.
 FIXED = (
-    "model", "train_data", "train_split", "prompt_column", "answer_column", "train_samples", "prompt_max_length",
-    "answer_max_length", "optimizer", "optim", "learning_rate", "learning_rate_mapping", "weight_decay",
+    "model", "train_data", "train_split", "prompt_column", "target_column", "train_samples", "prompt_max_length",
+    "target_max_length", "optimizer", "optim", "learning_rate", "learning_rate_mapping", "weight_decay",
     "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs",
     "warmup_steps", "label_smoothing_factor", "lora", "quantize_llm", "seed", "data_seed", "train_sampling_strategy",
     "streaming", "validation_data", "validation_split", "validation_samples", "metric_for_best_model", "generation",
@@ -223,7 +223,7 @@ def parse_recipe(recipe: Mapping[str, Any]) -> tuple[TrainingRecipe, Seq2SeqTrai
     validation = VALIDATION_DEFAULTS if recipe.get("validation_data") else {}
     settings = {**DEFAULTS, **_when(recipe, bool(validation)), **validation, **recipe}
     settings.setdefault("use_cpu", not torch.accelerator.is_available())  # without it, bf16 on a CPU is an error
-    settings["answer_column"] = _names(settings.get("answer_column"))
+    settings["target_column"] = _names(settings.get("target_column"))
     metric = settings.get("metric", "loss")
     if validation:
         settings.setdefault("metric_for_best_model", f"eval_{metric}")
@@ -269,7 +269,7 @@ def _names(columns: Any) -> Any:
         try:
             columns = yaml.safe_load(columns)
         except yaml.YAMLError:
-            raise ValueError(f"answer_column is {columns!r}, which is no list: [answer, llm_answer].") from None
+            raise ValueError(f"target_column is {columns!r}, which is no list: [target, llm_output].") from None
     return ",".join(map(str, columns)) if isinstance(columns, list) else columns
 
 
@@ -435,7 +435,7 @@ class TextToTextTrainer(Seq2SeqTrainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.metric != "loss" and self.validation_pairs is not None:
             answers = self._generate(self.validation_pairs["prompt"][:])
-            scores = score(answers, self.validation_pairs["answer"][:], [self.metric])
+            scores = score(answers, self.validation_pairs["target"][:], [self.metric])
             output.metrics[f"{metric_key_prefix}_{self.metric}"] = scores[self.metric]
         return output
 
@@ -498,7 +498,7 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
         report |= {name: before[name] for name in ("seconds", "resumed_at_step") if name in before}
     trained = _gathered(trainer, ours) if trainer.is_fsdp_enabled else text_to_text
     if trainer.is_world_process_zero() and trained is not None:
-        with write_aside(arguments.output_dir) as folder:
+        with atomic_write(arguments.output_dir) as folder:
             whole = _whole(ours, trained, folder)
             report["parameters"]["total"] = whole.parameters()["total"]  # with the LLM that stored states stood for
             whole.model.config.use_cache = use_cache  # the Trainer turns it off
@@ -514,8 +514,8 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def _make_room(output_dir: Path, anew: bool) -> None:
     """Removes what killed runs left half written, and of a run that begins `anew` what the one before it has left."""
     check_replaceable(output_dir)
-    remove_left_aside(output_dir)
-    remove_left_aside(output_dir / "checkpoint-*")
+    remove_unfinished(output_dir)
+    remove_unfinished(output_dir / "checkpoint-*")
     if anew:
         (output_dir / "training.json").unlink(missing_ok=True)
         for checkpoint in output_dir.glob("checkpoint-*"):
@@ -582,7 +582,7 @@ def _load(ours: TrainingRecipe) -> TextToText:
     text_to_text = TextToText.from_pretrained(
         ours.model,
         prompt_max_length=ours.prompt_max_length,
-        answer_max_length=ours.answer_max_length,
+        target_max_length=ours.target_max_length,
         states=StateStore(ours.llm_states) if ours.llm_states else None,
         keep_llm_dtype=True,
     )
@@ -631,14 +631,14 @@ def _trainer(ours: TrainingRecipe, arguments: Seq2SeqTrainingArguments, text_to_
         validation_pairs = validation_features = None
         if ours.validation_data:
             validation_pairs, validation_features = _features(
-                ours, text_to_text, ours.validation_data, ours.validation_split, ours.answer_columns[:1],
+                ours, text_to_text, ours.validation_data, ours.validation_split, ours.target_columns[:1],
                 ours.validation_samples, ours.metric != "loss",
             )  # fmt: skip
         if ours.streaming:
             train_features: Any = _stream(ours, arguments, text_to_text)
         else:
             _, train_features = _features(
-                ours, text_to_text, ours.train_data, ours.train_split, ours.answer_columns, ours.train_samples
+                ours, text_to_text, ours.train_data, ours.train_split, ours.target_columns, ours.train_samples
             )
     return TextToTextTrainer(
         text_to_text,
@@ -659,7 +659,7 @@ def _features(
     text_to_text: TextToText,
     source: str,
     split: str,
-    answer_columns: list[str],
+    target_columns: list[str],
     limit: int | None,
     answered: bool = False,
 ) -> tuple[Dataset, Dataset]:
@@ -667,15 +667,15 @@ def _features(
     Pairs and their features, both kept on disk by `datasets`, without those that the model has no room for: of prompts
     and answers, or of the answers that it may write if prompts are `answered`.
     """
-    pairs = load_pairs(
-        source, ours.prompt_column, answer_columns, split=split, limit=limit, skip_bad_rows=ours.skip_bad_rows,
+    pairs = load_examples(
+        source, ours.prompt_column, target_columns, split=split, limit=limit, skip_bad_rows=ours.skip_bad_rows,
         number_rows=True,
     )  # fmt: skip
 
     reader = text_to_text.without_model()
 
     def features(rows: dict[str, list[str]]) -> dict[str, list[Any]]:
-        found = reader.features(rows["prompt"], rows["answer"])
+        found = reader.features(rows["prompt"], rows["target"])
         return {
             **found,
             "length": lengths(found),  # for `train_sampling_strategy: group_by_length`
@@ -694,12 +694,12 @@ def _features(
     if answered:
         longest = text_to_text.with_limit(ours.generation_kwargs).get("max_new_tokens", 0)
         for index, ids in enumerate(text_to_text.features(pairs["prompt"][:])["input_ids"]):
-            if problem := text_to_text.lacks_room(len(ids), longest):
+            if problem := text_to_text.position_problem(len(ids), longest):
                 problems.setdefault(index, f"has no room for an answer: {problem}")
         problems = dict(sorted(problems.items()))
     if problems:
         rows = {pairs[index]["row"]: problem for index, problem in problems.items()}
-        tell_bad_rows(source, {row: f"row {row} {problem}" for row, problem in rows.items()}, ours.skip_bad_rows)
+        report_bad_rows(source, {row: f"row {row} {problem}" for row, problem in rows.items()}, ours.skip_bad_rows)
         kept = [index for index in range(len(pairs)) if index not in problems]
         if not kept:
             raise ValueError(f"{source}: no row can be used, as row {min(rows)} {rows[min(rows)]}. Take other data.")
@@ -712,7 +712,7 @@ def _stream(ours: TrainingRecipe, arguments: Seq2SeqTrainingArguments, text_to_t
     return StreamedFeatures(
         ours.train_data,
         ours.prompt_column,
-        ours.answer_columns,
+        ours.target_columns,
         reader.features,
         reader.problems,
         split=ours.train_split,

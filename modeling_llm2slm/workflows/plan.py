@@ -19,7 +19,7 @@ from ..data.loading import load_prompts
 from ..inference.text_to_text import TextToText, count_parameters, decoding_modules, load
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..parts_llm2slm import slm_class
-from ..training.memory import answering_memory, training_memory
+from ..training.memory import generation_memory, training_memory
 
 
 # The presets with different SLMs, each with the checkpoint its SLM is trained from, whose tokenizer counts tokens.
@@ -36,12 +36,12 @@ class Candidate:
     Args:
         name: The preset.
         slm_parameters: Parameters that every answer token goes through.
-        ms_per_answer: Time per answer with random SLM weights and as many tokens as the LLM's answer has for the SLM.
-        llm_ms_per_answer: Time per answer of the LLM, in turns with the above.
+        ms_per_output: Time per answer with random SLM weights and as many tokens as the LLM's answer has for the SLM.
+        llm_ms_per_output: Time per answer of the LLM, in turns with the above.
         speed_up: The second by the first.
-        answer_tokens: Tokens of an answer for the SLM.
+        output_tokens: Tokens of an answer for the SLM.
         tokens_assumed: The SLM's tokenizer could not be loaded, so that the LLM's count stands for it.
-        answering_bytes: Weights and cache at batch 1.
+        inference_bytes: Weights and cache at batch 1.
         training_bytes: Memory of training on stored states.
         encode_hours: For all prompts, once.
         distill_hours: For all prompts, once, with the LLM's answers searched for as asked.
@@ -51,12 +51,12 @@ class Candidate:
 
     name: str
     slm_parameters: int
-    ms_per_answer: float
-    llm_ms_per_answer: float
+    ms_per_output: float
+    llm_ms_per_output: float
     speed_up: float
-    answer_tokens: float
+    output_tokens: float
     tokens_assumed: bool
-    answering_bytes: int
+    inference_bytes: int
     training_bytes: int
     encode_hours: float
     distill_hours: float
@@ -96,12 +96,12 @@ def plan(
         num_beams: Of the distillation, for the estimate.
         max_new_tokens: The longest answer.
         prompt_max_length: Prompts are cut to this many tokens (default: never).
-        skip_bad_rows: See [`load_pairs`].
+        skip_bad_rows: See [`load_examples`].
         device: Where to compute.
         progress: Called with a few words at every step.
 
     Returns:
-        `prompts`, `prompt_tokens` (mean), `answer_tokens` (the LLM's, mean), `store_bytes`, `candidates` (a list of
+        `prompts`, `prompt_tokens` (mean), `output_tokens` (the LLM's, mean), `store_bytes`, `candidates` (a list of
         [`Candidate`] as mappings), `recommended` (a name or None) and `recommendation`, a sentence.
 
     Raises:
@@ -125,7 +125,7 @@ def plan(
         preset: [
             row
             for row, length in enumerate(lengths)
-            if config.has_room(length, max_new_tokens) and not large.lacks_room(length, max_new_tokens)
+            if config.fits(length, max_new_tokens) and not large.position_problem(length, max_new_tokens)
         ]
         for preset, config in configs.items()
     }
@@ -156,7 +156,7 @@ def plan(
         candidates.append(
             Candidate(
                 name=preset,
-                answer_tokens=statistics.mean(counts),
+                output_tokens=statistics.mean(counts),
                 tokens_assumed=tokenizer is None,
                 encode_hours=hours * encode_seconds,
                 distill_hours=hours * sample.beam_seconds,
@@ -171,7 +171,7 @@ def plan(
     return {
         "prompts": len(prompts),
         "prompt_tokens": statistics.mean(lengths),
-        "answer_tokens": statistics.mean(map(len, samples[widest].tokens)),
+        "output_tokens": statistics.mean(map(len, samples[widest].tokens)),
         "store_bytes": stored * llm_sizes(large.model.config).hidden_size * 2,
         "candidates": [asdict(candidate) for candidate in candidates],
         "recommended": recommended,
@@ -265,14 +265,14 @@ def _measure(
             )
         )
     large, small = (1000 * statistics.mean(row) for row in zip(*times, strict=True))
-    sizes: dict[str, Any] = {"prompt_length": round(prompt_length), "answer_length": round(statistics.mean(tokens))}
+    sizes: dict[str, Any] = {"prompt_length": round(prompt_length), "output_length": round(statistics.mean(tokens))}
     encode = _seconds(lambda: [model.encode_llm(**sample.inputs(index)) for index in range(len(tokens))])
     return {
         "slm_parameters": count_parameters(*decoding_modules(model.decoder)),
-        "ms_per_answer": small,
-        "llm_ms_per_answer": large,
+        "ms_per_output": small,
+        "llm_ms_per_output": large,
         "speed_up": large / small,
-        "answering_bytes": answering_memory(model.config, batch_size=1, **sizes)["total"],
+        "inference_bytes": generation_memory(model.config, batch_size=1, **sizes)["total"],
         "training_bytes": _training_bytes(model, batch_size, sizes),
         "encode_seconds": encode,
         "step_seconds": _step_seconds(model, batch_size, **sizes),
@@ -289,12 +289,12 @@ def _free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def _step_seconds(model: Any, batch_size: int, prompt_length: int, answer_length: int) -> float:
+def _step_seconds(model: Any, batch_size: int, prompt_length: int, output_length: int) -> float:
     """
     Seconds of one step of training on stored states, the second of two. Where there is no memory for the batch, they
     are estimated from a smaller one.
     """
-    asked, sizes = batch_size, {"prompt_length": prompt_length, "answer_length": answer_length}
+    asked, sizes = batch_size, {"prompt_length": prompt_length, "output_length": output_length}
     while batch_size > 1 and _training_bytes(model, batch_size, sizes) > _free_bytes(model.device):
         batch_size //= 2
     model.train()
@@ -302,7 +302,7 @@ def _step_seconds(model: Any, batch_size: int, prompt_length: int, answer_length
     shape = (batch_size, prompt_length)
     ids = torch.ones(shape, dtype=torch.long, device=model.device)
     states = torch.randn(*shape, llm_sizes(model.config.encoder).hidden_size, device=model.device)
-    labels = torch.ones(batch_size, answer_length, dtype=torch.long, device=model.device)
+    labels = torch.ones(batch_size, output_length, dtype=torch.long, device=model.device)
 
     def step() -> None:
         model(

@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..configuration_llm2slm import LLM2SLMConfig, check_encoder_decoder_length
 from ..conversion.build import build, part_config
-from ..data.loading import ROW, check_some_left, load_rows, parse_lines, tell_bad_rows
+from ..data.loading import ROW, check_any_left, load_rows, parse_lines, report_bad_rows
 from ..data.records import without_secrets, write_json
 from ..evaluation.agreement import compare
-from ..files_llm2slm import remove_left_aside, write_aside
+from ..files_llm2slm import atomic_write, remove_unfinished
 from ..inference.text_to_text import TextToText, load
 from ..states.encoding import encode
 from ..states.fingerprints import checkpoint_fingerprint
@@ -252,9 +252,9 @@ class Speedup:
                     self.config.check_length(length, settings.max_new_tokens)
                 except ValueError as error:
                     bad[number] = f"row {number}: {str(error).removesuffix('.')}"
-        check_some_left(settings.prompts, bad, len(rows))
+        check_any_left(settings.prompts, bad, len(rows))
         if bad:
-            tell_bad_rows(settings.prompts, bad, self.recipe.skip_bad_rows)
+            report_bad_rows(settings.prompts, bad, self.recipe.skip_bad_rows)
 
     def _split(self, distilled: Path) -> None:
         column = self.settings.prompt_column
@@ -265,7 +265,7 @@ class Speedup:
         place = {text: "validation" if at < held_out else "test" for at, text in enumerate(texts[: 2 * held_out])}
         for split in SPLITS:
             with (
-                write_aside(self.output / f"{split}.jsonl") as temporary,
+                atomic_write(self.output / f"{split}.jsonl") as temporary,
                 temporary.open("w", encoding="utf-8", errors="backslashreplace") as file,  # halves of surrogate pairs
             ):
                 for row in parse_lines(distilled, None):
@@ -283,8 +283,8 @@ class Speedup:
             max_new_tokens=settings.max_new_tokens, **dtype,
         )  # fmt: skip
         write_json(self.output / "speedup.json", self._kept)
-        remove_left_aside(start)
-        with write_aside(start) as folder:
+        remove_unfinished(start)
+        with atomic_write(start) as folder:
             composite.save_pretrained(folder)
 
     def encode(self) -> None:
@@ -299,7 +299,7 @@ class Speedup:
     def train(self) -> None:
         """Trains on the states, by the recipe that is written to the folder."""
         recipe = self._recipe()
-        with write_aside(self.output / "recipe.yaml") as temporary:
+        with atomic_write(self.output / "recipe.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(without_secrets(recipe), sort_keys=False), encoding="utf-8")
         if not (self.output / "model" / "training.json").is_file():
             train(recipe)

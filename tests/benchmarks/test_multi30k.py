@@ -283,7 +283,7 @@ def test_answers_of_ctranslate2_are_those_of_distill(tmp_path: Path, monkeypatch
     pytest.importorskip("ctranslate2")
     llm = write_checkpoint("llm", tmp_path / "checkpoints")
     (tmp_path / "xx-yy").mkdir()
-    rows = [{"number": at, "source": pair["prompt"], "target": pair["answer"]} for at, pair in enumerate(PAIRS)]
+    rows = [{"number": at, "source": pair["prompt"], "target": pair["target"]} for at, pair in enumerate(PAIRS)]
     with gzip.open(tmp_path / "xx-yy" / multi30k.REFERENCES["train"], "wt") as lines:
         lines.write("".join(json.dumps(row) + "\n" for row in rows))
     written = []
@@ -304,7 +304,7 @@ def test_answers_of_ctranslate2_are_those_of_distill(tmp_path: Path, monkeypatch
 @pytest.mark.slow
 def test_the_whole_at_a_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "xx-yy").mkdir()
-    rows: Any = [{"source": pair["prompt"], "target": pair["answer"]} for pair in PAIRS * 4]
+    rows: Any = [{"source": pair["prompt"], "target": pair["target"]} for pair in PAIRS * 4]
     for file in multi30k.REFERENCES.values():
         with gzip.open(tmp_path / "xx-yy" / file, "wt") as lines:
             lines.write("".join(json.dumps(row) + "\n" for row in rows))

@@ -59,8 +59,8 @@ def test_the_commands_take_it(folder, tmp_path, capsys) -> None:
     assert run("generate", folder, TEXTS[0], "--max-new-tokens", 4) == 0
     assert capsys.readouterr().out.startswith("out")
     pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text("".join(json.dumps({"prompt": text, "answer": text}) + "\n" for text in TEXTS))
-    result = evaluate(str(folder), pairs, timed_answers=1, max_new_tokens=4)
+    pairs.write_text("".join(json.dumps({"prompt": text, "target": text}) + "\n" for text in TEXTS))
+    result = evaluate(str(folder), pairs, timed_outputs=1, max_new_tokens=4)
     assert result["pairs"] == 2
     assert result["device"] == "cpu"
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForSeq2SeqLM
 import llm2slm
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.inference.batching import BatchLimits
-from modeling_llm2slm.inference.files import AnswerReport
+from modeling_llm2slm.inference.files import GenerationReport
 from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.states.store import StateStore, is_complete
 from tests.support.checkpoints import PAIRS, PROMPTS, sample_by_default, write_checkpoint, write_pairs, write_parts
@@ -228,7 +228,7 @@ class TestEncodeAndDistill:
         words = ("distill", llm, tmp_path / "pairs.jsonl", "--output", tmp_path / "d.jsonl", "--max-new-tokens", 4)
         assert run(*words) == 0
         assert "8 rows are in" in capsys.readouterr().out
-        data = ("--train_data", tmp_path / "d.jsonl", "--answer_column", "answer,llm_answer")
+        data = ("--train_data", tmp_path / "d.jsonl", "--target_column", "answer,llm_output")
         assert run("train", recipe, *data) == 0
 
     @pytest.mark.slow
@@ -348,8 +348,8 @@ class TestGenerate:
     def test_both_limits_hold_from_file_to_file(self, words, limits, tmp_path, monkeypatch):
         given: list[BatchLimits] = []
         monkeypatch.setattr(
-            "modeling_llm2slm.inference.files.answer_file",
-            lambda *_, limits, **__: given.append(limits) or AnswerReport(0, 0, 0, 0, 0.0),
+            "modeling_llm2slm.inference.files.generate_file",
+            lambda *_, limits, **__: given.append(limits) or GenerationReport(0, 0, 0, 0, 0.0),
         )
         (tmp_path / "a.txt").write_text("src1\n")
         assert run("generate", "model", "--file", tmp_path / "a.txt", "--output", tmp_path / "b.txt", *words) == 0
@@ -358,7 +358,7 @@ class TestGenerate:
 
 def test_evaluate_prints_and_writes_the_same_numbers(composite, tmp_path, capsys):
     data, output = write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "metrics.json"
-    assert run("evaluate", composite, data, "--output", output, "--max-new-tokens", 4, "--timed-answers", 2) == 0
+    assert run("evaluate", composite, data, "--output", output, "--max-new-tokens", 4, "--timed-outputs", 2) == 0
     result = json.loads(output.read_text())
     printed = capsys.readouterr().out
     assert result["pairs"] == len(PAIRS)
@@ -440,7 +440,7 @@ MODEL, DATA, RECIPE, OUT = "<model>", "<data>", "<recipe>", "<out>"
         (["generate", MODEL, "hello", "--max-new-tokens", "500", "--output", OUT], 1, "64 positions"),
         (["generate"], 2, "model"),
         (["evaluate", MODEL, "no.jsonl", "--output", OUT], 1, "no data file no.jsonl"),
-        (["evaluate", MODEL, DATA, "--answer-column", "target", "--output", OUT], 1, "no column 'target'"),
+        (["evaluate", MODEL, DATA, "--target-column", "target", "--output", OUT], 1, "no column 'target'"),
         (["evaluate", MODEL, DATA, "--device", "moon", "--output", OUT], 1, "moon"),
         (["train", "no.yaml"], 1, "There is no recipe no.yaml"),
         (["train", RECIPE, "--max_step", "3"], 1, "Did you mean max_steps"),
@@ -517,7 +517,7 @@ def test_where_nothing_can_be_written_gives_one_sentence(number, message, compos
         raise OSError(number, os.strerror(number))
 
     data, output = write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "metrics.json"
-    words = ("evaluate", composite, data, "--limit", 1, "--timed-answers", 0, "--max-new-tokens", 2)
+    words = ("evaluate", composite, data, "--limit", 1, "--timed-outputs", 0, "--max-new-tokens", 2)
     assert run("evaluate", "no/model", data, "--output", f"{data}/metrics.json") == 1  # said before any work
     assert f"Error: {data}/metrics.json cannot be written: Not a directory. Choose" in capsys.readouterr().err
     monkeypatch.setattr(Path, "write_text", fail)
@@ -537,7 +537,7 @@ def test_answers_that_are_all_the_same_have_no_worst(tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("src1\n")
     llm = write_checkpoint("llm", tmp_path)
     words = ("evaluate", llm, tmp_path / "prompts.txt", "--against", llm, "--max-new-tokens", 2)
-    assert run(*words, "--timed-answers", 0) == 0
+    assert run(*words, "--timed-outputs", 0) == 0
     assert "chrF 100" not in capsys.readouterr().out
 
 

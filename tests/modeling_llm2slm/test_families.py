@@ -22,7 +22,7 @@ from tests.support.common import (
     Parts,
     SlowReference,
     build_family,
-    check_answers_say_something,
+    check_outputs_vary,
     count_calls,
     pad_prompts,
     reference_logits,
@@ -87,7 +87,7 @@ def check(actual: Any, wanted: Any) -> None:
 @pytest.mark.parametrize(("slm", "llm", "fusion"), GRID)
 def test_answers_are_varied_and_differ_between_prompts(slm: str, llm: str, fusion: str) -> None:
     """Without this, equality below would prove nothing."""
-    check_answers_say_something(strip_padding(expected((slm, llm, fusion), "greedy").sequences))
+    check_outputs_vary(strip_padding(expected((slm, llm, fusion), "greedy").sequences))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -419,8 +419,8 @@ def shift_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Positions of tokens after the first step are too high by one."""
     original = modeling.mask_and_positions
 
-    def faulty(prompt_mask: Any, answer_mask: Any, answer_length: int, cache: Any) -> Any:
-        mask, positions = original(prompt_mask, answer_mask, answer_length, cache)
+    def faulty(prompt_mask: Any, output_mask: Any, output_length: int, cache: Any) -> Any:
+        mask, positions = original(prompt_mask, output_mask, output_length, cache)
         return mask, positions + int(cache is not None and cache.prompt_length > 0)
 
     for module in (modeling, generation):

@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 
 from modeling_llm2slm import files_llm2slm
 from modeling_llm2slm.files_llm2slm import (
+    atomic_write,
     fingerprint,
     locate_tensors,
     open_weights,
     shard_names,
     weight_files,
-    write_aside,
 )
 from tests.support.common import build_parts, same_tensors
 
@@ -31,7 +31,7 @@ from tests.support.common import build_parts, same_tensors
 class TestWriteAside:
     def test_a_file_appears_when_it_is_complete(self, tmp_path):
         target = tmp_path / "folder" / "result.json"
-        with write_aside(target) as temporary:
+        with atomic_write(target) as temporary:
             temporary.write_text("whole")
             assert not target.exists()
         assert target.read_text() == "whole"
@@ -48,13 +48,13 @@ class TestWriteAside:
                 f"Error while serializing: I/O error: full (os error {number})"
             ),
         }
-        with pytest.raises(OSError, match="No space left") as caught, write_aside(target) as temporary:
+        with pytest.raises(OSError, match="No space left") as caught, atomic_write(target) as temporary:
             raise raised[kind](str(temporary / "model"))
         assert (caught.value.errno, caught.value.filename) == (number, str(target))
 
     def test_a_file_in_the_way_is_named(self, tmp_path):
         (tmp_path / "file").touch()
-        with pytest.raises(OSError, match=str(tmp_path / "file")), write_aside(tmp_path / "file" / "result"):
+        with pytest.raises(OSError, match=str(tmp_path / "file")), atomic_write(tmp_path / "file" / "result"):
             raise AssertionError("there is no place to write to")
 
     @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -65,7 +65,7 @@ class TestWriteAside:
         inner.write_text("before")
 
         def fail() -> None:
-            with write_aside(target) as temporary:
+            with atomic_write(target) as temporary:
                 if kind == "folder":
                     temporary.mkdir()
                 (temporary if kind == "file" else temporary / "config.json").write_text("half")
@@ -86,7 +86,7 @@ class TestWriteAside:
         (target / "tokenizer").mkdir()
         (target / "tokenizer" / "old").touch()
         target.chmod(0o750)
-        with write_aside(target) as temporary:
+        with atomic_write(target) as temporary:
             (temporary / "tokenizer").mkdir(parents=True)
             (temporary / "tokenizer" / "new").touch()
             (temporary / "config.json").write_text("{}")
@@ -101,7 +101,7 @@ class TestWriteAside:
         target.mkdir()
         for name in ("model.safetensors", "notes.safetensors"):
             (target / name).touch()
-        with write_aside(target) as temporary:
+        with atomic_write(target) as temporary:
             temporary.mkdir()
             for name in ("model-00001-of-00001.safetensors", "model.safetensors.index.json"):
                 (temporary / name).touch()
@@ -119,7 +119,7 @@ class TestWriteAside:
             ("tokenizer.json", exported | kept),
             ("model.safetensors", kept | {"model.safetensors"}),
         ):
-            with write_aside(target) as temporary:
+            with atomic_write(target) as temporary:
                 temporary.mkdir()
                 (temporary / written).touch()
             assert set(os.listdir(target)) == left
@@ -128,9 +128,9 @@ class TestWriteAside:
         (tmp_path / "mounted").mkdir()
         monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
         told = pytest.raises(PermissionError, match=r"mounted is put in place from beside it, .*mounted/model")
-        with told, write_aside(tmp_path / "mounted"):
+        with told, atomic_write(tmp_path / "mounted"):
             pass
-        with write_aside(tmp_path / "mounted" / "model") as temporary:
+        with atomic_write(tmp_path / "mounted" / "model") as temporary:
             temporary.mkdir()
 
     @pytest.mark.parametrize("cut", [False, True])
@@ -148,7 +148,7 @@ class TestWriteAside:
             shutil.copy(source, place)
 
         monkeypatch.setattr(shutil, "move", copy)
-        with pytest.raises(OSError, match="No space") if cut else nullcontext(), write_aside(target) as temporary:
+        with pytest.raises(OSError, match="No space") if cut else nullcontext(), atomic_write(target) as temporary:
             temporary.mkdir()
             (temporary / "config.json").write_text("new")
         assert copied == ["old"]
@@ -174,7 +174,7 @@ class TestWriteAside:
 
             monkeypatch.setattr(Path, "replace", busy)
         inode = target.stat().st_ino
-        with write_aside(target) as temporary:
+        with atomic_write(target) as temporary:
             (temporary / "tokenizer").mkdir(parents=True)
             (temporary / "tokenizer" / "new").touch()
             for name in ("config.json", "model.safetensors.index.json"):
@@ -189,7 +189,7 @@ class TestWriteAside:
     def test_a_link_to_a_folder_stays_a_link(self, tmp_path):
         (tmp_path / "elsewhere" / "model").mkdir(parents=True)
         (tmp_path / "model").symlink_to(tmp_path / "elsewhere" / "model")
-        with write_aside(tmp_path / "model") as temporary:
+        with atomic_write(tmp_path / "model") as temporary:
             temporary.mkdir()
             (temporary / "config.json").touch()
         assert (tmp_path / "model").is_symlink()
@@ -210,7 +210,7 @@ class TestWriteAside:
         if child == 0:
             if when == "replacing":
                 files_llm2slm._exchange = die
-            with write_aside(target) as folder:
+            with atomic_write(target) as folder:
                 folder.mkdir()
                 (folder / "model.safetensors").write_text("new weights")
                 if when == "writing":

@@ -38,7 +38,7 @@ from tests.support.common import (
     Parts,
     build_model,
     build_parts,
-    check_answers_say_something,
+    check_outputs_vary,
     count_calls,
     pad_prompts,
     reference_beams,
@@ -104,7 +104,7 @@ def check_parity(parts: Parts, strategy: str, cache: str, padding: str, passed: 
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_answers_are_varied_and_differ_between_prompts(fusion: str) -> None:
     """Without this, equality below would prove nothing."""
-    check_answers_say_something([reference_greedy(shared_parts(fusion), prompt, LENGTH)[0] for prompt in PROMPTS])
+    check_outputs_vary([reference_greedy(shared_parts(fusion), prompt, LENGTH)[0] for prompt in PROMPTS])
 
 
 @pytest.mark.parametrize("passed", [False, True], ids=["computed", "passed"])
@@ -239,8 +239,8 @@ def plant_positions_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Positions of tokens after the first step are too high by one."""
     original = modeling.mask_and_positions
 
-    def faulty(prompt_mask: Any, answer_mask: Any, answer_length: int, cache: Any) -> Any:
-        mask, positions = original(prompt_mask, answer_mask, answer_length, cache)
+    def faulty(prompt_mask: Any, output_mask: Any, output_length: int, cache: Any) -> Any:
+        mask, positions = original(prompt_mask, output_mask, output_length, cache)
         return mask, positions + int(cache is not None and cache.prompt_length > 0)
 
     for module in (modeling, generation):
@@ -511,7 +511,7 @@ def test_stopping_criteria() -> None:
 
 
 @pytest.mark.parametrize("kwargs", [{"max_length": 8}, {"max_new_tokens": 7}], ids=["max_length", "max_new_tokens"])
-def test_lengths_count_answer_tokens(kwargs: dict[str, int]) -> None:
+def test_lengths_count_output_tokens(kwargs: dict[str, int]) -> None:
     parts = shared_parts("add")
     answers = parts.model.generate(**pad_prompts(PROMPTS), **kwargs, min_new_tokens=7, do_sample=False)
     assert answers.shape == (3, 8)

@@ -755,7 +755,7 @@ def test_wrong_inputs(inputs: dict[str, torch.Tensor], message: str) -> None:
     assert not calls
 
 
-def test_a_mask_covers_cached_and_new_answer_tokens() -> None:
+def test_a_mask_covers_cached_and_new_output_tokens() -> None:
     model, tokens = shared_parts("add").model, torch.tensor([[END, 4, 7, 9]])
     first = model(input_ids=IDS, decoder_input_ids=tokens[:, :3])
     rest = {"input_ids": IDS, "decoder_input_ids": tokens[:, 3:], "past_key_values": first.past_key_values}

@@ -166,7 +166,7 @@ def test_padding_to_a_multiple(processor: LLM2SLMProcessor, prompts: list[str], 
 
 def test_padding_to_the_maximum(processor: LLM2SLMProcessor, prompts: list[str], answers: list[str]) -> None:
     kwargs: dict[str, Any] = {"text": prompts, "text_target": answers, "padding": "max_length", "return_tensors": "pt"}
-    batch = processor(**kwargs, prompt_max_length=30, answer_max_length=25)
+    batch = processor(**kwargs, prompt_max_length=30, target_max_length=25)
     assert {name: value.shape[1] for name, value in batch.items()} == {
         "input_ids": 30,
         "attention_mask": 30,
@@ -183,7 +183,7 @@ def test_truncation_is_never_silent(
     processor: LLM2SLMProcessor, prompts: list[str], answers: list[str], warnings_logged: list[str]
 ) -> None:
     whole = processor(text=prompts, text_target=answers)
-    processor.prompt_max_length, processor.answer_max_length = 4, 3
+    processor.prompt_max_length, processor.target_max_length = 4, 3
     batch = processor(text=prompts, text_target=answers)
     lengths = [len(row) > 4 for row in whole["input_ids"]], [len(row) > 3 for row in whole["labels"]]
     assert max(map(len, batch["input_ids"])) <= 4
@@ -192,7 +192,7 @@ def test_truncation_is_never_silent(
     assert all(row[-1] == processor.tokenizer.eos_token_id for row in batch["input_ids"])
     assert [len(row) for row in batch["attention_mask"]] == [len(row) for row in batch["input_ids"]]
     assert len(warnings_logged) == 2
-    for message, what, cut in zip(warnings_logged, ("prompt", "answer"), lengths, strict=True):
+    for message, what, cut in zip(warnings_logged, ("prompt", "target"), lengths, strict=True):
         assert f"{what}_max_length" in message
         assert f"{sum(cut)} of 2" in message
 
@@ -203,7 +203,7 @@ def test_nothing_is_cut_that_fits(
     whole = processor(text=prompts, text_target=answers)
     exact = {
         "prompt_max_length": max(map(len, whole["input_ids"])),
-        "answer_max_length": max(map(len, whole["labels"])),
+        "target_max_length": max(map(len, whole["labels"])),
     }
     assert dict(processor(text=prompts, text_target=answers, **exact)) == dict(whole)
     long = processor(text=" ".join(prompts * 200), text_target=" ".join(answers * 200))
@@ -211,7 +211,7 @@ def test_nothing_is_cut_that_fits(
     assert not warnings_logged
 
 
-@pytest.mark.parametrize("values", [{"prompt_max_length": 0}, {"answer_max_length": 1}, {"prompt_max_length": "long"}])
+@pytest.mark.parametrize("values", [{"prompt_max_length": 0}, {"target_max_length": 1}, {"prompt_max_length": "long"}])
 def test_impossible_lengths(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(values))):
         LLM2SLMProcessor(llm_tokenizer(), slm_tokenizer(), **values)
@@ -237,11 +237,11 @@ def test_decoding_is_the_slms(processor: LLM2SLMProcessor, answers: list[str]) -
 
 
 def test_save_and_load(processor: LLM2SLMProcessor, prompts: list[str], answers: list[str], tmp_path: Path) -> None:
-    processor.prompt_max_length, processor.answer_max_length = 50, 40
+    processor.prompt_max_length, processor.target_max_length = 50, 40
     processor.save_pretrained(tmp_path)
     loaded = LLM2SLMProcessor.from_pretrained(tmp_path)
     assert type(loaded) is LLM2SLMProcessor
-    assert (loaded.prompt_max_length, loaded.answer_max_length) == (50, 40)
+    assert (loaded.prompt_max_length, loaded.target_max_length) == (50, 40)
     assert loaded.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
     assert loaded.decoder_tokenizer.get_vocab() == processor.decoder_tokenizer.get_vocab()
     assert loaded.pad_token_id == processor.pad_token_id
@@ -264,11 +264,11 @@ def test_auto_processor_beside_a_model(
 
 def test_arguments_of_the_tokenizers(folders: tuple[str, str]) -> None:
     processor = LLM2SLMProcessor.from_encoder_decoder_pretrained(
-        *folders, encoder_padding_side="left", decoder_model_max_length=77, answer_max_length=9
+        *folders, encoder_padding_side="left", decoder_model_max_length=77, target_max_length=9
     )
     assert processor.tokenizer.padding_side == "left"
     assert processor.decoder_tokenizer.model_max_length == 77
-    assert (processor.prompt_max_length, processor.answer_max_length) == (None, 9)
+    assert (processor.prompt_max_length, processor.target_max_length) == (None, 9)
 
 
 # Whether two tokenizers are the same one, by their content.

@@ -28,9 +28,9 @@ WORDS = (
     ["src2", "src2", "src3"],
     ["src60", "src61"],
 )
-PAIRS = [{"prompt": " ".join(words), "answer": " ".join(reversed(words))} for words in WORDS]
+PAIRS = [{"prompt": " ".join(words), "target": " ".join(reversed(words))} for words in WORDS]
 PROMPTS = [pair["prompt"] for pair in PAIRS]
-ANSWERS = [pair["answer"] for pair in PAIRS]
+ANSWERS = [pair["target"] for pair in PAIRS]
 
 
 def write_pairs(path: Path, pairs: Sequence[dict[str, Any]] = PAIRS) -> str:

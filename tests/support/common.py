@@ -346,7 +346,7 @@ def strip_padding(answers: torch.Tensor) -> list[list[int]]:
     return rows
 
 
-def check_answers_say_something(answers: Sequence[Sequence[int]]) -> None:
+def check_outputs_vary(answers: Sequence[Sequence[int]]) -> None:
     """Equal answers prove something only if they are varied and differ between prompts."""
     for answer in answers:
         assert len(answer) >= 10

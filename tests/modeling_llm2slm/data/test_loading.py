@@ -11,14 +11,14 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from benchmarks.tokenizer import train_tokenizer
-from modeling_llm2slm.data.loading import load_pairs, load_prompts, load_rows, whole_row
+from modeling_llm2slm.data.loading import load_examples, load_prompts, load_rows, whole_row
 from modeling_llm2slm.data.records import versions
 
 
 PAIRS = [
-    {"prompt": "A man, alone.", "answer": 'Ein "Mann", allein.'},
-    {"prompt": "Two\nlines", "answer": "Größe\tund Maß"},
-    {"prompt": "", "answer": "nichts"},
+    {"prompt": "A man, alone.", "target": 'Ein "Mann", allein.'},
+    {"prompt": "Two\nlines", "target": "Größe\tund Maß"},
+    {"prompt": "", "target": "nichts"},
 ]
 
 
@@ -45,23 +45,23 @@ def write(path: Path) -> Path:
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json", ".csv", ".csv.gz", ".tsv", ".parquet"])
 def test_every_format_gives_the_same_pairs(tmp_path, suffix):
-    assert load_pairs(write(tmp_path / f"pairs{suffix}"), limit=2).to_list() == PAIRS[:2]
+    assert load_examples(write(tmp_path / f"pairs{suffix}"), limit=2).to_list() == PAIRS[:2]
 
 
 def test_columns_may_have_other_names_and_others_are_left(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"id": 7, "source": "a", "target": "b"}\n')
-    assert load_pairs(path, "source", "target").to_list() == [{"prompt": "a", "answer": "b"}]
+    assert load_examples(path, "source", "target").to_list() == [{"prompt": "a", "target": "b"}]
 
 
 def test_several_answers_give_a_row_several_pairs(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"prompt": "p", "a": "1", "b": "2"}\n{"prompt": "q", "a": "3", "b": "4"}\n')
-    pairs = load_pairs(path, answer_column=["b", "a"], number_rows=True)
+    pairs = load_examples(path, target_column=["b", "a"], number_rows=True)
     assert pairs["prompt"][:] == ["p", "p", "q", "q"]
-    assert pairs["answer"][:] == ["2", "1", "4", "3"]
+    assert pairs["target"][:] == ["2", "1", "4", "3"]
     assert pairs["row"][:] == [0, 0, 1, 1]
-    assert load_pairs(path, "a", "a").to_list() == [{"prompt": "1", "answer": "1"}, {"prompt": "3", "answer": "3"}]
+    assert load_examples(path, "a", "a").to_list() == [{"prompt": "1", "target": "1"}, {"prompt": "3", "target": "3"}]
 
 
 def test_prompts_come_alone_or_with_what_else_there_is(tmp_path):
@@ -79,9 +79,9 @@ def test_prompts_come_alone_or_with_what_else_there_is(tmp_path):
 def test_rows_of_json_are_what_the_file_says(tmp_path):
     """Whatever rows have in common, and also where one of them cannot be read."""
     rows = [
-        {"prompt": "2024-01-01", "answer": "2024-01-02T03:04:05Z", "x": "2024-01-01", "y": 1.0, "z": None},
-        {"prompt": "\u2028", "answer": "b", "x": ["2024-01-01", {"1": "\ud83d"}], "y": 10**30},
-        {"z": {"b": 1}, "prompt": "c", "answer": "\x85"},
+        {"prompt": "2024-01-01", "target": "2024-01-02T03:04:05Z", "x": "2024-01-01", "y": 1.0, "z": None},
+        {"prompt": "\u2028", "target": "b", "x": ["2024-01-01", {"1": "\ud83d"}], "y": 10**30},
+        {"z": {"b": 1}, "prompt": "c", "target": "\x85"},
     ]
     path = tmp_path / "rows.jsonl"
     for first in ("", "\ufeff", "{\n"):
@@ -89,52 +89,52 @@ def test_rows_of_json_are_what_the_file_says(tmp_path):
         found = [whole_row(row) for row in load_rows(path, skip_bad_rows=True)]
         assert found == rows
         assert [list(row) for row in found] == [list(row) for row in rows]
-        pairs = load_pairs(path, skip_bad_rows=True).to_list()
-        assert pairs == [{name: row[name] for name in ("prompt", "answer")} for row in rows]
+        pairs = load_examples(path, skip_bad_rows=True).to_list()
+        assert pairs == [{name: row[name] for name in ("prompt", "target")} for row in rows]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
 def test_lines_that_are_wrong_are_numbered_and_left_out_on_request(tmp_path, suffix, caplog):
-    lines = ['{"prompt": "a", "answer": "b"}', '{"prompt": "a"', "", "[1]", '{"prompt": "c", "answer": "d", "x": 1}']
+    lines = ['{"prompt": "a", "target": "b"}', '{"prompt": "a"', "", "[1]", '{"prompt": "c", "target": "d", "x": 1}']
     path = tmp_path / f"pairs{suffix}"
     content = "\n".join(lines).encode()
     path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
     with pytest.raises(ValueError, match=r"row 1 is not JSON \(.*\)\. There are 2 bad rows: 1, 2\. Mend them, or"):
-        load_pairs(path)
-    pairs = load_pairs(path, skip_bad_rows=True, number_rows=True)
-    assert pairs.to_list() == [{"prompt": "a", "answer": "b", "row": 0}, {"prompt": "c", "answer": "d", "row": 3}]
+        load_examples(path)
+    pairs = load_examples(path, skip_bad_rows=True, number_rows=True)
+    assert pairs.to_list() == [{"prompt": "a", "target": "b", "row": 0}, {"prompt": "c", "target": "d", "row": 3}]
     assert "2 bad rows were skipped: 1, 2." in caplog.text
     path.write_bytes(
         gzip.compress(content.replace(b"c", b"e")) if suffix.endswith(".gz") else content.replace(b"c", b"e")
     )
-    assert load_pairs(path, skip_bad_rows=True)["prompt"][:] == ["a", "e"]  # what was read before is not used again
+    assert load_examples(path, skip_bad_rows=True)["prompt"][:] == ["a", "e"]  # what was read before is not used again
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_a_byte_that_is_no_text_spoils_one_row(tmp_path, end, caplog):
     path = tmp_path / "pairs.jsonl"
-    lines = [json.dumps({"prompt": f"p{row}", "answer": "é"}, ensure_ascii=False).encode() for row in range(3000)]
+    lines = [json.dumps({"prompt": f"p{row}", "target": "é"}, ensure_ascii=False).encode() for row in range(3000)]
     lines[1000] = lines[1000].replace("é".encode(), "é".encode("latin-1"))
     path.write_bytes(end.encode().join(lines))
     with pytest.raises(ValueError, match="row 1000 is not JSON .*utf-8"):
-        load_pairs(path)
-    pairs = load_pairs(path, skip_bad_rows=True, number_rows=True)
+        load_examples(path)
+    pairs = load_examples(path, skip_bad_rows=True, number_rows=True)
     assert pairs["row"][:] == [*range(1000), *range(1001, 3000)]
     assert "1 bad rows were skipped: 1000. The last: row 1000 is not JSON" in caplog.text
 
 
 def test_an_archive_that_is_cut_is_told_also_where_rows_are_skipped(tmp_path, caplog):
     path = tmp_path / "pairs.jsonl.gz"
-    lines = "".join(json.dumps({"prompt": f"{row**5}", "answer": "a"}) + "\n" for row in range(5000))
+    lines = "".join(json.dumps({"prompt": f"{row**5}", "target": "a"}) + "\n" for row in range(5000))
     path.write_bytes(gzip.compress(lines.encode())[:-500])
-    assert 0 < len(load_pairs(path, skip_bad_rows=True)) < 5000
+    assert 0 < len(load_examples(path, skip_bad_rows=True)) < 5000
     assert "The last: the rest cannot be read" in caplog.text
 
 
 def test_words_of_a_table_are_words(tmp_path):
     path = tmp_path / "pairs.csv"
     path.write_text("prompt,answer\nNA,null\n,nan\n")
-    assert load_pairs(path).to_list() == [{"prompt": "NA", "answer": "null"}, {"prompt": "", "answer": "nan"}]
+    assert load_examples(path).to_list() == [{"prompt": "NA", "target": "null"}, {"prompt": "", "target": "nan"}]
 
 
 def test_all_in_a_table_is_text_whatever_its_first_rows_are(tmp_path):
@@ -142,11 +142,11 @@ def test_all_in_a_table_is_text_whatever_its_first_rows_are(tmp_path):
     path.write_text("prompt,answer,score\n" + "007,1.50,1\n" * 10_500 + "a,b,\nc,d\n")
     rows = load_rows(path)
     assert [rows[0], *rows.select(range(10_500, 10_502))] == [
-        {"prompt": "007", "answer": "1.50", "score": "1"},
-        {"prompt": "a", "answer": "b", "score": ""},
-        {"prompt": "c", "answer": "d", "score": ""},
+        {"prompt": "007", "target": "1.50", "score": "1"},
+        {"prompt": "a", "target": "b", "score": ""},
+        {"prompt": "c", "target": "d", "score": ""},
     ]
-    assert load_pairs(path, limit=1).to_list() == [{"prompt": "007", "answer": "1.50"}]
+    assert load_examples(path, limit=1).to_list() == [{"prompt": "007", "target": "1.50"}]
 
 
 @pytest.mark.parametrize(
@@ -157,27 +157,27 @@ def test_headers_of_all_kinds(tmp_path, header):
     path = tmp_path / "pairs.csv"
     before = "0," if header.startswith(",") else ""
     path.write_text(f"{header}\n{before}a,b" + ",1,2" * header.endswith("x,x") + "\n", encoding="utf-8")
-    assert load_pairs(path, answer_column="the, answer").to_list() == [{"prompt": "a", "answer": "b"}]
+    assert load_examples(path, target_column="the, answer").to_list() == [{"prompt": "a", "target": "b"}]
 
 
 def test_empty_texts_are_texts(tmp_path):
-    assert load_pairs(write(tmp_path / "pairs.jsonl"))["prompt"][2] == ""
+    assert load_examples(write(tmp_path / "pairs.jsonl"))["prompt"][2] == ""
 
 
 def test_a_missing_column_is_named_beside_those_that_are_there(tmp_path):
     with pytest.raises(ValueError, match=r"no column 'target'; it has 'prompt', 'answer'"):
-        load_pairs(write(tmp_path / "pairs.jsonl"), "prompt", "target")
+        load_examples(write(tmp_path / "pairs.jsonl"), "prompt", "target")
 
 
 @pytest.mark.parametrize("name", ["no.jsonl", "no/such/folder", "no.parquet"])
 def test_a_missing_file_is_said_to_be_missing(tmp_path, name):
     with pytest.raises(FileNotFoundError, match="no data file"):
-        load_pairs(tmp_path / name)
+        load_examples(tmp_path / name)
 
 
 def test_a_data_set_that_cannot_be_reached_is_an_error_of_one_line():
     with pytest.raises(FileNotFoundError, match="neither a file nor a data set") as caught:
-        load_pairs("nobody/nothing")
+        load_examples("nobody/nothing")
     assert "\n" not in str(caught.value)
 
 
@@ -187,17 +187,17 @@ TORN = gzip.compress(b'{"prompt": "a"}\n' * 9, mtime=0)[:-15] + b"\xff" * 15
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("pairs.jsonl", b'{"prompt": "a", "answer": \n', "cannot be read as json"),
+        ("pairs.jsonl", b'{"prompt": "a", "target": \n', "cannot be read as json"),
         ("pairs.parquet", b"PAR1 but no more", "cannot be read as parquet"),
         ("pairs.jsonl.gz", b"not gzip", "cannot be read as json"),
         (
             "pairs.jsonl",
-            b'{"prompt": "a", "answer": "b"}\n{"prompt": "a", "answer": null}\n',
+            b'{"prompt": "a", "target": "b"}\n{"prompt": "a", "target": null}\n',
             "answer of row 1 is None",
         ),
-        ("pairs.jsonl", b'{"prompt": 3, "answer": "b"}\n', "prompt of row 0 is 3"),
-        ("pairs.jsonl", rb'{"prompt": "a", "answer": "\ud83d"}', r"answer of row 0 is '\\ud83d', not a text"),
-        ("pairs.jsonl", b'{"prompt": "a"}\n{"prompt": "a", "answer": "b"}', "answer of row 0 is None"),
+        ("pairs.jsonl", b'{"prompt": 3, "target": "b"}\n', "prompt of row 0 is 3"),
+        ("pairs.jsonl", rb'{"prompt": "a", "target": "\ud83d"}', r"answer of row 0 is '\\ud83d', not a text"),
+        ("pairs.jsonl", b'{"prompt": "a"}\n{"prompt": "a", "target": "b"}', "answer of row 0 is None"),
         ("pairs.jsonl", b"\n\n", "holds no rows"),
         ("pairs.jsonl.gz", TORN, "cannot be read as json"),
         ("pairs.csv", b"prompt,answer\n", "holds no rows"),
@@ -211,7 +211,7 @@ TORN = gzip.compress(b'{"prompt": "a"}\n' * 9, mtime=0)[:-15] + b"\xff" * 15
 def test_what_cannot_be_used_is_an_error_of_one_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
-        load_pairs(tmp_path / name)
+        load_examples(tmp_path / name)
     assert "\n" not in str(caught.value)
 
 

@@ -15,7 +15,7 @@ from modeling_llm2slm.data.streaming import StreamedFeatures
 from tests.support.checkpoints import PAIRS, PROMPTS, write_pairs
 
 
-BAD_LINES = ['{"prompt": "src1", "answer": null}', '{"prompt": "src1"', '{"prompt": "src1", "answer": 7}', "[1]"]
+BAD_LINES = ['{"prompt": "src1", "target": null}', '{"prompt": "src1"', '{"prompt": "src1", "target": 7}', "[1]"]
 
 
 def features(prompts: list[str], answers: list[str]) -> dict[str, list[Any]]:
@@ -29,7 +29,7 @@ def no_problems(features: dict[str, list[Any]]) -> list[str | None]:
 
 def make_stream(data: str, **overrides: Any) -> StreamedFeatures:
     values: dict[str, Any] = {"batch_size": 2, "buffer": 4} | overrides
-    return StreamedFeatures(data, "prompt", ["answer"], features, no_problems, **values)
+    return StreamedFeatures(data, "prompt", ["target"], features, no_problems, **values)
 
 
 def take(stream: StreamedFeatures, count: int) -> list[str]:
@@ -87,7 +87,7 @@ def test_a_pass_without_a_row_that_can_be_used_is_an_error(tmp_path: Path, lines
         take(stream, 1)
 
 
-SURROGATE = '{"prompt": "\\ud83d", "answer": "x"}'
+SURROGATE = '{"prompt": "\\ud83d", "target": "x"}'
 
 
 def test_a_first_row_without_a_column_is_a_bad_row(tmp_path: Path) -> None:

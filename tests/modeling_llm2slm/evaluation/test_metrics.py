@@ -10,7 +10,7 @@ import sacrebleu
 
 from modeling_llm2slm import evaluation
 from modeling_llm2slm.evaluation.agreement import compare
-from modeling_llm2slm.evaluation.metrics import METRICS, evaluate, score, score_and_sign, time_answers
+from modeling_llm2slm.evaluation.metrics import METRICS, evaluate, score, score_and_sign, time_generations
 from modeling_llm2slm.inference.text_to_text import TextToText
 from tests.support.checkpoints import KINDS, PAIRS, PROMPTS, sample_by_default, write_checkpoint, write_pairs
 
@@ -63,17 +63,17 @@ def slm(tmp_path_factory):
 def test_time_is_divided_by_answers_and_by_tokens(slm, monkeypatch):
     clock = iter([0.0, 1.0, 10.0, 12.0])
     monkeypatch.setattr(evaluation.time, "perf_counter", lambda: next(clock))
-    speed = time_answers(slm, ["src1", "src2 src3"], min_new_tokens=4, max_new_tokens=4)
-    assert speed == {"ms_per_answer": 1500, "ms_per_token": 375, "tokens_per_answer": 4, "timed_answers": 2}
+    speed = time_generations(slm, ["src1", "src2 src3"], min_new_tokens=4, max_new_tokens=4)
+    assert speed == {"ms_per_output": 1500, "ms_per_token": 375, "tokens_per_answer": 4, "timed_outputs": 2}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_model_is_scored_and_timed(kind, tmp_path):
     data = write_pairs(tmp_path / "pairs.jsonl")
-    result = evaluate(write_checkpoint(kind, tmp_path), data, limit=5, timed_answers=2, max_new_tokens=6)
+    result = evaluate(write_checkpoint(kind, tmp_path), data, limit=5, timed_outputs=2, max_new_tokens=6)
     assert list(result["scores"]) == list(METRICS)
-    assert (result["pairs"], result["speed"]["timed_answers"]) == (5, 2)
-    assert result["speed"]["ms_per_answer"] > 0
+    assert (result["pairs"], result["speed"]["timed_outputs"]) == (5, 2)
+    assert result["speed"]["ms_per_output"] > 0
     assert result["generation"] == {"do_sample": False, "max_new_tokens": 6}
     assert json.loads(json.dumps(result)) == result
 
@@ -92,17 +92,17 @@ def test_nothing_is_sampled_unless_asked_for(tmp_path, monkeypatch, against):
     monkeypatch.setattr(TextToText, "generate", noting)
     data = write_pairs(tmp_path / "pairs.jsonl")
     if against:
-        compare(model, model, data, timed_answers=0, max_new_tokens=5)
+        compare(model, model, data, timed_outputs=0, max_new_tokens=5)
     else:
-        evaluate(model, data, timed_answers=0, max_new_tokens=5)
+        evaluate(model, data, timed_outputs=0, max_new_tokens=5)
     assert answers == [greedy] * (1 + against)
 
 
 @pytest.mark.parametrize("against", [False, True])
 def test_rows_without_text_and_rows_that_are_too_long_are_left_out_on_request(tmp_path, against):
-    bad = [{"prompt": "src1", "answer": None}, {"prompt": " ".join(["src1"] * 70), "answer": "src2"}]
+    bad = [{"prompt": "src1", "target": None}, {"prompt": " ".join(["src1"] * 70), "target": "src2"}]
     data, model = write_pairs(tmp_path / "pairs.jsonl", [*bad, *PAIRS]), write_checkpoint("llm2slm", tmp_path)
-    options = {"timed_answers": 0, "max_new_tokens": 3}
+    options = {"timed_outputs": 0, "max_new_tokens": 3}
     score_all = partial(compare, model, model) if against else partial(evaluate, model)
     first = "The prompt has 71 tokens" if against else "answer of row 0 is None.* leave them out with skip_bad_rows"
     with pytest.raises(ValueError, match=first):  # nothing is compared with references where some are missing
@@ -114,5 +114,5 @@ def test_rows_without_text_and_rows_that_are_too_long_are_left_out_on_request(tm
 
 
 def test_a_model_already_loaded_is_scored_without_timing(slm, tmp_path):
-    result = evaluate(slm, write_pairs(tmp_path / "pairs.jsonl"), timed_answers=0, max_new_tokens=4)
+    result = evaluate(slm, write_pairs(tmp_path / "pairs.jsonl"), timed_outputs=0, max_new_tokens=4)
     assert result["speed"] == {}

@@ -24,7 +24,7 @@ from datasets import Dataset
 import llm2slm
 from modeling_llm2slm import throughput
 from modeling_llm2slm.inference.batching import BatchLimits, PromptTable, answer, one_ahead
-from modeling_llm2slm.inference.files import answer_file
+from modeling_llm2slm.inference.files import generate_file
 from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.states.fingerprints import checkpoint_fingerprint
 from tests.support.checkpoints import KINDS, PROMPTS, write_checkpoint, write_pairs
@@ -191,7 +191,7 @@ class TestReadingAhead:
         for cores, threads in ((1, [True] * 4), (torch.get_num_threads() + 1, [False] * 4)):
             monkeypatch.setattr(throughput, "_cores", lambda cores=cores: cores)
             with record(monkeypatch) as seen:
-                answer_file(composite, prompts, output, limits=BatchLimits(2), **OPTIONS)
+                generate_file(composite, prompts, output, limits=BatchLimits(2), **OPTIONS)
             assert seen["threads"] == threads
             assert output.read_text().splitlines() == alone
 
@@ -202,7 +202,7 @@ class TestFiles:
     ) -> None:
         progress: list[tuple[int, int]] = []
         with record(monkeypatch) as seen:
-            report = answer_file(
+            report = generate_file(
                 composite, prompts, prompts.with_name("answers.txt"), limits=BatchLimits(4, 15),
                 progress=lambda *now: progress.append(now), **OPTIONS,
             )  # fmt: skip
@@ -219,42 +219,42 @@ class TestFiles:
     def test_an_answer_is_one_line_whatever_it_holds(
         self, composite: str, prompts: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        keep = throughput.AnswerParts.keep
+        keep = throughput.OutputParts.keep
 
         def with_line_ends(self: Any, answers: Any) -> None:
             keep(self, dict.fromkeys(answers, "a\rb\r\nc\x0bd\x85e\u2028f\n"))
 
-        monkeypatch.setattr(throughput.AnswerParts, "keep", with_line_ends)
+        monkeypatch.setattr(throughput.OutputParts, "keep", with_line_ends)
         output = prompts.with_name("answers.txt")
-        answer_file(composite, prompts, output, **OPTIONS)
+        generate_file(composite, prompts, output, **OPTIONS)
         assert output.read_bytes().decode().splitlines() == ["a b c d e f "] * len(REPEATED)
 
     def test_rows_keep_their_columns(self, composite: str, alone: list[str], tmp_path: Path) -> None:
         rows = [{"source": prompt, "id": row} for row, prompt in enumerate(REPEATED)]
         data = write_pairs(tmp_path / "rows.jsonl", rows)
-        answer_file(composite, data, tmp_path / "answers.jsonl", "source", column="target", **OPTIONS)
+        generate_file(composite, data, tmp_path / "answers.jsonl", "source", column="target", **OPTIONS)
         found = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
         assert found == [{**row, "target": text} for row, text in zip(rows, alone, strict=True)]
 
     def test_columns_come_out_as_they_came_in(self, composite: str, tmp_path: Path) -> None:
         rows: list[Any] = [
-            {"prompt": PROMPTS[0], "answer": "2024-01-01", "x": {"at": "2024-01-01T00:00:00Z"}},
-            {"prompt": PROMPTS[1], "answer": "\ud83d", "y": 0.1},
+            {"prompt": PROMPTS[0], "target": "2024-01-01", "x": {"at": "2024-01-01T00:00:00Z"}},
+            {"prompt": PROMPTS[1], "target": "\ud83d", "y": 0.1},
         ]
         data, output = write_pairs(tmp_path / "rows.jsonl", rows), tmp_path / "answers.jsonl"
         for bad in ("", "{\n"):
             with Path(data).open("a") as file:
                 file.write(bad)
-            answer_file(composite, data, output, skip_bad_rows=True, **OPTIONS)
+            generate_file(composite, data, output, skip_bad_rows=True, **OPTIONS)
             found = [json.loads(line) for line in output.read_text().splitlines()]
             assert [
-                {**row, "model_answer": new["model_answer"]} for row, new in zip(rows, found, strict=True)
+                {**row, "model_output": new["model_output"]} for row, new in zip(rows, found, strict=True)
             ] == found
 
     def test_values_that_json_does_not_have_become_texts(self, composite: str, tmp_path: Path) -> None:
         row = {"prompt": PROMPTS[0], "at": datetime(2024, 1, 2), "of": [Decimal("1.50")], "raw": b"a"}
         Dataset.from_list([row]).to_parquet(tmp_path / "rows.parquet")
-        answer_file(composite, tmp_path / "rows.parquet", tmp_path / "answers.jsonl", **OPTIONS)
+        generate_file(composite, tmp_path / "rows.parquet", tmp_path / "answers.jsonl", **OPTIONS)
         found = json.loads((tmp_path / "answers.jsonl").read_text())
         assert (found["at"], found["of"], found["raw"]) == ("2024-01-02 00:00:00", ["1.50"], "b'a'")
 
@@ -264,19 +264,19 @@ class TestFiles:
         prompts.write_text("".join(f"{prompt}\n" for prompt in PROMPTS[:6] * 3))
         options: Any = {"limits": BatchLimits(4), "do_sample": True, "temperature": 2.0, "seed": 4, **OPTIONS}
         whole, output = prompts.with_name("whole.txt"), prompts.with_name("answers.txt")
-        answer_file(composite, prompts, whole, **options)
-        keep = throughput.AnswerParts.keep
+        generate_file(composite, prompts, whole, **options)
+        keep = throughput.OutputParts.keep
 
         def dying(self: Any, answers: Any) -> None:
             keep(self, answers)
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(throughput.AnswerParts, "keep", dying)
+            patch.setattr(throughput.OutputParts, "keep", dying)
             with pytest.raises(KeyboardInterrupt):
-                answer_file(composite, prompts, output, **options)
+                generate_file(composite, prompts, output, **options)
         with record(monkeypatch) as seen:
-            assert answer_file(composite, prompts, output, **options).kept == 4
+            assert generate_file(composite, prompts, output, **options).kept == 4
         assert seen["written"] == [4, 4, 4, 2]
         assert output.read_text() == whole.read_text()
 
@@ -284,8 +284,8 @@ class TestFiles:
     def test_a_run_killed_at_any_answer_goes_on_with_what_is_missing(
         self, composite: str, prompts: Path, sampling: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        options, keep = {"limits": BatchLimits(2), **OPTIONS, **sampling}, throughput.AnswerParts.keep
-        answer_file(composite, prompts, prompts.with_name("whole.txt"), **options)
+        options, keep = {"limits": BatchLimits(2), **OPTIONS, **sampling}, throughput.OutputParts.keep
+        generate_file(composite, prompts, prompts.with_name("whole.txt"), **options)
         output = prompts.with_name("answers.txt")
         written = 0
         for torn in (b"", b'{"0f": "half an answ', '{"0f": "ä'.encode()[:-1]):
@@ -297,15 +297,15 @@ class TestFiles:
                 keep(self, answers)
 
             with monkeypatch.context() as patch, record(monkeypatch) as seen:
-                patch.setattr(throughput.AnswerParts, "keep", dying)
+                patch.setattr(throughput.OutputParts, "keep", dying)
                 with pytest.raises(KeyboardInterrupt):
-                    answer_file(composite, prompts, output, **options)
+                    generate_file(composite, prompts, output, **options)
             written += seen["written"][0]  # the second was not finished
             assert not output.exists()
             with output.with_name("answers.txt.part").open("ab") as part:
                 part.write(torn)
         with record(monkeypatch) as seen:
-            report = answer_file(composite, prompts, output, **options)
+            report = generate_file(composite, prompts, output, **options)
         assert report.kept == written == 6
         assert written + sum(seen["written"]) == (11 if sampling else 8)
         assert output.read_bytes() == prompts.with_name("whole.txt").read_bytes()
@@ -352,14 +352,14 @@ class TestFiles:
         with monkeypatch.context() as patch:
             patch.setattr("modeling_llm2slm.inference.files._write", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                answer_file(composite, prompts, output, **OPTIONS)
+                generate_file(composite, prompts, output, **OPTIONS)
         left = part.read_bytes()
         for model, options in ((composite, {"max_new_tokens": 4}), (checkpoints["llm"], OPTIONS)):
             with pytest.raises(ValueError, match="left by a run with another model, other data or other settings"):
-                answer_file(model, prompts, output, **options)
+                generate_file(model, prompts, output, **options)
         assert part.read_bytes() == left
         with record(monkeypatch) as seen:
-            answer_file(composite, prompts, output, overwrite=True, max_new_tokens=4)
+            generate_file(composite, prompts, output, overwrite=True, max_new_tokens=4)
         assert sum(seen["written"]) == 8
         assert not part.exists()
 
@@ -375,9 +375,9 @@ class TestFiles:
         with monkeypatch.context() as patch:
             patch.setattr("modeling_llm2slm.inference.files._write", full)
             with pytest.raises(OSError, match=r"answers.txt cannot be written: No space left .* All answers are kept"):
-                answer_file(composite, prompts, prompts.with_name("answers.txt"), **OPTIONS)
+                generate_file(composite, prompts, prompts.with_name("answers.txt"), **OPTIONS)
         prompts.write_text("\n".join(reversed(lines)) + "\n")
-        report = answer_file(composite, prompts, prompts.with_name("answers.txt"), **OPTIONS)
+        report = generate_file(composite, prompts, prompts.with_name("answers.txt"), **OPTIONS)
         assert report.kept == 2
         assert prompts.with_name("answers.txt").read_text().splitlines() == alone[::-1]
 
@@ -403,7 +403,7 @@ class TestFiles:
         (prompts.parent / "folder").mkdir()
         monkeypatch.setattr(TextToText, "from_pretrained", None)
         with pytest.raises(OSError, match=r"cannot be written: .*\. Choose another output, or make room\.") as caught:
-            answer_file("no/model", prompts, prompts.parent / place, **OPTIONS)
+            generate_file("no/model", prompts, prompts.parent / place, **OPTIONS)
         assert "\n" not in str(caught.value)
 
     def test_a_disk_that_fills_up_costs_nothing_that_was_finished(
@@ -412,7 +412,7 @@ class TestFiles:
         output = prompts.with_name("answers.txt")
         options = {"limits": BatchLimits(1), **OPTIONS}
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        keep, kept = throughput.AnswerParts.keep, []
+        keep, kept = throughput.OutputParts.keep, []
 
         def filling(self: Any, answers: Any) -> None:
             if len(kept) == 3:  # room for half a line
@@ -423,25 +423,25 @@ class TestFiles:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
             kept.append(answers)
 
-        monkeypatch.setattr(throughput.AnswerParts, "keep", filling)
+        monkeypatch.setattr(throughput.OutputParts, "keep", filling)
         with pytest.raises(OSError, match=r"part cannot be written: File too large\. Answers before it are kept"):
-            answer_file(composite, prompts, output, **options)
+            generate_file(composite, prompts, output, **options)
         assert not output.exists()
-        monkeypatch.setattr(throughput.AnswerParts, "keep", keep)
-        assert answer_file(composite, prompts, output, **options).kept == 3
+        monkeypatch.setattr(throughput.OutputParts, "keep", keep)
+        assert generate_file(composite, prompts, output, **options).kept == 3
         assert output.read_text().splitlines() == alone
 
     def test_what_another_process_has_removed_is_gone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        parts = throughput.AnswerParts(tmp_path / "answers.txt", {})
+        parts = throughput.OutputParts(tmp_path / "answers.txt", {})
         monkeypatch.setattr(parts, "_paths", lambda: [tmp_path / "answers.txt.part"])
         parts.remove()
 
     def test_a_run_that_answers_nothing_leaves_nothing(self, composite: str, prompts: Path) -> None:
         output = prompts.with_name("new") / "answers.txt"
         with pytest.raises(ValueError, match="64 positions"):
-            answer_file(composite, prompts, output, max_new_tokens=500)
+            generate_file(composite, prompts, output, max_new_tokens=500)
         with pytest.raises(ValueError, match="nonsense"):
-            answer_file(composite, prompts, output, nonsense=3)
+            generate_file(composite, prompts, output, nonsense=3)
         assert list(prompts.parent.iterdir()) == [prompts]
 
 

@@ -66,15 +66,15 @@ def test_no_prompts_have_no_answers(text_to_text):
 def test_an_empty_prompt_is_found_before_any_compute(checkpoints, monkeypatch):
     """Tokenizers that add no end make one of an empty text."""
     text_to_text = TextToText.from_pretrained(checkpoints["llm2slm"])
-    assert text_to_text.lacks_room(0, 4) == "The prompt is empty"
+    assert text_to_text.position_problem(0, 4) == "The prompt is empty"
     monkeypatch.setattr(text_to_text, "features", lambda prompts: {"input_ids": [[3, 4], []]})
     monkeypatch.setattr(text_to_text, "read", None)
     with pytest.raises(ValueError, match="The prompt is empty"):
         text_to_text.generate(["src1", ""])
 
 
-def test_answers_are_limited_by_answer_max_length(text_to_text, monkeypatch):
-    text_to_text.answer_max_length = 3
+def test_answers_are_limited_by_target_max_length(text_to_text, monkeypatch):
+    text_to_text.target_max_length = 3
     suppressed = text_to_text.generate_tokens(["src1"], suppress_tokens=[END])
     assert len(suppressed[0]) == 3
     assert len(text_to_text.generate_tokens(["src1"], suppress_tokens=[END], max_new_tokens=4)[0]) == 4
@@ -84,7 +84,7 @@ def test_answers_are_as_long_as_the_checkpoint_says(text_to_text):
     text_to_text.model.generation_config.max_new_tokens = 3
     assert len(text_to_text.generate_tokens(["src1"], suppress_tokens=[END])[0]) == 3
     assert len(text_to_text.generate_tokens(["src1"], suppress_tokens=[END], max_new_tokens=4)[0]) == 4
-    text_to_text.answer_max_length = 2
+    text_to_text.target_max_length = 2
     assert len(text_to_text.generate_tokens(["src1"], suppress_tokens=[END])[0]) == 2
 
 
@@ -97,7 +97,7 @@ def test_a_saved_model_answers_as_before(text_to_text, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_long_texts_are_cut_to_the_maximum_and_still_end(checkpoints, kind, caplog):
-    limited = TextToText.from_pretrained(checkpoints[kind], prompt_max_length=3, answer_max_length=3)
+    limited = TextToText.from_pretrained(checkpoints[kind], prompt_max_length=3, target_max_length=3)
     features = limited.features(PROMPTS[:1], ANSWERS[:1])
     labels = [label for label in features["labels"][0] if label != -100]
     assert len(labels) == 3

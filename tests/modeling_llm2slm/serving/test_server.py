@@ -62,7 +62,7 @@ def model() -> TextToText:
     parts = compose(T5EncoderModel(t5_config(vocab_size=LLM_VOCAB_SIZE)).eval(), slm, "replace")
     learn_by_heart(parts.model, labels=labels)
     processor = LLM2SLMProcessor(llm_tokenizer(), tokenizer)
-    return EncoderDecoderTextToText(parts.model.eval(), processor, answer_max_length=50)
+    return EncoderDecoderTextToText(parts.model.eval(), processor, target_max_length=50)
 
 
 @pytest.fixture(scope="module")

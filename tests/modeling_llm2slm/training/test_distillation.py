@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from modeling_llm2slm.data.loading import load_pairs
+from modeling_llm2slm.data.loading import load_examples
 from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.training.distillation import distill
 from tests.support.checkpoints import PAIRS, PROMPTS, sample_by_default, write_checkpoint, write_pairs
@@ -47,7 +47,7 @@ def test_answers_stand_beside_what_was_there(
     seen: list[tuple[int, int]] = []
     assert distill(llm, data, tmp_path / name, batch_size=3, progress=lambda *now: seen.append(now), **OPTIONS) == 8
     assert rows_of(tmp_path / name) == [
-        {"id": row, **pair, "llm_answer": answer}
+        {"id": row, **pair, "llm_output": answer}
         for row, (pair, answer) in enumerate(zip(PAIRS, expected, strict=True))
     ]
     assert seen == [(0, 8), (3, 8), (6, 8), (8, 8)]
@@ -67,11 +67,11 @@ def test_answers_that_were_cut_are_told(
 
 def test_recipes_train_on_either_or_both(llm: str, data: str, expected: list[str], tmp_path: Path) -> None:
     distill(llm, data, tmp_path / "answers.jsonl", **OPTIONS)
-    both = load_pairs(tmp_path / "answers.jsonl", answer_column=["answer", "llm_answer"], limit=2)
+    both = load_examples(tmp_path / "answers.jsonl", target_column=["target", "llm_output"], limit=2)
     assert both["prompt"][:] == [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
-    assert both["answer"][:] == [PAIRS[0]["answer"], expected[0], PAIRS[1]["answer"], expected[1]]
-    one = load_pairs(tmp_path / "answers.jsonl", answer_column="llm_answer")
-    assert one["answer"][:] == expected
+    assert both["target"][:] == [PAIRS[0]["target"], expected[0], PAIRS[1]["target"], expected[1]]
+    one = load_examples(tmp_path / "answers.jsonl", target_column="llm_output")
+    assert one["target"][:] == expected
 
 
 def test_lines_of_text_and_other_names_will_do(llm: str, expected: list[str], tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_lines_of_text_and_other_names_will_do(llm: str, expected: list[str], tm
     write_pairs(tmp_path / "named.jsonl", [{"source": prompt} for prompt in PROMPTS[:2]])
     distill(llm, tmp_path / "prompts.txt", tmp_path / "a.jsonl", **OPTIONS)
     distill(llm, tmp_path / "named.jsonl", tmp_path / "b.jsonl", "source", column="target", **OPTIONS)
-    assert [row["llm_answer"] for row in rows_of(tmp_path / "a.jsonl")] == [*expected[:2], expected[0]]
+    assert [row["llm_output"] for row in rows_of(tmp_path / "a.jsonl")] == [*expected[:2], expected[0]]
     assert rows_of(tmp_path / "b.jsonl")[1] == {"source": PROMPTS[1], "target": expected[1]}
 
 
@@ -88,12 +88,12 @@ def test_what_answers_replace_is_told(
 ) -> None:
     with pytest.raises(ValueError, match="The prompts are in the column 'prompt'"):
         distill(llm, data, tmp_path / "a.jsonl", column="prompt", **OPTIONS)
-    distill(llm, data, tmp_path / "a.jsonl", column="answer", **OPTIONS)
-    assert rows_of(tmp_path / "a.jsonl")[0]["answer"] == expected[0]
+    distill(llm, data, tmp_path / "a.jsonl", column="target", **OPTIONS)
+    assert rows_of(tmp_path / "a.jsonl")[0]["target"] == expected[0]
     assert "in the place of the column 'answer'" in caplog.text
 
 
-@pytest.mark.parametrize("tail", [b"", b'{"prompt": "0f", "ans', '{"prompt": "0f", "answer": "ä'.encode()[:-1]])
+@pytest.mark.parametrize("tail", [b"", b'{"prompt": "0f", "ans', '{"prompt": "0f", "target": "ä'.encode()[:-1]])
 def test_a_killed_run_goes_on(
     llm: str, data: str, expected: list[str], tmp_path: Path, tail: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,7 +117,7 @@ def test_a_killed_run_goes_on(
     (tmp_path / "again").touch()
     distill(llm, data, output, batch_size=2, **OPTIONS)
     assert len(answered) == len(PROMPTS)  # none twice
-    assert [row["llm_answer"] for row in rows_of(output)] == expected
+    assert [row["llm_output"] for row in rows_of(output)] == expected
 
 
 def test_processes_share_the_work(
@@ -128,7 +128,7 @@ def test_processes_share_the_work(
         assert not (tmp_path / "answers.jsonl").exists()
         monkeypatch.setenv("RANK", rank)
         distill(llm, data, tmp_path / "answers.jsonl", batch_size=2, **OPTIONS)
-    assert [row["llm_answer"] for row in rows_of(tmp_path / "answers.jsonl")] == expected
+    assert [row["llm_output"] for row in rows_of(tmp_path / "answers.jsonl")] == expected
 
 
 def test_of_processes_too_prompts_are_taken_away_meanwhile(
@@ -142,7 +142,7 @@ def test_of_processes_too_prompts_are_taken_away_meanwhile(
         assert not (tmp_path / "answers.jsonl").exists()
         monkeypatch.setenv("RANK", rank)
         distill(llm, data, tmp_path / "answers.jsonl", batch_size=2, **OPTIONS)
-    assert [row["llm_answer"] for row in rows_of(tmp_path / "answers.jsonl")] == expected[1:4]
+    assert [row["llm_output"] for row in rows_of(tmp_path / "answers.jsonl")] == expected[1:4]
 
 
 def test_what_another_run_left_is_not_mixed_in(llm: str, data: str, tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_nothing_is_sampled_unless_asked_for(llm: str, data: str, expected: list
     sampling = shutil.copytree(llm, tmp_path / "llm")
     sample_by_default(sampling)
     distill(sampling, data, tmp_path / "answers.jsonl", **OPTIONS)
-    assert [row["llm_answer"] for row in rows_of(tmp_path / "answers.jsonl")] == expected
+    assert [row["llm_output"] for row in rows_of(tmp_path / "answers.jsonl")] == expected
 
 
 def test_a_decoder_only_llm_is_refused(data: str, tmp_path: Path) -> None:

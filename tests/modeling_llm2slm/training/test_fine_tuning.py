@@ -149,7 +149,7 @@ class TestStoredStates:
 def test_stock_trainer_trains_and_predicts_from_stored_states(recipe: dict[str, Any], tmp_path: Path) -> None:
     encode(recipe["model"], [recipe["train_data"]], tmp_path / "states", dtype="float32")
     store, processor = StateStore(tmp_path / "states"), LLM2SLMProcessor.from_pretrained(recipe["model"])
-    features = [dict(processor(text=pair["prompt"], text_target=pair["answer"])) for pair in PAIRS]
+    features = [dict(processor(text=pair["prompt"], text_target=pair["target"])) for pair in PAIRS]
     answers, losses = [], []
     for states, model in (
         (None, LLM2SLMForConditionalGeneration.from_pretrained(recipe["model"])),
@@ -260,7 +260,7 @@ def test_rates_of_a_recipe_reach_the_optimizer(recipe: dict[str, Any], monkeypat
         train({**recipe, "learning_rate_mapping": 3})
 
 
-BAD_LINES = ['{"prompt": "src1", "answer": null}', '{"prompt": "src1"', '{"prompt": "src1", "answer": 7}', "[1]"]
+BAD_LINES = ['{"prompt": "src1", "target": null}', '{"prompt": "src1"', '{"prompt": "src1", "target": 7}', "[1]"]
 
 
 class TestBadRows:
@@ -285,10 +285,10 @@ class TestBadRows:
         """Also where the first rows that are looked at have nothing wrong."""
         monkeypatch.setattr(training, "ROWS_AT_ONCE", 2)
         pairs: list[dict[str, Any]] = [{**pair, "other": "src3"} for pair in PAIRS]
-        pairs[1:1] = [{"prompt": "src1", "answer": None, "other": None}]
-        pairs[6:6] = [{"prompt": "src1 " * 70, "answer": "src2", "other": "src2"}]
+        pairs[1:1] = [{"prompt": "src1", "target": None, "other": None}]
+        pairs[6:6] = [{"prompt": "src1 " * 70, "target": "src2", "other": "src2"}]
         recipe = {**recipe, "train_data": write_pairs(tmp_path / "bad.jsonl", pairs), "metric": "loss"}
-        report = train({**recipe, "answer_column": ["answer", "other"], "skip_bad_rows": True, "num_train_epochs": 1})
+        report = train({**recipe, "target_column": ["target", "other"], "skip_bad_rows": True, "num_train_epochs": 1})
         assert "1 bad rows were skipped: 1." in caplog.text
         assert "1 bad rows were skipped: 6." in caplog.text
         assert report["steps"] == 4
@@ -296,7 +296,7 @@ class TestBadRows:
     @pytest.mark.parametrize("smoothing", [0, 0.1])
     def test_rows_that_fit_train_together(self, recipe: dict[str, Any], tmp_path: Path, smoothing: float) -> None:
         """A long prompt beside a long answer, with more padding than there are positions."""
-        pairs = [{"prompt": "src1 " * 50, "answer": "src2"}, {"prompt": "src1", "answer": "src2 " * 50}]
+        pairs = [{"prompt": "src1 " * 50, "target": "src2"}, {"prompt": "src1", "target": "src2 " * 50}]
         data = write_pairs(tmp_path / "mixed.jsonl", pairs)
         recipe = {**recipe, "train_data": data, "validation_data": data, "metric": "loss", "max_steps": 1}
         recipe |= {"lr_scheduler_type": "constant", "label_smoothing_factor": smoothing}
@@ -309,7 +309,7 @@ class TestBadRows:
     def test_rows_without_room_are_found_before_training(
         self, recipe: dict[str, Any], tmp_path: Path, kind: str
     ) -> None:
-        pairs = [PAIRS[0], {"prompt": "src1 " * 40, "answer": "src2 " * 40}, *PAIRS[1:]]
+        pairs = [PAIRS[0], {"prompt": "src1 " * 40, "target": "src2 " * 40}, *PAIRS[1:]]
         recipe["train_data"] = write_pairs(tmp_path / "long.jsonl", pairs)
         recipe = {**recipe, "model": write_checkpoint(kind, tmp_path / "m"), "max_steps": 1, "metric": "loss"}
         with pytest.raises(
@@ -346,19 +346,19 @@ def _only(features: Any, source: str) -> Any:
 
 
 def test_references_and_answers_of_the_llm_in_one_recipe(recipe: dict[str, Any], tmp_path: Path) -> None:
-    pairs = [{**pair, "llm_answer": "src50"} for pair in PAIRS]
+    pairs = [{**pair, "llm_output": "src50"} for pair in PAIRS]
     recipe = {**recipe, "train_data": write_pairs(tmp_path / "both.jsonl", pairs), "num_train_epochs": 1}
-    assert train({**recipe, "answer_column": ["answer", "llm_answer"]})["steps"] == 4
+    assert train({**recipe, "target_column": ["target", "llm_output"]})["steps"] == 4
     recipe = {**recipe, "output_dir": str(tmp_path / "one"), "validation_data": None, "metric": "loss"}
-    assert train({**recipe, "answer_column": "llm_answer"})["steps"] == 2
+    assert train({**recipe, "target_column": "llm_output"})["steps"] == 2
 
 
-@pytest.mark.parametrize("names", [["answer", "llm_answer"], "[answer, llm_answer]", "answer,llm_answer"])
-def test_answer_columns_as_a_recipe_and_a_command_line_have_them(recipe: dict[str, Any], names: Any) -> None:
-    ours, _ = parse_recipe({**recipe, "answer_column": names})
-    assert ours.answer_columns == ["answer", "llm_answer"]
+@pytest.mark.parametrize("names", [["target", "llm_output"], "[target, llm_output]", "target,llm_output"])
+def test_target_columns_as_a_recipe_and_a_command_line_have_them(recipe: dict[str, Any], names: Any) -> None:
+    ours, _ = parse_recipe({**recipe, "target_column": names})
+    assert ours.target_columns == ["target", "llm_output"]
 
 
 def test_columns_in_brackets_that_are_left_open(recipe: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="which is no list"):
-        parse_recipe({**recipe, "answer_column": "[answer, llm_answer"})
+        parse_recipe({**recipe, "target_column": "[answer, llm_output"})

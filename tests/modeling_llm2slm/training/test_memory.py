@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from modeling_llm2slm import LLM2SLMConfig
-from modeling_llm2slm.training.memory import answering_memory, training_memory
+from modeling_llm2slm.training.memory import generation_memory, training_memory
 from tests.support.common import FUSIONS, build_model, gpt2_config, t5_config
 
 
-SIZES = {"batch_size": 3, "prompt_length": 10, "answer_length": 7}
+SIZES = {"batch_size": 3, "prompt_length": 10, "output_length": 7}
 
 
 def config(**overrides: Any) -> LLM2SLMConfig:
@@ -55,7 +55,7 @@ def test_each_setting_saves_where_it_should() -> None:
 @pytest.mark.parametrize("decoder", [gpt2_config(), t5_config(vocab_size=99, d_model=32)])
 def test_answers_need_weights_and_a_cache(decoder: Any) -> None:
     composite = LLM2SLMConfig(encoder=t5_config(), decoder=decoder)
-    memory = answering_memory(composite, batch_size=2, prompt_length=10, answer_length=6)
+    memory = generation_memory(composite, batch_size=2, prompt_length=10, output_length=6)
     layers, width = (1, 24) if decoder.is_encoder_decoder else (2, 32)
     assert memory["cache"] == 2 * layers * 2 * 16 * width * 4
     assert memory["total"] == memory["weights"] + memory["cache"]
@@ -96,7 +96,7 @@ threading.Thread(target=sample, daemon=True).start()
 step()
 step()
 done = True
-memory = training_memory(config, batch_size=16, prompt_length=64, answer_length=64)
+memory = training_memory(config, batch_size=16, prompt_length=64, output_length=64)
 print((peak - base) / (memory["total"] - sum(p.nbytes for p in model.parameters())))
 """
 

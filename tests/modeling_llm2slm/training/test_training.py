@@ -308,7 +308,7 @@ def test_a_prompt_that_the_llm_has_no_positions_for_is_a_bad_row(recipe, checkpo
 
 @pytest.mark.parametrize("settings", [{}, {"streaming": True}, {"streaming": True, "dataloader_num_workers": 1}])
 def test_data_without_a_row_that_can_be_used_is_an_error(recipe, tmp_path, settings):
-    long = [{"prompt": " ".join(["src1"] * 70), "answer": "src2"}] * 3
+    long = [{"prompt": " ".join(["src1"] * 70), "target": "src2"}] * 3
     recipe = {**recipe, "train_data": write_pairs(tmp_path / "long.jsonl", long), "skip_bad_rows": True}
     run = partial(apart, train) if "dataloader_num_workers" in settings else train
     with pytest.raises(ValueError, match=r"long\.jsonl: no row can be used.* Take other data\.$"):
@@ -461,7 +461,7 @@ def test_a_run_that_ended_before_its_model_was_written_takes_no_step_more(recipe
 
 
 def test_a_validation_prompt_without_room_for_its_answer_is_a_bad_row(recipe, tmp_path):
-    long = {"prompt": "src1 " * 40, "answer": "src2"}
+    long = {"prompt": "src1 " * 40, "target": "src2"}
     recipe["validation_data"] = write_pairs(tmp_path / "v.jsonl", [PAIRS[0], long])
     recipe["generation"] = {"max_new_tokens": 40}
     with pytest.raises(
@@ -475,7 +475,7 @@ def test_a_validation_prompt_without_room_for_its_answer_is_a_bad_row(recipe, tm
 
 def test_a_prompt_that_a_whole_llm_has_no_positions_for_is_a_bad_row(recipe, tmp_path):
     recipe |= {"model": write_bart(tmp_path / "bart"), "validation_data": None, "metric": "loss"}
-    recipe["train_data"] = write_pairs(tmp_path / "long.jsonl", [PAIRS[0], {"prompt": "src1 " * 70, "answer": "src2"}])
+    recipe["train_data"] = write_pairs(tmp_path / "long.jsonl", [PAIRS[0], {"prompt": "src1 " * 70, "target": "src2"}])
     with pytest.raises(ValueError, match=r"row 1 is too long: The prompt has 7\d tokens .* the LLM has 64 positions"):
         train(recipe)
     assert train({**recipe, "skip_bad_rows": True, "max_steps": 1})["steps"] == 1

@@ -39,9 +39,9 @@ def test_a_plan_has_everything_a_user_asks_for(llm: str, tmp_path: Path, monkeyp
     assert result["prompt_tokens"] == pytest.approx((sum(lengths) + lengths[0]) / 9)
     assert result["store_bytes"] == sum(lengths) * 24 * 2  # equal prompts are stored once
     candidate = Candidate(**result["candidates"][0])
-    assert (candidate.name, candidate.answer_tokens, candidate.tokens_assumed) == ("tiny", 5, False)
-    assert candidate.speed_up == pytest.approx(candidate.llm_ms_per_answer / candidate.ms_per_answer)
-    assert candidate.training_bytes > candidate.answering_bytes > 4 * candidate.slm_parameters
+    assert (candidate.name, candidate.output_tokens, candidate.tokens_assumed) == ("tiny", 5, False)
+    assert candidate.speed_up == pytest.approx(candidate.llm_ms_per_output / candidate.ms_per_output)
+    assert candidate.training_bytes > candidate.inference_bytes > 4 * candidate.slm_parameters
     assert min(candidate.encode_hours, candidate.distill_hours, candidate.train_hours) > 0
     assert result["recommendation"]
     assert steps[-1] == "measuring tiny"
@@ -53,8 +53,8 @@ def test_without_the_slms_tokenizer_the_llms_count_stands_for_it(llm: str, tmp_p
     (tmp_path / "prompts.txt").write_text(PROMPTS[0] + "\n")
     result = plan(llm, tmp_path / "prompts.txt", presets=["tiny"], batch_size=1, max_new_tokens=4)
     assert result["candidates"][0]["tokens_assumed"]
-    assert result["candidates"][0]["answer_tokens"] == result["answer_tokens"]
-    assert result["answer_tokens"] <= 4
+    assert result["candidates"][0]["output_tokens"] == result["output_tokens"]
+    assert result["output_tokens"] <= 4
     with pytest.raises(ValueError, match="no preset 'huge'"):
         plan(llm, tmp_path / "prompts.txt", presets=["huge"], max_new_tokens=4)
 
@@ -68,7 +68,7 @@ def test_an_answer_is_timed_no_longer_than_it_may_be(
     slm_tokenizer().save_pretrained(tmp_path / "tokenizer")
     monkeypatch.setattr("modeling_llm2slm.workflows.plan._count", lambda *_: 1000)
     options = {"slm_tokenizers": {"tiny": str(tmp_path / "tokenizer")}, "max_new_tokens": 4, "batch_size": 1}
-    assert plan(llm, tmp_path / "prompts.txt", presets=["tiny"], **options)["candidates"][0]["answer_tokens"] == 4
+    assert plan(llm, tmp_path / "prompts.txt", presets=["tiny"], **options)["candidates"][0]["output_tokens"] == 4
 
 
 def test_prompts_that_are_too_long_are_counted_and_not_timed(llm: str, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_what_cannot_be_planned_is_refused(llm: str, tmp_path: Path) -> None:
         plan(llm, data, presets=["tiny"], slm_tokenizers={"tiny": "no/such/folder"})
 
 
-def test_every_slm_is_timed_on_prompts_that_it_has_room_for(
+def test_every_slm_is_timed_on_prompts_that_it_fits_for(
     llm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("modeling_llm2slm.configuration", reason="presets are found in an installed package only")
@@ -146,7 +146,7 @@ def test_a_step_that_has_no_memory_is_estimated(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(planning, "_seconds", lambda work: work() or 1.0)
     batches: list[int] = []
     model.register_forward_pre_hook(lambda _, args, kwargs: batches.append(len(kwargs["labels"])), with_kwargs=True)
-    sizes = {"prompt_length": 5, "answer_length": 4}
+    sizes = {"prompt_length": 5, "output_length": 4}
     assert planning._step_seconds(model, 8, **sizes) == 1
     assert batches == [8, 8]
     four = planning._training_bytes(model, 4, sizes)

@@ -173,7 +173,7 @@ def test_prompts_without_room_are_found_before_any_work(
         assert result["prompts"] > 0
 
 
-def test_an_llm_with_positions_answers_what_it_has_room_for(
+def test_an_llm_with_positions_answers_what_it_fits_for(
     settings: SpeedupSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     llm, texts = write_bart(tmp_path / "bart"), [" ".join(words) for words in WORDS]
@@ -232,7 +232,7 @@ def test_the_limit_of_answers_stays_with_the_model(settings: SpeedupSettings, tm
 
 
 def test_references_of_some_prompts_do_no_harm(settings: SpeedupSettings, tmp_path: Path) -> None:
-    rows = [{"prompt": " ".join(words), "answer": None if len(words) % 2 else "x"} for words in WORDS]
+    rows = [{"prompt": " ".join(words), "target": None if len(words) % 2 else "x"} for words in WORDS]
     (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = Speedup(replace(settings, prompts=str(tmp_path / "some.jsonl")), tmp_path / "out").run()
     assert result["agreement"]
