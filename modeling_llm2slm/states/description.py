@@ -155,8 +155,8 @@ def read_index(files: Sequence[Path]) -> np.ndarray:
                 keys, lengths = tensors.get_tensor("keys"), tensors.get_tensor("lengths")
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{file} is damaged ({error}). Remove it and run the same llm2slm encode again: it encodes the prompts "
-                "of this file again."
+                f"{file} is damaged ({error}). Remove it and run the same llm2slm encode again: it encodes what is "
+                "missing."
             ) from error
         part = np.zeros(len(lengths), dtype=INDEX)
         part["key"] = keys.view("S32")[:, 0]
