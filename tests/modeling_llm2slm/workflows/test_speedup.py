@@ -16,6 +16,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 import llm2slm
 from modeling_llm2slm import speedup
 from modeling_llm2slm.inference.text_to_text import TextToText
+from modeling_llm2slm.settings import EncodeSettings
 from modeling_llm2slm.states.encoding import encode
 from modeling_llm2slm.training.distillation import distill
 from modeling_llm2slm.training.training import load_recipe, train
@@ -190,8 +191,8 @@ def test_an_llm_with_positions_answers_what_it_fits_for(
     with pytest.raises(ValueError, match=r"long\.txt: row 2 has a prompt of .* LLM has 64.*skip_bad_rows"):
         encode(tmp_path / "out" / "start", both, states)
     caplog.clear()
-    encode(tmp_path / "out" / "start", both, states, skip_bad_rows=True)
-    assert "long.txt: 1 bad rows were skipped: 2." in caplog.text
+    encode(tmp_path / "out" / "start", both, states, EncodeSettings(skip_bad_rows=True))
+    assert "long.txt: 1 bad row was skipped: 2." in caplog.text
     with pytest.raises(ValueError, match="answer up to 70"):
         distill(llm, prompts, tmp_path / "all.jsonl", **{**options, "max_new_tokens": 70})
 
