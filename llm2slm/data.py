@@ -53,8 +53,8 @@ def _announce_store(description: Any, bytes_to_write: int) -> None:
     total = description.nbytes
     to_write = f", {size(bytes_to_write)} of it still to be written" if bytes_to_write != total else ""
     print_note(
-        f"{description.prompts:,} different prompts of {description.tokens:,} tokens, {description.hidden_size} numbers "
-        f"each in {description.dtype}: {size(total)}{to_write}."
+        f"{description.prompts:,} different prompts of {description.tokens:,} tokens, {description.hidden_size} "
+        f"numbers each in {description.dtype}: {size(total)}{to_write}."
     )
 
 

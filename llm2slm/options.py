@@ -54,7 +54,8 @@ def load_module(name: str) -> ModuleType:
     if root is None or root.origin is None:
         raise ModuleNotFoundError(f"No module named {package!r}", name=package)
     spec = spec_from_file_location(name, Path(root.origin).parent.joinpath(*path).with_suffix(".py"))
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     sys.modules[name] = module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
