@@ -18,7 +18,13 @@ from transformers import (
     set_seed,
 )
 
-from modeling_llm2slm.inference.text_to_text import DecoderOnlyTextToText, EncoderDecoderTextToText, TextToText, load
+from modeling_llm2slm.inference.loading import load
+from modeling_llm2slm.inference.text_to_text import (
+    DecoderOnlyTextToText,
+    EncoderDecoderTextToText,
+    LLM2SLMTextToText,
+    TextToText,
+)
 
 
 if TYPE_CHECKING:
@@ -112,7 +118,7 @@ def _build_composite(
         model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(*paths, **options)
     except (AttributeError, SafetensorError) as error:  # no such dtype; a damaged file
         raise OSError(f"{llm} and {slm} cannot be put together: {str(error).splitlines()[0]}") from error
-    return EncoderDecoderTextToText(model, LLM2SLMProcessor(reader, writer, *lengths))
+    return LLM2SLMTextToText(model, LLM2SLMProcessor(reader, writer, *lengths))
 
 
 def _build_preset(
@@ -132,7 +138,7 @@ def _build_preset(
     _check_vocabulary(preset, config.encoder, reader)
     _check_vocabulary(preset, config.decoder, writer)
     processor = LLM2SLMProcessor(reader, writer, *lengths)
-    return EncoderDecoderTextToText(LLM2SLMForConditionalGeneration(config).eval(), processor)
+    return LLM2SLMTextToText(LLM2SLMForConditionalGeneration(config).eval(), processor)
 
 
 def preset_config(preset: str) -> LLM2SLMConfig:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
-from modeling_llm2slm.inference.text_to_text import load_model, one_sentence
+from modeling_llm2slm.inference.loading import load_model, one_sentence
 
 from .output import composite_config, copy_processor, output_folder, size_of
 from .report import Report, check_finite, composite_logits

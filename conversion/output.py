@@ -20,7 +20,7 @@ from transformers.utils.logging import tqdm
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMProcessor
 from modeling_llm2slm.checkpoint_llm2slm import check_not_replaced
 from modeling_llm2slm.files_llm2slm import INDEX, WEIGHTS, atomic_write, first_line
-from modeling_llm2slm.inference.text_to_text import load
+from modeling_llm2slm.inference.loading import load
 
 from .report import Report
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from modeling_llm2slm import LLM2SLMConfig
 from modeling_llm2slm.files_llm2slm import open_weights, weight_files
-from modeling_llm2slm.inference.text_to_text import load_model, one_sentence
+from modeling_llm2slm.inference.loading import load_model, one_sentence
 from modeling_llm2slm.parts_llm2slm import slm_class
 
 from .output import composite_config, dtype_of, output_folder, processor_of, size_of
