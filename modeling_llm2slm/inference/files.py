@@ -14,7 +14,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..data.loading import ROW, check_any_left, is_jsonl, load_rows, report_bad_rows, whole_row
+from ..data.bad_rows import check_any_left
+from ..data.loading import ROW, is_jsonl, load_rows, report_bad_rows, whole_row
 from ..data.processes import processes
 from ..files_llm2slm import atomic_write
 from ..settings import GenerateFileSettings

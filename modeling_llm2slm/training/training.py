@@ -33,7 +33,7 @@ from ..checkpoint_llm2slm import check_not_replaced, describe_source, lean_sourc
 from ..data.loading import load_examples, report_bad_rows
 from ..data.order import EpochSampler, lengths
 from ..data.records import versions, without_secrets, write_json
-from ..data.streaming import StreamedFeatures
+from ..data.streaming import StreamedFeatures, StreamSettings
 from ..engines.quantization import QUANTIZATIONS, quantize_llm
 from ..evaluation.metrics import METRICS, score
 from ..files_llm2slm import atomic_write, check_replaceable, remove_unfinished
@@ -709,12 +709,9 @@ def _features(
 
 def _stream(ours: TrainingRecipe, arguments: Seq2SeqTrainingArguments, text_to_text: TextToText) -> StreamedFeatures:
     reader = text_to_text.without_model()
-    return StreamedFeatures(
-        ours.train_data,
-        ours.prompt_column,
-        ours.target_columns,
-        reader.features,
-        reader.problems,
+    settings = StreamSettings(
+        prompt_column=ours.prompt_column,
+        target_columns=ours.target_columns,
         split=ours.train_split,
         batch_size=pairs_a_step(arguments),
         buffer=ours.shuffle_buffer,
@@ -723,6 +720,7 @@ def _stream(ours: TrainingRecipe, arguments: Seq2SeqTrainingArguments, text_to_t
         limit=ours.train_samples,
         skip_bad_rows=ours.skip_bad_rows,
     )
+    return StreamedFeatures(ours.train_data, reader.features, reader.problems, settings)
 
 
 def _finished(arguments: Seq2SeqTrainingArguments) -> dict[str, Any] | None:

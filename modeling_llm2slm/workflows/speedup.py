@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..configuration_llm2slm import LLM2SLMConfig, check_encoder_decoder_length
 from ..conversion.build import build, part_config
-from ..data.loading import ROW, check_any_left, load_rows, parse_lines, report_bad_rows
+from ..data.bad_rows import check_any_left
+from ..data.loading import ROW, load_rows, parse_lines, report_bad_rows
 from ..data.records import without_secrets, write_json
 from ..evaluation.agreement import compare
 from ..files_llm2slm import atomic_write, remove_unfinished
