@@ -765,12 +765,14 @@ def serve(
     There are /v1/completions (also streamed), /v1/models, /health and /metrics. Answers are greedy unless a request
     has a temperature. SIGTERM finishes what runs, and exits. There is no authentication: put a proxy before it.
     """
-    from modeling_llm2slm.serving.server import ServeSettings, bind
+    from modeling_llm2slm.serving.server import bind
     from modeling_llm2slm.serving.server import serve as serve_model
+    from modeling_llm2slm.settings import ServeSettings
 
     settings = ServeSettings(
-        name or Path(model).resolve().name, max_batch, max_wait / 1000, max_queue, max_prompt_tokens, max_new_tokens,
-        num_beams=num_beams, timeout=timeout, shutdown_timeout=shutdown_timeout,
+        name=name or Path(model).resolve().name, max_batch=max_batch, max_wait=max_wait, max_queue=max_queue,
+        max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens, num_beams=num_beams, timeout=timeout,
+        shutdown_timeout=shutdown_timeout,
     )  # fmt: skip
     sock = bind(host, port)
     text_to_text = _load_model(model, device, quantize=quantize)
