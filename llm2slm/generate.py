@@ -115,7 +115,7 @@ def _generate_file(model: str, file: Path, output: Path, settings: GenerateFileS
         report = generate_file(model, file, output, settings, progress=partial(count, "Generating"))
     print_line(
         f"{report.rows:,} outputs are in {output}: {report.duplicates:,} prompts were repeated, {report.kept:,} "
-        f"outputs were kept from an interrupted run, {report.tokens:,} tokens were generated in {report.seconds:.1f} s "
+        f"outputs were kept from an interrupted run, {report.tokens:,} tokens took {report.seconds:.1f} s "
         f"({report.tokens_per_second:,.0f} tokens/s)."
     )
 
