@@ -145,7 +145,7 @@ def export(
 
     with steps("Export") as progress:
         report = export_checkpoint(
-            model, output, runtime=engine, weights=weights, overwrite=overwrite, progress=progress
+            model, output, engine=engine, weights=weights, overwrite=overwrite, progress=progress
         )
     print_report(report)
 
