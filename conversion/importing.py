@@ -159,9 +159,7 @@ def _read_mapping(file: str | Path) -> dict[str, str]:
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}.") from error
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(
-            f'{file} is not a mapping of names; it should look like {{"mm_projector.0": "projector.linear_1"}}.'
-        )
+        raise ValueError(f'{file} is not a mapping of names such as {{"mm_projector.0": "projector.linear_1"}}.')
     return names
 
 
