@@ -144,7 +144,7 @@ def processor_of(source: str | Path) -> LLM2SLMProcessor | None:
     """
     Return the processor of a checkpoint, or `None`.
 
-    transformers may load a tokenizer without a vocabulary from a checkpoint that has no processor; that one is ignored.
+    transformers may load a tokenizer without a vocabulary from a checkpoint without a processor; it is ignored.
     """
     try:
         processor = load(AutoProcessor, source)

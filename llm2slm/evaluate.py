@@ -164,7 +164,7 @@ def _preset_and_folder(entry: str) -> tuple[str, str]:
 
 
 def _print_scores(result: dict[str, Any]) -> None:
-    table = number_table("measure", "value", title=f"{result['pairs']} examples of {result['data']}")
+    table = number_table("measure", "value", title=f"{result['examples']} examples of {result['data']}")
     for name, value in {**result["scores"], **result["speed"]}.items():
         table.add_row(name, f"{value:.2f}" if isinstance(value, float) else str(value))
     out.print(table)
@@ -186,7 +186,7 @@ def print_comparison(result: dict[str, Any]) -> None:
         print_line(f"The model generates {result['speed_up']:.2f} times as fast as the LLM.")
     for row in result["worst"]:
         print_line(f"\nchrF {row['chrf']:.1f}, row {row['row']}", style="bold")
-        for name, text in (("prompt", row["prompt"]), ("model", row["target"]), ("LLM", row["llm_output"])):
+        for name, text in (("prompt", row["prompt"]), ("model", row["output"]), ("LLM", row["llm_output"])):
             print_line(f"  {name:7} {one_line(text)}")
 
 
