@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from ..data.loading import is_jsonl
 from ..inference.batching import BatchLimits
 from ..inference.files import generate_file
-from ..inference.text_to_text import load
+from ..inference.loading import load
 
 
 OUTPUT_COLUMN = "llm_output"

@@ -16,7 +16,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set
 from ..configuration_llm2slm import LLM2SLMConfig, llm_sizes
 from ..conversion.build import preset_config
 from ..data.loading import load_prompts
-from ..inference.text_to_text import TextToText, count_parameters, decoding_modules, load
+from ..inference.loading import load
+from ..inference.parts import count_parameters, decoding_modules
+from ..inference.text_to_text import TextToText
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..parts_llm2slm import slm_class
 from ..training.memory import generation_memory, training_memory

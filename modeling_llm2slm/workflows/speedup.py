@@ -22,7 +22,8 @@ from ..data.loading import ROW, load_rows, parse_lines, report_bad_rows
 from ..data.records import without_secrets, write_json
 from ..evaluation.agreement import compare
 from ..files_llm2slm import atomic_write, remove_unfinished
-from ..inference.text_to_text import TextToText, load
+from ..inference.loading import load
+from ..inference.text_to_text import TextToText
 from ..states.encoding import encode
 from ..states.fingerprints import checkpoint_fingerprint
 from ..states.store import is_complete
