@@ -4,8 +4,8 @@ Your first LLM-to-SLM model: build it, train it on sixteen examples, generate, s
     python examples/first_model.py
 
 The script needs no network and takes less than a minute. Its LLM is the small T5 of the demo. The steps are the same
-with pretrained models: replace `LLM` with a name on the Hub such as `"google-t5/t5-large"`, and `decoder_model=slm` with
-`decoder_pretrained_model_name_or_path="openai-community/gpt2"`.
+with pretrained models: replace `LLM` with a name on the Hub such as `"google-t5/t5-large"`, and `decoder_model=slm`
+with `decoder_pretrained_model_name_or_path="openai-community/gpt2"`.
 """
 
 import os
@@ -72,7 +72,7 @@ def main(output: str) -> None:
     loss = trainer.train().training_loss
     print(f"Mean training loss: {loss:.2f}")
 
-    # 3. Generate with the `generate()` of transformers. So few examples are learned by heart, so outputs equal targets.
+    # 3. Generate with transformers' own `generate()`. The model has learned these few examples by heart.
     prompts = examples["prompt"][:3]
     batch = processor(text=prompts, padding=True, return_tensors="pt")
     tokens = model.generate(**batch, max_new_tokens=64)

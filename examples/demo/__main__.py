@@ -10,7 +10,7 @@ The demo downloads nothing and writes to `runs/demo`. An interrupted run resumes
 import argparse
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,9 @@ from modeling_llm2slm.training.training import load_recipe, train
 
 MAX_NEW_TOKENS = 64
 TIMED = 50  # test sentences
-SHOWN, SHORT = 3, 8  # translations to show, and the most words of their English
+SHOWN = 3  # test sentences
+SHORT = 8  # words: shown sentences are at most this long
+REPORT_EVERY = 15  # seconds
 OWN_SENTENCE = 'python -m examples.demo "The old woman gives the hungry dog a sausage."'
 
 console = Console(highlight=False)
@@ -90,10 +92,11 @@ def compare(output: Path, results: Path | None = None) -> None:
     if results:
         report = {"rows": rows, "minutes": minutes, "threads": torch.get_num_threads(), "versions": versions()}
         write_json(results, report)
-    test = load_examples(DATA["test"])
-    short = [example for example in test if len(example["prompt"].split()) <= SHORT][:SHOWN]
+    short = [example for example in load_examples(DATA["test"]) if is_short(example["prompt"])][:SHOWN]
     console.print(
-        f"\nThe first {SHOWN} test sentences of at most {SHORT} words, translated by {models['LLM-to-SLM']}:"
+        f"\nThe first {SHOWN} test sentences of at most {SHORT} words, translated by LLM-to-SLM. It translates "
+        f"{rows['LLM-to-SLM']['exact_match_if_short']:.0f} % of the sentences this short exactly as the reference, and "
+        f"{rows['LLM-to-SLM']['exact_match']:.0f} % of all sentences."
     )
     translate(models["LLM-to-SLM"], [one["prompt"] for one in short], [one["target"] for one in short])
     console.print(f"\nThe demo took {minutes:.1f} minutes. Translate a sentence of your own:\n\n    {OWN_SENTENCE}")
@@ -143,15 +146,30 @@ def measure(models: dict[str, TextToText]) -> dict[str, dict[str, Any]]:
     prompts, references = test["prompt"][:], test["target"][:]
     rows: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
-        with stage(f"{name} translates {len(prompts):,} test sentences"):
-            outputs = model.generate(prompts, batch_size=100, max_new_tokens=MAX_NEW_TOKENS)
-        rows[name] = {**score(outputs, references, ["bleu", "exact_match"]), "parameters": model.parameters()}
+        outputs: list[str] = []
+        with stage(f"{name} translates {len(prompts):,} test sentences") as report:
+            for first in range(0, len(prompts), 250):
+                batch = prompts[first : first + 250]
+                outputs += model.generate(batch, batch_size=125, max_new_tokens=MAX_NEW_TOKENS)
+                report(len(outputs), len(prompts))
+        short = [place for place, prompt in enumerate(prompts) if is_short(prompt)]
+        exact = score([outputs[place] for place in short], [references[place] for place in short], ["exact_match"])
+        rows[name] = {
+            **score(outputs, references, ["bleu", "exact_match"]),
+            "exact_match_if_short": exact["exact_match"],
+            "parameters": model.parameters(),
+        }
     contestants = {name: partial(time_output, model, max_new_tokens=MAX_NEW_TOKENS) for name, model in models.items()}
-    with stage(f"The models take turns to translate {TIMED} sentences one at a time"):
-        timings = time_in_turns(contestants, prompts[:TIMED])
+    with stage(f"The models take turns to translate {TIMED} sentences, one at a time") as report:
+        timings = time_in_turns(contestants, prompts[:TIMED], progress=lambda number, name: report(number, TIMED))
     for name, row in rows.items():
         row["ms_per_output"] = speed(timings[name])["ms_per_output"]
     return rows
+
+
+def is_short(sentence: str) -> bool:
+    """Return whether a sentence has at most `SHORT` words."""
+    return len(sentence.split()) <= SHORT
 
 
 def show(rows: dict[str, dict[str, Any]]) -> None:
@@ -187,11 +205,18 @@ def translate(folder: Path, sentences: Sequence[str], references: Sequence[str |
 
 
 @contextmanager
-def stage(title: str) -> Iterator[None]:
-    """Print what is being done and, afterwards, how long it took."""
-    start = time.monotonic()
+def stage(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Print what is being done and how long it took; the yielded function reports progress at times."""
+    start = reported = time.monotonic()
     console.print(f"{title} ...")
-    yield
+
+    def report(done: int, total: int) -> None:
+        nonlocal reported
+        if time.monotonic() - reported >= REPORT_EVERY:
+            reported = time.monotonic()
+            console.print(f"  {done:,} of {total:,}")
+
+    yield report
     console.print(f"  done in {time.monotonic() - start:.0f} s")
 
 

@@ -37,7 +37,7 @@ def test_a_larger_training_split_starts_with_a_smaller_one(splits):
 
 
 def test_the_grammar_is_the_one_that_the_shipped_llm_was_trained_with(splits):
-    # If the grammar or its words change, the LLM has to be trained again: it may have seen sentences of the test split.
+    # If the grammar or its words change, train the LLM again: it may have seen sentences of the new test split.
     digest = hashlib.sha256(json.dumps(splits).encode()).hexdigest()
     assert digest == CORPUS
 
