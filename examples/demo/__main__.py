@@ -8,6 +8,7 @@ The demo downloads nothing and writes to `runs/demo`. An interrupted run resumes
 """
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -90,13 +91,12 @@ def compare(output: Path, results: Path | None = None) -> None:
     show(rows)
     minutes = (time.monotonic() - start) / 60
     if results:
-        report = {"rows": rows, "minutes": minutes, "threads": torch.get_num_threads(), "versions": versions()}
-        write_json(results, report)
+        save(results, rows, models, minutes)
     short = [example for example in load_examples(DATA["test"]) if is_short(example["prompt"])][:SHOWN]
+    short_matches, matches = (rows["LLM-to-SLM"][name] for name in ("exact_match_if_short", "exact_match"))
     console.print(
-        f"\nThe first {SHOWN} test sentences of at most {SHORT} words, translated by LLM-to-SLM. It translates "
-        f"{rows['LLM-to-SLM']['exact_match_if_short']:.0f} % of the sentences this short exactly as the reference, and "
-        f"{rows['LLM-to-SLM']['exact_match']:.0f} % of all sentences."
+        f"\nThe first {SHOWN} test sentences of at most {SHORT} words, translated by LLM-to-SLM. Its translations "
+        f"equal the reference for {short_matches:.0f} % of sentences this short, and for {matches:.0f} % of all."
     )
     translate(models["LLM-to-SLM"], [one["prompt"] for one in short], [one["target"] for one in short])
     console.print(f"\nThe demo took {minutes:.1f} minutes. Translate a sentence of your own:\n\n    {OWN_SENTENCE}")
@@ -188,6 +188,21 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
         "The LLM was trained on 48,000 examples. Both SLMs trained on the first 16,000 of them. Often several "
         "translations are right and the reference is one of them, so no model can match it exactly each time."
     )
+
+
+def save(file: Path, rows: dict[str, dict[str, Any]], models: dict[str, Path], minutes: float) -> None:
+    """Write the table and what it depends on to a JSON file."""
+    records = {name: json.loads((path / "training.json").read_text()) for name, path in models.items()}
+    report = {
+        "rows": rows,
+        "training_examples": {"LLM": 48_000, "SLM alone": 16_000, "LLM-to-SLM": 16_000},
+        "training_seconds": {name: record["seconds"] for name, record in records.items()},
+        "minutes": round(minutes, 1),
+        "cpu_minutes": round(time.process_time() / 60, 1),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    write_json(file, report)
 
 
 def translate(folder: Path, sentences: Sequence[str], references: Sequence[str | None] = ()) -> None:
