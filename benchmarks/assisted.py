@@ -1,12 +1,12 @@
 """
-The LLM's own answer, drafted by an LLM-to-SLM model: how many drafts it accepts, and what time that saves.
+Draft the LLM's own output with an LLM-to-SLM model: how many drafts the LLM accepts, and how much time that saves.
 
     python -m benchmarks.assisted --data /path/to/data --runs runs/multi30k/en-de --demo runs/demo
 
-Multi30k: the rows `llm` and `t5-add-distilled` of `benchmarks/multi30k.py`; the demonstration: its LLM and the model
-that `make demo` left in `runs/demo`. How far to draft is chosen by time on validation prompts, what is reported comes
-from the test split. Then the same at T5-large with T5-small sizes and random weights, where drafts are made to be
-accepted exactly as on Multi30k, round by round: both models do all of their work. Times are of one thread, by turns.
+For Multi30k, the models are the rows `llm` and `t5-add-distilled` of `benchmarks/multi30k.py`; for the demo, its LLM
+and the model of `make demo` in `runs/demo`. The length of a draft is chosen by time on validation prompts; reported
+figures come from the test split. Then the sizes of T5-large with T5-small are measured with random weights: drafts are
+accepted exactly as on Multi30k, round by round, and both models do all their work. One thread, in turns.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from modeling_llm2slm.data.records import versions, write_json
 
 ROOT = Path(__file__).parents[1]
 DRAFTED = (2, 3, 4, 6)  # tokens in a draft
-CONFIDENCE = (0.0, 0.4)  # a draft ends with a token less likely than this; 0 never ends one
+CONFIDENCE = (0.0, 0.4)  # a draft ends with a token less likely than this; 0 disables it
 VALIDATION_PROMPTS, TEST_PROMPTS, SIZED_REPEATS = 50, 200, 5
 TOKENS = 64
 
 
 class Rounds:
-    """Counts, for each step of the LLM, how many tokens were drafted and how many of them it accepted."""
+    """Records, for each step of the LLM, how many tokens were drafted and how many it accepted."""
 
     def __init__(self, assistant: LLM2SLMForConditionalGeneration):
         self.found: list[tuple[int, int]] = []
@@ -50,7 +50,7 @@ class Rounds:
 
     @contextmanager
     def count(self) -> Iterator[None]:
-        """Within, every draft of the assistant and what became of it is kept."""
+        """Record each draft of the assistant, and how much of it was accepted."""
         own, drafts = self.assistant.generate, []
 
         def generate(*args: Any, **kwargs: Any) -> Any:
@@ -64,11 +64,11 @@ class Rounds:
         finally:
             object.__delattr__(self.assistant, "generate")
         starts = [start for start, _ in drafts]
-        for (start, end), following in zip(drafts, starts[1:], strict=False):  # of the last one nothing follows
+        for (start, end), following in zip(drafts, starts[1:], strict=False):  # no step follows the last draft
             self.found.append((end - start, following - start - 1))
 
 
-def answer(llm: PreTrainedModel, batch: dict[str, Any], **kwargs: Any) -> torch.Tensor:
+def generate(llm: PreTrainedModel, batch: dict[str, Any], **kwargs: Any) -> torch.Tensor:
     return llm.generate(**batch, max_new_tokens=TOKENS, do_sample=False, **kwargs)
 
 
@@ -81,18 +81,18 @@ def seconds(call: Callable[[], Any]) -> float:
 def compare(
     llm: PreTrainedModel, assistant: Any, batches: list[dict[str, Any]]
 ) -> tuple[dict[str, Any], list[tuple[int, int]]]:
-    """The LLM alone and assisted, by turns: equal answers, time, accepted drafts, tokens per step; and each draft."""
+    """Run the LLM alone and assisted, in turns; return times, acceptance and tokens per step, and each draft."""
     rounds, steps, tokens, alone, assisted = Rounds(assistant), 0, 0, 0.0, 0.0
     for batch in batches:
-        wanted = answer(llm, batch)
+        wanted = generate(llm, batch)
         calls: list[int] = []
         handle = llm.get_decoder().register_forward_hook(lambda *_, calls=calls: calls.append(1))
         with rounds.count():
-            assert torch.equal(answer(llm, batch, assistant_model=assistant), wanted), "not the LLM's own answer"
+            assert torch.equal(generate(llm, batch, assistant_model=assistant), wanted), "not the LLM's own output"
         handle.remove()
         steps, tokens = steps + len(calls), tokens + wanted.shape[1] - 1
-        alone += seconds(lambda batch=batch: answer(llm, batch))  # type: ignore[misc]
-        assisted += seconds(lambda batch=batch: answer(llm, batch, assistant_model=assistant))  # type: ignore[misc]
+        alone += seconds(lambda batch=batch: generate(llm, batch))  # type: ignore[misc]
+        assisted += seconds(lambda batch=batch: generate(llm, batch, assistant_model=assistant))  # type: ignore[misc]
     summary = {
         "prompts": len(batches),
         "acceptance": sum(accepted for _, accepted in rounds.found) / sum(size for size, _ in rounds.found),
@@ -105,7 +105,7 @@ def compare(
 
 
 def measure(llm: PreTrainedModel, assistant: Any, batches: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Choose how to draft by the time of validation prompts, and report on test prompts."""
+    """Choose the drafts by the time of validation prompts, and report on test prompts."""
     tried = {}
     for drafted, confidence in itertools.product(DRAFTED, CONFIDENCE):
         draft_like(assistant, drafted, confidence)
@@ -121,7 +121,7 @@ def measure(llm: PreTrainedModel, assistant: Any, batches: dict[str, list[dict[s
 
 
 def rounds_of(llm: PreTrainedModel, assistant: Any, batches: list[dict[str, Any]], drafted: int) -> list[int]:
-    """How many tokens of each draft of a fixed length the LLM accepts."""
+    """Return how many tokens of each draft of a fixed length the LLM accepts."""
     draft_like(assistant, drafted, 0.0)
     return [accepted for size, accepted in compare(llm, assistant, batches)[1] if size == drafted]
 
@@ -139,7 +139,7 @@ def draft_like(assistant: Any, drafted: int, confidence: float) -> None:
 
 
 def sized_models() -> tuple[PreTrainedModel, Any, dict[str, torch.Tensor]]:
-    """T5-large with its assistant of T5-small size, random weights, and a prompt."""
+    """Return a T5-large and its assistant of T5-small size with random weights, and a prompt."""
     torch.manual_seed(0)
     config = LLM2SLMConfig.from_pretrained(ROOT / "configuration" / "t5-large_t5-small.json", shared_tokenizer=True)
     llm = AutoModelForSeq2SeqLM.from_config(T5Config(**config.encoder.to_dict() | {"is_encoder_decoder": True})).eval()
@@ -155,17 +155,17 @@ def sized_models() -> tuple[PreTrainedModel, Any, dict[str, torch.Tensor]]:
 
 
 def at_real_sizes(models: Any, accepted: list[int], drafted: int, repeats: int) -> dict[str, Any]:
-    """Time of the LLM alone and assisted where drafts are accepted as `accepted` says, whatever the weights say."""
+    """Time the LLM alone and assisted, with as many accepted tokens per draft as `accepted` lists."""
     llm, assistant, batch = models
     draft_like(assistant, drafted, 0.0)
     fixed = {"min_new_tokens": TOKENS}
-    wanted = answer(llm, batch, **fixed)
+    wanted = generate(llm, batch, **fixed)
     times: dict[str, list[float]] = {"alone": [], "assisted": []}
     with accept_as(assistant, wanted, accepted):
-        assert torch.equal(answer(llm, batch, assistant_model=assistant, **fixed), wanted)
+        assert torch.equal(generate(llm, batch, assistant_model=assistant, **fixed), wanted)
         for _ in range(repeats):
-            times["alone"].append(seconds(lambda: answer(llm, batch, **fixed)))
-            times["assisted"].append(seconds(lambda: answer(llm, batch, assistant_model=assistant, **fixed)))
+            times["alone"].append(seconds(lambda: generate(llm, batch, **fixed)))
+            times["assisted"].append(seconds(lambda: generate(llm, batch, assistant_model=assistant, **fixed)))
     ratios = [a / b for a, b in zip(times["alone"], times["assisted"], strict=True)]
     return {
         "drafted": drafted,
@@ -178,7 +178,7 @@ def at_real_sizes(models: Any, accepted: list[int], drafted: int, repeats: int) 
 
 
 def profile(models: Any, repeats: int = 9) -> dict[str, Any]:
-    """What a round is made of: a step of the LLM over 1 to 6 tokens, a step of the SLM, one draft by `generate()`."""
+    """Time the parts of a round: an LLM step over 1 to 6 tokens, an SLM step, a draft by `generate()`."""
     llm, assistant, batch = models
     encoder_outputs = llm.get_encoder()(**batch)
     start = torch.zeros(1, 8, dtype=torch.long)
@@ -207,7 +207,7 @@ def profile(models: Any, repeats: int = 9) -> dict[str, Any]:
 
 @contextmanager
 def accept_as(assistant: Any, wanted: torch.Tensor, accepted: list[int]) -> Iterator[None]:
-    """Within, the assistant's logits favour the LLM's own next token, but after as many as each round accepted."""
+    """Make the assistant choose the LLM's own next tokens, and a wrong one after as many as each round accepted."""
     own, state, counts = assistant.generate, {"start": 0, "accepted": 0}, itertools.cycle(accepted)
 
     def generate(*args: Any, **kwargs: Any) -> Any:
@@ -215,7 +215,7 @@ def accept_as(assistant: Any, wanted: torch.Tensor, accepted: list[int]) -> Iter
         return own(*args, **kwargs)
 
     def favour(module: Any, args: Any, outputs: Any) -> Any:
-        place = int(outputs.past_key_values.get_seq_length())  # of the token that is chosen now
+        place = int(outputs.past_key_values.get_seq_length())  # position of the next token
         token = wanted[0, place] if place < wanted.shape[1] else wanted[0, -1]
         right = place - state["start"] < state["accepted"]
         outputs.logits[:, -1, token if right else (token + 1) % outputs.logits.shape[-1]] += 1e4
@@ -254,9 +254,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("LLM2SLM_DATA", "data")))
     parser.add_argument("--runs", type=Path, default=Path("runs/multi30k/en-de"))
-    parser.add_argument("--demo", type=Path, help="the folder of a demonstration; none: leave it out")
-    parser.add_argument("--profile", action="store_true", help="only time the parts at T5-large with T5-small sizes")
-    parser.add_argument("--bfloat16", action="store_true", help="only T5-large with T5-small sizes, in bfloat16")
+    parser.add_argument("--demo", type=Path, help="folder of the demo; default: do not measure it")
+    parser.add_argument("--profile", action="store_true", help="time only the parts of a round")
+    parser.add_argument("--bfloat16", action="store_true", help="measure only the large sizes, in bfloat16")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "assisted.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -274,7 +274,7 @@ def main() -> None:
 
 
 def profiles() -> dict[str, Any]:
-    """The profile in each dtype."""
+    """Return the profile in each dtype."""
     llm, assistant, batch = sized_models()
     return {
         str(dtype).removeprefix("torch."): profile((llm.to(dtype), assistant.to(dtype), batch))
@@ -283,7 +283,7 @@ def profiles() -> dict[str, Any]:
 
 
 def in_bfloat16(llm: PreTrainedModel, assistant: Any, batches: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """The real sizes in bfloat16, with drafts of three tokens, none other tried, accepted as on test prompts."""
+    """Return the times of the real sizes in bfloat16, with drafts of three tokens, accepted as on test prompts."""
     accepted = rounds_of(llm, assistant, batches["test"][:VALIDATION_PROMPTS], 3)
     llm, assistant, batch = sized_models()
     return at_real_sizes((llm.to(torch.bfloat16), assistant.to(torch.bfloat16), batch), accepted, 3, repeats=3)
@@ -292,9 +292,9 @@ def in_bfloat16(llm: PreTrainedModel, assistant: Any, batches: dict[str, list[di
 def everything(
     demo: Path | None, llm: PreTrainedModel, assistant: Any, batches: dict[str, list[dict[str, Any]]]
 ) -> dict[str, Any]:
-    """The trained models, and the real sizes in float32."""
+    """Return the results of the trained models, and of the real sizes in float32."""
     result: dict[str, Any] = {"Multi30k": measure(llm, assistant, batches)}
-    # The length of a draft is chosen on the validation split once more, as real sizes have other costs.
+    # Real sizes have other costs, so the length of a draft is chosen again on the validation split.
     models = sized_models()
     chosen = {
         drafted: at_real_sizes(models, rounds_of(llm, assistant, batches["validation"], drafted), drafted, repeats=1)

@@ -1,13 +1,13 @@
 """
-Checkpoints measured: size of a lean one, memory and time of loading, cost of the fingerprint, memory of `compose`.
+Measure checkpoints: size of a lean one, memory and time to load, cost of the fingerprint, memory of `compose`.
 
     python benchmarks/checkpoints.py --output docs/results/checkpoints.json
     python benchmarks/checkpoints.py compose --output docs/results/compose.json
 
-The first writes an LLM, an SLM and both kinds of composite of a preset's sizes (about 5 GB for t5-large_gpt2), the
-second an encoder-decoder LLM shard by shard and two composites (about 20 GB for t5-3b_gpt2), all random float32, to a
-temporary folder. Every load has a process of its own; RssAnon is sampled every millisecond, and what the imports hold
-is taken off. Linux only.
+The first command writes an LLM, an SLM and a full and a lean LLM-to-SLM checkpoint with the sizes of a preset (about
+5 GB for t5-large_gpt2) to a temporary folder, the second an encoder-decoder LLM and two LLM-to-SLM checkpoints (about
+20 GB for t5-3b_gpt2), all with random float32 weights. Each load has its own process. RssAnon is read every
+millisecond, and the memory of the imports is subtracted. Linux only.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ ROUNDS = 7
 
 
 def rss_anon() -> int:
-    """Anonymous resident memory of this process, in bytes."""
+    """Return the anonymous resident memory of this process, in bytes."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1]) * 1024
 
 
 @contextmanager
 def peak_memory() -> Iterator[dict[str, int]]:
-    """Peak anonymous memory in the block, above what was held before, and of the process the peak of all memory."""
+    """Measure the peak anonymous memory of the block, less that before it, and the process's peak resident memory."""
     result: dict[str, int] = {}
     before, peak, done = rss_anon(), 0, threading.Event()
 
@@ -62,7 +62,7 @@ def peak_memory() -> Iterator[dict[str, int]]:
 
 
 def load(folder: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Load a composite: its memory, the median of the times, and what the fingerprint takes of them."""
+    """Load a checkpoint; return its memory, its median time and the share of the fingerprint."""
     from transformers import AutoModelForSeq2SeqLM
     from transformers.utils import logging
 
@@ -108,7 +108,7 @@ def compose(llm: str, slm: str, output: str, dtype: str | None) -> dict[str, Any
     start = time.perf_counter()
     with peak_memory() as memory:
         report = convert(llm, slm, output, encoder_dtype=dtype)
-    rows = {what: result for what, result in report.rows if what != "processor"}  # the random models have none
+    rows = {what: result for what, result in report.rows if what != "processor"}  # the random models have no processor
     return {"peak memory, bytes": memory, "seconds": round(time.perf_counter() - start, 1), "report": rows}
 
 
@@ -119,7 +119,7 @@ def in_a_process(function: str, *arguments: Any) -> Any:
 
 
 def write_random(model_class: Any, config: Any, folder: Path, shard: int = 10**9) -> int:
-    """Write random weights of a model shard by shard; returns their bytes."""
+    """Write random weights of a model shard by shard; return their bytes."""
     import torch
     from safetensors.torch import save_file
 
@@ -155,7 +155,7 @@ def write_random(model_class: Any, config: Any, folder: Path, shard: int = 10**9
 
 
 def measure_sizes(preset: str) -> dict[str, Any]:
-    """Sizes of a full and a lean checkpoint, and how they load."""
+    """Return the sizes of a full and a lean checkpoint, and how they load."""
     from transformers import GPT2LMHeadModel, T5EncoderModel
 
     from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
@@ -178,7 +178,7 @@ def measure_sizes(preset: str) -> dict[str, Any]:
 
 
 def measure_compose(preset: str) -> dict[str, Any]:
-    """Memory of composing an encoder-decoder LLM and an SLM, as they are and with the LLM in bfloat16."""
+    """Return the memory of composing an LLM and an SLM, with the LLM in float32 and in bfloat16."""
     from transformers import GPT2LMHeadModel, T5ForConditionalGeneration
 
     from modeling_llm2slm import LLM2SLMConfig

@@ -1,9 +1,9 @@
 """
-What `encoder_layer` saves of a decoder-only LLM: parameters, time to load, time to read a prompt of 64 tokens.
+Measure what `encoder_layer` saves for a decoder-only LLM: parameters, time to load, time to encode 64 tokens.
 
     python benchmarks/encoder_layer.py
 
-A Llama of 16 layers with random weights, one thread, medians of five by turns. None takes the whole of it.
+A Llama with 16 layers and random weights, one thread, medians of five rounds in turns. `None` uses all layers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ROUNDS = 5
 
 
 def timed(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, float]:
-    """The result of a call, and the milliseconds that it took."""
+    """Return the result of a call, and the milliseconds that it took."""
     start = time.perf_counter()
     result = call(*args, **kwargs)
     return result, 1000 * (time.perf_counter() - start)

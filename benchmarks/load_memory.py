@@ -1,11 +1,11 @@
 """
-Peak anonymous memory of `from_pretrained` against the weights it loads, each load in a process of its own.
+Compare the peak anonymous memory of `from_pretrained` with the weights that it loads, in separate processes.
 
     python benchmarks/load_memory.py --output docs/results/load-memory.json
 
-Writes a checkpoint of a preset's sizes with random float32 weights to a temporary folder (about 1.9 GB for
-t5-large_gpt2), then loads it as it is, in bfloat16, and with the LLM alone in bfloat16. RssAnon is sampled every
-millisecond; what the imports hold is taken off. Linux only.
+Writes a checkpoint with the sizes of a preset and random float32 weights to a temporary folder (about 1.9 GB for
+t5-large_gpt2), then loads it in float32, in bfloat16, and with only the LLM in bfloat16. RssAnon is read every
+millisecond, and the memory of the imports is subtracted. Linux only.
 """
 
 import argparse
@@ -27,13 +27,13 @@ LOADS: dict[str, dict[str, str]] = {
 
 
 def rss_anon() -> int:
-    """Anonymous resident memory of this process, in bytes."""
+    """Return the anonymous resident memory of this process, in bytes."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1]) * 1024
 
 
 def load(folder: str, kwargs: dict[str, str]) -> dict[str, Any]:
-    """Load the checkpoint in this process and report peak and weights, in bytes."""
+    """Load the checkpoint in this process; return the peak memory and the weights, in bytes."""
     from transformers import AutoModelForSeq2SeqLM
 
     import modeling_llm2slm  # noqa: F401 - registers the model
@@ -56,7 +56,7 @@ def load(folder: str, kwargs: dict[str, str]) -> dict[str, Any]:
 
 
 def measure(preset: str) -> dict[str, Any]:
-    """Write the checkpoint, load it in each way in a new process, and collect the reports."""
+    """Write the checkpoint, load it in each way in a new process, and return the reports."""
     from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
 
     config = LLM2SLMConfig.from_pretrained(Path(__file__).parent.parent / "configuration" / f"{preset}.json")

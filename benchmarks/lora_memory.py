@@ -1,11 +1,11 @@
 """
-Peak memory of training with LoRA, above what the imports hold, against what is counted beforehand.
+Compare the peak memory of training with LoRA, without that of the imports, with the estimate.
 
     python benchmarks/lora_memory.py --output docs/results/lora-memory.json
 
-A checkpoint of a preset's sizes with random weights, the LLM in bfloat16, is written by one process and trained by
-another: batch 8, 64 tokens of prompt and answer, gradient checkpointing, three steps of AdamW. Memory is sampled every
-millisecond. Frozen weights stay mapped from the file and are no anonymous memory, so `peak_resident` counts them too.
+One process writes a checkpoint with the sizes of a preset, random weights and the LLM in bfloat16; another one trains
+it: batch size 8, prompts and targets of 64 tokens, gradient checkpointing, three steps of AdamW. Memory is read every
+millisecond. Frozen weights stay mapped from the file and are not anonymous memory; `peak_resident` includes them.
 Linux only.
 """
 
@@ -24,14 +24,14 @@ FIELDS = ("RssAnon", "VmRSS")
 
 
 def memory() -> list[int]:
-    """Anonymous and all resident memory of this process, the latter with files that are mapped, in bytes."""
+    """Return the anonymous and the resident memory of this process, the latter with mapped files, in bytes."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     values = {line.partition(":")[0]: line.split()[1] for line in lines if line.startswith(FIELDS)}
     return [int(values[field]) * 1024 for field in FIELDS]
 
 
-def train(folder: str, batch: int, prompt: int, answer: int) -> dict[str, Any]:
-    """Load and train in this process; bytes."""
+def train(folder: str, batch: int, prompt: int, target: int) -> dict[str, Any]:
+    """Load and train in this process; return the memory in bytes."""
     import torch
     from peft import get_peft_model
     from transformers import AutoModelForSeq2SeqLM
@@ -55,7 +55,7 @@ def train(folder: str, batch: int, prompt: int, answer: int) -> dict[str, Any]:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
     ids = torch.randint(2, base.config.encoder.vocab_size, (batch, prompt))
-    labels = torch.randint(2, base.config.vocab_size, (batch, answer))
+    labels = torch.randint(2, base.config.vocab_size, (batch, target))
     for _ in range(3):
         model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss.backward()
         optimizer.step()
@@ -63,7 +63,7 @@ def train(folder: str, batch: int, prompt: int, answer: int) -> dict[str, Any]:
     done.set()
     sampler.join()
     counted = training_memory(
-        base.config, batch_size=batch, prompt_length=prompt, output_length=answer, lora={}, gradient_checkpointing=True
+        base.config, batch_size=batch, prompt_length=prompt, output_length=target, lora={}, gradient_checkpointing=True
     )
     anonymous, every = (peak - baseline for peak, baseline in zip(peaks, baselines, strict=True))
     return {
@@ -80,22 +80,22 @@ def main() -> None:
     parser.add_argument("--preset", default="t5-large_gpt2")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=64)
-    parser.add_argument("--answer", type=int, default=64)
+    parser.add_argument("--target", type=int, default=64)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.folder:
-        print(json.dumps(train(args.folder, args.batch, args.prompt, args.answer)))
+        print(json.dumps(train(args.folder, args.batch, args.prompt, args.target)))
         return
     from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
 
     config = LLM2SLMConfig.from_pretrained(Path(__file__).parent.parent / "configuration" / f"{args.preset}.json")
     with tempfile.TemporaryDirectory() as folder:
         LLM2SLMForConditionalGeneration(config).save_pretrained(folder)
-        sizes = ["--batch", str(args.batch), "--prompt", str(args.prompt), "--answer", str(args.answer)]
+        sizes = ["--batch", str(args.batch), "--prompt", str(args.prompt), "--target", str(args.target)]
         command = [sys.executable, __file__, "--folder", folder, *sizes]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    sizes_of = {"batch": args.batch, "prompt": args.prompt, "target": args.answer}
+    sizes_of = {"batch": args.batch, "prompt": args.prompt, "target": args.target}
     report = {"preset": args.preset, **sizes_of, **json.loads(output.splitlines()[-1])}
     print(json.dumps(report, indent=2))
     if args.output:

@@ -1,11 +1,11 @@
 """
-Scale of the prompt embeddings against the SLM's own at the start of training.
+Measure the scale of the prompt embeddings relative to the SLM's embeddings at the start of training.
 
     python benchmarks/prompt_scale.py --output docs/results/prompt-scale.json
 
-LLMs whose last norm scales their states from 0.05 to 20, SLMs with embeddings of root mean square 0.02 (GPT-2's
-initialization) and 0.14 (its released weights), both fusions; weights are random. "default" is what the projector
-would give with the default initialization of transformers (normal, 0.02).
+The last norm of the LLMs scales their hidden states from 0.05 to 20. The embeddings of the SLMs have a root mean
+square of 0.02 (GPT-2's initialization) or 0.14 (its released weights). Weights are random. "ratio_default" is the ratio
+with the default initialization of transformers (normal, 0.02).
 """
 
 import argparse
@@ -28,7 +28,7 @@ GPT2 = {"vocab_size": 1000, "n_embd": 256, "n_layer": 4, "n_head": 8, "bos_token
 
 
 def scale(fusion: str, states_rms: float, embedding_rms: float) -> dict[str, Any]:
-    """Build one pair through the factory and compare the scales."""
+    """Return the ratio of the scales for one LLM and one SLM."""
     torch.manual_seed(0)
     llm, slm = T5EncoderModel(T5Config(**T5)), GPT2LMHeadModel(GPT2Config(**GPT2))
     nn.init.constant_(llm.encoder.final_layer_norm.weight, states_rms)

@@ -1,11 +1,11 @@
 """
-What exported weights cost in BLEU: a checkpoint and its exports on the same pairs, greedy.
+Measure the BLEU that exported weights lose: a checkpoint and its exports on the same examples, greedy.
 
     python benchmarks/quantized_quality.py runs/multi30k/en-de/t5-add/model data/multi30k/en-de/val.jsonl.gz \\
         --prompt-column source --target-column target --output docs/results/quantized-quality.json
 
-Every row answers all pairs in batches, which are sorted by length and padded. `same_answers` is the part of the
-answers that are those of PyTorch to the letter. A row may lose `--allowed` BLEU.
+Each row generates for all prompts in batches, which are sorted by length and padded. `same_outputs` is the share of
+outputs that equal PyTorch's. A row may lose `--allowed` BLEU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,41 +21,45 @@ import torch
 from modeling_llm2slm.conversion import export
 from modeling_llm2slm.data.loading import load_examples
 from modeling_llm2slm.data.records import versions, write_json
-from modeling_llm2slm.evaluation.metrics import score_and_sign
+from modeling_llm2slm.evaluation.metrics import score_with_signatures
+from modeling_llm2slm.evaluation.timing import seconds_of
 from modeling_llm2slm.inference.text_to_text import TextToText
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """One row for PyTorch and one for each export."""
+    """Return a row for PyTorch and one for each export."""
     torch.set_num_threads(arguments.threads)
-    pairs = load_examples(arguments.data, arguments.prompt_column, arguments.target_column)
-    prompts, references = pairs["prompt"][:], pairs["target"][:]
+    examples = load_examples(arguments.data, arguments.prompt_column, arguments.target_column)
+    prompts, references = examples["prompt"][:], examples["target"][:]
     rows: dict[str, dict[str, Any]] = {}
     expected: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in ("pytorch", *arguments.exports):
             path = arguments.model
             if name != "pytorch":
-                runtime, weights = name.split("-")
+                engine, weights = name.split("-")
                 path = Path(folder, name)
-                export(arguments.model, path, runtime=runtime, weights=weights)
+                export(arguments.model, path, engine=engine, weights=weights)
             text_to_text = TextToText.from_pretrained(path)
-            start = time.perf_counter()
-            answers = text_to_text.generate(prompts, arguments.batch_size, max_new_tokens=64)
-            seconds = time.perf_counter() - start
-            expected = expected or answers
-            scores, signatures = score_and_sign(answers, references, ("bleu", "chrf"))
+            outputs: list[str] = []
+
+            def generate(model: TextToText = text_to_text, outputs: list[str] = outputs) -> None:
+                outputs += model.generate(prompts, arguments.batch_size, max_new_tokens=64)
+
+            seconds = seconds_of(generate)
+            expected = expected or outputs
+            scores, signatures = score_with_signatures(outputs, references, ("bleu", "chrf"))
             rows[name] = {
                 **scores,
                 "bleu_lost": (rows["pytorch"]["bleu"] if rows else scores["bleu"]) - scores["bleu"],
-                "same_answers": sum(map(str.__eq__, answers, expected)) / len(answers),
+                "same_outputs": sum(map(str.__eq__, outputs, expected)) / len(outputs),
                 "seconds": seconds,
             }
             print(name, rows[name], flush=True)
     return {
         "model": Path(arguments.model).name,
         "data": Path(arguments.data).name,
-        "pairs": len(prompts),
+        "examples": len(prompts),
         "batch_size": arguments.batch_size,
         "allowed": arguments.allowed,
         "within": {name: row["bleu_lost"] <= arguments.allowed for name, row in rows.items()},

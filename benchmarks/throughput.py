@@ -1,13 +1,12 @@
 """
-A file of prompts, answered as a stream of batches in its own order and as `llm2slm generate --file --output` does it.
+Generate for a file of prompts in its own order, and as `llm2slm generate --file --output` does.
 
     python -m benchmarks.throughput --model runs/multi30k/en-de/t5-add-distilled/model --data /path/to/data
 
-The first prompts of Multi30k's training split, English to German, greedy. In order: 32 at once, those of 512 lines
-sorted by length. Else the whole file is sorted, equal prompts are answered once, and batches are cut by tokens; with
-and without reading a batch while the one before it is answered. One thread computes, and another one where batches are
-read ahead. Seconds are those of the answers; those of the processor include loading the model. All have to give the
-same answers.
+The prompts are the first of Multi30k's training split, English to German; decoding is greedy. In order, 32 prompts
+form a batch, sorted by length within 512. Otherwise the whole file is sorted, equal prompts are generated for once, and
+batches are limited by tokens, with and without encoding the next batch while one is generated. One thread computes, a
+second one encodes ahead. Seconds are those of generation; processor seconds include loading. All outputs must agree.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from modeling_llm2slm.data.records import versions, write_json
 from modeling_llm2slm.inference.batching import BatchLimits
 from modeling_llm2slm.inference.files import generate_file
 from modeling_llm2slm.inference.text_to_text import TextToText
+from modeling_llm2slm.settings import GenerateFileSettings
 
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +36,7 @@ MAX_NEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class Way:
-    """One way to answer a file, on how many cores, and how often it is timed."""
+    """How to generate for a file, on how many cores, and how often it is timed."""
 
     limits: BatchLimits | None
     overlap: bool = False
@@ -46,34 +46,36 @@ class Way:
 
 BY_TOKENS = BatchLimits(128, 4096)
 WAYS = {
-    "in order, 32 at once": Way(None),
-    "sorted, 32 at once": Way(BatchLimits(32)),
+    "in order, batches of 32": Way(None),
+    "sorted, batches of 32": Way(BatchLimits(32)),
     "by tokens": Way(BY_TOKENS),
-    "by tokens, read ahead": Way(BY_TOKENS, overlap=True),
-    "by tokens, read ahead, one core": Way(BY_TOKENS, overlap=True, cores=1, rounds=1),
+    "by tokens, encoded ahead": Way(BY_TOKENS, overlap=True),
+    "by tokens, encoded ahead, one core": Way(BY_TOKENS, overlap=True, cores=1, rounds=1),
 }
 
 
 def in_order(model: str, data: Path, limit: int) -> tuple[float, list[str]]:
-    """Seconds and answers, in batches of the file's own order."""
+    """Return the seconds and outputs of batches in the file's own order."""
     prompts = load_prompts(data, "source", limit=limit)["prompt"][:]
     text_to_text = TextToText.from_pretrained(model)
-    answers: list[str] = []
+    outputs: list[str] = []
     start = time.perf_counter()
     for first in range(0, len(prompts), 512):
-        answers += text_to_text.generate(prompts[first : first + 512], 32, max_new_tokens=MAX_NEW_TOKENS)
-    return time.perf_counter() - start, answers
+        outputs += text_to_text.generate(prompts[first : first + 512], 32, max_new_tokens=MAX_NEW_TOKENS)
+    return time.perf_counter() - start, outputs
 
 
 def from_file(model: str, data: Path, limit: int, way: Way, output: Path) -> tuple[float, list[str], dict[str, int]]:
-    """Seconds, answers and counts, of the command."""
-    report = generate_file(
-        model, data, output, "source", limit=limit, limits=way.limits, overlap=way.overlap,
-        max_new_tokens=MAX_NEW_TOKENS,
+    """Return the seconds, outputs and counts of `generate_file`."""
+    assert way.limits is not None
+    settings = GenerateFileSettings(
+        prompt_column="source", limit=limit, batch_size=way.limits.rows, batch_tokens=way.limits.tokens,
+        overlap=way.overlap, max_new_tokens=MAX_NEW_TOKENS,
     )  # fmt: skip
-    answers = output.read_text(encoding="utf-8").splitlines()
+    report = generate_file(model, data, output, settings)
+    outputs = output.read_text(encoding="utf-8").splitlines()
     output.unlink()
-    return report.seconds, answers, {"duplicates": report.duplicates, "output_tokens": report.tokens}
+    return report.seconds, outputs, {"duplicates": report.duplicates, "output_tokens": report.tokens}
 
 
 def measure(model: str, data: Path, limit: int) -> dict[str, Any]:
@@ -90,21 +92,21 @@ def measure(model: str, data: Path, limit: int) -> dict[str, Any]:
                 os.sched_setaffinity(0, sorted(cores)[: way.cores])
                 processor = time.process_time()
                 if way.limits is None:
-                    taken, answers = in_order(model, data, limit)
+                    taken, outputs = in_order(model, data, limit)
                 else:
-                    taken, answers, counts = from_file(model, data, limit, way, Path(folder) / "answers.txt")
-                expected = expected or answers
-                assert answers == expected, "the answers are not the same"
+                    taken, outputs, counts = from_file(model, data, limit, way, Path(folder) / "outputs.txt")
+                expected = expected or outputs
+                assert outputs == expected, "the outputs differ"
                 seconds[name].append(taken)
                 processor_seconds[name].append(time.process_time() - processor)
                 print(f"{name}: {limit / taken:.1f} prompts/s", flush=True)
     os.sched_setaffinity(0, cores)
-    rates = {name: limit / statistics.median(times) for name, times in seconds.items()}
+    speeds = {name: limit / statistics.median(times) for name, times in seconds.items()}
     return {
         "prompts": limit,
         **counts,
-        "prompts_per_second": rates,
-        "times_as_fast": {name: rate / rates["in order, 32 at once"] for name, rate in rates.items()},
+        "prompts_per_second": speeds,
+        "times_as_fast": {name: value / speeds["in order, batches of 32"] for name, value in speeds.items()},
         "seconds": seconds,
         "processor_seconds": processor_seconds,
     }
@@ -116,7 +118,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("LLM2SLM_DATA", "data")))
     parser.add_argument("--limit", type=int, default=2000)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "throughput.json")
-    parser.add_argument("--note", help="what else has to be known of this run")
+    parser.add_argument("--note", help="remark that is saved with the result")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     data = arguments.data / "multi30k" / "en-de" / "train.jsonl.gz"

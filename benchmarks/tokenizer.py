@@ -1,4 +1,4 @@
-"""A T5 tokenizer trained on the texts of an experiment."""
+"""Train the T5 tokenizer of an experiment."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from transformers import T5Tokenizer
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 6000) -> T5Tokenizer:
     """
-    Trains a T5 tokenizer (Unigram; pad 0, end 1, unknown 2, no sentinels) on texts.
+    Train a T5 tokenizer (Unigram; pad 0, end 1, unknown 2, no sentinel tokens) on texts.
 
-    Letters, digits and punctuation never share a token, and nothing is normalized: a text whose characters all occur
-    in `texts` comes back as it was, but for runs of white space, which become one space.
+    Letters, digits and punctuation never share a token, and nothing is normalized: decoding restores a text whose
+    characters all occur in `texts`, except that each run of white space becomes one space.
 
     Args:
-        texts: What to train on: the training split alone, in all of its languages.
-        vocab_size: The number of tokens, the three special ones included.
+        texts: The training split, in all its languages.
+        vocab_size: Number of tokens, including the three special ones.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.Unigram())
-    # T5 itself splits at white space only. A vocabulary that was trained on finer pieces keeps to them.
+    # T5 splits at white space only, but a vocabulary that is trained on finer pieces has no tokens across them.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.WhitespaceSplit(),

@@ -1,10 +1,10 @@
 """
-The memory that each preset needs on one device, counted and not measured; see `modeling_llm2slm.training.memory`.
+Estimate the training memory of each preset on one device, see `modeling_llm2slm.training.memory`.
 
     python benchmarks/training_memory.py --output docs/results/training-memory.json
 
-Batch 32, prompts of 256 and answers of 128 tokens, bfloat16 by autocast, AdamW: what the recipes one_node.yaml and
-several_nodes.yaml train with. `tests/test_memory.py` compares the count with a process.
+Batches of 32, prompts of 256 tokens and targets of 128, bfloat16 autocast, AdamW, as in the recipes one_node.yaml and
+several_nodes.yaml. The tests compare the estimate with the memory of a process.
 """
 
 import argparse
@@ -19,11 +19,15 @@ from modeling_llm2slm.training.memory import training_memory
 PRESETS = ("t5-large_gpt2", "t5-large_t5-small", "flan-t5-xl_gpt2", "t5-3b_gpt2")
 SIZES: dict[str, Any] = {"batch_size": 32, "prompt_length": 256, "output_length": 128}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "LLM running, copied": {},
-    "stored states, copied": {"llm_states": True},
+    "LLM running, replicated": {},
+    "stored hidden states, replicated": {"llm_states": True},
     "LLM running, sharded over 8": {"shards": 8},
     "LLM running, LoRA": {"lora": {}},
-    "stored states, LoRA, gradient checkpointing": {"llm_states": True, "lora": {}, "gradient_checkpointing": True},
+    "stored hidden states, LoRA, gradient checkpointing": {
+        "llm_states": True,
+        "lora": {},
+        "gradient_checkpointing": True,
+    },
 }
 
 
