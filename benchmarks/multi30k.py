@@ -271,7 +271,7 @@ class Experiment:
         if "ctranslate2" in row:
             return CTranslate2TextToText(self.model(pair, row["ctranslate2"]), folder)
         if "openvino" in row and not folder.exists():
-            export(self.model(pair, row["openvino"]), folder, runtime="openvino", weights="int8")
+            export(self.model(pair, row["openvino"]), folder, engine="openvino", weights="int8")
         return TextToText.from_pretrained(folder)
 
 

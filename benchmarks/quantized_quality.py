@@ -39,7 +39,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             if name != "pytorch":
                 runtime, weights = name.split("-")
                 path = Path(folder, name)
-                export(arguments.model, path, runtime=runtime, weights=weights)
+                export(arguments.model, path, engine=runtime, weights=weights)
             text_to_text = TextToText.from_pretrained(path)
             start = time.perf_counter()
             answers = text_to_text.generate(prompts, arguments.batch_size, max_new_tokens=64)

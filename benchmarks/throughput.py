@@ -28,6 +28,7 @@ from modeling_llm2slm.data.records import versions, write_json
 from modeling_llm2slm.inference.batching import BatchLimits
 from modeling_llm2slm.inference.files import generate_file
 from modeling_llm2slm.inference.text_to_text import TextToText
+from modeling_llm2slm.settings import GenerateFileSettings
 
 
 ROOT = Path(__file__).parents[1]
@@ -67,10 +68,12 @@ def in_order(model: str, data: Path, limit: int) -> tuple[float, list[str]]:
 
 def from_file(model: str, data: Path, limit: int, way: Way, output: Path) -> tuple[float, list[str], dict[str, int]]:
     """Seconds, answers and counts, of the command."""
-    report = generate_file(
-        model, data, output, "source", limit=limit, limits=way.limits, overlap=way.overlap,
-        max_new_tokens=MAX_NEW_TOKENS,
+    assert way.limits is not None
+    settings = GenerateFileSettings(
+        prompt_column="source", limit=limit, batch_size=way.limits.rows, batch_tokens=way.limits.tokens,
+        overlap=way.overlap, max_new_tokens=MAX_NEW_TOKENS,
     )  # fmt: skip
+    report = generate_file(model, data, output, settings)
     answers = output.read_text(encoding="utf-8").splitlines()
     output.unlink()
     return report.seconds, answers, {"duplicates": report.duplicates, "output_tokens": report.tokens}

@@ -370,14 +370,14 @@ def _print_plan(result: dict[str, Any]) -> None:
 def export(
     model: ModelArgument,
     output: Annotated[Path, typer.Argument(help="The folder to write to.", show_default=False)],
-    runtime: Annotated[str, typer.Option(help="What is to compute it: openvino or onnx.")] = "openvino",
+    engine: Annotated[str, typer.Option(help="The engine that will compute it: openvino or onnx.")] = "openvino",
     weights: Annotated[str, typer.Option(help="What weights become: fp32, bf16, int8, int4.")] = "fp32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
 ) -> None:
     """
-    Write a composite for a runtime that answers faster than PyTorch on a CPU.
+    Write an LLM-to-SLM model for an engine that generates faster than PyTorch on a CPU.
 
-    `llm2slm export runs/model runs/fast --runtime openvino --weights int8`
+    `llm2slm export runs/model runs/fast --engine openvino --weights int8`
 
     `llm2slm generate`, `evaluate` and `info` take the result as they take a checkpoint. It is loaded and compared with
     PyTorch before it is put in place.
@@ -386,9 +386,7 @@ def export(
     from modeling_llm2slm.conversion import export as convert_to
 
     with err.status("loading") as status:
-        report = convert_to(
-            model, output, runtime=runtime, weights=weights, overwrite=overwrite, progress=status.update
-        )
+        report = convert_to(model, output, engine=engine, weights=weights, overwrite=overwrite, progress=status.update)
     _print_report(report)
 
 
@@ -525,7 +523,7 @@ def benchmark(
     device: Device = "cpu",
 ) -> None:
     """
-    Time the LLM, the SLM and LLM-to-SLM by turns, on every runtime that is installed.
+    Time the LLM, the SLM and LLM-to-SLM in turns, on every engine that is installed.
 
     `llm2slm benchmark --plots docs/plots`
 
@@ -536,14 +534,17 @@ def benchmark(
     _quiet()
     from importlib.resources import files
 
-    from modeling_llm2slm.benchmark.benchmark import Benchmark, load_sweep
-    from modeling_llm2slm.benchmark.contestants import Cell, Models
+    from modeling_llm2slm.benchmark.benchmark import Benchmark
+    from modeling_llm2slm.benchmark.cells import Cell, load_sweep
+    from modeling_llm2slm.inference.engine import BenchmarkModels
+    from modeling_llm2slm.settings import BenchmarkSettings
 
     default = Path(str(files("modeling_llm2slm.configuration"))) / "benchmark.yaml"
-    models = Models(work / "given", llm, llm2slm) if llm is not None and llm2slm is not None else None
+    models = BenchmarkModels(work / "given", llm, llm2slm) if llm is not None and llm2slm is not None else None
     cells = [Cell()] if models is not None and sweep is None else load_sweep(sweep or default)
     with err.status("") as status:
-        result = Benchmark(cells, output, work, models, device, threads, status.update).run()
+        settings = BenchmarkSettings(threads=threads, device=device)
+        result = Benchmark(cells, output, work, settings, models, status.update).run()
     _print_benchmark(result, [cell.key for cell in cells])
     out.print(f"Everything is in {output}.", soft_wrap=True, highlight=False)
     if plots is not None:
@@ -646,11 +647,14 @@ def generate(
     if file is not None and output is not None:
         _quiet()
         _quiet_data()
-        limits = {"rows": batch_size or 128, "tokens": batch_tokens or 4096}
-        _generate_file(
-            model, file, output, prompt_column, column=column, limits=limits, seed=seed if sample else None,
-            device=_local(device), skip_bad_rows=skip_bad_rows, overwrite=overwrite, quantize=quantize, **options,
+        from modeling_llm2slm.settings import GenerateFileSettings
+
+        settings = GenerateFileSettings(
+            prompt_column=prompt_column, column=column, batch_size=batch_size or 128,
+            batch_tokens=batch_tokens or 4096, seed=seed if sample else None, device=_local(device),
+            skip_bad_rows=skip_bad_rows, overwrite=overwrite, quantize=quantize,
         )  # fmt: skip
+        _generate_file(model, file, output, settings, **options)
         return
     if batch_tokens is not None:
         raise typer.BadParameter("--batch-tokens belongs to --file with --output.")
@@ -670,15 +674,12 @@ def generate(
         _print_batches(text_to_text, texts, size, options)
 
 
-def _generate_file(
-    model: str, file: Path, output: Path, prompt_column: str, limits: dict[str, Any], **options: Any
-) -> None:
-    from modeling_llm2slm.inference.batching import BatchLimits
+def _generate_file(model: str, file: Path, output: Path, settings: Any, **options: Any) -> None:
     from modeling_llm2slm.inference.files import generate_file
 
     with _progress("answers") as counter:
         report = generate_file(
-            model, file, output, prompt_column, limits=BatchLimits(**limits),
+            model, file, output, settings,
             progress=partial(counter.count, "Answering"), **options,
         )  # fmt: skip
     out.print(
@@ -729,7 +730,7 @@ def _print_batches(text_to_text: TextToText, prompts: Iterator[str], size: int, 
 
 
 def _one_line(text: str) -> str:
-    from modeling_llm2slm.inference.batching import one_line
+    from modeling_llm2slm.inference.outputs import one_line
 
     return one_line(text)
 

@@ -216,7 +216,8 @@ def exporting_engine(name: str) -> Engine:
 def engine_of(path: str | Path) -> Engine:
     """Return the engine that loads what is at `path`: the one that claims its format, else PyTorch."""
     found = engines()
-    return next((engine for engine in found.values() if engine.name != DEFAULT and engine.can_load(path)), found[DEFAULT])
+    default = found.pop(DEFAULT)
+    return next((engine for engine in found.values() if engine.can_load(path)), default)
 
 
 def is_installed(package: str) -> bool:

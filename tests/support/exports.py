@@ -1,4 +1,4 @@
-"""Tiny composites and what `llm2slm export` makes of them: each is exported once for all tests and workers."""
+"""Tiny LLM-to-SLM models and their exports: each is exported once for all tests and workers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import GPT2LMHeadModel, T5EncoderModel, T5ForConditionalGenera
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from modeling_llm2slm.conversion import export
-from modeling_llm2slm.engines.graphs import PACKAGES
+from modeling_llm2slm.inference.engine import engine as engine_named
 from tests.support import families
 from tests.support.common import (
     LLM_VOCAB_SIZE,
@@ -29,18 +29,18 @@ from tests.support.common import (
 )
 
 
-def needs(runtime: str) -> None:
-    """Skip where the packages of a runtime, or transformers' exported models, are missing."""
-    for package in (*PACKAGES[runtime], "nncf"):
+def needs(name: str) -> None:
+    """Skip the test if the packages of an engine, or transformers' exported models, are missing."""
+    for package in (*engine_named(name).packages, "nncf"):
         if importlib.util.find_spec(package) is None:
-            pytest.skip(f"needs {package}: pip install 'modeling-llm2slm[{runtime}]'")
+            pytest.skip(f"needs {package}: pip install 'modeling-llm2slm[{name}]'")
     if importlib.util.find_spec("transformers.exporters.metadata") is None:
         pytest.skip("needs transformers 5.23, the first with exported models")
 
 
 @functools.cache
 def learned(slm: str, fusion: str) -> LLM2SLMForConditionalGeneration:
-    """A composite of one layer on each side that answers each of `PROMPTS` with varied tokens of its own."""
+    """A model of one layer on each side whose outputs for `PROMPTS` all differ and vary."""
     torch.manual_seed(0)
     vocab_size = SLM_VOCAB_SIZE if fusion == "add_shared" else LLM_VOCAB_SIZE
     llm = T5EncoderModel(t5_config(num_layers=1, vocab_size=vocab_size)).eval()
@@ -54,7 +54,7 @@ def learned(slm: str, fusion: str) -> LLM2SLMForConditionalGeneration:
 
 
 def checkpoint(slm: str, fusion: str, folder: Path) -> Path:
-    """`learned` on disk, with a processor."""
+    """Write `learned` to disk, with a processor."""
     learned(slm, fusion).save_pretrained(folder)
     tokenizers = (slm_tokenizer(), slm_tokenizer()) if fusion == "add_shared" else (llm_tokenizer(), slm_tokenizer())
     LLM2SLMProcessor(*tokenizers).save_pretrained(folder)
@@ -62,15 +62,15 @@ def checkpoint(slm: str, fusion: str, folder: Path) -> Path:
 
 
 def exported_folder(
-    tmp_path_factory: Any, slm: str, fusion: str, weights: str = "fp32", runtime: str = "openvino"
+    tmp_path_factory: Any, slm: str, fusion: str, weights: str = "fp32", engine: str = "openvino"
 ) -> Path:
-    """What the exported composite is in, not to be changed."""
+    """The folder of an exported model, not to be changed."""
     shared = tmp_path_factory.getbasetemp().parent if _in_worker() else tmp_path_factory.getbasetemp()
-    folder = shared / f"{runtime}-{slm}-{fusion}-{weights}"
+    folder = shared / f"{engine}-{slm}-{fusion}-{weights}"
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             source = checkpoint(slm, fusion, tmp_path_factory.mktemp("source"))
-            export(source, folder, runtime=runtime, weights=weights)
+            export(source, folder, engine=engine, weights=weights)
     return folder
 
 
