@@ -66,7 +66,7 @@ class Benchmark:
         for cell in cells:
             if unknown := set(cell.contestants) - set(self.contestants):
                 names = ", ".join(self.contestants)
-                raise ValueError(f"There is no contestant {unknown.pop()!r}. Choose from: {names}.")
+                raise ValueError(f"Contestant {unknown.pop()!r} does not exist. Choose from: {names}.")
         self.result = self._load_result()
 
     def run(self) -> dict[str, Any]:

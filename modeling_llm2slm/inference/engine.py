@@ -113,7 +113,7 @@ class Engine(ABC):
     Attributes:
         name: Its name in `--engine` and in messages.
         packages: Packages that it needs, as `pip` names them.
-        extra: The extra of this package that installs them; empty if there is no such extra.
+        extra: The extra of this package that installs them; empty if no extra does.
         weights: The formats in which [`~Engine.export`] stores weights; empty if the engine exports nothing.
     """
 
@@ -198,18 +198,18 @@ def engines() -> dict[str, Engine]:
 
 
 def engine(name: str) -> Engine:
-    """Return the engine of this name; `ValueError` if there is none."""
+    """Return the engine of this name; `ValueError` if it does not exist."""
     found = engines()
     if name not in found:
-        raise ValueError(f"There is no engine {name!r}. Choose one of: {', '.join(found)}.")
+        raise ValueError(f"Engine {name!r} does not exist. Choose one of: {', '.join(found)}.")
     return found[name]
 
 
 def exporting_engine(name: str) -> Engine:
-    """Return the engine of this name; `ValueError` if there is none that exports."""
+    """Return the engine of this name; `ValueError` if it does not exist or does not export."""
     found = {name: engine for name, engine in engines().items() if engine.weights}
     if name not in found:
-        raise ValueError(f"There is no engine {name!r} to export for. Choose one of: {', '.join(found)}.")
+        raise ValueError(f"Engine {name!r} does not export. Choose one of: {', '.join(found)}.")
     return found[name]
 
 

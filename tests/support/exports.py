@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,34 @@ import torch
 from filelock import FileLock
 from transformers import GPT2LMHeadModel, T5EncoderModel, T5ForConditionalGeneration
 
-from modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
+from modeling_llm2slm import ExportedLLM2SLM, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from modeling_llm2slm.conversion import export
 from modeling_llm2slm.inference.engine import engine as engine_named
 from tests.support import families
 from tests.support.common import (
     LLM_VOCAB_SIZE,
+    PROMPTS,
     SLM_VOCAB_SIZE,
+    check_outputs_vary,
     compose,
     gpt2_config,
     learn_by_heart,
     llm_tokenizer,
+    pad_prompts,
     slm_tokenizer,
+    strip_padding,
     t5_config,
 )
+
+
+KINDS = (("gpt2", "add_shared"), ("t5", "replace"))
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "several beams": {"num_beams": 4, "num_return_sequences": 2},
+    "penalties": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    "sampled": {"do_sample": True, "num_return_sequences": 3, "top_p": 0.9},
+}
 
 
 def needs(name: str) -> None:
@@ -72,6 +87,60 @@ def exported_folder(
             source = checkpoint(slm, fusion, tmp_path_factory.mktemp("source"))
             export(source, folder, engine=engine, weights=weights)
     return folder
+
+
+class Pair:
+    """A model on PyTorch, and its export."""
+
+    def __init__(self, model: LLM2SLMForConditionalGeneration, exported: ExportedLLM2SLM):
+        self.model, self.exported = model, exported
+
+    def outputs(self, **kwargs: Any) -> list[Any]:
+        """Generate with both, from the same seed."""
+        both = []
+        for model in (self.model, self.exported):
+            torch.manual_seed(0)
+            both.append(model.generate(**{"max_new_tokens": 12, **kwargs}))
+        return both
+
+
+def pair_of(tmp_path_factory: Any, slm: str, fusion: str, engine: str = "openvino") -> Pair:
+    """Load a model on PyTorch and on an engine."""
+    needs(engine)
+    folder = exported_folder(tmp_path_factory, slm, fusion, engine=engine)
+    return Pair(learned(slm, fusion), ExportedLLM2SLM.from_pretrained(folder))
+
+
+def check_strategies(pair: Pair) -> None:
+    """Check that all generation strategies give the tokens of PyTorch."""
+    for side in ("right", "left"):
+        batch = pad_prompts(PROMPTS, side, extra=2)
+        for name, strategy in STRATEGIES.items():
+            expected, found = pair.outputs(**batch, **strategy)
+            assert torch.equal(expected, found), (side, name)
+    check_outputs_vary(strip_padding(pair.outputs(**batch)[1]))
+
+
+def check_continuation(pair: Pair) -> None:
+    """Check that an output continues from the cache of an earlier call."""
+    batch = pad_prompts(PROMPTS)
+    whole = pair.outputs(**batch, max_new_tokens=10)[1]
+    first = pair.exported.generate(**batch, max_new_tokens=4, return_dict_in_generate=True)
+    continued = pair.exported.generate(
+        **batch, decoder_input_ids=first.sequences, past_key_values=first.past_key_values, max_new_tokens=6
+    )
+    assert torch.equal(continued, whole)
+    with pytest.raises(ValueError, match="not cached yet"):
+        pair.exported.generate(**batch, past_key_values=first.past_key_values, max_new_tokens=6)
+
+
+def check_threads(pair: Pair) -> None:
+    """Check that threads that generate at once get their own outputs."""
+    batches = [{"input_ids": torch.tensor([prompt])} for prompt in PROMPTS] * 4
+    expected = [pair.exported.generate(**batch, max_new_tokens=12).tolist() for batch in batches]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda batch: pair.exported.generate(**batch, max_new_tokens=12).tolist(), batches))
+    assert found == expected
 
 
 def _in_worker() -> bool:

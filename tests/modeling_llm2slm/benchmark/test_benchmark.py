@@ -116,5 +116,5 @@ def test_a_file_that_is_not_a_result_is_an_error_and_stays(tmp_path: Path, text:
 
 
 def test_an_unknown_contestant_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no contestant 'llm3'. Choose from: llm, "):
+    with pytest.raises(ValueError, match=r"Contestant 'llm3' does not exist\. Choose from: llm, "):
         Benchmark([Cell(contestants=("llm3",))], tmp_path / "benchmark.json", tmp_path)

@@ -2,49 +2,28 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
-from modeling_llm2slm import ExportedLLM2SLM, LLM2SLMForConditionalGeneration
+from modeling_llm2slm import ExportedLLM2SLM
 from modeling_llm2slm.conversion import export
-from tests.support.common import END, PROMPTS, check_outputs_vary, pad_prompts, strip_padding
-from tests.support.exports import checkpoint, exported_folder, learned, needs
+from tests.support.common import END, PROMPTS, pad_prompts, strip_padding
+from tests.support.exports import (
+    KINDS,
+    Pair,
+    check_continuation,
+    check_strategies,
+    check_threads,
+    checkpoint,
+    needs,
+    pair_of,
+)
 
 
-KINDS = (("gpt2", "add_shared"), ("t5", "replace"))
 SLOW_KINDS = (("gpt2", "add"), ("llama", "add"), ("gemma3", "add"), ("opt_projected", "replace"), ("bart", "add"))
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "greedy": {},
-    "beams": {"num_beams": 3},
-    "several beams": {"num_beams": 4, "num_return_sequences": 2},
-    "penalties": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
-    "sampled": {"do_sample": True, "num_return_sequences": 3, "top_p": 0.9},
-}
-
-
-class Pair:
-    def __init__(self, model: LLM2SLMForConditionalGeneration, exported: ExportedLLM2SLM):
-        self.model, self.exported = model, exported
-
-    def outputs(self, **kwargs: Any) -> list[Any]:
-        """Generate with both, from the same seed."""
-        both = []
-        for model in (self.model, self.exported):
-            torch.manual_seed(0)
-            both.append(model.generate(**{"max_new_tokens": 12, **kwargs}))
-        return both
-
-
-def pair_of(tmp_path_factory: Any, slm: str, fusion: str, engine: str = "openvino") -> Pair:
-    needs(engine)
-    folder = exported_folder(tmp_path_factory, slm, fusion, engine=engine)
-    return Pair(learned(slm, fusion), ExportedLLM2SLM.from_pretrained(folder))
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind[0])
@@ -62,15 +41,6 @@ def t5(tmp_path_factory) -> Pair:
     return pair_of(tmp_path_factory, *KINDS[1])
 
 
-def check_strategies(pair: Pair) -> None:
-    for side in ("right", "left"):
-        batch = pad_prompts(PROMPTS, side, extra=2)
-        for name, strategy in STRATEGIES.items():
-            expected, found = pair.outputs(**batch, **strategy)
-            assert torch.equal(expected, found), (side, name)
-    check_outputs_vary(strip_padding(pair.outputs(**batch)[1]))
-
-
 def test_all_strategies_give_the_tokens_of_pytorch(pair) -> None:
     check_strategies(pair)
 
@@ -79,18 +49,6 @@ def test_all_strategies_give_the_tokens_of_pytorch(pair) -> None:
 @pytest.mark.parametrize(("slm", "fusion"), SLOW_KINDS)
 def test_other_families(tmp_path_factory, slm, fusion) -> None:
     check_strategies(pair_of(tmp_path_factory, slm, fusion))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("slm", "fusion"), KINDS)
-def test_onnx_runtime(tmp_path_factory, slm, fusion) -> None:
-    pair = pair_of(tmp_path_factory, slm, fusion, "onnx")
-    check_strategies(pair)
-    assert pair.exported.details["engine"] == "onnx"
-    for graph in pair.exported._graphs.values():
-        assert graph._runner.session.get_session_options().intra_op_num_threads == torch.get_num_threads()
-    test_an_output_continues_from_its_cache(pair)
-    test_threads_get_their_own_outputs(pair)
 
 
 def test_a_prompt_alone_and_in_a_batch_and_without_a_mask(pair) -> None:
@@ -142,37 +100,17 @@ def test_a_streamer_gets_each_token(pair) -> None:
 
 
 def test_an_output_continues_from_its_cache(pair) -> None:
-    batch = pad_prompts(PROMPTS)
-    whole = pair.outputs(**batch, max_new_tokens=10)[1]
-    first = pair.exported.generate(**batch, max_new_tokens=4, return_dict_in_generate=True)
-    continued = pair.exported.generate(
-        **batch, decoder_input_ids=first.sequences, past_key_values=first.past_key_values, max_new_tokens=6
-    )
-    assert torch.equal(continued, whole)
-    with pytest.raises(ValueError, match="not cached yet"):
-        pair.exported.generate(**batch, past_key_values=first.past_key_values, max_new_tokens=6)
+    check_continuation(pair)
+
+
+def test_threads_get_their_own_outputs(pair) -> None:
+    check_threads(pair)
 
 
 def test_a_decoder_prefix_is_continued(pair) -> None:
     whole = pair.outputs(**pad_prompts(PROMPTS), max_new_tokens=8)[1]
     expected, found = pair.outputs(**pad_prompts(PROMPTS), decoder_input_ids=whole[:, :4], num_beams=2)
     assert torch.equal(expected, found)
-
-
-def test_threads_get_their_own_outputs(pair) -> None:
-    batches = [{"input_ids": torch.tensor([prompt])} for prompt in PROMPTS] * 4
-    expected = [pair.exported.generate(**batch, max_new_tokens=12).tolist() for batch in batches]
-    with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(lambda batch: pair.exported.generate(**batch, max_new_tokens=12).tolist(), batches))
-    assert found == expected
-
-
-def test_a_damaged_graph_is_named(tmp_path_factory, tmp_path) -> None:
-    needs("openvino")
-    folder = shutil.copytree(exported_folder(tmp_path_factory, *KINDS[0]), tmp_path / "cut")
-    os.truncate(folder / "openvino_step.bin", 100)
-    with pytest.raises(OSError, match="openvino_step is damaged"):
-        ExportedLLM2SLM.from_pretrained(folder)
 
 
 def rows_read(graph: Any, monkeypatch: Any) -> list[int]:
@@ -208,18 +146,6 @@ def test_an_encoder_decoder_slm_projects_its_prompt_once(t5, monkeypatch) -> Non
     monkeypatch.setattr(graph, "run", lambda inputs: runs.append(len(inputs["last_hidden_state"])) or run(inputs))
     t5.exported.generate(**pad_prompts(PROMPTS), num_beams=4, max_new_tokens=6)
     assert runs == [3]
-
-
-def test_graphs_use_the_threads_of_torch(gpt2, tmp_path_factory) -> None:
-    for graph in gpt2.exported._graphs.values():
-        assert graph._model.get_property("INFERENCE_NUM_THREADS") == torch.get_num_threads()
-    folder, threads = exported_folder(tmp_path_factory, *KINDS[0]), torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        again = ExportedLLM2SLM.from_pretrained(folder)
-    finally:
-        torch.set_num_threads(threads)
-    assert {graph._model.get_property("INFERENCE_NUM_THREADS") for graph in again._graphs.values()} == {2}
 
 
 @pytest.mark.parametrize(

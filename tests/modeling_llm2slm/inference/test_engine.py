@@ -91,12 +91,12 @@ def test_an_engine_is_found_by_name_and_by_what_it_loads(checkpoint: Path, toy: 
     assert engine("toy") is engine_of(checkpoint) is toy
     assert engine_of(tmp_path / "elsewhere").name == "pytorch"
     assert list(engines()) == ["pytorch", "onnx", "openvino", "toy"]
-    with pytest.raises(ValueError, match=r"no engine 'tpu'. Choose one of: pytorch, onnx, openvino, toy\."):
+    with pytest.raises(ValueError, match=r"'tpu' does not exist\. Choose one of: pytorch, onnx, openvino, toy\."):
         engine("tpu")
 
 
 def test_an_engine_without_weights_exports_nothing(toy: ToyEngine) -> None:
-    with pytest.raises(ValueError, match=r"no engine 'toy' to export for. Choose one of: onnx, openvino\."):
+    with pytest.raises(ValueError, match=r"'toy' does not export\. Choose one of: onnx, openvino\."):
         exporting_engine("toy")
     with pytest.raises(NotImplementedError, match="toy exports nothing"):
         toy.export(None, Path("folder"), "fp32")
