@@ -194,6 +194,8 @@ def register_engine(engine: Engine) -> None:
 def engines() -> dict[str, Engine]:
     """Return all engines by name, PyTorch first."""
     found = _installed_engines() | _registered
+    if DEFAULT not in found:
+        raise ImportError("modeling-llm2slm was installed without its entry points. Install it again with pip.")
     return dict(sorted(found.items(), key=lambda item: (item[0] != DEFAULT, item[0])))
 
 

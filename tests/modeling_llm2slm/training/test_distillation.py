@@ -58,7 +58,7 @@ def test_answers_that_were_cut_are_told(
     llm: str, data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     distill(llm, data, tmp_path / "whole.jsonl", max_new_tokens=4, min_new_tokens=4)
-    assert "8 answers were cut at 4 tokens: allow longer ones with max_new_tokens" in caplog.text
+    assert "8 outputs were cut at 4 tokens: allow longer ones with max_new_tokens" in caplog.text
     caplog.clear()
     end = {"forced_eos_token_id": 1}  # the last of four
     distill(llm, data, tmp_path / "ended.jsonl", max_new_tokens=4, min_new_tokens=3, **end)
