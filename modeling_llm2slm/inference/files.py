@@ -117,9 +117,7 @@ def generate_file(
         counts.add(ids, tokens)
     seconds = time.perf_counter() - start if batches else 0.0
     if counts.truncated:
-        logger.warning(
-            f"{counts.truncated} outputs were cut at {counts.longest} tokens: allow longer ones with max_new_tokens."
-        )
+        logger.warning(f"{counts.truncated} outputs were cut at {counts.longest} tokens. Set a higher max_new_tokens.")
     _finish(output, rows, settings.column, table, parts)
     return GenerationReport(
         len(rows), len(rows) - len(table.rows), counts.kept, counts.tokens, seconds, counts.truncated

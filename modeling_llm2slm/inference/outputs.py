@@ -56,7 +56,7 @@ class OutputParts:
             lines = self._complete_lines(path)
             if next(lines, self.settings) != self.settings:
                 raise ValueError(
-                    f"{path} was left by a run with another model, other data or other settings. Repeat those, remove "
+                    f"{path} belongs to a run with another model, other data or other settings. Repeat those, remove "
                     "the file, or add --overwrite."
                 )
             for line in lines:

@@ -203,7 +203,7 @@ class TestInterruptedRuns:
                 generate_file(composite, prompts, output, SETTINGS)
         left = part.read_bytes()
         for model, other in ((composite, settings(max_new_tokens=4)), (checkpoints["llm"], SETTINGS)):
-            with pytest.raises(ValueError, match="left by a run with another model, other data or other settings"):
+            with pytest.raises(ValueError, match="belongs to a run with another model, other data or other settings"):
                 generate_file(model, prompts, output, other)
         assert part.read_bytes() == left
         with record(monkeypatch) as seen:
