@@ -1,6 +1,6 @@
 """
-LLM-to-SLM models as graphs of an engine other than PyTorch, written by `llm2slm export`: the fastest way to generate on
-a CPU.
+LLM-to-SLM models as graphs of an engine other than PyTorch, written by `llm2slm export`: the fastest way to generate
+on a CPU.
 
 There are up to three graphs. `prompt` turns token ids into what the SLM reads. `step` reads embeddings and returns the
 logits of the next token. `cross`, for an encoder-decoder SLM only, returns the keys and values of the prompt that each

@@ -529,8 +529,8 @@ class DataCollatorForTargets:
         tokenizer: The tokenizer that pads.
 
     Returns:
-        Of a call: `input_ids`, `attention_mask` and `position_ids` `(B, N)`, `labels` `(B, K)`, and K as
-        `logits_to_keep`: one more than the length of the longest target, since the separator predicts its first token.
+        `input_ids`, `attention_mask` and `position_ids` `(B, N)`, `labels` `(B, K)`, and K as `logits_to_keep`: one
+        more than the length of the longest target, since the separator predicts its first token.
     """
 
     tokenizer: PreTrainedTokenizerBase

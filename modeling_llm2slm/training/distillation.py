@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
 from ..data.loading import is_jsonl
-from ..inference.batching import BatchLimits
 from ..inference.files import generate_file
 from ..inference.loading import load
+from ..settings import GenerateFileSettings
 
 
 OUTPUT_COLUMN = "llm_output"
@@ -60,8 +61,10 @@ def distill(
             f"{llm} is decoder-only, and nothing says where its prompts end and its answers begin: take an "
             "encoder-decoder, or write its answers to a column of the data with the tools that it comes with."
         )
-    report = generate_file(
-        llm, data, output, prompt_column, column=column, limits=BatchLimits(batch_size), overwrite=overwrite,
-        **{"do_sample": False, **kwargs},
+    names = {field.name for field in fields(GenerateFileSettings)}
+    settings = GenerateFileSettings(
+        prompt_column=prompt_column, column=column, batch_size=batch_size, batch_tokens=None, overwrite=overwrite,
+        **{name: kwargs.pop(name) for name in names & kwargs.keys()},
     )  # fmt: skip
+    report = generate_file(llm, data, output, settings, **kwargs)
     return report.rows

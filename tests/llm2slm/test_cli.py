@@ -349,7 +349,10 @@ class TestGenerate:
         given: list[BatchLimits] = []
         monkeypatch.setattr(
             "modeling_llm2slm.inference.files.generate_file",
-            lambda *_, limits, **__: given.append(limits) or GenerationReport(0, 0, 0, 0, 0.0),
+            lambda model, data, output, settings, **_: (
+                given.append(BatchLimits(settings.batch_size, settings.batch_tokens))
+                or GenerationReport(0, 0, 0, 0, 0.0)
+            ),
         )
         (tmp_path / "a.txt").write_text("src1\n")
         assert run("generate", "model", "--file", tmp_path / "a.txt", "--output", tmp_path / "b.txt", *words) == 0

@@ -25,7 +25,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast, T5EncoderMode
 
 import llm2slm
 from modeling_llm2slm import LLM2SLMProcessor
-from modeling_llm2slm.inference.text_to_text import EncoderDecoderTextToText, TextToText
+from modeling_llm2slm.inference.text_to_text import EncoderDecoderTextToText, LLM2SLMTextToText, TextToText
 from modeling_llm2slm.serving.scheduler import Batcher, Decoding, Job, Piece, QueueFull
 from modeling_llm2slm.serving.server import ServeSettings, Service, bind, make_server
 from tests.support.checkpoints import KINDS, write_checkpoint
@@ -62,7 +62,7 @@ def model() -> TextToText:
     parts = compose(T5EncoderModel(t5_config(vocab_size=LLM_VOCAB_SIZE)).eval(), slm, "replace")
     learn_by_heart(parts.model, labels=labels)
     processor = LLM2SLMProcessor(llm_tokenizer(), tokenizer)
-    return EncoderDecoderTextToText(parts.model.eval(), processor, target_max_length=50)
+    return LLM2SLMTextToText(parts.model.eval(), processor, target_max_length=50)
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,7 @@ def test_answers_that_were_cut_are_told(
     llm: str, data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     distill(llm, data, tmp_path / "whole.jsonl", max_new_tokens=4, min_new_tokens=4)
-    assert "8 answers were cut at 4 tokens: allow longer ones with max_new_tokens" in caplog.text
+    assert "8 outputs were cut at 4 tokens. Set a higher max_new_tokens" in caplog.text
     caplog.clear()
     end = {"forced_eos_token_id": 1}  # the last of four
     distill(llm, data, tmp_path / "ended.jsonl", max_new_tokens=4, min_new_tokens=3, **end)
@@ -86,11 +86,11 @@ def test_lines_of_text_and_other_names_will_do(llm: str, expected: list[str], tm
 def test_what_answers_replace_is_told(
     llm: str, data: str, expected: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(ValueError, match="The prompts are in the column 'prompt'"):
+    with pytest.raises(ValueError, match="Column 'prompt' holds the prompts. Name another one"):
         distill(llm, data, tmp_path / "a.jsonl", column="prompt", **OPTIONS)
     distill(llm, data, tmp_path / "a.jsonl", column="target", **OPTIONS)
     assert rows_of(tmp_path / "a.jsonl")[0]["target"] == expected[0]
-    assert "in the place of the column 'answer'" in caplog.text
+    assert "the outputs replace the column 'target'" in caplog.text
 
 
 @pytest.mark.parametrize("tail", [b"", b'{"prompt": "0f", "ans', '{"prompt": "0f", "target": "ä'.encode()[:-1]])
@@ -148,7 +148,7 @@ def test_of_processes_too_prompts_are_taken_away_meanwhile(
 def test_what_another_run_left_is_not_mixed_in(llm: str, data: str, tmp_path: Path) -> None:
     output = tmp_path / "answers.jsonl"
     (tmp_path / "answers.jsonl.part").write_text('{"num_beams": 9}\n')
-    with pytest.raises(ValueError, match="left by a run with another model, other data or other settings"):
+    with pytest.raises(ValueError, match="belongs to a run with another model, other data or other settings"):
         distill(llm, data, output, **OPTIONS)
     distill(llm, data, output, overwrite=True, **OPTIONS)
     with pytest.raises(FileExistsError, match="--overwrite"):

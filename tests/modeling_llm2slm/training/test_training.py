@@ -465,7 +465,7 @@ def test_a_validation_prompt_without_room_for_its_answer_is_a_bad_row(recipe, tm
     recipe["validation_data"] = write_pairs(tmp_path / "v.jsonl", [PAIRS[0], long])
     recipe["generation"] = {"max_new_tokens": 40}
     with pytest.raises(
-        ValueError, match=r"v\.jsonl: row 1 has no room for an answer: Prompt and answer are 8\d tokens"
+        ValueError, match=r"v\.jsonl: row 1 has no room for an answer: Prompt and output have 8\d tokens"
     ):
         train(recipe)
     assert not Path(recipe["output_dir"]).exists()
