@@ -11,7 +11,6 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    FailFast,
     Field,
     ValidationError,
     ValidationInfo,
@@ -91,9 +90,9 @@ def _sentence(message: str) -> PydanticCustomError:
 
 
 Text = Annotated[str, AfterValidator(_whole_characters)]
-Texts = Annotated[list[Text], FailFast(), BeforeValidator(_as_list)]
+Texts = Annotated[list[Text], Field(fail_fast=True), BeforeValidator(_as_list)]
 StopText = Annotated[Text, Field(min_length=1)]
-StopTexts = Annotated[list[StopText], FailFast(), BeforeValidator(_as_list), Field(max_length=4)]
+StopTexts = Annotated[list[StopText], Field(fail_fast=True), BeforeValidator(_as_list), Field(max_length=4)]
 
 
 class StreamOptions(BaseModel):
