@@ -1,11 +1,11 @@
 """
-`llm2slm serve` under load: latency, time to the first text and tokens per second, with batches and without.
+Measure `llm2slm serve` under load: latency, time to the first text and tokens per second, with and without batching.
 
     make demo && python -m benchmarks.serving
 
-Two servers of the same model, one that answers up to 16 prompts at once and one that answers them one by one, take
-turns. Clients stream the test prompts of the demonstration; each sends its next request when its last is answered. One
-thread for each server, and the clients beside it. Both servers have to give the same answers.
+Two servers of the same model take turns: one generates for up to 16 prompts at once, the other for one at a time.
+Clients stream completions of the demonstration's test prompts; each sends its next request when the last one is
+finished. Each server has one thread and runs on the same machine as the clients. Both must generate the same texts.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ CONCURRENCY, BATCHES = (1, 4, 16), (16, 1)
 MAX_TOKENS = 48
 
 
-class Answer(NamedTuple):
-    """What a client saw: the text, its tokens, seconds until the first piece and until the end."""
+class Completion(NamedTuple):
+    """What a client received: the text, its number of tokens, and seconds until the first piece and until the end."""
 
     text: str
     tokens: int
@@ -44,22 +44,23 @@ class Answer(NamedTuple):
 
 @contextmanager
 def server(model: str, max_batch: int) -> Iterator[int]:
-    """The port of a server in a process of its own."""
-    words = ["serve", model, "--port", "0", "--name", "model", "--max-batch", str(max_batch)]
+    """Start a server in a process of its own, and yield its port."""
+    arguments = ["serve", model, "--port", "0", "--name", "model", "--max-batch", str(max_batch)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "llm2slm", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "llm2slm", *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
     )  # fmt: skip
     assert process.stdout is not None
-    said = process.stdout.readline()
+    line = process.stdout.readline()
     try:
-        yield int(said.split(":")[2].split(".")[0])
+        yield int(line.split(":")[2].split(".")[0])
     finally:
         process.terminate()
         assert process.wait(60) == 0
 
 
-def ask(port: int, prompt: str) -> Answer:
+def complete(port: int, prompt: str) -> Completion:
+    """Stream the completion of a prompt."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     fields = {"prompt": prompt, "max_tokens": MAX_TOKENS, "stream": True, "stream_options": {"include_usage": True}}
     start = time.perf_counter()
@@ -73,39 +74,42 @@ def ask(port: int, prompt: str) -> Answer:
             tokens = event.get("usage", {}).get("completion_tokens", tokens)
     whole = time.perf_counter() - start
     connection.close()
-    return Answer(text, tokens, first, whole)
+    return Completion(text, tokens, first, whole)
 
 
-def load(port: int, prompts: list[str], clients: int) -> tuple[float, list[Answer]]:
-    """Seconds for all prompts, and their answers."""
+def load(port: int, prompts: list[str], clients: int) -> tuple[float, list[Completion]]:
+    """Return the seconds for all prompts, and their completions."""
     start = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
-        answers = list(pool.map(lambda prompt: ask(port, prompt), prompts))
-    return time.perf_counter() - start, answers
+        completions = list(pool.map(lambda prompt: complete(port, prompt), prompts))
+    return time.perf_counter() - start, completions
 
 
-def summary(seconds: list[float], answers: list[Answer]) -> dict[str, float]:
-    whole, first = sorted(answer.whole for answer in answers), sorted(answer.first for answer in answers)
+def summary(seconds: list[float], completions: list[Completion]) -> dict[str, float]:
+    whole, first = (
+        sorted(completion.whole for completion in completions),
+        sorted(completion.first for completion in completions),
+    )
     return {
-        "requests": len(answers),
+        "requests": len(completions),
         "latency_ms_p50": 1000 * statistics.median(whole),
         "latency_ms_p95": 1000 * whole[int(0.95 * len(whole))],
         "first_text_ms_p50": 1000 * statistics.median(first),
         "first_text_ms_p95": 1000 * first[int(0.95 * len(first))],
-        "tokens_per_second": sum(answer.tokens for answer in answers) / sum(seconds),
-        "requests_per_second": len(answers) / sum(seconds),
+        "tokens_per_second": sum(completion.tokens for completion in completions) / sum(seconds),
+        "requests_per_second": len(completions) / sum(seconds),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().splitlines()[0])
     parser.add_argument("--model", default="runs/demo/llm2slm", help="a checkpoint; default: what `make demo` left")
-    parser.add_argument("--requests", type=int, default=192, help="of each number of clients")
+    parser.add_argument("--requests", type=int, default=192, help="requests for each number of clients")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "serving.json")
     arguments = parser.parse_args()
     prompts = [row["prompt"] for row in corpus.splits(32)["test"]][: arguments.requests]
     seconds: dict[tuple[int, int], list[float]] = {(batch, n): [] for batch in BATCHES for n in CONCURRENCY}
-    answers: dict[tuple[int, int], list[Answer]] = {key: [] for key in seconds}
+    completions: dict[tuple[int, int], list[Completion]] = {key: [] for key in seconds}
     with server(arguments.model, BATCHES[0]) as batched, server(arguments.model, BATCHES[1]) as single:
         ports = dict(zip(BATCHES, (batched, single), strict=True))
         for port in ports.values():
@@ -115,21 +119,22 @@ def main() -> None:
             for clients in CONCURRENCY:
                 for batch, port in ports.items():
                     taken, found = load(port, half, clients)
-                    texts = texts or [answer.text for answer in found]
-                    assert [answer.text for answer in found] == texts, "the answers are not the same"
+                    texts = texts or [completion.text for completion in found]
+                    assert [completion.text for completion in found] == texts, "the servers generated different texts"
                     seconds[batch, clients].append(taken)
-                    answers[batch, clients] += found
+                    completions[batch, clients] += found
     result: dict[str, Any] = {
         f"up to {batch} at once": {
-            f"{clients} clients": summary(seconds[batch, clients], answers[batch, clients]) for clients in CONCURRENCY
+            f"{clients} clients": summary(seconds[batch, clients], completions[batch, clients])
+            for clients in CONCURRENCY
         }
         for batch in BATCHES
     }
     result["tokens_per_second_by_batching"] = {
         f"{clients} clients": sum(seconds[1, clients]) / sum(seconds[16, clients]) for clients in CONCURRENCY
     }
-    tokens = [answer.tokens for answer in answers[1, 1]]
-    result |= {"tokens_per_answer": statistics.mean(tokens), "cores": os.cpu_count(), "versions": versions()}
+    tokens = [completion.tokens for completion in completions[1, 1]]
+    result |= {"tokens_per_output": statistics.mean(tokens), "cores": os.cpu_count(), "versions": versions()}
     write_json(arguments.output, result)
     print(json.dumps(result, indent=2))
 

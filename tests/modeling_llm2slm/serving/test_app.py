@@ -270,6 +270,7 @@ class TestBounds:
             }  # fmt: skip
             assert [future.result() for future in good] == [OUTPUTS[0], OUTPUTS[2]]
             assert client.text(prompt=prompts[0]) == OUTPUTS[0]
+            wait_until(lambda: client.service.batcher.running == 0)
             assert "llm2slm_failed_total 1.0\n" in client.get("/metrics")
             assert "llm2slm_prompts_total 3.0\n" in client.get("/metrics")
 

@@ -51,7 +51,7 @@ class TestShutdown:
     def test_running_requests_are_ended_after_the_shutdown_timeout(
         self, model: TextToText, prompts: list[str]
     ) -> None:
-        with slow(model, 0.1), serving(model, shutdown_timeout=0.5, max_batch=1) as client:
+        with slow(model, 0.1), serving(model, shutdown_timeout=1, max_batch=1) as client:
             connections = [client.send({"prompt": prompts[2], "stream": stream}) for stream in (True, False)]
             wait_until(lambda: client.service.batcher.running == len(client.service.batcher) == 1)
             client.server.should_exit = True
