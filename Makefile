@@ -1,12 +1,12 @@
-# `make` lists what there is. Every target that needs Python makes its own environment first, so a fresh clone needs
-# only make and Python 3.11 or newer.
+# `make` lists the targets. A target that needs Python makes the environment first, so a fresh clone needs only make and
+# Python 3.11 or newer.
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
 VENV ?= .venv
 VENV_LOWEST ?= .venv-lowest
-# Test processes and the threads of each: tiny models run fastest on one thread, side by side.
+# Test processes. Each has one thread: tiny models run fastest in parallel on one thread each.
 WORKERS ?= 2
 PYTEST_ARGS ?=
 

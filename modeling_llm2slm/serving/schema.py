@@ -20,7 +20,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 from starlette.exceptions import HTTPException
 
-from .scheduler import Decoding, Piece
+from .scheduler import Decoding, FinishReason, Piece
 
 
 HALF_A_CHARACTER = "The request contains half of a surrogate pair, which is not a character. Send whole characters."
@@ -216,7 +216,7 @@ class Choice(BaseModel):
     index: int
     text: str
     logprobs: None = None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: FinishReason | None
 
 
 class Usage(BaseModel):
