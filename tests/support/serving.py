@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from modeling_llm2slm import LLM2SLMProcessor
-from modeling_llm2slm.inference.text_to_text import EncoderDecoderTextToText, TextToText
+from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.serving.app import Service
 from modeling_llm2slm.serving.server import bind, make_server
 from modeling_llm2slm.settings import ServeSettings
@@ -51,8 +52,10 @@ def served_model() -> TextToText:
     slm = GPT2LMHeadModel(gpt2_config(vocab_size=end + 1, bos_token_id=end, eos_token_id=end)).eval()
     parts = compose(T5EncoderModel(t5_config(vocab_size=LLM_VOCAB_SIZE)).eval(), slm, "replace")
     learn_by_heart(parts.model, labels=labels)
-    processor = LLM2SLMProcessor(llm_tokenizer(), tokenizer)
-    return EncoderDecoderTextToText(parts.model.eval(), processor, target_max_length=50)
+    with tempfile.TemporaryDirectory() as folder:
+        parts.model.save_pretrained(folder)
+        LLM2SLMProcessor(llm_tokenizer(), tokenizer).save_pretrained(folder)
+        return TextToText.from_pretrained(folder, target_max_length=50)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from modeling_llm2slm.inference.text_to_text import EncoderDecoderTextToText, TextToText
+from modeling_llm2slm.inference.text_to_text import TextToText
 from tests.support.checkpoints import write_checkpoint
 from tests.support.common import PROMPTS
 from tests.support.serving import OUTPUTS, Client, hang_up, serving, slow, wait_until
@@ -253,14 +253,14 @@ class TestBounds:
     def test_failing_prompt_fails_no_other(
         self, model: TextToText, prompts: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        read = EncoderDecoderTextToText.read
+        read = type(model).read
 
         def failing(self: Any, features: Any) -> Any:
             if PROMPTS[1] in features["input_ids"]:
                 raise RuntimeError("out of\nluck")
             return read(self, features)
 
-        monkeypatch.setattr(EncoderDecoderTextToText, "read", failing)
+        monkeypatch.setattr(type(model), "read", failing)
         with serving(model, max_wait=100) as client, ThreadPoolExecutor(3) as pool:
             good = [pool.submit(client.text, prompt=prompts[row]) for row in (0, 2)]
             status, content = client.post(prompt=prompts[1])
