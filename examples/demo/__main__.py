@@ -10,6 +10,8 @@ The demo downloads nothing and writes to `runs/demo`. An interrupted run resumes
 import argparse
 import json
 import os
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -51,7 +53,7 @@ TIMED = 50  # test sentences
 SHOWN = 3  # test sentences
 SHORT = 8  # words: shown sentences are at most this long
 REPORT_EVERY = 15  # seconds
-OWN_SENTENCE = 'python -m examples.demo "The old woman gives the hungry dog a sausage."'
+OUTPUT = Path("runs/demo")
 
 console = Console(highlight=False)
 
@@ -60,7 +62,7 @@ def main() -> None:
     """Parse the command line and run the demo."""
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=(__doc__ or "").split("\n")[1])
     parser.add_argument("sentences", nargs="*", help="sentences to translate, of words that the corpus has")
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder to write to")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder to write to")
     parser.add_argument("--results", type=Path, help="also write the table to this JSON file")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1, as fast as 2 for this size)")
     options = parser.parse_args()
@@ -99,7 +101,10 @@ def compare(output: Path, results: Path | None = None) -> None:
         f"equal the reference for {short_matches:.0f} % of sentences this short, and for {matches:.0f} % of all."
     )
     translate(models["LLM-to-SLM"], [one["prompt"] for one in short], [one["target"] for one in short])
-    console.print(f"\nThe demo took {minutes:.1f} minutes. Translate a sentence of your own:\n\n    {OWN_SENTENCE}")
+    command = [sys.executable.removeprefix(f"{Path.cwd()}/"), "-m", "examples.demo"]
+    command += ["--output", str(output)] if output != OUTPUT else []
+    console.print(f"\nThis run took {minutes:.1f} minutes. Translate a sentence of your own:\n")
+    console.print(f'    {shlex.join(command)} "The old woman gives the hungry dog a sausage."', soft_wrap=True)
 
 
 def train_once(output: Path, llm: bool) -> Path:
