@@ -3,7 +3,8 @@ Speed up an LLM: train a small model on the LLM's own outputs, and compare both.
 
     python examples/speed_up.py
 
-The LLM is the small T5 of the demo. It needs prompts only, no references. The script prints the command of each stage
+The LLM is the small T5 of the demo; the prompts are English sentences that it was trained to translate. No references
+are needed. The script prints the command of each stage
 and writes to `runs/speed_up`; it takes about four minutes on one CPU core. An interrupted run resumes where it
 stopped. The command `llm2slm speedup` does the same.
 """
@@ -29,8 +30,8 @@ def main(output: str = "runs/speed_up", limit: int = 8000, epochs: float = 6) ->
 
     Args:
         output: Folder for the stages' results; `model` in it is the trained model.
-        limit: Number of prompts. A tenth is held out for validation, another tenth for the test.
-        epochs: Number of epochs.
+        limit: Number of prompts; 500 of them are held out for validation and 500 for the test, at most a tenth each.
+        epochs: Number of epochs. More prompts and more epochs bring the model closer to the LLM.
     """
     torch.set_num_threads(1)  # models this small gain nothing from more
     settings = SpeedupSettings(
@@ -55,7 +56,6 @@ def main(output: str = "runs/speed_up", limit: int = 8000, epochs: float = 6) ->
         f"Time per output: {result['speed']['ms_per_output']:.0f} ms, the LLM "
         f"{result['llm_speed']['ms_per_output']:.0f} ms ({result['speed_up']:.1f} times faster)"
     )
-    print("More prompts and more epochs bring the model closer to the LLM; docs/results has measurements of real tasks.")
     print(f"The model is in {output}/model. Serve it: llm2slm serve {output}/model")
 
 
