@@ -4,9 +4,8 @@ Speed up an LLM: train a small model on the LLM's own outputs, and compare both.
     python examples/speed_up.py
 
 The LLM is the small T5 of the demo; the prompts are English sentences that it was trained to translate. No references
-are needed. The script prints the command of each stage
-and writes to `runs/speed_up`; it takes about four minutes on one CPU core. An interrupted run resumes where it
-stopped. The command `llm2slm speedup` does the same.
+are needed. The script prints the command of each stage and writes to `runs/speed_up`. It takes about four minutes on
+one CPU core, and an interrupted run resumes where it stopped. The command `llm2slm speedup` does the same.
 """
 
 import os
