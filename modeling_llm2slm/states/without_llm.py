@@ -72,6 +72,7 @@ class LLM2SLMWithoutLLM(LLM2SLMForConditionalGeneration):
     """An [`LLM2SLMForConditionalGeneration`] that has no LLM and takes `llm_hidden_states`."""
 
     _keys_to_ignore_on_load_unexpected = [r"^encoder\.llm\."]  # noqa: RUF012 - as in every model of transformers
+
     _auto_class = None  # its checkpoints are for this package: they bring no code
 
     def __init__(self, config: LLM2SLMConfig):
