@@ -26,12 +26,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import (
-    AutoModelForSeq2SeqLM,
-    AutoProcessor,
-)
+from transformers import AutoModelForSeq2SeqLM, AutoProcessor
 
 from examples.demo import DATA, LLM
+from examples.demo.training import quieten, train_side_by_side
 from modeling_llm2slm.data.loading import load_examples
 from modeling_llm2slm.data.records import versions, write_json
 from modeling_llm2slm.evaluation.metrics import score
@@ -69,9 +67,7 @@ def main() -> None:
 def compare(output: Path, threads: int, results: Path | None = None) -> None:
     """Train the SLM with and without the LLM, and compare quality and speed."""
     start = time.monotonic()
-    console.print(
-        "The demo trains two small models side by side. It takes about 5 minutes on two CPU cores, 8 on one."
-    )
+    console.print("The demo trains two small models at once. It takes about 5 minutes on two CPU cores, 8 on one.")
     models = train_models(output, threads)
     rows = measure({name: TextToText.from_pretrained(path) for name, path in models.items()})
     show(rows)
@@ -96,9 +92,8 @@ def train_models(output: Path, threads: int) -> dict[str, Path]:
     folders = {"SLM alone": output / "slm", "LLM-to-SLM": output / "llm2slm"}
     untrained = {name: folder for name, folder in folders.items() if not (folder / "training.json").exists()}
     if untrained:
-        with stage(
-            f"Learning to translate from {len(load_examples(DATA['train'])):,} examples: {', '.join(untrained)}"
-        ):
+        examples = len(load_examples(DATA["train"]))
+        with stage(f"Training on {examples:,} examples: {' and '.join(untrained)}"):
             train_side_by_side(untrained, threads)
     else:
         console.print(f"Both models are already trained. Remove {output} to train them again.")
@@ -166,7 +161,7 @@ def save(file: Path, rows: dict[str, dict[str, Any]], models: dict[str, Path], m
         "training_examples": {"LLM": 48_000, "SLM alone": 16_000, "LLM-to-SLM": 16_000},
         "training_seconds": {name: record["seconds"] for name, record in records.items()},
         "minutes": round(minutes, 1),
-        "cpu_minutes": round(time.process_time() / 60, 1),
+        "cpu_minutes": round(sum(os.times()[:4]) / 60, 1),
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
