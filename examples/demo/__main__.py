@@ -148,8 +148,8 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
         table.add_row(name, *quality, *cost)
     console.print(table)
     console.print(
-        "The LLM was trained on 48,000 examples. Both SLMs trained on the first 16,000 of them. Often several "
-        "translations are right and the reference is one of them, so no model can match it exactly each time."
+        "The LLM was trained on 48,000 examples, and both SLMs on the first 16,000 of them. Several translations are "
+        "often right and the reference is only one of them, so no model can equal it every time."
     )
 
 
