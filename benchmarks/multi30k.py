@@ -42,7 +42,8 @@ from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.states.encoding import encode
 from modeling_llm2slm.states.store import is_complete
 from modeling_llm2slm.training.distillation import distill
-from modeling_llm2slm.training.training import load_recipe, train
+from modeling_llm2slm.training.recipe import load_recipe
+from modeling_llm2slm.training.run import train
 
 
 ROOT = Path(__file__).parents[1]

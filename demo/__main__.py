@@ -33,7 +33,8 @@ from modeling_llm2slm.data.records import versions, write_json
 from modeling_llm2slm.evaluation.metrics import score
 from modeling_llm2slm.files_llm2slm import atomic_write
 from modeling_llm2slm.inference.text_to_text import TextToText
-from modeling_llm2slm.training.training import load_recipe, train
+from modeling_llm2slm.training.recipe import load_recipe
+from modeling_llm2slm.training.run import train
 
 
 SLM_PAIRS = 16_000

@@ -17,7 +17,8 @@ from demo import corpus
 from demo.tokenizer import train_tokenizer
 from modeling_llm2slm.conversion.build import build
 from modeling_llm2slm.files_llm2slm import atomic_write
-from modeling_llm2slm.training.training import load_recipe, train
+from modeling_llm2slm.training.recipe import load_recipe
+from modeling_llm2slm.training.run import train
 
 
 RECIPES = Path(__file__).parent / "recipes"

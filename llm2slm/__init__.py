@@ -191,8 +191,8 @@ def train(
     overrides = dict(_overrides(context.args))
     _quiet(progress=True)
     _quiet_data()
-    from modeling_llm2slm.training.training import load_recipe
-    from modeling_llm2slm.training.training import train as train_model
+    from modeling_llm2slm.training.recipe import load_recipe
+    from modeling_llm2slm.training.run import train as train_model
 
     settings = load_recipe(recipe, overrides)
     report = train_model(settings)

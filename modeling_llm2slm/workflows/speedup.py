@@ -26,7 +26,9 @@ from ..states.encoding import encode
 from ..states.fingerprints import checkpoint_fingerprint
 from ..states.store import is_complete
 from ..training.distillation import distill
-from ..training.training import last_checkpoint, load_recipe, parse_recipe, train
+from ..training.recipe import load_recipe, parse_recipe
+from ..training.resuming import last_checkpoint
+from ..training.run import train
 
 
 SPLITS = ("train", "validation", "test")

@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
-from modeling_llm2slm import DataCollatorForLLM2SLM, LLM2SLMForConditionalGeneration, LLM2SLMProcessor, training
+from modeling_llm2slm import DataCollatorForLLM2SLM, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.states.encoding import encode
 from modeling_llm2slm.states.store import StateStore, llm_fingerprint
 from modeling_llm2slm.states.without_llm import load_without_llm
-from modeling_llm2slm.training.training import TextToTextTrainer, parse_recipe, train
+from modeling_llm2slm.training import features as feature_module
+from modeling_llm2slm.training.run import train
+from modeling_llm2slm.training.trainer import TextToTextTrainer
 from tests.support.checkpoints import PAIRS, PROMPTS, stopped_at, write_checkpoint, write_pairs
 from tests.support.common import apart, same_tensors
+from tests.support.training import losses, weights
 
 
 # peft 0.21 itself reads this property of every model it adapts.
@@ -45,14 +47,6 @@ def recipe(composite: str, tmp_path: Path) -> dict[str, Any]:
         "logging_steps": 1,
         "disable_tqdm": True,
     }
-
-
-def losses(report: dict[str, Any]) -> list[float]:
-    return [row["loss"] for row in report["log"] if "loss" in row]
-
-
-def weights(folder: str | Path) -> dict[str, torch.Tensor]:
-    return load_file(Path(folder) / "model.safetensors")
 
 
 def moved(folder: str | Path, start: str) -> set[str]:
@@ -202,7 +196,7 @@ class TestAdapters:
         same_tensors(weights(recipe["output_dir"]), weights(tmp_path / "whole"))
 
     def test_only_a_composite_has_one(self, recipe: dict[str, Any], tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="no LLM-to-SLM model"):
+        with pytest.raises(ValueError, match="is not an LLM-to-SLM model"):
             train({**recipe, "model": write_checkpoint("slm", tmp_path), "lora": {}})
 
 
@@ -256,8 +250,6 @@ def test_rates_of_a_recipe_reach_the_optimizer(recipe: dict[str, Any], monkeypat
     assert rates["transformer"] == {3e-3}
     with pytest.raises(ValueError, match="matches no parameter"):
         train({**recipe, "learning_rate_mapping": {"projektor": 0.01}, "resume": False})
-    with pytest.raises(ValueError, match="learning_rate_mapping is '3'"):
-        train({**recipe, "learning_rate_mapping": 3})
 
 
 BAD_LINES = ['{"prompt": "src1", "target": null}', '{"prompt": "src1"', '{"prompt": "src1", "target": 7}', "[1]"]
@@ -283,7 +275,7 @@ class TestBadRows:
         self, recipe: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Also where the first rows that are looked at have nothing wrong."""
-        monkeypatch.setattr(training, "ROWS_AT_ONCE", 2)
+        monkeypatch.setattr(feature_module, "ROWS_AT_ONCE", 2)
         pairs: list[dict[str, Any]] = [{**pair, "other": "src3"} for pair in PAIRS]
         pairs[1:1] = [{"prompt": "src1", "target": None, "other": None}]
         pairs[6:6] = [{"prompt": "src1 " * 70, "target": "src2", "other": "src2"}]
@@ -330,17 +322,19 @@ def test_a_model_learns_from_a_stream(recipe: dict[str, Any]) -> None:
 
 def _streamed(recipe: dict[str, Any]) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(training, "_features", _only(training._features, recipe["validation_data"]))
+        load = feature_module.load_examples
+        context.setattr(feature_module, "load_examples", _only(load, recipe["validation_data"]))
         return train(recipe)
 
 
-def _only(features: Any, source: str) -> Any:
+def _only(load: Any, source: str) -> Any:
+    """Load one source once; refuse any other, which would mean that the training data is indexed."""
     calls: list[str] = []
 
-    def check(ours: Any, text_to_text: Any, data: str, *args: Any) -> Any:
+    def check(data: str, *args: Any, **options: Any) -> Any:
         calls.append(data)
         assert calls == [source], "the training data was indexed"
-        return features(ours, text_to_text, data, *args)
+        return load(data, *args, **options)
 
     return check
 
@@ -351,14 +345,3 @@ def test_references_and_answers_of_the_llm_in_one_recipe(recipe: dict[str, Any],
     assert train({**recipe, "target_column": ["target", "llm_output"]})["steps"] == 4
     recipe = {**recipe, "output_dir": str(tmp_path / "one"), "validation_data": None, "metric": "loss"}
     assert train({**recipe, "target_column": "llm_output"})["steps"] == 2
-
-
-@pytest.mark.parametrize("names", [["target", "llm_output"], "[target, llm_output]", "target,llm_output"])
-def test_target_columns_as_a_recipe_and_a_command_line_have_them(recipe: dict[str, Any], names: Any) -> None:
-    ours, _ = parse_recipe({**recipe, "target_column": names})
-    assert ours.target_columns == ["target", "llm_output"]
-
-
-def test_columns_in_brackets_that_are_left_open(recipe: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="which is no list"):
-        parse_recipe({**recipe, "target_column": "[answer, llm_output"})
