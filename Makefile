@@ -25,7 +25,7 @@ help: ## List the targets
 
 .PHONY: demo
 demo: $(VENV)/.installed-demo ## Train a small model behind a frozen large one and watch it translate (no download of models or data)
-	$(BIN)/python -m demo
+	$(BIN)/python -m examples.demo
 
 .PHONY: test
 test: $(VENV)/.installed-test ## Run the tests, but for the slow ones

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, T5Config, T5EncoderModel
 
-from demo import corpus
-from demo.llm import LLM as DEMO_LLM
+from examples.demo import DATA as DEMO_DATA
+from examples.demo import LLM as DEMO_LLM
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
 from modeling_llm2slm.data.loading import load_examples
 from modeling_llm2slm.data.records import versions, write_json
@@ -243,10 +243,10 @@ def multi30k(data: Path, runs: Path) -> tuple[PreTrainedModel, Any, dict[str, li
 def demonstration(folder: Path) -> tuple[PreTrainedModel, Any, dict[str, list[dict[str, Any]]]]:
     llm = AutoModelForSeq2SeqLM.from_pretrained(DEMO_LLM, dtype=torch.float32).eval()
     model = LLM2SLMForConditionalGeneration.from_pretrained(folder / "llm2slm").eval()
-    splits = corpus.splits(32)
-    validation, test = ([row["prompt"] for row in splits[name]] for name in ("validation", "test"))
+    validation = load_examples(DEMO_DATA["validation"], limit=VALIDATION_PROMPTS)["prompt"][:]
+    test = load_examples(DEMO_DATA["test"], limit=TEST_PROMPTS)["prompt"][:]
     tokenizer = AutoTokenizer.from_pretrained(DEMO_LLM)
-    batches = batches_of(tokenizer, validation=validation[:VALIDATION_PROMPTS], test=test[:TEST_PROMPTS])
+    batches = batches_of(tokenizer, validation=validation, test=test)
     return llm, model.as_assistant_of(llm), batches
 
 

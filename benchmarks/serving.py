@@ -24,7 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from demo import corpus
+from examples.demo import DATA
+from modeling_llm2slm.data.loading import load_examples
 from modeling_llm2slm.data.records import versions, write_json
 
 
@@ -103,7 +104,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=192, help="of each number of clients")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "serving.json")
     arguments = parser.parse_args()
-    prompts = [row["prompt"] for row in corpus.splits(32)["test"]][: arguments.requests]
+    prompts = load_examples(DATA["test"], limit=arguments.requests)["prompt"][:]
     seconds: dict[tuple[int, int], list[float]] = {(batch, n): [] for batch in BATCHES for n in CONCURRENCY}
     answers: dict[tuple[int, int], list[Answer]] = {key: [] for key in seconds}
     with server(arguments.model, BATCHES[0]) as batched, server(arguments.model, BATCHES[1]) as single:

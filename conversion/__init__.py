@@ -1,8 +1,8 @@
 """
-Everything that turns one form of a checkpoint into another.
+Conversions of a checkpoint to another form.
 
-Each conversion writes beside its output first, loads what it wrote, compares it with what it came from, and only then
-puts it in place. All return a [`Report`].
+Each conversion writes to a temporary folder, loads the result, compares it with its source, and only then replaces the
+output folder. All of them return a [`Report`].
 """
 
 from .compose import compose

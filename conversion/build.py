@@ -1,9 +1,11 @@
-"""Building a checkpoint to train: from pretrained parts, from configs with random weights, or from a mix of both."""
+"""Build a model to train: from pretrained parts, from configs with random weights, or from a mix of both."""
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from transformers import (
@@ -18,168 +20,187 @@ from transformers import (
     set_seed,
 )
 
-from modeling_llm2slm.inference.text_to_text import DecoderOnlyTextToText, EncoderDecoderTextToText, TextToText, load
+from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
+from modeling_llm2slm.files_llm2slm import first_line
+from modeling_llm2slm.inference.loading import load
+from modeling_llm2slm.inference.text_to_text import (
+    DecoderOnlyTextToText,
+    EncoderDecoderTextToText,
+    LLM2SLMTextToText,
+    TextToText,
+)
+from modeling_llm2slm.processing_llm2slm import are_same_tokenizer
+from modeling_llm2slm.settings import BuildSettings
 
 
-if TYPE_CHECKING:
-    from modeling_llm2slm.configuration_llm2slm import LLM2SLMConfig
+CONFIG_SETTINGS = ("fusion", "encoder_layer", "encoder_dtype", "decoder_dtype", "encoder_revision", "decoder_revision")
 
 
 def build(
     llm: str | None = None,
     slm: str | None = None,
-    llm_tokenizer: str | None = None,
-    slm_tokenizer: str | None = None,
+    settings: BuildSettings = BuildSettings(),  # noqa: B008 - immutable
     *,
     preset: str | None = None,
-    prompt_max_length: int | None = None,
-    target_max_length: int | None = None,
-    max_new_tokens: int | None = None,
-    seed: int = 0,
-    **kwargs: Any,
+    **config: Any,
 ) -> TextToText:
     """
-    Builds an LLM-to-SLM composite of two models, or a model to train alone where only one is given.
+    Build an LLM-to-SLM model in memory, or a model to train alone if only one of `llm` and `slm` is given.
 
-    A model is a folder or a name on the Hub, whose weights are loaded, or a config file (`.json`), which gets random
-    weights and the special tokens of its tokenizer.
+    A model is a folder or a name on the Hub, whose weights are loaded, or a config file (`.json`), which gives random
+    weights and the special tokens of its tokenizer. [`compose`] puts two pretrained models together without loading
+    them into memory.
 
     Args:
-        llm: The model that reads; without an `slm` it is an encoder-decoder of its own (a T5).
-        slm: The model that writes; without an `llm` it is a decoder-only model of its own (a GPT-2).
-        llm_tokenizer: Its tokenizer, a folder or a name on the Hub (default: the one that comes with the model).
-        slm_tokenizer: The same for the SLM (default: as above, and `llm_tokenizer` for a config file).
-        preset: In place of both models, the name of a preset of a composite, or the path to one: random weights.
-        prompt_max_length: The composite's processor cuts prompts to this many tokens (default: never).
-        target_max_length: The same for answers.
-        max_new_tokens: The longest answer where `generate()` is told no other (default: what the SLM brings).
-        seed: For the weights that are random.
-        kwargs: Arguments of [`LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained`] (of a composite only).
+        llm: The LLM. Without an `slm`, it is an encoder-decoder model such as T5.
+        slm: The SLM. Without an `llm`, it is a decoder-only model such as GPT-2.
+        settings: Tokenizers, fusion, dtypes, lengths and the seed.
+        preset: The name of a preset, or the path of one, in place of both models. It gives random weights.
+        config: Fields of [`BuildSettings`], which override `settings`, and other arguments of
+            [`LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained`].
 
     Raises:
-        ValueError: If nothing is given to build from, or parts do not fit together.
-        OSError: If a model or a tokenizer is not there, or cannot be loaded.
+        OSError: If a model or a tokenizer does not exist or cannot be loaded.
+        ValueError: If nothing is named, or if the parts do not fit together.
     """
-    set_seed(seed)
-    lengths = prompt_max_length, target_max_length
-    built: TextToText
+    settings, config = with_overrides(settings, config)
+    set_seed(settings.seed)
     for source in filter(None, (llm, slm, preset)):
-        if _is_config(source) and not Path(source).is_file():
+        if is_config(source) and not Path(source).is_file():
             raise FileNotFoundError(f"There is no config file {source}.")
     if preset is not None:
         if llm or slm:
             raise ValueError("A preset names both models: give either a preset or an LLM and an SLM.")
-        built = _build_preset(preset, llm_tokenizer, slm_tokenizer, lengths, kwargs)
+        built: TextToText = _build_preset(preset, settings, config)
     elif llm and slm:
-        built = _build_composite(llm, slm, llm_tokenizer, slm_tokenizer, lengths, kwargs)
-    elif kwargs:
-        raise ValueError(f"Only a composite of an LLM and an SLM has {', '.join(kwargs)}.")
-    elif llm:
-        built = EncoderDecoderTextToText(*_part(AutoModelForSeq2SeqLM, llm, _tokenizer(llm, llm_tokenizer, "LLM")))
-    elif slm:
-        built = DecoderOnlyTextToText(*_part(AutoModelForCausalLM, slm, _tokenizer(slm, slm_tokenizer, "SLM")))
+        built = _build_composite(llm, slm, settings, config)
+    elif llm or slm:
+        built = _build_alone(llm, slm, settings, config)
     else:
-        raise ValueError("There is nothing to build from: name an LLM, an SLM, both, or a preset.")
-    if max_new_tokens is not None:
-        built.model.generation_config.max_new_tokens = max_new_tokens
+        raise ValueError("Nothing to build from: name an LLM, an SLM, both, or a preset.")
+    if settings.max_new_tokens is not None:
+        built.model.generation_config.max_new_tokens = settings.max_new_tokens
     return built
 
 
-def _build_composite(
-    llm: str,
-    slm: str,
-    llm_tokenizer: str | None,
-    slm_tokenizer: str | None,
-    lengths: tuple[int | None, int | None],
-    kwargs: dict[str, Any],
-) -> TextToText:
-    from modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
-    from modeling_llm2slm.processing_llm2slm import are_same_tokenizer
-
-    reader = _tokenizer(llm, llm_tokenizer, "LLM")
-    writer = _tokenizer(slm, slm_tokenizer or (llm_tokenizer if _is_config(slm) else None), "SLM", fallback=llm)
-    parts: dict[str, Any] = {}
-    if _is_config(llm):
-        parts["encoder_model"], _ = _part(AutoModelForTextEncoding, llm, reader)
-    if _is_config(slm):
-        encoder_decoder = load(AutoConfig, slm).is_encoder_decoder
-        parts["decoder_model"], _ = _part(
-            AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM, slm, writer
-        )
-    options = {"shared_tokenizer": are_same_tokenizer(reader, writer), **parts, **kwargs}
-    paths = (None if _is_config(llm) else llm, None if _is_config(slm) else slm)
-    try:
-        model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(*paths, **options)
-    except (AttributeError, SafetensorError) as error:  # no such dtype; a damaged file
-        raise OSError(f"{llm} and {slm} cannot be put together: {str(error).splitlines()[0]}") from error
-    return EncoderDecoderTextToText(model, LLM2SLMProcessor(reader, writer, *lengths))
+def with_overrides(settings: BuildSettings, config: dict[str, Any]) -> tuple[BuildSettings, dict[str, Any]]:
+    """Return settings with those that `config` overrides, and the rest of `config` with the model's own settings."""
+    names = {field.name for field in fields(BuildSettings)}
+    settings = replace(settings, **{name: value for name, value in config.items() if name in names})
+    values = {name: getattr(settings, name) for name in CONFIG_SETTINGS}
+    rest = {name: value for name, value in config.items() if name not in names}
+    return settings, {**{name: value for name, value in values.items() if value is not None}, **rest}
 
 
-def _build_preset(
-    preset: str,
-    llm_tokenizer: str | None,
-    slm_tokenizer: str | None,
-    lengths: tuple[int | None, int | None],
-    kwargs: dict[str, Any],
-) -> TextToText:
-    from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
-    from modeling_llm2slm.processing_llm2slm import are_same_tokenizer
-
-    file = preset if _is_config(preset) else _preset_file(preset)
-    reader = _tokenizer(file, llm_tokenizer, "LLM")
-    writer = _tokenizer(file, slm_tokenizer or llm_tokenizer, "SLM")
-    config = load(LLM2SLMConfig, file, shared_tokenizer=are_same_tokenizer(reader, writer), **kwargs)
-    _check_vocabulary(preset, config.encoder, reader)
-    _check_vocabulary(preset, config.decoder, writer)
-    processor = LLM2SLMProcessor(reader, writer, *lengths)
-    return EncoderDecoderTextToText(LLM2SLMForConditionalGeneration(config).eval(), processor)
-
-
-def preset_config(preset: str) -> LLM2SLMConfig:
-    """The config of a preset, by its name or the path to one; `ValueError` if there is none of that name."""
-    from modeling_llm2slm import LLM2SLMConfig
-
-    return load(LLM2SLMConfig, preset if _is_config(preset) else _preset_file(preset))
-
-
-def _preset_file(name: str) -> str:
-    from importlib.resources import files
-
-    folder = Path(str(files("modeling_llm2slm.configuration")))
-    if not (folder / f"{name}.json").is_file():
-        names = ", ".join(sorted(path.stem for path in folder.glob("*.json")))
-        raise ValueError(f"There is no preset {name!r}; there are {names}.")
-    return str(folder / f"{name}.json")
-
-
-def _is_config(source: str) -> bool:
+def is_config(source: str) -> bool:
+    """Whether a model is named by its config file, which gives random weights."""
     return source.endswith(".json")
 
 
-def _tokenizer(model: str, tokenizer: str | None, part: str, fallback: str | None = None) -> PreTrainedTokenizerBase:
-    if tokenizer is None and _is_config(model):
-        tokenizer = fallback if fallback is not None and not _is_config(fallback) else None
+def _build_alone(llm: str | None, slm: str | None, settings: BuildSettings, config: dict[str, Any]) -> TextToText:
+    if config:
+        raise ValueError(f"{', '.join(config)} needs both an LLM and an SLM.")
+    if llm:
+        tokenizer = load_tokenizer(llm, settings.llm_tokenizer, "LLM")
+        return EncoderDecoderTextToText(_load_or_create(AutoModelForSeq2SeqLM, llm, tokenizer, "LLM"), tokenizer)
+    assert slm
+    tokenizer = load_tokenizer(slm, settings.slm_tokenizer, "SLM")
+    return DecoderOnlyTextToText(_load_or_create(AutoModelForCausalLM, slm, tokenizer, "SLM"), tokenizer)
+
+
+def _build_composite(llm: str, slm: str, settings: BuildSettings, config: dict[str, Any]) -> TextToText:
+    default = settings.llm_tokenizer if is_config(slm) else None
+    reader = load_tokenizer(llm, settings.llm_tokenizer, "LLM")
+    writer = load_tokenizer(slm, settings.slm_tokenizer or default, "SLM", fallback=llm)
+    parts: dict[str, Any] = {}
+    if is_config(llm):
+        parts["encoder_model"] = _load_or_create(AutoModelForTextEncoding, llm, reader, "LLM")
+    if is_config(slm):
+        is_encoder_decoder = load(AutoConfig, slm).is_encoder_decoder
+        auto_class = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
+        parts["decoder_model"] = _load_or_create(auto_class, slm, writer, "SLM")
+    options = {"shared_tokenizer": are_same_tokenizer(reader, writer), **parts, **config}
+    paths = (None if is_config(llm) else llm, None if is_config(slm) else slm)
+    try:
+        model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(*paths, **options)
+    except (AttributeError, SafetensorError) as error:  # an unknown dtype; a damaged file
+        raise OSError(f"{llm} and {slm} cannot be put together: {first_line(error)}") from error
+    return LLM2SLMTextToText(model, new_processor(reader, writer, settings))
+
+
+def _build_preset(preset: str, settings: BuildSettings, config: dict[str, Any]) -> TextToText:
+    file = _preset_file(preset)
+    reader = load_tokenizer(file, settings.llm_tokenizer, "LLM")
+    writer = load_tokenizer(file, settings.slm_tokenizer or settings.llm_tokenizer, "SLM")
+    for name in ("encoder_revision", "decoder_revision"):
+        if name in config:
+            raise ValueError(f"A preset has random weights and no {name}: leave it out.")
+    composite = load(LLM2SLMConfig, file, shared_tokenizer=are_same_tokenizer(reader, writer), **config)
+    _check_vocabulary(preset, composite.encoder, reader)
+    _check_vocabulary(preset, composite.decoder, writer)
+    model = LLM2SLMForConditionalGeneration(composite).eval()
+    return LLM2SLMTextToText(model, new_processor(reader, writer, settings))
+
+
+def new_processor(
+    reader: PreTrainedTokenizerBase, writer: PreTrainedTokenizerBase, settings: BuildSettings
+) -> LLM2SLMProcessor:
+    """Return the processor of the LLM's tokenizer and the SLM's, with the lengths of the settings."""
+    return LLM2SLMProcessor(reader, writer, settings.prompt_max_length, settings.target_max_length)
+
+
+def preset_config(preset: str) -> LLM2SLMConfig:
+    """Return the config of a preset, by its name or its path; an unknown name raises `ValueError`."""
+    return load(LLM2SLMConfig, _preset_file(preset))
+
+
+def _preset_file(preset: str) -> str:
+    if is_config(preset):
+        return preset
+    folder = Path(str(files("modeling_llm2slm.configuration")))
+    if not (folder / f"{preset}.json").is_file():
+        names = ", ".join(sorted(path.stem for path in folder.glob("*.json")))
+        raise ValueError(f"There is no preset {preset!r}; there are {names}.")
+    return str(folder / f"{preset}.json")
+
+
+def load_tokenizer(
+    model: str, tokenizer: str | None, part: str, fallback: str | None = None
+) -> PreTrainedTokenizerBase:
+    """
+    Load the tokenizer of a part.
+
+    Args:
+        model: The part, whose own tokenizer is loaded by default. A config file has none.
+        tokenizer: A folder or a name on the Hub, in place of the part's own.
+        part: `"LLM"` or `"SLM"`, for the error.
+        fallback: The model whose tokenizer a config file gets.
+    """
+    if tokenizer is None and is_config(model):
+        tokenizer = fallback if fallback is not None and not is_config(fallback) else None
         if tokenizer is None:
-            raise ValueError(f"{model} is a config, which brings no tokenizer: name one for the {part}.")
+            raise ValueError(f"{model} is a config without a tokenizer: name one for the {part}.")
     return load(AutoTokenizer, tokenizer or model)
 
 
-def _part(
-    auto_class: Any, source: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model with the weights of a checkpoint, or with random ones where `source` is a config file."""
+def _load_or_create(auto_class: Any, source: str, tokenizer: PreTrainedTokenizerBase, part: str) -> PreTrainedModel:
     config = part_config(source, tokenizer)
+    check_part(auto_class, config, source, part)
+    if is_config(source):
+        return auto_class.from_config(config).eval()
+    return load(auto_class, source, dtype="auto")
+
+
+def check_part(auto_class: Any, config: PreTrainedConfig, source: str, part: str) -> None:
+    """Raise `ValueError` if a model of this kind cannot be the LLM or the SLM."""
     if type(config) not in auto_class._model_mapping:
-        raise ValueError(f"{source} is a {config.model_type} model, which cannot take this part.")
-    if not _is_config(source):
-        return load(auto_class, source, dtype="auto"), tokenizer
-    return auto_class.from_config(config).eval(), tokenizer
+        raise ValueError(f"{source}: a {config.model_type} model cannot be the {part}.")
 
 
 def part_config(source: str, tokenizer: PreTrainedTokenizerBase | str) -> PreTrainedConfig:
-    """The config of a model; of a config file, with the special tokens of a tokenizer, or of where one is."""
+    """Return the config of a part; a config file gets the special tokens of the tokenizer (or of the one named)."""
     config = load(AutoConfig, source)
-    if not _is_config(source):
+    if not is_config(source):
         return config
     if isinstance(tokenizer, str):
         tokenizer = load(AutoTokenizer, tokenizer)

@@ -1,20 +1,22 @@
-"""Two checkpoints become one."""
+"""Compose a pretrained LLM and a pretrained SLM to one checkpoint."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from modeling_llm2slm.checkpoint_llm2slm import LLM_PREFIX
-from modeling_llm2slm.files_llm2slm import first_line
-from modeling_llm2slm.inference.text_to_text import load, load_model, one_sentence
+from modeling_llm2slm.inference.loading import load, load_model, one_sentence
 from modeling_llm2slm.parts_llm2slm import llm_class, slm_class
-from modeling_llm2slm.processing_llm2slm import have_same_tokenizer
+from modeling_llm2slm.processing_llm2slm import are_same_tokenizer
+from modeling_llm2slm.settings import BuildSettings
 
+from .build import check_part, new_processor, with_overrides
 from .output import output_folder, save_without_weights, write_weights
 from .report import Report, check_finite, probe, slm_logits
 
@@ -27,74 +29,97 @@ def compose(
     llm: str | Path,
     slm: str | Path,
     output: str | Path,
+    settings: BuildSettings = BuildSettings(),  # noqa: B008 - immutable
     *,
-    force: bool = False,
-    max_shard_size: int | str = "1GB",
-    encoder_dtype: str | None = None,
-    decoder_dtype: str | None = None,
-    **kwargs: Any,
+    overwrite: bool = False,
+    progress: Callable[[str], None] = lambda step: None,
+    **config: Any,
 ) -> Report:
     """
-    Put an LLM and an SLM together without ever holding either in memory: a new projector, and all weights as they are.
+    Compose an LLM and an SLM without loading them into memory: their own weights, and a new projector.
 
-    Weights stay mapped from their files and are written shard by shard, so that an LLM larger than the memory will do.
+    Weights stay mapped from their files and are written shard by shard, so the LLM may be larger than the memory.
 
     Args:
-        llm: Folder or repository of the LLM.
-        slm: Folder or repository of the SLM.
+        llm: Folder of the LLM, or its name on the Hub.
+        slm: Folder of the SLM, or its name on the Hub.
         output: The folder to write to.
-        force: Replace what is there.
-        max_shard_size: The size of a shard, and of the memory needed where a dtype changes.
-        encoder_dtype: The dtype to write the LLM in, such as `"bfloat16"` (default: its own).
-        decoder_dtype: The dtype to write projector and SLM in (default: the SLM's own).
-        kwargs:
-            `fusion`, `encoder_layer` and other values of [`LLM2SLMConfig`]; `encoder_revision`, `decoder_revision` and
-            other arguments of the repository, as for `from_encoder_decoder_pretrained`.
+        settings:
+            `max_shard_size` is also the memory that a change of dtype needs. The dtypes default to those of the parts;
+            the projector gets the SLM's.
+        overwrite: Replace an existing folder.
+        progress: Called with a few words at every step.
+        config:
+            Fields of [`BuildSettings`], which override `settings`; other values of [`LLM2SLMConfig`]; other arguments
+            of the two repositories, such as `encoder_subfolder`.
 
     Raises:
-        OSError: If a source cannot be read or the output cannot be written.
-        ValueError: If the parts do not fit, or the result is not what it was made from.
+        OSError: If a part cannot be read, or if the output cannot be written.
+        ValueError: If the parts do not fit together, or if the result differs from them.
     """
-    dtypes = {"encoder": _dtype("encoder", encoder_dtype), "decoder": _dtype("decoder", decoder_dtype)}
+    settings, config = with_overrides(settings, config)
+    dtypes = {part: _dtype(part, config.pop(f"{part}_dtype", None)) for part in ("encoder", "decoder")}
+    set_seed(settings.seed)
     report = Report(f"{llm} and {slm} become {output}")
-    source = _put_together(str(llm), str(slm), kwargs)
+    progress("loading")
+    processor = _find_processor(str(llm), str(slm), settings, config)
+    is_shared = isinstance(processor, LLM2SLMProcessor) and are_same_tokenizer(
+        processor.tokenizer, processor.decoder_tokenizer
+    )
+    source = _put_together(str(llm), str(slm), {"shared_tokenizer": is_shared, **config})
+    if settings.max_new_tokens is not None:
+        source.generation_config.max_new_tokens = settings.max_new_tokens
     state = {name: tensor for name, tensor in source.state_dict().items() if name not in source.all_tied_weights_keys}
-    cast = {}
-    for name, tensor in state.items():
-        dtype = dtypes["encoder" if name.startswith(LLM_PREFIX) else "decoder"]
-        if dtype is not None and tensor.is_floating_point():
-            cast[name] = dtype
+    cast = _changed_dtypes(state, dtypes)
     needed = sum(tensor.numel() * cast.get(name, tensor.dtype).itemsize for name, tensor in state.items())
-    with output_folder(output, force, needed) as folder:
+    with output_folder(output, overwrite, needed) as folder:
+        progress("writing")
         save_without_weights(source, folder, Path(output).name)
         _write_dtypes(source, dtypes, folder)
-        report.add("files of weights", write_weights(folder, state, cast, max_shard_size))
+        report.add("files of weights", write_weights(folder, state, cast, settings.max_shard_size))
         report.add("bytes of weights", needed)
-        _write_processor(llm, slm, folder, report, kwargs)
+        _write_processor(processor, folder, report)
+        progress("comparing")
         _verify(source, folder, cast, report)
     return report
 
 
-def _put_together(llm: str, slm: str, kwargs: dict[str, Any]) -> LLM2SLMForConditionalGeneration:
-    """The composite of two checkpoints as they are, mapped from their files."""
-    parts, hubs = {}, []
-    for part, path, find_class in (("encoder", llm, llm_class), ("decoder", slm, slm_class)):
-        hubs.append(hub := _hub(part, kwargs))
-        config = load(AutoConfig, path, **hub)
+def _find_processor(llm: str, slm: str, settings: BuildSettings, config: dict[str, Any]) -> LLM2SLMProcessor | str:
+    """Return the processor of both tokenizers, or the reason why there is none."""
+    tokenizers = []
+    for path, named, part in ((llm, settings.llm_tokenizer, "encoder"), (slm, settings.slm_tokenizer, "decoder")):
+        if named is not None:
+            tokenizers.append(load(AutoTokenizer, named))
+            continue
+        hub = _hub(part, config)
+        # transformers may load a tokenizer of special tokens alone from a folder without a vocabulary.
+        place = Path(path) / (hub.get("subfolder") or "")
+        if Path(path).is_dir() and not any((place / name).is_file() for name in VOCABULARIES):
+            return f"none, as {place} has no tokenizer"
+        try:
+            tokenizers.append(load(AutoTokenizer, path, **hub))
+        except OSError as error:
+            return f"none, as a tokenizer is missing: {error}"
+    return new_processor(*tokenizers, settings)
+
+
+def _put_together(llm: str, slm: str, config: dict[str, Any]) -> LLM2SLMForConditionalGeneration:
+    """Return the model of two checkpoints as they are, mapped from their files."""
+    parts = {}
+    for part, role, path, find_class in (("encoder", "LLM", llm, llm_class), ("decoder", "SLM", slm, slm_class)):
+        hub = _hub(part, config)
+        part_config = load(AutoConfig, path, **hub)
         with one_sentence(path):
-            auto_class = find_class(config)
-            if type(config) not in auto_class._model_mapping:
-                raise ValueError(f"a {config.model_type} model cannot be the {'LLM' if part == 'encoder' else 'SLM'}")
+            auto_class = find_class(part_config)
+        check_part(auto_class, part_config, path, role)
         parts[f"{part}_model"] = model = load_model(auto_class, path, **hub)
         check_finite(model.state_dict())
-    if "shared_tokenizer" not in kwargs:
-        kwargs = kwargs | {"shared_tokenizer": have_same_tokenizer(llm, slm, *hubs)}
-    return LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(**parts, **kwargs)
+    return LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(**parts, **config)
 
 
-def _hub(part: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of one part's repository, without the part's name."""
-    return {key: kwargs[f"{part}_{key}"] for key in HUB_ARGUMENTS if f"{part}_{key}" in kwargs}
+def _hub(part: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of one part's repository, without the prefix of the part."""
+    return {key: config[f"{part}_{key}"] for key in HUB_ARGUMENTS if f"{part}_{key}" in config}
 
 
 def _dtype(part: str, name: str | None) -> torch.dtype | None:
@@ -104,8 +129,18 @@ def _dtype(part: str, name: str | None) -> torch.dtype | None:
     return dtype
 
 
+def _changed_dtypes(state: dict[str, torch.Tensor], dtypes: dict[str, torch.dtype | None]) -> dict[str, torch.dtype]:
+    """Return the dtype of each tensor that does not keep its own."""
+    changed = {}
+    for name, tensor in state.items():
+        dtype = dtypes["encoder" if name.startswith(LLM_PREFIX) else "decoder"]
+        if dtype is not None and tensor.is_floating_point():
+            changed[name] = dtype
+    return changed
+
+
 def _write_dtypes(source: Any, dtypes: dict[str, torch.dtype | None], folder: Path) -> None:
-    """The config of what is written, where dtypes are not those of `source`."""
+    """Write the config again with the dtypes of the weights, which may differ from those of `source`."""
     slm = dtypes["decoder"] or source.dtype
     llm = dtypes["encoder"] or source.encoder.llm.dtype
     config = AutoConfig.from_pretrained(folder)
@@ -116,18 +151,9 @@ def _write_dtypes(source: Any, dtypes: dict[str, torch.dtype | None], folder: Pa
     config.save_pretrained(folder)
 
 
-def _write_processor(llm: str | Path, slm: str | Path, folder: Path, report: Report, kwargs: dict[str, Any]) -> None:
-    hub = {f"{part}_{key}": value for part in ("encoder", "decoder") for key, value in _hub(part, kwargs).items()}
-    for path, part in ((Path(llm), "encoder"), (Path(slm), "decoder")):
-        # Of a folder without a vocabulary, transformers may load a tokenizer of special tokens alone.
-        place = path / (hub.get(f"{part}_subfolder") or "")
-        if path.is_dir() and not any((place / name).is_file() for name in VOCABULARIES):
-            report.add("processor", f"none, as {place} has no tokenizer")
-            return
-    try:
-        processor = LLM2SLMProcessor.from_encoder_decoder_pretrained(str(llm), str(slm), **hub)
-    except Exception as error:  # each tokenizer has its own
-        report.add("processor", f"none, as a tokenizer is missing: {first_line(error)}")
+def _write_processor(processor: LLM2SLMProcessor | str, folder: Path, report: Report) -> None:
+    if isinstance(processor, str):
+        report.add("processor", processor)
         return
     processor.save_pretrained(folder)
     report.add("processor", "of both tokenizers")
@@ -139,11 +165,11 @@ def _verify(source: Any, folder: Path, cast: dict[str, torch.dtype], report: Rep
     state = written.state_dict()
     for name in expected.keys() - source.all_tied_weights_keys.keys():
         if not torch.equal(state[name], expected[name].to(cast.get(name))):
-            raise ValueError(f"{name} is not what it was after the conversion; nothing is kept.")
+            raise ValueError(f"{name} changed in the conversion; nothing is kept.")
     report.add("weights compared", len(expected))
     tolerance = 0.05 if cast else 0.0  # bfloat16 keeps 8 bits, through dozens of layers
-    prompt, answer = probe(source.config.encoder.vocab_size), probe(source.config.vocab_size)
-    states = [llm(input_ids=prompt).last_hidden_state for llm in (written.encoder.llm, source.encoder.llm)]
-    report.compare("hidden states of the LLM", states, tolerance)
-    logits = [slm_logits(slm, answer) for slm in (written.decoder, source.decoder)]
+    prompt, output = probe(source.config.encoder.vocab_size), probe(source.config.vocab_size)
+    hidden_states = [llm(input_ids=prompt).last_hidden_state for llm in (written.encoder.llm, source.encoder.llm)]
+    report.compare("hidden states of the LLM", hidden_states, tolerance)
+    logits = [slm_logits(slm, output) for slm in (written.decoder, source.decoder)]
     report.compare("logits of the SLM", logits, tolerance)

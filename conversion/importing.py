@@ -1,4 +1,4 @@
-"""What other composites trained is taken over, as far as it has a place here."""
+"""Import trained weights of other composite models, as far as they have a counterpart here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import AutoConfig, EncoderDecoderConfig
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.files_llm2slm import open_weights, shape_of, weight_files
-from modeling_llm2slm.inference.text_to_text import load, load_model, one_sentence
+from modeling_llm2slm.inference.loading import load, load_model, one_sentence
 from modeling_llm2slm.parts_llm2slm import llm_class, slm_class
 
 from .output import composite_config, copy_processor, dtype_of, output_folder, size_of
@@ -19,7 +19,7 @@ from .report import Report, check_finite, composite_logits, groups, probe, slm_l
 
 
 CROSS_ATTENTION = (".crossattention.", ".ln_cross_attn.")
-# The names that LLaVA and its descendants give to a projector of two layers.
+# Names that LLaVA and its descendants give to a projector of two layers.
 KNOWN_NAMES = {
     "multi_modal_projector.linear_1": "projector.linear_1",
     "multi_modal_projector.linear_2": "projector.linear_2",
@@ -33,30 +33,29 @@ KNOWN_NAMES = {
 
 
 def import_encoder_decoder(
-    checkpoint: str | Path, output: str | Path, *, fusion: str = "add", force: bool = False
+    checkpoint: str | Path, output: str | Path, *, fusion: str = "add", overwrite: bool = False
 ) -> Report:
     """
-    Make a composite of an `EncoderDecoderModel`: its encoder as LLM, its decoder without cross-attention as SLM.
+    Convert an `EncoderDecoderModel`: its encoder becomes the LLM, its decoder without cross-attention the SLM.
 
-    What the decoder learned to read through cross-attention has no place here, so the result, with its new projector,
-    has to be trained.
+    The weights of cross-attention have no counterpart here, so the result has to be trained, with its new projector.
 
     Args:
-        checkpoint: Folder or repository of the `EncoderDecoderModel`, of a T5-family encoder and a GPT-2 decoder.
+        checkpoint: Folder of the `EncoderDecoderModel`, or its name on the Hub: a T5-family encoder, a GPT-2 decoder.
         output: The folder to write to.
-        fusion: `"add"` or `"replace"`.
-        force: Replace what is there.
+        fusion: Fusion of the result, see [`LLM2SLMConfig`].
+        overwrite: Replace an existing folder.
 
     Raises:
         OSError: If something cannot be read or written.
-        ValueError: If it is another kind of model.
+        ValueError: If the checkpoint is another kind of model.
     """
     config = load(AutoConfig, checkpoint)
     if not isinstance(config, EncoderDecoderConfig):
         raise ValueError(f"{checkpoint} is a {config.model_type} model, not an encoder-decoder of two models.")
     on_hub = not Path(checkpoint).is_dir()
     weights = open_weights(weight_files(checkpoint, on_hub))
-    report, parts = Report(f"{checkpoint} becomes the composite {output}"), {}
+    report, parts = Report(f"{checkpoint} becomes the LLM-to-SLM checkpoint {output}"), {}
     dropped = {name for name in weights if not name.startswith(("encoder.", "decoder."))}
     for part, find_class in (("encoder", llm_class), ("decoder", slm_class)):
         state = {name: tensor for name, tensor in weights.items() if name.startswith(f"{part}.")}
@@ -67,26 +66,27 @@ def import_encoder_decoder(
         parts[f"{part}_model"] = taken = _part(checkpoint, find_class, getattr(config, part), state)
         unused = state.keys() - taken.state_dict().keys()
         dropped |= {f"{part}.{name}" for name in unused}  # such as the decoder of a T5 that is the encoder here
-        report.add(f"tensors of the {'LLM' if part == 'encoder' else 'SLM'} carried over", len(state) - len(unused))
-    report.add("not carried over", groups(dropped, _group))
+        report.add(f"tensors of the {'LLM' if part == 'encoder' else 'SLM'} imported", len(state) - len(unused))
+    report.add("not imported", groups(dropped, _group))
     model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(**parts, fusion=fusion)
     model.config.llm_source = model.config.slm_source = None  # neither part is a checkpoint of its own
     report.add("projector", "new: train the result")
-    with output_folder(output, force, size_of(model.state_dict())) as folder:
+    with output_folder(output, overwrite, size_of(model.state_dict())) as folder:
         model.save_pretrained(folder, card={"name": Path(output).name})
         copy_processor(checkpoint, folder, report)
         written = load_model(LLM2SLMForConditionalGeneration, folder)
-        prompt, answer = probe(config.encoder.vocab_size), probe(model.config.vocab_size)
+        prompt, probed = probe(config.encoder.vocab_size), probe(model.config.vocab_size)
         with torch.no_grad():
-            states = [llm(input_ids=prompt).last_hidden_state for llm in (written.encoder.llm, parts["encoder_model"])]
-        report.compare("hidden states of the LLM", states)
-        logits = [slm_logits(slm, answer) for slm in (written.decoder, parts["decoder_model"])]
+            llms = written.encoder.llm, parts["encoder_model"]
+            hidden_states = [llm(input_ids=prompt).last_hidden_state for llm in llms]
+        report.compare("hidden states of the LLM", hidden_states)
+        logits = [slm_logits(slm, probed) for slm in (written.decoder, parts["decoder_model"])]
         report.compare("logits of the SLM", logits)
     return report
 
 
 def _group(name: str) -> str:
-    """What a tensor that is left out belongs to."""
+    """Return the group of a tensor that is not imported."""
     mark = next((mark for mark in CROSS_ATTENTION if mark in name), None)
     return mark.strip(".") if mark else ".".join(name.split(".")[: 2 if name.startswith("encoder.") else 1])
 
@@ -95,7 +95,7 @@ def _part(checkpoint: str | Path, find_class: Any, config: Any, state: dict[str,
     config.add_cross_attention = False
     auto_class = find_class(config)
     if type(config) not in auto_class._model_mapping:
-        raise ValueError(f"{checkpoint} has a {config.model_type} part, which has no place in a composite.")
+        raise ValueError(f"{checkpoint} has a {config.model_type} part, which can be neither LLM nor SLM.")
     with one_sentence(checkpoint):
         kind = auto_class._model_mapping[type(config)]
         model, loading = kind.from_pretrained(
@@ -113,41 +113,41 @@ def import_projector(
     *,
     mapping: str | Path | None = None,
     include_llm: bool = True,
-    force: bool = False,
+    overwrite: bool = False,
 ) -> Report:
     """
-    Put a projector of two linear layers from elsewhere into a composite.
+    Replace the projector of an LLM-to-SLM checkpoint by one of two linear layers from another model.
 
     Args:
-        projector: A safetensors file that holds its tensors; others in it are left alone.
-        into: Folder or repository of the composite that takes it in.
+        projector: A safetensors file with its tensors; other tensors of the file are ignored.
+        into: Folder of the LLM-to-SLM checkpoint, or its name on the Hub.
         output: The folder to write to.
         mapping:
             A JSON file that maps names in `projector` to names here: `projector.linear_1.weight`,
             `projector.linear_1.bias`, the same for `linear_2`, and `prompt_embedding.weight`; a name without
             `.weight` and `.bias` stands for both. Default: the names that LLaVA uses.
-        include_llm: Whether the result holds the LLM.
-        force: Replace what is there.
+        include_llm: Whether the result contains the LLM.
+        overwrite: Replace an existing folder.
 
     Raises:
         OSError: If something cannot be read or written.
-        ValueError: If a name is unknown, a tensor missing or of another shape.
+        ValueError: If a name is unknown, or if a tensor is missing or has another shape.
     """
     composite_config(into)
     model = load_model(LLM2SLMForConditionalGeneration, into)
     names = KNOWN_NAMES if mapping is None else _read_mapping(mapping)
     found = _rename(open_weights([projector]), names, complete=mapping is not None)
     report = Report(f"The projector of {projector} and the rest of {into} become {output}")
-    _take_in(model, found, projector)
-    report.add("tensors carried over", ", ".join(sorted(found)))
-    report.add("not carried over", "the activation: a projector here has ReLU, one of LLaVA has GELU")
+    _copy_into(model, found, projector)
+    report.add("tensors imported", ", ".join(sorted(found)))
+    report.add("not imported", "the activation: a projector here has ReLU, one of LLaVA has GELU")
     expected = composite_logits(model)
     named = None if include_llm else model.config.llm_source
-    with output_folder(output, force, size_of(model.state_dict()), named) as folder:
+    with output_folder(output, overwrite, size_of(model.state_dict()), named) as folder:
         model.save_pretrained(folder, include_llm, card={"name": Path(output).name})
         copy_processor(into, folder, report)
         written = load_model(LLM2SLMForConditionalGeneration, folder)
-        report.compare("answers", (composite_logits(written), expected))
+        report.compare("outputs", (composite_logits(written), expected))
     return report
 
 
@@ -159,12 +159,12 @@ def _read_mapping(file: str | Path) -> dict[str, str]:
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}.") from error
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f'{file} maps no names: it must be like {{"mm_projector.0": "projector.linear_1"}}.')
+        raise ValueError(f'{file} is not a mapping of names such as {{"mm_projector.0": "projector.linear_1"}}.')
     return names
 
 
 def _rename(tensors: dict[str, Any], names: dict[str, str], complete: bool) -> dict[str, Any]:
-    """Tensors under their names here. `complete`: every name of the mapping must be there."""
+    """Return tensors under their names here. With `complete`, every name of the mapping must be in the file."""
     found = {}
     for theirs, ours in names.items():
         matches = [ending for ending in ("", ".weight", ".bias") if theirs + ending in tensors]
@@ -174,19 +174,19 @@ def _rename(tensors: dict[str, Any], names: dict[str, str], complete: bool) -> d
     return found
 
 
-def _take_in(model: Any, found: dict[str, Any], projector: str | Path) -> None:
+def _copy_into(model: Any, found: dict[str, Any], projector: str | Path) -> None:
     own = {name.removeprefix("encoder."): tensor for name, tensor in model.state_dict().items()}
     own = {name: tensor for name, tensor in own.items() if name.startswith(("projector.", "prompt_embedding."))}
     for name in found.keys() - own.keys():
-        raise ValueError(f"A composite of this kind has no {name}; it has {', '.join(own)}.")
+        raise ValueError(f"The checkpoint has no {name}; it has {', '.join(own)}.")
     for name in own.keys() - found.keys():
         if name.startswith("projector."):
-            raise ValueError(f"{projector} has nothing for {name}. Name its tensors with --mapping.")
+            raise ValueError(f"{projector} has no tensor for {name}. Map its names with --mapping.")
     for name, tensor in found.items():
         if shape_of(tensor) != tuple(own[name].shape):
             raise ValueError(
-                f"{name} has shape {shape_of(tensor)} in {projector}, but {tuple(own[name].shape)} here: it belongs "
-                "to models of other widths."
+                f"{name} has shape {shape_of(tensor)} in {projector}, but {tuple(own[name].shape)} here: the "
+                "projector belongs to models of other widths."
             )
     values = {name: tensor[...] for name, tensor in found.items()}
     check_finite(values)

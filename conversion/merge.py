@@ -1,4 +1,4 @@
-"""A composite and a LoRA adapter of it become a plain composite."""
+"""Merge a LoRA adapter into the LLM-to-SLM checkpoint that it adapts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
-from modeling_llm2slm.inference.text_to_text import load_model, one_sentence
+from modeling_llm2slm.inference.loading import load_model, one_sentence
 
 from .output import composite_config, copy_processor, output_folder, size_of
 from .report import Report, check_finite, composite_logits
@@ -19,21 +19,21 @@ def merge(
     *,
     base: str | Path | None = None,
     include_llm: bool = True,
-    force: bool = False,
+    overwrite: bool = False,
 ) -> Report:
     """
     Add an adapter's weights to those of its base.
 
     Args:
-        adapter: The folder that peft saved the adapter to, or its repository.
+        adapter: The folder that peft saved the adapter to, or its name on the Hub.
         output: The folder to write to.
-        base: Folder or repository of the composite (default: what the adapter says).
-        include_llm: Whether the result holds the LLM, or says where it is (a lean checkpoint).
-        force: Replace what is there.
+        base: Folder of the LLM-to-SLM checkpoint, or its name on the Hub (default: the one that the adapter names).
+        include_llm: Whether the result contains the LLM, or only records where it is (a lean checkpoint).
+        overwrite: Replace an existing folder.
 
     Raises:
         OSError: If something cannot be read or written, or the adapter belongs to another model.
-        ValueError: If the result does not answer as base and adapter do.
+        ValueError: If the outputs of the result differ from those of base and adapter.
     """
     from peft import PeftConfig, PeftModel
 
@@ -42,7 +42,7 @@ def merge(
     with one_sentence(adapter):
         place = base if base is not None else PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     if not place:
-        raise ValueError(f"{adapter} does not say what it adapts: name the composite with --base.")
+        raise ValueError(f"{adapter} does not name the checkpoint that it adapts: name it with --base.")
     composite_config(place)
     model = load_model(LLM2SLMForConditionalGeneration, place)
     check_finite(model.state_dict())
@@ -54,12 +54,12 @@ def merge(
     with one_sentence(adapter):
         merged = adapted.merge_and_unload(safe_merge=True)
     merged.config.llm_source = source
-    with output_folder(output, force, size_of(merged.state_dict()), None if include_llm else source) as folder:
+    with output_folder(output, overwrite, size_of(merged.state_dict()), None if include_llm else source) as folder:
         merged.save_pretrained(folder, include_llm, card={"name": Path(output).name})
         copy_processor(place, folder, report)
         written = load_model(LLM2SLMForConditionalGeneration, folder)
-        tolerance = 0.05 if merged.dtype.itemsize < 4 else 1e-3  # sums in another order; bfloat16 keeps 8 bits
-        report.compare("answers", (composite_logits(written), expected), tolerance)
+        tolerance = 0.05 if merged.dtype.itemsize < 4 else 1e-3  # a different order of sums; bfloat16 keeps 8 bits
+        report.compare("outputs", (composite_logits(written), expected), tolerance)
         report.add("adapter", _describe(Path(adapter)))
     return report
 
@@ -67,4 +67,4 @@ def merge(
 def _describe(adapter: Path) -> str:
     file = adapter / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return f"{config.get('peft_type', 'of peft')}, rank {config.get('r', 'unknown')}"
+    return f"{config.get('peft_type', 'an adapter')}, rank {config.get('r', 'unknown')}"

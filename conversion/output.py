@@ -1,4 +1,4 @@
-"""Where a conversion writes: in place whole or not at all, and never over what is there unless told to."""
+"""Output folders of conversions: complete or not written at all, and replaced only on request."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
+from rich.filesize import decimal
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoProcessor
 from transformers.utils.logging import tqdm
@@ -20,37 +21,37 @@ from transformers.utils.logging import tqdm
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMProcessor
 from modeling_llm2slm.checkpoint_llm2slm import check_not_replaced
 from modeling_llm2slm.files_llm2slm import INDEX, WEIGHTS, atomic_write, first_line
-from modeling_llm2slm.inference.text_to_text import load
+from modeling_llm2slm.inference.loading import load
 
 from .report import Report
 
 
 @contextmanager
 def output_folder(
-    path: str | Path, force: bool, needed: int = 0, named: Mapping[str, Any] | None = None
+    path: str | Path, overwrite: bool, needed: int = 0, named: Mapping[str, Any] | None = None
 ) -> Iterator[Path]:
     """
-    A folder to write to that becomes `path` at the end.
+    Yield a temporary folder that becomes `path` at the end.
 
     Args:
-        path: Where the result goes.
-        force: Whether a folder that is there and not empty is replaced.
-        needed: The size of the result in bytes, which must be free on the disk.
-        named: The source of an LLM that the result names, and so must not replace.
+        path: The output folder.
+        overwrite: Replace an existing folder that is not empty.
+        needed: Size of the result in bytes; the disk must have as much free space.
+        named: The source of an LLM that the result refers to, so the result must not replace it.
 
     Raises:
-        FileExistsError: If there is something at `path`.
-        OSError: If the disk is too full, before or while it is written.
-        ValueError: If the LLM is in `path`.
+        FileExistsError: If `path` exists and is not empty.
+        OSError: If the disk is full, before or during the conversion.
+        ValueError: If the LLM is inside `path`.
     """
     path = Path(path)
     check_not_replaced(named, path, emptied=True)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())) and not force:
-        raise FileExistsError(f"{path} is not empty. Choose another folder, or add --overwrite (`force=True`).")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())) and not overwrite:
+        raise FileExistsError(f"{path} is not empty. Choose another folder, or add --overwrite (`overwrite=True`).")
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if needed > free:
-        raise OSError(f"{path} needs {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free. Choose another disk.")
+        raise OSError(f"{path} needs {decimal(needed)}, but {decimal(free)} are free. Choose another disk.")
     with atomic_write(path, keep=False) as folder, _quiet():
         try:
             yield folder
@@ -62,31 +63,31 @@ def output_folder(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without notes on a folder that will have another name."""
-    notes = logging.getLogger("modeling_llm2slm")
-    level = notes.level
-    notes.setLevel(logging.ERROR)
+    """Silence notes that name the temporary folder."""
+    logger = logging.getLogger("modeling_llm2slm")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        notes.setLevel(level)
+        logger.setLevel(level)
 
 
 def composite_config(checkpoint: str | Path, **hub: Any) -> LLM2SLMConfig:
-    """The config of what must be a composite."""
+    """Return the config of an LLM-to-SLM checkpoint; any other model raises `ValueError`."""
     config = load(AutoConfig, checkpoint, **hub)
     if not isinstance(config, LLM2SLMConfig):
-        raise ValueError(f"{checkpoint} is a {config.model_type} model, not a composite of an LLM and an SLM.")
+        raise ValueError(f"{checkpoint} is a {config.model_type} model, not an LLM-to-SLM checkpoint.")
     return config
 
 
 def size_of(tensors: Mapping[str, torch.Tensor]) -> int:
-    """Bytes of tensors."""
+    """Return the size of tensors in bytes."""
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def dtype_of(tensors: Mapping[str, torch.Tensor]) -> torch.dtype:
-    """The dtype in which no floating tensor of these is rounded, whatever a config says."""
+    """Return the dtype that holds all floating-point tensors without rounding, whatever the config says."""
     dtypes = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
     return functools.reduce(torch.promote_types, dtypes or [torch.float32])
 
@@ -98,13 +99,13 @@ def write_weights(
     max_shard_size: int | str = "1GB",
 ) -> int:
     """
-    Write tensors in shards, of which one at a time is in memory; of mapped tensors that keep their dtype, none is.
+    Write tensors in shards, at most one of them in memory; mapped tensors that keep their dtype need no memory.
 
     Args:
-        folder: Where the shards and their index go.
-        tensors: By name, without those that are tied to others.
-        dtypes: The dtype of those that do not keep their own.
-        max_shard_size: The size of a shard, and so of the memory needed.
+        folder: The folder of the shards and their index.
+        tensors: Tensors by name, without those that are tied to others.
+        dtypes: New dtypes of tensors, by name; the others keep their own.
+        max_shard_size: Largest size of a shard, which bounds the memory needed.
 
     Returns:
         The number of files.
@@ -118,7 +119,7 @@ def write_weights(
     for file, names in tqdm(plan.filename_to_tensors.items(), desc="Writing model shards"):
         shard = {name: tensors[name].detach().to(dtypes.get(name)).contiguous() for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
-        del shard  # before the next is made: one at a time
+        del shard  # frees it before the next one is made
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -126,13 +127,13 @@ def write_weights(
 
 
 def save_without_weights(model: Any, folder: Path, name: str) -> None:
-    """Config, generation config, code and card."""
+    """Write the config, the generation config, the code and the card of a model."""
     model.save_pretrained(folder, state_dict={}, card={"name": name})
     (folder / WEIGHTS).unlink(missing_ok=True)
 
 
 def copy_processor(source: str | Path, folder: Path, report: Report) -> None:
-    """The processor of a checkpoint, if it has one."""
+    """Copy the processor of a checkpoint, if it has one."""
     processor = processor_of(source)
     if processor is not None:
         processor.save_pretrained(folder)
@@ -140,7 +141,11 @@ def copy_processor(source: str | Path, folder: Path, report: Report) -> None:
 
 
 def processor_of(source: str | Path) -> LLM2SLMProcessor | None:
-    """The processor of a checkpoint. Of one that has none, transformers may load a tokenizer without a vocabulary."""
+    """
+    Return the processor of a checkpoint, or `None`.
+
+    transformers may load a tokenizer without a vocabulary from a checkpoint without a processor; it is ignored.
+    """
     try:
         processor = load(AutoProcessor, source)
     except OSError:

@@ -1,4 +1,4 @@
-"""What a conversion did, and the checks that it passed."""
+"""Reports of conversions: what they did, and the checks that they passed."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ class Report:
     The outcome of a conversion.
 
     Args:
-        title: What became what.
-        rows: What was done, carried over, left out and checked, each with its result.
+        title: The source and the result.
+        rows: Each action or check with its result.
     """
 
     title: str
     rows: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, what: str, result: object) -> None:
+        """Add a row; a whole number gets thousands separators."""
         self.rows.append((what, f"{result:,}" if isinstance(result, int) else str(result)))
 
     def compare(self, what: str, outputs: Sequence[torch.Tensor], tolerance: float = 0.0) -> None:
         """
-        Compare outputs of what was written with those of what it came from.
+        Compare outputs of the result with those of its source, and add the difference to the report.
 
         Args:
-            what: What is compared.
-            outputs: Of the new checkpoint and of the old one.
-            tolerance: The largest difference allowed, as a part of the largest value expected.
+            what: Name of the outputs, in the plural.
+            outputs: Outputs of the result and of the source, of the same shape.
+            tolerance: Largest difference allowed, as a fraction of the source's largest value.
 
         Raises:
-            ValueError: If they differ by more, or are not finite.
+            ValueError: If the difference is larger, or if a value is not finite.
         """
         written, expected = outputs
         for name, values in (("source", expected), ("result", written)):
@@ -58,7 +59,7 @@ def check_finite(tensors: Mapping[str, Any]) -> None:
 
 
 def groups(names: Iterable[str], group: Callable[[str], str]) -> str:
-    """Names counted by group: `12 x crossattention, 2 x enc_to_dec_proj`."""
+    """Return how many names each group has: `12 x crossattention, 2 x enc_to_dec_proj`."""
     counts: dict[str, int] = {}
     for name in names:
         counts[group(name)] = counts.get(group(name), 0) + 1
@@ -66,20 +67,20 @@ def groups(names: Iterable[str], group: Callable[[str], str]) -> str:
 
 
 def probe(vocab_size: int, length: int = 16) -> torch.Tensor:
-    """Token ids `(1, length)` spread over a vocabulary, without the first two, which pad and end as a rule."""
+    """Return token ids `(1, length)` spread over a vocabulary, without the first two, which usually pad and end."""
     return torch.linspace(min(2, vocab_size - 1), vocab_size - 1, length).long()[None]
 
 
 @torch.no_grad()
-def slm_logits(slm: PreTrainedModel, answer: torch.Tensor) -> torch.Tensor:
-    """What an SLM says by itself, `(1, M, vocabulary)`."""
-    # CODEPATH: an encoder-decoder SLM needs something to read.
-    more = {"decoder_input_ids": answer} if slm.config.is_encoder_decoder else {}
-    return slm(input_ids=answer, **more).logits
+def slm_logits(slm: PreTrainedModel, output: torch.Tensor) -> torch.Tensor:
+    """Return the logits `(1, M, vocabulary)` of an SLM alone."""
+    # CODEPATH: an encoder-decoder SLM (T5-small) needs an input for its encoder.
+    more = {"decoder_input_ids": output} if slm.config.is_encoder_decoder else {}
+    return slm(input_ids=output, **more).logits
 
 
 @torch.no_grad()
 def composite_logits(model: Any) -> torch.Tensor:
-    """What a composite answers to a probe, `(1, M, vocabulary)`."""
+    """Return the logits `(1, M, vocabulary)` of an LLM-to-SLM model for a fixed prompt and output."""
     config = model.config
     return model(input_ids=probe(config.encoder.vocab_size), decoder_input_ids=probe(config.vocab_size)).logits

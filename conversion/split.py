@@ -1,4 +1,4 @@
-"""The SLM of a composite becomes a plain checkpoint of its own family, and the projector a file."""
+"""Extract the SLM as a plain checkpoint of its family, and the projector as a file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from modeling_llm2slm import LLM2SLMConfig
 from modeling_llm2slm.files_llm2slm import open_weights, weight_files
-from modeling_llm2slm.inference.text_to_text import load_model, one_sentence
+from modeling_llm2slm.inference.loading import load_model, one_sentence
 from modeling_llm2slm.parts_llm2slm import slm_class
 
 from .output import composite_config, dtype_of, output_folder, processor_of, size_of
@@ -20,15 +20,17 @@ from .report import Report, check_finite, probe, slm_logits
 SLM, PROJECTOR = "decoder.", ("encoder.projector.", "encoder.prompt_embedding.")
 
 
-def split(checkpoint: str | Path, output: str | Path, *, force: bool = False, revision: str | None = None) -> Report:
+def split(
+    checkpoint: str | Path, output: str | Path, *, overwrite: bool = False, revision: str | None = None
+) -> Report:
     """
-    Take the SLM and the projector out of a checkpoint, full or lean; its LLM is not read.
+    Extract the SLM and the projector of a full or lean checkpoint; its LLM is not read.
 
     Args:
-        checkpoint: Folder or repository of the composite.
+        checkpoint: Folder of the LLM-to-SLM checkpoint, or its name on the Hub.
         output: The folder to write to: `slm/` with its tokenizer, and `projector.safetensors`.
-        force: Replace what is there.
-        revision: The revision of the repository.
+        overwrite: Replace an existing folder.
+        revision: Revision of the checkpoint on the Hub.
 
     Raises:
         OSError: If something cannot be read or written.
@@ -47,16 +49,16 @@ def split(checkpoint: str | Path, output: str | Path, *, force: bool = False, re
         raise OSError(f"{checkpoint} is incomplete: it has no projector.")
     check_finite({**slm.state_dict(), **projector})
     report = Report(f"{checkpoint} is split into {output}")
-    with output_folder(output, force, size_of(slm.state_dict()) + size_of(projector)) as folder:
+    with output_folder(output, overwrite, size_of(slm.state_dict()) + size_of(projector)) as folder:
         slm.save_pretrained(folder / "slm")
         save_file(projector, folder / "projector.safetensors", metadata={"format": "pt"})
         report.add("tokenizer of the SLM", _write_tokenizer(checkpoint, folder / "slm"))
         written = load_model(type(slm), folder / "slm")
-        answer = probe(config.vocab_size)
-        report.compare("logits of the SLM", (slm_logits(written, answer), slm_logits(slm, answer)))
+        probed = probe(config.vocab_size)
+        report.compare("logits of the SLM", (slm_logits(written, probed), slm_logits(slm, probed)))
         same = open_weights([folder / "projector.safetensors"])
         if not all(torch.equal(same[name][...], tensor) for name, tensor in projector.items()):
-            raise ValueError("The projector is not what it was after the conversion; nothing is kept.")
+            raise ValueError("The projector changed in the conversion; nothing is kept.")
         report.add("SLM", f"{slm.config.model_type}, {slm.num_parameters():,} parameters, in slm/")
         report.add("projector", f"{', '.join(projector)}, in projector.safetensors")
     return report

@@ -1,1 +1,1 @@
-"""Rows in, examples out: reading files and data sets, tokenizing, streaming, order, collator."""
+"""From rows to examples: reading files and data sets, streaming them, the order of training, the collator."""

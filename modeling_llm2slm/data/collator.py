@@ -25,20 +25,20 @@ from ..processing_llm2slm import LLM2SLMProcessor
 @dataclass
 class DataCollatorForLLM2SLM:
     """
-    Pads features of [`LLM2SLMProcessor`] to a batch: prompts by the LLM's tokenizer, answers with -100.
+    Pads features of [`LLM2SLMProcessor`] to a batch: prompts with the LLM's tokenizer, labels with -100.
 
     Args:
-        processor ([`LLM2SLMProcessor`]): The processor the features came from.
+        processor ([`LLM2SLMProcessor`]): The processor that made the features.
         model ([`LLM2SLMForConditionalGeneration`], *optional*):
             If given, `decoder_input_ids` are made from the labels, which `Trainer` needs for label smoothing.
         pad_to_multiple_of (`int`, *optional*): Pad lengths to a multiple of this.
-        states (`StateStore`, *optional*):
-            A store of `llm2slm encode`: the LLM's states of every prompt, with which no LLM has to run.
+        states ([`StateStore`], *optional*):
+            A store of `llm2slm encode`. It gives the LLM's hidden states of each prompt, and the LLM does not run.
 
     Returns (of a call):
         `dict[str, torch.Tensor]`: `input_ids` and `attention_mask` `(B, N)`; `labels` (and `decoder_input_ids`)
-        `(B, M)` if the features have them, and with a model that has no positions for N + M tokens
-        `decoder_attention_mask` `(B, M)`; `llm_hidden_states` `(B, N, d_llm)` from a store.
+        `(B, M)` if the features have labels; `decoder_attention_mask` `(B, M)` if `model` has fewer than N + M
+        positions; `llm_hidden_states` `(B, N, d_llm)` if there is a store.
     """
 
     processor: LLM2SLMProcessor
@@ -56,7 +56,7 @@ class DataCollatorForLLM2SLM:
             batch["labels"] = self.processor.pad_labels([list(row["labels"]) for row in features], **pad)
             if self.model is not None:
                 batch["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(batch["labels"])
-                # `Trainer` takes smoothed labels away, and with them what tells padding, which takes no positions.
+                # `Trainer` removes labels that it smooths. Without them only this mask tells which tokens are padding.
                 if self.model.config.needs_output_mask(batch["input_ids"].shape[1], batch["labels"].shape[1]):
                     batch["decoder_attention_mask"] = labels_mask(batch["labels"])
         return batch

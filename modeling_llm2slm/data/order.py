@@ -1,4 +1,4 @@
-"""The order that training reads its data in, a function of seed and epoch: a resumed run reads what is left."""
+"""The order in which training reads its examples: a function of seed and epoch, so that a run can be resumed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.utils.data import Sampler
 
 
 def lengths(features: Mapping[str, Sequence[Sequence[Any]]]) -> list[int]:
-    """What rows are grouped by: the tokens of prompt and answer together, as the model goes through both."""
+    """Return the length that examples are grouped by: prompt and target tokens together."""
     return [
-        len(prompt) + len(answer) for prompt, answer in zip(features["input_ids"], features["labels"], strict=True)
+        len(prompt) + len(target) for prompt, target in zip(features["input_ids"], features["labels"], strict=True)
     ]
 
 
@@ -20,21 +20,21 @@ def grouped_order(
     order: torch.Tensor, lengths: torch.Tensor, batch_size: int, generator: torch.Generator, chunk_batches: int = 50
 ) -> torch.Tensor:
     """
-    An order in which rows of similar length are neighbours, and yet no length has its place.
+    Reorder examples so that neighbours have similar lengths, while the lengths of batches stay in random order.
 
-    Rows are cut into chunks of `chunk_batches` batches, each chunk is sorted by length and cut into batches, and all
-    batches are shuffled. The one with the longest row comes first, so that too little memory shows at once, and an
-    incomplete one last.
+    Examples are cut into chunks of `chunk_batches` batches. Each chunk is sorted by length and cut into batches, and
+    all batches are shuffled. The batch with the longest example comes first, so that a lack of memory shows at once,
+    and an incomplete batch comes last.
 
     Args:
-        order: Shuffled row numbers `(rows,)`.
-        lengths: The length of each row `(rows,)`, by row number.
-        batch_size: The number of rows that are read together.
-        generator: Draws the order of the batches.
-        chunk_batches: The number of batches in a chunk.
+        order: Shuffled example numbers `(examples,)`.
+        lengths: Length of each example `(examples,)`, by its number.
+        batch_size: Number of examples that are read together.
+        generator: Shuffles the batches.
+        chunk_batches: Number of batches in a chunk.
 
     Returns:
-        The same row numbers in another order.
+        The same example numbers in another order.
     """
     batches = [
         batch
@@ -52,13 +52,13 @@ def grouped_order(
 
 class EpochSampler(Sampler[int]):
     """
-    Row numbers in an order drawn from seed and epoch alone.
+    Yields example numbers in an order that depends on seed and epoch alone.
 
     Args:
-        rows: The number of rows.
-        seed: Of the order.
-        lengths: The length of each row `(rows,)`: groups rows as [`grouped_order`] does. None shuffles only.
-        batch_size: The number of rows that a step is taken on, over all processes.
+        rows: Number of examples.
+        seed: Seed of the order.
+        lengths: Length of each example `(examples,)`, to group them as [`grouped_order`] does. `None` only shuffles.
+        batch_size: Effective batch size, over all processes.
 
     Attributes:
         epoch: The epoch whose order is next.
@@ -72,7 +72,7 @@ class EpochSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Says which epoch is next, as `accelerate` does."""
+        """Set the next epoch; `accelerate` calls this."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -87,7 +87,7 @@ class EpochSampler(Sampler[int]):
 
 
 def seeded(*numbers: int) -> torch.Generator:
-    """A generator for some small numbers, different for each of their combinations."""
+    """Return a generator that is seeded differently for each combination of small numbers."""
     seed = 0
     for number in numbers:
         seed = (seed * 1_000_003 + number + 1) % (1 << 62)

@@ -1,4 +1,4 @@
-"""The share of the work that each of several processes does, where `torchrun` has started them."""
+"""How several processes that `torchrun` started share the work."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import numpy as np
 
 def processes(overwrite: bool) -> tuple[int, int]:
     """
-    The number of this process and of all, where `torchrun` has started several; they cannot overwrite what others of
-    them may just have written, which is a `ValueError`.
+    Return the rank of this process and the number of processes.
+
+    Raises:
+        ValueError: If several processes are to overwrite an output: one might remove what another has just written.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if overwrite and world > 1:
-        raise ValueError("Several processes cannot overwrite: remove the output before you start them.")
+        raise ValueError("Several processes cannot overwrite an output: remove it before you start them.")
     return rank, world
 
 
 def share(rows: np.ndarray, batch_size: int, rank: int, world: int) -> np.ndarray:
-    """The rows of one of several processes: every `world`-th batch."""
+    """Return the rows of one process: every `world`-th batch."""
     return rows[np.arange(len(rows)) // batch_size % world == rank]

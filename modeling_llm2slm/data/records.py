@@ -1,4 +1,4 @@
-"""Records of what a run did: JSON files that are never half there, the versions in use, settings without secrets."""
+"""Records of a run: JSON files, package versions, settings without secrets."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ..files_llm2slm import atomic_write
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes a value to a JSON file, whole or not at all."""
+    """Write a value to a JSON file, with an atomic write."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def versions() -> dict[str, str]:
-    """The versions of everything that a result depends on."""
+    """Return the versions of Python and of the packages that results depend on."""
     names = ("accelerate", "datasets", "rouge-score", "sacrebleu", "tokenizers", "torch", "transformers")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without tokens such as `hub_token`, fit to be saved and published."""
+    """Return settings without tokens such as `hub_token`, so that they can be saved and published."""
     return {key: value for key, value in settings.items() if not key.endswith("token")}

@@ -1,8 +1,9 @@
-"""Pairs that are read while they are trained on, for data too large to index or to keep a second time."""
+"""Examples that are read while they are trained on, for data too large to index or to store a second time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -11,104 +12,115 @@ import torch
 from datasets import load_dataset
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .loading import (
-    ROW_ERROR,
-    check_columns,
-    file_format_of,
-    first_line,
-    is_text,
-    parse_lines,
-    reading_options,
-    report_bad_rows,
-)
+from ..files_llm2slm import first_line
+from .bad_rows import check_columns, report_bad_rows, text_problem
+from .formats import ROW_ERROR, file_format_of, parse_lines, reading_options
 from .order import grouped_order, lengths, seeded
+
+
+@dataclass(kw_only=True)
+class StreamSettings:
+    """
+    What a stream reads, and in which order.
+
+    Args:
+        prompt_column: Column that holds the prompts.
+        target_columns: Columns that hold targets. Several columns give several examples per row.
+        split: Split of a data set on the Hub. A file is one split.
+        limit: Read only this many rows, from the top.
+        skip_bad_rows: Skip rows that hold no text or that have a problem, with a warning that lists their numbers,
+            instead of raising an error. Only the first pass reports them.
+        batch_size: Effective batch size, over all processes.
+        buffer: Number of examples that are shuffled, and grouped by length, together.
+        group_by_length: Put examples of similar length together, see [`grouped_order`].
+        seed: Seed of the order.
+    """
+
+    prompt_column: str = "prompt"
+    target_columns: Sequence[str] = ("target",)
+    split: str = "train"
+    limit: int | None = None
+    skip_bad_rows: bool = False
+    batch_size: int
+    buffer: int = 10_000
+    group_by_length: bool = False
+    seed: int = 0
+
+    @property
+    def columns(self) -> list[str]:
+        """All columns that are read, the prompts first."""
+        return [self.prompt_column, *self.target_columns]
+
+    @property
+    def chunk(self) -> int:
+        """Number of examples that are shuffled together: whole batches, at least one."""
+        return max(self.buffer // self.batch_size, 1) * self.batch_size
 
 
 class StreamedFeatures(IterableDataset):
     """
-    An endless stream of features: pass after pass over the data, each in another order. Of several workers of a
-    `DataLoader`, each turns its share of the rows into token ids.
+    An endless stream of features: pass after pass over the data, each in another order. Each worker of a `DataLoader`
+    tokenizes its share of the examples.
 
     Args:
-        source: See [`load_examples`].
-        prompt_column: See [`load_examples`].
-        target_columns: The columns that hold answers; each gives every row a pair.
-        features: Turns prompts and answers into features, see [`TextToText.features`].
-        problems: Says of each of some features why it cannot be used, or None, see [`TextToText.problems`].
-        split: See [`load_examples`].
-        batch_size: The number of rows that a step is taken on, over all processes.
-        buffer: Rows are shuffled, and grouped by length, among this many.
-        group_by_length: Put rows of similar length together, see [`grouped_order`].
-        seed: Of the order.
-        limit: Read only this many rows, from the top.
-        skip_bad_rows: Leave out rows that hold no text or that have a problem, with a warning that numbers them, in
-            place of an error that does. The first pass tells what it leaves out.
+        source: A file or a data set on the Hub, see [`load_examples`].
+        features: Turns prompts and targets into features, see [`TextToText.features`].
+        problems: Returns why each of some features cannot be used, or `None`, see [`TextToText.problems`].
+        settings: What to read, and in which order.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the data cannot be read, holds no rows or lacks a column.
     """
 
     def __init__(
         self,
         source: str,
-        prompt_column: str,
-        target_columns: Sequence[str],
         features: Callable[[list[str], list[str]], dict[str, list[Any]]],
         problems: Callable[[dict[str, list[Any]]], list[str | None]],
-        *,
-        split: str = "train",
-        batch_size: int,
-        buffer: int = 10_000,
-        group_by_length: bool = False,
-        seed: int = 0,
-        limit: int | None = None,
-        skip_bad_rows: bool = False,
+        settings: StreamSettings,
     ):
         self.source = source
-        self.columns = [prompt_column, *target_columns]
         self.features = features
         self.problems = problems
-        self.split = split
-        self.batch_size = batch_size
-        self.buffer = max(buffer // batch_size, 1) * batch_size
-        self.group_by_length = group_by_length
-        self.seed = seed
-        self.limit = limit
-        self.skip_bad_rows = skip_bad_rows
+        self.settings = settings
         names: dict[str, None] = {}
         for row in self._rows():
             if ROW_ERROR not in row:
                 names |= dict.fromkeys(row)
-                if not skip_bad_rows or names.keys() >= set(self.columns):
+                if not settings.skip_bad_rows or names.keys() >= set(settings.columns):
                     break
         if not names:
             raise ValueError(f"{source} holds no rows.")
-        check_columns(source, self.columns, list(names))
+        check_columns(source, settings.columns, list(names))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         for epoch in count():
             bad: dict[int, str] = {}
-            pairs = islice(self._pairs(bad), number, None, workers)
+            examples = islice(self._examples(bad), number, None, workers)
             used = index = 0
-            while chunk := list(islice(pairs, self.buffer)):
+            while chunk := list(islice(examples, self.settings.chunk)):
                 if number:
-                    bad.clear()  # rows without texts are told by the first worker, which reads them as well
+                    bad.clear()  # the first worker reads rows without text as well, and reports them
                 features = self._usable(chunk, bad)
-                self._tell(bad, epoch)
-                for row in self._shuffled(features, seeded(self.seed, epoch, number, index)):
+                self._report(bad, epoch)
+                for row in self._shuffled(features, seeded(self.settings.seed, epoch, number, index)):
                     used += 1
                     yield row
                 index += 1
             if not number:
-                self._tell(bad, epoch)
+                self._report(bad, epoch)
             if used == 0:
                 if workers == 1:
                     raise ValueError(f"{self.source}: no row can be used, see the warnings. Take other data.")
-                return  # there is nothing for this worker, and there never will be
+                return  # this worker has no share in any pass
 
     def _usable(self, chunk: list[tuple[int, str, str]], bad: dict[int, str]) -> dict[str, list[Any]]:
-        """The features of numbered pairs without those that have a problem, which is noted in `bad`."""
-        numbers, prompts, answers = map(list, zip(*chunk, strict=True))
-        features = self.features(prompts, answers)
+        """Return the features of numbered examples without those that have a problem, which is added to `bad`."""
+        numbers, prompts, targets = map(list, zip(*chunk, strict=True))
+        features = self.features(prompts, targets)
         problems = self.problems(features)
         for row, problem in zip(numbers, problems, strict=True):
             if problem is not None:
@@ -118,36 +130,35 @@ class StreamedFeatures(IterableDataset):
             for name, rows in features.items()
         }
 
-    def _tell(self, bad: dict[int, str], epoch: int) -> None:
+    def _report(self, bad: dict[int, str], epoch: int) -> None:
         if bad and epoch == 0:
-            report_bad_rows(self.source, dict(sorted(bad.items())), self.skip_bad_rows)
+            report_bad_rows(self.source, dict(sorted(bad.items())), self.settings.skip_bad_rows)
         bad.clear()
 
     def _shuffled(self, features: dict[str, list[Any]], generator: torch.Generator) -> Iterator[dict[str, Any]]:
         order = torch.randperm(len(features["labels"]), generator=generator)
-        if self.group_by_length:
-            order = grouped_order(order, torch.tensor(lengths(features)), self.batch_size, generator)
+        if self.settings.group_by_length:
+            order = grouped_order(order, torch.tensor(lengths(features)), self.settings.batch_size, generator)
         for row in order.tolist():
             yield {name: rows[row] for name, rows in features.items()}
 
-    def _pairs(self, bad: dict[int, str]) -> Iterator[tuple[int, str, str]]:
-        """Each pair with the number of its row; what is wrong with a row is noted in `bad`, or an error."""
+    def _examples(self, bad: dict[int, str]) -> Iterator[tuple[int, str, str]]:
+        """Yield row number, prompt and target; add the problem of a bad row to `bad`, or raise it."""
+        prompt_column, *target_columns = self.settings.columns
         for number, row in enumerate(self._rows()):
-            wrong = [column for column in self.columns if not is_text(row.get(column))]
-            if wrong:
-                bad[number] = (
-                    row.get(ROW_ERROR) or f"the {wrong[0]} of row {number} is {row.get(wrong[0])!r}, not a text"
-                )
-                if not self.skip_bad_rows:
-                    report_bad_rows(self.source, {number: bad[number]}, skip=False)
+            problem = text_problem(row, self.settings.columns, number)
+            if problem is not None:
+                bad[number] = problem
+                if not self.settings.skip_bad_rows:
+                    report_bad_rows(self.source, {number: problem}, skip=False)
                 continue
-            for column in self.columns[1:]:
-                yield number, row[self.columns[0]], row[column]
+            for column in target_columns:
+                yield number, row[prompt_column], row[column]
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         path = Path(self.source).expanduser()
         if path.is_file() and ".jsonl" in path.suffixes:
-            yield from parse_lines(path, self.limit)
+            yield from parse_lines(path, self.settings.limit)
             return
         file_format = file_format_of(path)
         if not path.is_file() and file_format is not None:
@@ -157,8 +168,8 @@ class StreamedFeatures(IterableDataset):
             rows = (
                 load_dataset(file_format, data_files=str(path), split="train", streaming=True, **reading_options(path))
                 if path.is_file()
-                else load_dataset(name, configuration or None, split=self.split, streaming=True)
+                else load_dataset(name, configuration or None, split=self.settings.split, streaming=True)
             )
-            yield from islice(rows, self.limit)
-        except Exception as error:  # every reader has exceptions of its own
+            yield from islice(rows, self.settings.limit)
+        except Exception as error:  # each reader raises its own exceptions
             raise ValueError(f"{self.source} cannot be read: {first_line(error)}") from error

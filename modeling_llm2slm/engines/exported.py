@@ -1,15 +1,16 @@
 """
-LLM-to-SLM in graphs of another runtime, as `llm2slm export` writes them: the fastest way to answer on a CPU.
+LLM-to-SLM models as graphs of an engine other than PyTorch, written by `llm2slm export`: the fastest way to generate on
+a CPU.
 
-Three graphs: `prompt` is all that turns token ids into what the SLM reads, `step` reads embeddings and gives the
-logits of the token that follows the last of them, and `cross`, of an encoder-decoder SLM alone, gives the keys and
-values of the prompt that each step attends to. What the SLM's embedding gives for each token is a file, mapped.
-Shapes: batch B, prompt length N, width d_slm.
+There are up to three graphs. `prompt` turns token ids into what the SLM reads. `step` reads embeddings and returns the
+logits of the next token. `cross`, for an encoder-decoder SLM only, returns the keys and values of the prompt that each
+step attends to. The SLM's embedding table is a file of its own. Shapes: batch B, prompt length N, width d_slm.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,44 @@ from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 from ..cache_llm2slm import check_goes_on
 from ..configuration_llm2slm import LLM2SLMConfig
 from ..generation_llm2slm import LLM2SLMGenerationMixin
+from ..inference.engine import engine
+from ..inference.parts import Part
+from ..inference.text_to_text import LLM2SLMTextToText
 from ..modeling_llm2slm import LLM2SLMEncoder
 from ..prompt_llm2slm import PromptStates, as_prompt_states, padding_to, reorder
-from .graphs import MANIFEST, is_exported, load_graphs, read_manifest
 
 
+MANIFEST = "export.json"  # transformers' own; this package adds its details under "llm2slm"
 EMBEDDINGS = "embeddings.safetensors"
 DEFAULTS_LEFT_OUT = (
     "cache_implementation", "cache_config", "max_cache_len", "use_cache", "prompt_lookup_num_tokens", "is_assistant",
     "output_attentions", "output_hidden_states",
 )  # fmt: skip
-MASK_AHEAD = 256  # a mask is made for so many tokens more than there are
+MASK_AHEAD = 256  # masks are allocated for this many more tokens
+
+
+def is_exported(path: str | Path) -> bool:
+    """Return whether `llm2slm export` wrote a folder."""
+    return (Path(path) / MANIFEST).is_file() and "llm2slm" in read_manifest(path)
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """Return the content of `export.json`; `OSError` if it is not JSON."""
+    file = Path(path) / MANIFEST
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise OSError(f"{file} is damaged: {error}") from error
+
+
+def graph_size(path: str | Path, name: str) -> int:
+    """Return the bytes of a graph of an exported model, with its weights, which may be in a file of their own."""
+    graph = Path(path) / read_manifest(path)["components"][name]["file"]
+    return sum(file.stat().st_size for file in graph.parent.glob(f"{graph.stem}.*"))
 
 
 class ExportedEncoder:
-    """All that turns prompts into what the SLM reads, as one graph."""
+    """Everything that turns prompts into what the SLM reads, as one graph."""
 
     main_input_name = "input_ids"
     # Both need nothing but the configuration.
@@ -60,7 +84,7 @@ class ExportedEncoder:
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> PromptStates:
-        """Prompt token ids `(B, N)` to what the SLM reads, in the layout of [`LLM2SLMEncoder`]."""
+        """Turn prompt token ids `(B, N)` into what the SLM reads, in the layout of [`LLM2SLMEncoder`]."""
         mask = self.prompt_mask(input_ids, attention_mask)
         self.check_prompt(mask, output_length)
         assert input_ids is not None  # else `prompt_mask` has raised
@@ -74,7 +98,7 @@ class ExportedEncoder:
         if self.config.fusion == "add" and self.config.shared_tokenizer:
             inputs["inputs_embeds"] = self._embed(input_ids)
         states = self._graph.run(inputs)["last_hidden_state"]
-        # CODEPATH: a decoder-only SLM reads the prompt right before the answer.
+        # CODEPATH: a decoder-only SLM reads the prompt right before the output.
         if padded and not self.config.decoder.is_encoder_decoder:
             order = padding_to("left", mask)
             states, mask = reorder(states, order), reorder(mask, order)
@@ -83,12 +107,12 @@ class ExportedEncoder:
 
 class ExportedCache:
     """
-    What the SLM has read, with the state of the runtime that holds its keys and values: one batch's, and no other's.
-    Like [`LLM2SLMCache`] it counts answer tokens only.
+    The cache of one batch. The engine's state holds the keys and values; like [`LLM2SLMCache`], the cache counts
+    output tokens only.
 
     Args:
-        state: The runtime's state, new.
-        repeats: So many rows after one another begin with the same prompt; it is read once for all of them.
+        state: A new state of the engine.
+        repeats: Number of consecutive rows per prompt. The prompt is read once for all of them.
     """
 
     is_compileable = False
@@ -99,72 +123,73 @@ class ExportedCache:
         self.repeats = repeats
         self.prompt_mask: torch.Tensor | None = None  # (B, N) once the SLM has read the prompt
         self.output_length = 0
-        self._mask: torch.Tensor | None = None  # the prompt's, and ones for an answer to come
-        self.cross: dict[str, torch.Tensor] = {}  # of an encoder-decoder SLM: keys and values of the prompt
-        self.rows: torch.Tensor | None = None  # which row of the state each row of the next step goes on from
+        self._mask: torch.Tensor | None = None  # the prompt's, followed by ones for outputs
+        self.cross: dict[str, torch.Tensor] = {}  # for an encoder-decoder SLM: keys and values of the prompt
+        self.rows: torch.Tensor | None = None  # the row of the state that each row of the next step continues
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Answer tokens read so far, the start token among them."""
+        """Return the number of output tokens read so far, the start token included."""
         return self.output_length
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Let each row go on from another one, in the next step."""
+        """Let each row continue another one in the next step."""
         self.rows = beam_idx if self.rows is None else self.rows[beam_idx]
 
     def mask_and_positions(self, new: int) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        For a decoder-only SLM: the mask over prompt and answer, and the positions of the `new` last of them. With few
-        operations: after a step, which reads all weights, nothing that they need is in the processor's caches.
+        Return the mask over prompt and output, and the positions of the last `new` tokens, for a decoder-only SLM.
+
+        It takes few operations: after a step, which reads all weights, the processor's caches hold nothing they need.
         """
         assert self.prompt_mask is not None
         rows, prompt_length = self.prompt_mask.shape
-        begins = self.output_length == 0
-        width = new if begins else prompt_length + self.output_length + new
+        first_step = self.output_length == 0
+        width = new if first_step else prompt_length + self.output_length + new
         if self._mask is None or len(self._mask) != rows or self._mask.shape[1] < width:
             self._mask = torch.cat([self.prompt_mask, self.prompt_mask.new_ones(rows, width + MASK_AHEAD)], dim=1)
             self._prompt_lengths = self.prompt_mask.sum(-1, keepdim=True)
         mask = self._mask[:, :width]
-        if begins:
+        if first_step:
             return mask, (mask.cumsum(-1) - 1).clamp(min=0)
         return mask, self._prompt_lengths + torch.arange(self.output_length, self.output_length + new)
 
     def run(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Read more, and return the logits `(B, 1, vocabulary)` of what follows."""
+        """Read more, and return the logits `(B, 1, vocabulary)` of the next token."""
         rows, self.rows = self.rows, None
         return self.state.run(inputs, rows)
 
     def expand(self) -> None:
-        """Go on with `repeats` rows for each that has been read."""
+        """Continue each row as `repeats` rows."""
         assert self.prompt_mask is not None
         self.rows = torch.arange(len(self.prompt_mask)).repeat_interleave(self.repeats)
         self.prompt_mask = self.prompt_mask[self.rows]
         self.cross = {name: tensor[self.rows] for name, tensor in self.cross.items()}
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError("The cache of an exported model cannot be cropped: what its graph has read stays read.")
+        raise ValueError("The cache of an exported model cannot be cropped: its graph cannot forget tokens.")
 
 
 class ExportedLLM2SLM(LLM2SLMGenerationMixin):
     """
-    An LLM-to-SLM model that a runtime other than PyTorch computes, with stock `generate()`: greedy, sampled, beams,
-    streamed, in padded batches, from `encode_prompt()`'s states. Threads may generate at once.
+    An LLM-to-SLM model on an engine other than PyTorch, with transformers' `generate()`: greedy, sampled, beams,
+    streaming, padded batches, `encode_prompt()`. Several threads may generate at once.
 
-    It scores no labels and does not train; attentions and hidden states stay in the graphs, and no token is taken
-    back, so that it neither drafts nor is drafted for.
+    It has no loss and does not train. It returns no attentions and no hidden states. Since its graph cannot forget
+    tokens, it supports no assisted generation, neither as the model nor as the assistant.
 
     Args:
-        config ([`LLM2SLMConfig`]): As of the model that was exported.
-        generation_config (`GenerationConfig`): As of the model that was exported.
-        graphs: `prompt`, `step` and, of an encoder-decoder SLM, `cross`, on their runtime.
-        embeddings (`torch.Tensor` of shape `(vocabulary, d_slm)`): What the SLM reads for each token.
-        details: What `export.json` says of the export: `runtime`, `weights`, `parameters`.
+        config ([`LLM2SLMConfig`]): The config of the exported model.
+        generation_config (`GenerationConfig`): The generation config of the exported model.
+        graphs: `prompt`, `step` and, for an encoder-decoder SLM, `cross`, loaded by their engine.
+        embeddings (`torch.Tensor` of shape `(vocabulary, d_slm)`): The SLM's embedding of each token.
+        details: What `export.json` says about the export: `engine`, `weights`, `parameters`.
     """
 
     main_input_name = "input_ids"
     base_model_prefix = ""
     _is_stateful = False
     device = torch.device("cpu")
-    dtype = torch.float32  # of what goes in and comes out, whatever the weights are
+    dtype = torch.float32  # of inputs and outputs, whatever the weights are
 
     def __init__(
         self,
@@ -184,26 +209,27 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
     @classmethod
     def from_pretrained(cls, path: str | Path) -> ExportedLLM2SLM:
         """
-        Load what `llm2slm export` wrote. It computes on as many threads as `torch.get_num_threads()` says now.
+        Load a model that `llm2slm export` wrote. It computes with `torch.get_num_threads()` threads, as set now.
 
         Args:
             path: The folder.
 
         Raises:
-            ImportError: If its runtime is not installed.
-            OSError: If the folder is not an exported model, or incomplete.
+            ImportError: If its engine is not installed.
+            OSError: If the folder is not an exported model, or is incomplete.
         """
         path = Path(path)
         if not is_exported(path):
-            raise OSError(f"{path} is not an exported model: it has no {MANIFEST} that `llm2slm export` wrote.")
+            raise OSError(f"{path} is not an exported model: it has no {MANIFEST} of `llm2slm export`.")
         manifest = read_manifest(path)
-        details = {"runtime": manifest["export_format"], **manifest["llm2slm"]}
+        graph_engine: Any = engine(manifest["export_format"])
+        graph_engine.check_installed()
         return cls(
             LLM2SLMConfig.from_pretrained(path),
             GenerationConfig.from_pretrained(path),
-            load_graphs(path, manifest),
+            graph_engine.load_graphs(path, manifest),
             load_file(path / EMBEDDINGS)["weight"],
-            details,
+            {"engine": graph_engine.name, **manifest["llm2slm"]},
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Seq2SeqLMOutput:
@@ -217,21 +243,21 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
         return False
 
     def get_experts_implementation(self) -> dict[str, str]:
-        """None: `generate()` asks."""
+        """Return nothing: `generate()` asks for it, and there are no experts."""
         return {}
 
     def get_encoder(self, modality: str | None = None) -> ExportedEncoder:
         return self.encoder
 
     def encode_prompt(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> PromptStates:
-        """All the work that belongs to prompts `(B, N)`, done once: for `generate(encoder_outputs=...)`."""
+        """Do all work on prompts `(B, N)` once, for any number of calls of `generate(encoder_outputs=...)`."""
         return self.encoder(input_ids, attention_mask)
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.embedding(ids, self._embeddings).float()
 
     def new_cache(self, repeats: int = 1) -> ExportedCache:
-        """An empty cache."""
+        """Return an empty cache."""
         return ExportedCache(self._graphs["step"].new_state(), repeats)
 
     def forward(
@@ -244,31 +270,32 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
         return_dict: bool = True,
     ) -> Seq2SeqLMOutput:
         """
-        The logits `(B, 1, vocabulary)` of what follows `decoder_input_ids`, and the cache to go on from.
+        Return the logits `(B, 1, vocabulary)` of the token after `decoder_input_ids`, and the cache to continue with.
 
         Args:
-            input_ids: Prompts `(B, N)`, or `encoder_outputs` in their place.
-            attention_mask: 1 on prompt tokens, 0 on padding `(B, N)`. Inferred from the LLM's pad id if left out.
-            decoder_input_ids: What of the answers `(B, M)` is not in the cache yet, from the start token on.
-            encoder_outputs: From `encode_prompt`. Not read once the prompt is in the cache.
-            past_key_values: Returned by an earlier call.
+            input_ids: Prompts `(B, N)`. Not needed with `encoder_outputs`.
+            attention_mask: 1 on prompt tokens, 0 on padding `(B, N)`. Default: inferred from the LLM's pad id.
+            decoder_input_ids: The tokens of the outputs `(B, M)` that are not in the cache yet; the first one is the
+                start token.
+            encoder_outputs: From `encode_prompt`. Ignored once the prompt is in the cache.
+            past_key_values: From an earlier call.
             return_dict: Always true.
         """
         if decoder_input_ids is None:
-            raise ValueError("There is no answer to go on from: pass `decoder_input_ids`.")
+            raise ValueError("The output has no start token: pass `decoder_input_ids`.")
         cache = past_key_values if past_key_values is not None else self.new_cache()
-        answer, states = decoder_input_ids, None
+        output_ids, states = decoder_input_ids, None
         if cache.prompt_mask is None:
             if encoder_outputs is None:
-                encoder_outputs = self.encoder(input_ids, attention_mask, answer.shape[1])
-            # Rows that begin with the same prompt have the same first step.
+                encoder_outputs = self.encoder(input_ids, attention_mask, output_ids.shape[1])
+            # Rows of the same prompt have the same first step.
             states = as_prompt_states(encoder_outputs, attention_mask).one_of_each()
-            answer = answer[:: cache.repeats]
+            output_ids = output_ids[:: cache.repeats]
             cache.prompt_mask = states.attention_mask
         # CODEPATH: encoder-decoder SLMs (T5-small) against decoder-only ones (GPT-2).
         read = self._read_across if self.config.decoder.is_encoder_decoder else self._read_after_prompt
-        logits = read(states and states.last_hidden_state, self._embed(answer), cache)
-        cache.output_length += answer.shape[1]
+        logits = read(states and states.last_hidden_state, self._embed(output_ids), cache)
+        cache.output_length += output_ids.shape[1]
         if states is not None and cache.repeats > 1:
             cache.expand()
             logits = logits.repeat_interleave(cache.repeats, dim=0)
@@ -281,7 +308,7 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
     def _read_after_prompt(
         self, prompt: torch.Tensor | None, embeds: torch.Tensor, cache: ExportedCache
     ) -> torch.Tensor:
-        """A decoder-only SLM reads `[P ; E(start, answer)]`, or what follows."""
+        """A decoder-only SLM reads `[P ; E(start, output)]`, and later only what is new."""
         assert cache.prompt_mask is not None
         if prompt is not None:
             embeds = torch.cat([prompt, embeds], dim=1)
@@ -289,7 +316,7 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
         return cache.run({"inputs_embeds": embeds, "attention_mask": mask, "position_ids": position_ids})
 
     def _read_across(self, prompt: torch.Tensor | None, embeds: torch.Tensor, cache: ExportedCache) -> torch.Tensor:
-        """An encoder-decoder SLM attends to the prompt's keys and values, which are made once."""
+        """An encoder-decoder SLM attends to the prompt's keys and values, which are computed once."""
         if prompt is not None:
             cache.cross = self._graphs["cross"].run({"last_hidden_state": prompt})
         assert cache.prompt_mask is not None
@@ -303,8 +330,8 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
     def _validate_generation_mode(self, generation_mode: GenerationMode, *args: Any) -> None:
         if generation_mode == GenerationMode.ASSISTED_GENERATION:
             raise ValueError(
-                "An exported model takes no drafts (`assistant_model`, `prompt_lookup_num_tokens`): what its graph "
-                "has read stays read. Leave them out, or use the checkpoint that was exported."
+                "An exported model supports no assisted generation (`assistant_model`, `prompt_lookup_num_tokens`): "
+                "its graph cannot forget tokens. Leave them out, or use the checkpoint that was exported."
             )
         super()._validate_generation_mode(generation_mode, *args)
 
@@ -316,8 +343,8 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        model_kwargs.pop("output_length", None)  # the encoder's alone, and it is done
-        # CODEPATH: decoder-only SLMs (GPT-2), whose prompt and answer share positions.
+        model_kwargs.pop("output_length", None)  # only the encoder takes it, and has run
+        # CODEPATH: decoder-only SLMs (GPT-2), where prompt and output share positions.
         if not self.config.decoder.is_encoder_decoder:
             prompt = as_prompt_states(model_kwargs["encoder_outputs"], model_kwargs.get("attention_mask"))
             self.encoder.check_prompt(prompt.attention_mask, max_cache_length)
@@ -325,7 +352,7 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
         if cache is None:
             cache = self.new_cache(max(generation_config.num_beams, generation_config.num_return_sequences))
         elif not isinstance(cache, ExportedCache):
-            raise ValueError("`past_key_values` is of another model. Pass one that this model returned, or none.")
+            raise ValueError("`past_key_values` belongs to another model. Pass one that this model returned, or none.")
         model_kwargs["past_key_values"] = cache
 
     def prepare_inputs_for_generation(
@@ -336,7 +363,7 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Hook of `generate()`: what is not in the cache yet."""
+        """Hook of `generate()`: pass the tokens that are not in the cache yet."""
         cached = past_key_values.get_seq_length()
         check_goes_on(cached, input_ids.shape[1])
         return {
@@ -347,8 +374,26 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
         }
 
 
+class ExportedTextToText(LLM2SLMTextToText):
+    """An LLM-to-SLM model that `llm2slm export` wrote for an engine other than PyTorch."""
+
+    def parts(self) -> list[Part]:
+        config, details = self.model.config, self.model.details
+        configs = {"LLM": config.encoder, "SLM": config.decoder}
+        return [
+            Part(name, configs.get(name), count, details["weights"]) for name, count in details["parameters"].items()
+        ]
+
+    def parameters(self) -> dict[str, int]:
+        total = sum(part.parameters for part in self.parts())
+        return {"total": total, "trainable": 0, "decode": self.model.details["decode"]}
+
+    def save_pretrained(self, path: str | Path, **kwargs: Any) -> None:
+        raise ValueError("An exported model cannot be saved again: copy its folder.")
+
+
 def supported_defaults(generation_config: GenerationConfig) -> GenerationConfig:
-    """A checkpoint's defaults without those that change no answer and would have each call refused."""
+    """Return a checkpoint's defaults without those that change no output and that every call would refuse."""
     defaults = copy.deepcopy(generation_config)
     for name in DEFAULTS_LEFT_OUT:
         setattr(defaults, name, None)
@@ -356,18 +401,18 @@ def supported_defaults(generation_config: GenerationConfig) -> GenerationConfig:
 
 
 def check_supported(generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
-    """Raise `ValueError` on what graphs cannot do."""
+    """Raise `ValueError` for an argument of `generate()` that graphs do not support."""
     reasons = {
-        "output_attentions": "attentions stay in the graph",
-        "output_hidden_states": "hidden states stay in the graph",
-        "cache_implementation": "the runtime holds keys and values itself",
-        "is_assistant": "what its graph has read stays read",
+        "output_attentions": "its graph does not return attentions",
+        "output_hidden_states": "its graph does not return hidden states",
+        "cache_implementation": "the engine holds keys and values itself",
+        "is_assistant": "its graph cannot forget tokens",
     }
     wanted = [name for name in reasons if getattr(generation_config, name, None)]
     reasons |= {
-        "use_cache=False": "its graph reads no token twice",
+        "use_cache=False": "its graph reads each token once",
         "llm_hidden_states": "the LLM is part of the graph that reads prompts",
-        "decoder_attention_mask": "all answers of a batch have one length",
+        "decoder_attention_mask": "all outputs of a batch have one length",
     }
     mask = model_kwargs.get("decoder_attention_mask")
     wanted += ["use_cache=False"] if generation_config.use_cache is False else []
@@ -377,4 +422,4 @@ def check_supported(generation_config: GenerationConfig, model_kwargs: dict[str,
         raise ValueError(f"`{wanted[0]}` is not supported by an exported model: {reasons[wanted[0]]}. Leave it out.")
 
 
-__all__ = ["ExportedCache", "ExportedEncoder", "ExportedLLM2SLM"]
+__all__ = ["ExportedCache", "ExportedEncoder", "ExportedLLM2SLM", "ExportedTextToText"]

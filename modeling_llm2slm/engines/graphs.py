@@ -1,180 +1,186 @@
-"""The runtimes of exported models: each computes graphs, and keeps what one answer has read in a state of its own."""
+"""The modules of an LLM-to-SLM model that an export traces to graphs, each with sample inputs."""
 
 from __future__ import annotations
 
-import json
-import threading
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache
+from torch import nn
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
+from ..parts_llm2slm import reading_arguments
 
 
-NEEDS = "5.23"  # the first transformers with transformers.exporters.ExportedModel
-MANIFEST = "export.json"  # transformers' own; what this package adds to it is under "llm2slm"
-PACKAGES = {"openvino": ("openvino",), "onnx": ("onnx", "onnxruntime", "onnxscript")}
+class PromptGraph(nn.Module):
+    """Prompts `(B, N)`, padded on the right, to what the SLM reads `(B, N, d_slm)`."""
+
+    def __init__(self, model: LLM2SLMForConditionalGeneration):
+        super().__init__()
+        self.encoder = model.get_encoder()
+        # CODEPATH: an encoder-decoder SLM (T5-small) reads the prompt with an encoder of its own.
+        self.slm_encoder = model.decoder.get_encoder() if model.config.decoder.is_encoder_decoder else None
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, inputs_embeds: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        llm = self.encoder.llm
+        outputs = llm(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **reading_arguments(llm))
+        prompt = self.encoder.projector(outputs.last_hidden_state)
+        if inputs_embeds is not None:  # fusion "add" with a shared tokenizer: the SLM's table is in no graph
+            prompt = prompt + inputs_embeds
+        elif self.encoder.prompt_embedding is not None:
+            prompt = prompt + self.encoder.embed_prompt(input_ids)
+        if self.slm_encoder is not None:
+            prompt = self.slm_encoder(inputs_embeds=prompt, attention_mask=attention_mask).last_hidden_state
+        return {"last_hidden_state": prompt}
+
+    def sample(self) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"input_ids": torch.full((2, 7), 2), "attention_mask": torch.ones(2, 7).long()}
+        # CODEPATH: fusion "add" with a shared tokenizer.
+        if self.encoder.config.fusion == "add" and self.encoder.config.shared_tokenizer:
+            inputs["inputs_embeds"] = torch.zeros(2, 7, self.encoder.config.prompt_size)
+        return inputs
 
 
-def is_exported(path: str | Path) -> bool:
-    """Whether a folder is what `llm2slm export` wrote."""
-    return (Path(path) / MANIFEST).is_file() and "llm2slm" in read_manifest(path)
+class StepGraph(nn.Module):
+    """What a decoder-only SLM reads next `(B, M, d_slm)` to the logits `(B, 1, vocabulary)` of the next token."""
+
+    def __init__(self, model: LLM2SLMForConditionalGeneration):
+        super().__init__()
+        self.slm = model.decoder
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past_key_values: DynamicCache,
+    ) -> dict[str, Any]:
+        outputs = self.slm(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=True,
+            logits_to_keep=1,
+            return_dict=True,
+        )
+        return {"logits": outputs.logits, "past_key_values": outputs.past_key_values}
+
+    @torch.no_grad()
+    def sample(self) -> dict[str, Any]:
+        past, new = 4, 3
+        embeds = torch.zeros(2, past + new, self.slm.get_input_embeddings()(torch.tensor([[0]])).shape[-1])
+        cache = DynamicCache(config=self.slm.config)
+        self.slm(inputs_embeds=embeds[:, :past], past_key_values=cache, use_cache=True)
+        return {
+            "inputs_embeds": embeds[:, past:].clone(),
+            "attention_mask": torch.ones(2, past + new).long(),
+            "position_ids": torch.arange(past, past + new).repeat(2, 1),
+            "past_key_values": cache,
+        }
 
 
-def read_manifest(path: str | Path) -> dict[str, Any]:
-    """What `export.json` says; `OSError` if it is no JSON."""
-    file = Path(path) / MANIFEST
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise OSError(f"{file} is damaged: {error}") from error
+class CrossGraph(nn.Module):
+    """The output of an encoder-decoder SLM's encoder to the keys and values that each step attends to."""
+
+    def __init__(self, model: LLM2SLMForConditionalGeneration):
+        super().__init__()
+        self.slm = model.decoder
+        self.size = model.config.prompt_size
+
+    def forward(self, last_hidden_state: torch.Tensor) -> dict[str, torch.Tensor]:
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        # Any token fills the cache. What else it computes is not returned, so tracing removes it from the graph.
+        token = last_hidden_state[:, :1]
+        self.slm.get_decoder()(
+            inputs_embeds=token, encoder_hidden_states=last_hidden_state, past_key_values=cache, use_cache=True
+        )
+        return {
+            f"{name}_{index}": tensor
+            for index, layer in enumerate(cache.cross_attention_cache.layers)
+            for name, tensor in (("cross_keys", layer.keys), ("cross_values", layer.values))
+        }
+
+    def sample(self) -> dict[str, Any]:
+        return {"last_hidden_state": torch.zeros(2, 7, self.size)}
 
 
-def graph_size(path: str | Path, name: str) -> int:
-    """Bytes of a graph of an exported model, with its weights, which may lie in a file beside it."""
-    graph = Path(path) / read_manifest(path)["components"][name]["file"]
-    return sum(file.stat().st_size for file in graph.parent.glob(f"{graph.stem}.*"))
+class CrossStepGraph(nn.Module):
+    """[`StepGraph`] for an encoder-decoder SLM: `attention_mask` `(B, N)` is the prompt's."""
+
+    def __init__(self, model: LLM2SLMForConditionalGeneration):
+        super().__init__()
+        self.slm = model.decoder
+        self.cross = CrossGraph(model)
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        past_key_values: DynamicCache,
+        **cross: torch.Tensor,
+    ) -> dict[str, Any]:
+        prompt = DynamicCache()
+        for index in range(len(cross) // 2):
+            prompt.update(cross[f"cross_keys_{index}"], cross[f"cross_values_{index}"], index)
+        cache = EncoderDecoderCache(past_key_values, prompt)
+        # The model reads only the width of these: their keys and values are in the cache.
+        states = inputs_embeds.new_zeros(*attention_mask.shape, self.cross.size)
+        outputs = self.slm(
+            decoder_inputs_embeds=inputs_embeds,
+            encoder_outputs=(states,),
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        return {"logits": outputs.logits[:, -1:], "past_key_values": past_key_values}
+
+    @torch.no_grad()
+    def sample(self) -> dict[str, Any]:
+        past, new = 4, 3
+        cross = self.cross.sample()["last_hidden_state"]
+        embeds = torch.zeros(2, past + new, self.slm.get_input_embeddings()(torch.tensor([[0]])).shape[-1])
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        self.slm.get_decoder()(
+            inputs_embeds=embeds[:, :past], encoder_hidden_states=cross, past_key_values=cache, use_cache=True
+        )
+        return {
+            "inputs_embeds": embeds[:, past:].clone(),
+            "attention_mask": torch.ones(cross.shape[:2]).long(),
+            "past_key_values": cache.self_attention_cache,
+            **self.cross(cross),
+        }
 
 
-def check_packages(runtime: str, *packages: str) -> None:
-    """Raise `ValueError` if there is no such runtime, and `ImportError` if what it needs is not installed."""
-    if runtime not in PACKAGES:
-        raise ValueError(f"There is no runtime {runtime!r}. Choose one of: {', '.join(PACKAGES)}.")
-    for package in (*PACKAGES[runtime], *packages):
-        try:
-            version(package)
-        except PackageNotFoundError as error:
-            raise ImportError(f"{package} is not installed. Try: pip install 'modeling-llm2slm[{runtime}]'") from error
+def graphs_of(model: LLM2SLMForConditionalGeneration) -> dict[str, Any]:
+    """Return the modules that become graphs, by name."""
+    # CODEPATH: encoder-decoder SLMs (T5-small) against decoder-only ones (GPT-2).
+    if model.config.decoder.is_encoder_decoder:
+        return {"prompt": PromptGraph(model), "cross": CrossGraph(model), "step": CrossStepGraph(model)}
+    return {"prompt": PromptGraph(model), "step": StepGraph(model)}
 
 
-def exported_model_class() -> Any:
-    """
-    Transformers' class of exported models, which writes all of them and runs those of ONNX Runtime.
+def dynamic_shapes(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return the axes of a graph's inputs that vary: rows and lengths. The exporter then need not find them out."""
+    from transformers.exporters.utils import get_leaf_tensors
 
-    Raises:
-        ImportError: If transformers is too old to have it.
-    """
-    try:
-        from transformers.exporters import ExportedModel
-    except ImportError as error:
-        raise ImportError(
-            f"This needs transformers {NEEDS} or newer, and {version('transformers')} is installed. "
-            f"Try: pip install 'transformers>={NEEDS}'"
-        ) from error
-    return ExportedModel
+    def vary(tensor: torch.Tensor) -> dict[int, Any]:
+        axes = (0, 2) if tensor.dim() == 4 else (0, 1)  # keys and values are (B, heads, N, width)
+        return {axis: torch.export.Dim.AUTO for axis in axes if axis < tensor.dim()}
 
-
-def load_graphs(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """The graphs in a folder by name, as its manifest lists them, on `torch.get_num_threads()` threads."""
-    runtime = manifest["export_format"]
-    check_packages(runtime)
-    return (_load_openvino if runtime == "openvino" else _load_onnx)(path, manifest)
+    return {
+        name: vary(value)
+        if isinstance(value, torch.Tensor)
+        else [vary(tensor) for tensor in get_leaf_tensors(value).values()]
+        for name, value in inputs.items()
+    }
 
 
-def _load_openvino(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    import openvino
-
-    # Not by transformers' runner, which has one configuration for all graphs: each has a precision of its own.
-    core, threads = openvino.Core(), {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1}
-    options = manifest["llm2slm"]["options"]
-    graphs = {}
-    for name, component in manifest["components"].items():
-        file = path / component["file"]
-        try:
-            graphs[name] = OpenVINOGraph(core.compile_model(file, "CPU", threads | options[name]))
-        except RuntimeError as error:  # of several lines, the cause last
-            raise OSError(f"{file.stem} is damaged: {str(error).strip().splitlines()[-1]}") from error
-    return graphs
-
-
-def _load_onnx(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    exported_model = exported_model_class()
-    from onnxruntime import SessionOptions
-
-    session_options = SessionOptions()
-    session_options.intra_op_num_threads = torch.get_num_threads()
-    exported = exported_model.from_pretrained(path, device="cpu", session_options=session_options)
-    return {name: ONNXGraph(runner) for name, runner in exported.runners.items()}
-
-
-class OpenVINOGraph:
-    """A compiled graph. Threads that run it wait for one another."""
-
-    def __init__(self, compiled_model: Any):
-        self._model = compiled_model
-        self._request = compiled_model.create_infer_request()
-        self._lock = threading.Lock()
-
-    def run(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """All outputs by name, for inputs by name."""
-        with self._lock:
-            outputs = self._request.infer(_feed(inputs), share_inputs=True, share_outputs=False)
-        return {port.any_name: torch.from_numpy(values) for port, values in outputs.items()}
-
-    def new_state(self) -> OpenVINOState:
-        return OpenVINOState(self._model)
-
-
-class OpenVINOState:
-    """A request of its own, in which the graph keeps keys and values from one run to the next."""
-
-    def __init__(self, compiled_model: Any):
-        self._request = compiled_model.create_infer_request()
-
-    def run(self, inputs: dict[str, torch.Tensor], rows: torch.Tensor | None) -> torch.Tensor:
-        """
-        The graph's logits, after reading more.
-
-        Args:
-            inputs: By name, rows first.
-            rows: Which row of the state each row of the inputs goes on from; None: the same.
-        """
-        if rows is None:
-            rows = torch.arange(len(inputs["inputs_embeds"]), dtype=torch.int32)
-        feed = _feed({**inputs, "beam_idx": rows.int()})
-        outputs = self._request.infer(feed, share_inputs=True, share_outputs=False)
-        return torch.from_numpy(outputs["logits"])
-
-
-class ONNXGraph:
-    """A session of ONNX Runtime, which threads may run at once."""
-
-    def __init__(self, runner: Any):
-        self._runner = runner
-
-    def run(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """All outputs by name, for inputs by name."""
-        return self._runner(**inputs)
-
-    def new_state(self) -> ONNXState:
-        return ONNXState(self._runner)
-
-
-class ONNXState:
-    """Keys and values, which go into the graph and come out longer."""
-
-    def __init__(self, runner: Any):
-        self._runner = runner
-        self._cache: DynamicCache | None = None
-
-    def run(self, inputs: dict[str, torch.Tensor], rows: torch.Tensor | None) -> torch.Tensor:
-        """As of [`OpenVINOState`]."""
-        if self._cache is None:
-            self._cache = self._empty(len(inputs["inputs_embeds"]))
-        elif rows is not None:
-            self._cache.batch_select_indices(rows)
-        outputs = self._runner(**inputs, past_key_values=self._cache)
-        self._cache = outputs["past_key_values"]
-        return outputs["logits"]
-
-    def _empty(self, rows: int) -> DynamicCache:
-        """No keys and values, in the shapes that the graph was traced with."""
-        inputs = self._runner.session.get_inputs()
-        shapes = [spec.shape for spec in inputs if spec.name.endswith((".keys", ".values"))]
-        tensors = [torch.zeros(rows, heads, 0, width) for _, heads, _, width in shapes]
-        return DynamicCache(list(zip(tensors[::2], tensors[1::2], strict=True)))
-
-
-def _feed(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
-    return {name: tensor.contiguous().numpy() for name, tensor in inputs.items()}
+def embedding_table(slm: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Return what the SLM's embedding gives for each token `(vocabulary, d_slm)`, including a scale (Gemma)."""
+    embedding = slm.get_input_embeddings()
+    with torch.no_grad():
+        return embedding(torch.arange(embedding.num_embeddings)).to(dtype).contiguous()

@@ -1,4 +1,4 @@
-"""Fewer bits for the frozen LLM while the rest trains in full precision, or for all of a model that only answers."""
+"""Quantize weights to 8 or 4 bits: of a frozen LLM while the rest trains, or of a model that only generates."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from transformers.pytorch_utils import Conv1D
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 
 
+# transformers' own `BitsAndBytesConfig` and `TorchAoConfig` quantize a whole model while it is loaded. Here only parts
+# of a loaded model are quantized, and NF4 leaves out the shapes that bitsandbytes computes wrongly on a CPU.
 QUANTIZATIONS = ("int8", "nf4")
 
 
 def quantize_llm(model: LLM2SLMForConditionalGeneration, to: str = "int8") -> None:
     """
-    Keeps the matrices of the frozen LLM in 8 or 4 bits, in place. Embedding, norms and all that trains stay as they
-    are. A model that was quantized is for training and generating; [`with_llm`] makes it whole again to be saved.
+    Quantize the frozen LLM, in place. Its embedding and norms, and everything that trains, stay as they are. The
+    model can train and generate; [`with_llm`] restores the LLM's weights before it is saved.
 
-    An LLM can as well be quantized while it is loaded, on the devices that transformers does it for:
+    transformers can also quantize an LLM while it is loaded, on the devices that it supports:
     `from_encoder_decoder_pretrained(..., encoder_quantization_config=BitsAndBytesConfig(load_in_4bit=True))`.
 
     Args:
-        model: The model, on the device it will run on.
-        to: `"int8"`, one scale a row, by torchao; or `"nf4"`, 4 bits, by bitsandbytes. NF4 leaves the layers that T5
-            wants in float32 (`wo`) as they are.
+        model: The model, on the device where it will run.
+        to: `"int8"`, one scale per row, by torchao; or `"nf4"`, 4 bits, by bitsandbytes. NF4 leaves the layers that T5
+            needs in float32 (`wo`) as they are.
 
     Raises:
         ImportError: If the library is not installed.
@@ -32,19 +34,19 @@ def quantize_llm(model: LLM2SLMForConditionalGeneration, to: str = "int8") -> No
     if to not in QUANTIZATIONS:
         raise ValueError(f"An LLM is quantized to one of {', '.join(map(repr, QUANTIZATIONS))}, not to {to!r}.")
     if not model.config.freeze_llm:
-        raise ValueError("A quantized LLM cannot train: set `freeze_llm=True`, or leave it as it is.")
+        raise ValueError("A quantized LLM cannot train: set `freeze_llm=True`, or do not quantize it.")
     with_linear_layers(model.encoder.llm)
     _quantize(model.encoder.llm, to)
 
 
 def quantize(model: PreTrainedModel, to: str = "int8") -> None:
     """
-    Keeps the matrices of a model that only answers in 8 or 4 bits, in place: of a composite those of LLM and SLM, of
-    any other model all. Embeddings, norms and the projector stay as they are; an output layer that shares its matrix
-    with the embedding gets one of its own.
+    Quantize a model that only generates, in place: LLM and SLM of an LLM-to-SLM model, all of any other model.
+    Embeddings, norms and the projector stay as they are. An output layer that is tied to the embedding gets a
+    quantized matrix of its own.
 
     Args:
-        model: The model, on the device it will run on.
+        model: The model, on the device where it will run.
         to: See [`quantize_llm`].
 
     Raises:
@@ -60,7 +62,7 @@ def quantize(model: PreTrainedModel, to: str = "int8") -> None:
 
 
 def with_linear_layers(module: nn.Module) -> None:
-    """Turns the transposed layers of a GPT-2 into linear ones, in place: no library quantizes others."""
+    """Replace the transposed layers of a GPT-2 by linear ones, in place: the libraries quantize no others."""
     for parent in list(module.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, Conv1D):
@@ -85,14 +87,14 @@ def _to_int8(module: nn.Module) -> None:
     quantize_(module, Int8WeightOnlyConfig(), filter_fn=lambda module, _: isinstance(module, nn.Linear))
 
 
-def _to_nf4(llm: nn.Module) -> None:
+def _to_nf4(model: nn.Module) -> None:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    kept = set(getattr(llm, "_keep_in_fp32_modules", None) or ())
-    linears = [(name, module) for name, module in llm.named_modules() if isinstance(module, nn.Linear)]
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for name, linear in linears:
         parent, _, last = name.rpartition(".")
-        # The CPU's kernel wants blocks of rows, and is wrong where a block of 64 weights is not of one row.
+        # The CPU kernel needs blocks of rows, and gives wrong results where a block of 64 weights spans two rows.
         if last in kept or linear.out_features % 32 or linear.in_features % 64:
             continue
         weight = linear.weight.data
@@ -106,4 +108,4 @@ def _to_nf4(llm: nn.Module) -> None:
         )
         quantized.weight = Params4bit(weight, requires_grad=False, quant_type="nf4").to(weight.device)
         quantized.bias = linear.bias
-        llm.get_submodule(parent).register_module(last, quantized)
+        model.get_submodule(parent).register_module(last, quantized)

@@ -1,1 +1,1 @@
-"""Metrics, and agreement with the LLM."""
+"""Evaluation: metrics, agreement with the LLM, and the timing harness."""

@@ -1,9 +1,10 @@
-"""How a small model's answers compare with those of the LLM that it is to stand in for, with references or without."""
+"""Compare a model's outputs with those of the LLM that it replaces, with or without references."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from ..data.loading import ROW, is_text, load_rows, report_bad_rows, whole_row
+from ..data.bad_rows import is_text, report_bad_rows
+from ..data.loading import ROW, load_rows, whole_row
 from ..data.records import versions
 from ..inference.text_to_text import TextToText
-from .metrics import score_and_sign, time_generation, with_room
+from ..settings import EvaluateSettings
+from .evaluate import loaded, without_long_prompts
+from .metrics import score, score_with_signatures
+from .timing import speed, time_in_turns, time_output
 
 
 logger = logging.getLogger(__name__)
@@ -24,130 +29,122 @@ def compare(
     model: str | Path | TextToText,
     llm: str | Path | TextToText,
     data: str | Path,
-    prompt_column: str = "prompt",
-    target_column: str = "target",
-    *,
-    split: str = "test",
-    limit: int | None = None,
-    batch_size: int = 32,
-    timed_outputs: int = 50,
-    worst: int = 5,
-    skip_bad_rows: bool = False,
+    settings: EvaluateSettings = EvaluateSettings(),  # noqa: B008 - immutable
     **generate_kwargs: Any,
 ) -> dict[str, Any]:
     """
-    Scores a model's answers against the LLM's, and both against the references where every row has one.
+    Score a model's outputs against the LLM's, and both against references if every row has one.
 
     Args:
-        model: A checkpoint of any kind, or one already loaded.
-        llm: The LLM with its decoder, in the same ways.
-        data: Prompts, with or without answers, see [`load_rows`].
-        prompt_column: The column that holds what the models read.
-        target_column: The column that holds the references, if there is one. It is left aside, with a warning, where
-            some of its rows hold no text; with `skip_bad_rows` these rows are.
-        split: The split to take from a data set on the Hub.
-        limit: Compare only this many answers, from the top.
-        batch_size: How many prompts are answered at once. Answers are timed one at a time.
-        timed_outputs: How many answers of each model are timed, in turns; 0 times none.
-        worst: How many of the answers that agree least are returned, of those that differ.
-        skip_bad_rows: Leave out rows that hold no text or are too long for a model, with a warning.
-        generate_kwargs: Arguments of `generate()`, for both; without `do_sample` nothing is sampled.
+        model: A checkpoint of any kind, or a loaded model.
+        llm: The LLM with its decoder: a checkpoint, or a loaded model.
+        data: Prompts with or without references, see [`load_rows`].
+        settings: Which prompts, how both generate, how many outputs to time, and how many that agree least to return.
+            If some rows hold no text in `target_column`, no references are used, with a warning; with
+            `skip_bad_rows`, these rows are skipped instead.
+        generate_kwargs: More arguments of `generate()`, for both; nothing is sampled unless `do_sample` is set.
 
     Returns:
-        `agreement` (scores of the model's answers against the LLM's), `scores` and `llm_scores` (against references),
-        `speed`, `llm_speed`, `speed_up` (time per answer, the LLM's by the model's), `worst`, `signatures`,
-        `parameters`, `llm_parameters`, `prompts`, `generation`, `versions`, `device`, `threads`.
+        `agreement` (the model's outputs against the LLM's), `scores` and `llm_scores` (against references; empty
+        without), `speed` and `llm_speed` (see [`speed`]; empty if nothing is timed), `speed_up` (the LLM's time per
+        output, divided by the model's), `worst` (see [`least_agreement`]), `signatures`, `parameters`,
+        `llm_parameters`, `prompts` (their number), `generation`, `versions`, `device`, `threads`.
+
+    Raises:
+        ValueError: If the data has bad rows or prompts that are too long, and `settings.skip_bad_rows` is not set.
     """
-    generate_kwargs = {"do_sample": False, **generate_kwargs}
-    whole = load_rows(data, prompt_column, split=split, limit=limit, skip_bad_rows=skip_bad_rows, number_rows=True)
-    rows = whole.select_columns([prompt_column, ROW]).rename_columns({prompt_column: "prompt", ROW: "row"})
-    texts = [whole_row(row).get(target_column) for row in whole]
-    rows = _with_references(rows, texts, str(data), target_column, skip_bad_rows)
-    small = model if isinstance(model, TextToText) else TextToText.from_pretrained(model)
-    large = llm if isinstance(llm, TextToText) else TextToText.from_pretrained(llm)
-    if skip_bad_rows:
-        rows = with_room([small, large], rows, str(data), generate_kwargs)
-    prompts, references = rows["prompt"][:], rows["target"][:] if "target" in rows.column_names else None
-    answers = small.generate(prompts, batch_size, **generate_kwargs)
-    llm_answers = large.generate(prompts, batch_size, **generate_kwargs)
-    agreement, signatures = score_and_sign(answers, llm_answers)
-    speed = time_in_turns({"model": small, "llm": large}, prompts[:timed_outputs], **generate_kwargs)
+    generate_kwargs = settings.generate_kwargs() | generate_kwargs
+    rows = _load(data, settings)
+    models = {"model": loaded(model, settings), "llm": loaded(llm, settings)}
+    if settings.skip_bad_rows:
+        rows = without_long_prompts(list(models.values()), rows, str(data), generate_kwargs)
+    prompts = rows["prompt"][:]
+    outputs, llm_outputs = (each.generate(prompts, settings.batch_size, **generate_kwargs) for each in models.values())
+    agreement, signatures = score_with_signatures(outputs, llm_outputs)
+    references = rows["target"][:] if "target" in rows.column_names else None
     return {
         "agreement": agreement,
-        "scores": score_and_sign(answers, references)[0] if references else {},
-        "llm_scores": score_and_sign(llm_answers, references)[0] if references else {},
-        "speed": speed.get("model", {}),
-        "llm_speed": speed.get("llm", {}),
-        "speed_up": speed["llm"]["ms_per_output"] / speed["model"]["ms_per_output"] if speed else None,
-        "worst": least_agreement(rows["row"][:], prompts, answers, llm_answers, worst),
+        "scores": score(outputs, references) if references else {},
+        "llm_scores": score(llm_outputs, references) if references else {},
+        **_speeds(models, prompts[: settings.timed_outputs], generate_kwargs),
+        "worst": least_agreement(rows["row"][:], prompts, outputs, llm_outputs, settings.worst),
         "signatures": signatures,
-        "parameters": small.parameters(),
-        "llm_parameters": large.parameters(),
+        "parameters": models["model"].parameters(),
+        "llm_parameters": models["llm"].parameters(),
         "prompts": len(prompts),
         "generation": generate_kwargs,
         "versions": versions(),
-        "device": str(small.model.device),
+        "device": str(models["model"].model.device),
         "threads": torch.get_num_threads(),
     }
 
 
+def _speeds(
+    models: Mapping[str, TextToText], prompts: Sequence[str], generate_kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    contestants = {name: partial(time_output, model, **generate_kwargs) for name, model in models.items()}
+    speeds = {name: speed(timings) for name, timings in time_in_turns(contestants, prompts).items()}
+    speed_up = speeds["llm"]["ms_per_output"] / speeds["model"]["ms_per_output"] if prompts else None
+    return {"speed": speeds["model"], "llm_speed": speeds["llm"], "speed_up": speed_up}
+
+
+def _load(data: str | Path, settings: EvaluateSettings) -> Dataset:
+    """Load the columns `prompt` and `row`, and `target` if the rows have references."""
+    rows = load_rows(
+        data,
+        settings.prompt_column,
+        split=settings.split,
+        limit=settings.limit,
+        skip_bad_rows=settings.skip_bad_rows,
+        number_rows=True,
+    )
+    references = [whole_row(row).get(settings.target_column) for row in rows]
+    prompts = rows.select_columns([settings.prompt_column, ROW])
+    prompts = prompts.rename_columns({settings.prompt_column: "prompt", ROW: "row"})
+    return _with_references(prompts, references, str(data), settings.target_column, settings.skip_bad_rows)
+
+
 def _with_references(rows: Dataset, references: list[Any], source: str, column: str, skip_bad_rows: bool) -> Dataset:
-    """Adds the column `answer`, if all references are texts; else leaves out the column, or the rows without one."""
-    given = [row for row, text in enumerate(references) if is_text(text)]
+    """Add the column `target` if all references are texts; otherwise leave it out, or remove the rows without one."""
+    given = [place for place, text in enumerate(references) if is_text(text)]
     if skip_bad_rows and 0 < len(given) < len(references):
         bad = np.delete(rows["row"][:], given)
         report_bad_rows(source, {int(row): f"row {row} has no text in {column!r}" for row in bad}, skip=True)
-        rows, references = rows.select(given), [references[row] for row in given]
-    if not given and column != "target" and all(text is None for text in references):
-        raise ValueError(f"{source} has no column {column!r} to score against. Name one that it has, or none.")
+        rows, references = rows.select(given), [references[place] for place in given]
+    default_column = EvaluateSettings().target_column
+    if not given and column != default_column and all(text is None for text in references):
+        raise ValueError(f"{source} has no column {column!r} to score against. Name an existing column, or none.")
     if len(given) == len(references):
         return rows.add_column("target", references)
     if any(text is not None for text in references):
         missing = len(references) - len(given)
-        logger.warning(f"{source}: {missing} of {len(references)} rows have no text in {column!r}: no references.")
+        logger.warning(
+            f"{source}: {missing} of {len(references)} rows have no text in {column!r}: references are not used."
+        )
     return rows
 
 
-def time_in_turns(
-    models: Mapping[str, TextToText], prompts: Sequence[str], **generate_kwargs: Any
-) -> dict[str, dict[str, float]]:
-    """
-    Like [`time_generations`] for several models, which take turns on every prompt, so that what else a machine does meets
-    all of them.
-    """
-    if not prompts:
-        return {}
-    times: dict[str, list[tuple[float, int]]] = {name: [] for name in models}
-    for model in models.values():
-        model.generate([prompts[0]], **generate_kwargs)
-    for prompt in prompts:
-        for name, model in models.items():
-            times[name].append(time_generation(model, prompt, **generate_kwargs))
-    return {name: _speed(rows) for name, rows in times.items()}
-
-
-def _speed(times: Sequence[tuple[float, int]]) -> dict[str, float]:
-    seconds, tokens = sum(second for second, _ in times), sum(count for _, count in times)
-    return {
-        "ms_per_output": 1000 * seconds / len(times),
-        "ms_per_token": 1000 * seconds / tokens,
-        "tokens_per_answer": tokens / len(times),
-        "timed_outputs": len(times),
-    }
-
-
 def least_agreement(
-    numbers: Sequence[int], prompts: Sequence[str], answers: Sequence[str], llm_answers: Sequence[str], count: int
+    numbers: Sequence[int], prompts: Sequence[str], outputs: Sequence[str], llm_outputs: Sequence[str], count: int
 ) -> list[dict[str, Any]]:
     """
-    Up to `count` prompts, each by its first row, whose two answers differ and agree least by the chrF of the sentence,
-    the worst first.
+    Return up to `count` prompts whose two outputs differ most by sentence chrF, the worst first.
+
+    Args:
+        numbers: Row number of each prompt. A repeated prompt counts once, with its first row.
+        prompts: The prompts.
+        outputs: The model's output for each.
+        llm_outputs: The LLM's output for each.
+        count: Return at most this many.
+
+    Returns:
+        Mappings with `row`, `prompt`, `output`, `llm_output` and `chrf`.
     """
     from sacrebleu import sentence_chrf
 
     rows: dict[str, dict[str, Any]] = {}
-    for row, prompt, answer, expected in zip(numbers, prompts, answers, llm_answers, strict=True):
-        if prompt not in rows and answer.strip() != expected.strip():
-            chrf = sentence_chrf(answer, [expected]).score
-            rows[prompt] = {"row": row, "prompt": prompt, "target": answer, "llm_output": expected, "chrf": chrf}
+    for row, prompt, output, expected in zip(numbers, prompts, outputs, llm_outputs, strict=True):
+        if prompt not in rows and output.strip() != expected.strip():
+            chrf = sentence_chrf(output, [expected]).score
+            rows[prompt] = {"row": row, "prompt": prompt, "output": output, "llm_output": expected, "chrf": chrf}
     return sorted(rows.values(), key=lambda row: row["chrf"])[:count]

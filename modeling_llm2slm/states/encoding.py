@@ -1,19 +1,29 @@
-"""Encoding prompts once: the LLM's states of a data set, written to a store that training reads."""
+"""Encode prompts once: compute the LLM's hidden states of a data set and write them to a store for training."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
+from rich.filesize import decimal
+from transformers import AutoConfig
 
-from ..data.loading import ROW, check_any_left, load_prompts, report_bad_rows
+from ..configuration_llm2slm import LLM2SLMConfig
+from ..data.bad_rows import check_any_left, report_bad_rows
+from ..data.loading import ROW, load_prompts
 from ..data.processes import processes, share
-from ..inference.text_to_text import TextToText
-from .store import SHARD_BYTES, StateWriter, StoreDescription, describe, index_prompts, remove_store
+from ..files_llm2slm import first_line
+from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
+from ..processing_llm2slm import LLM2SLMProcessor
+from ..settings import EncodeSettings
+from .description import SHARDS, StoreDescription, describe, index_prompts
+from .store import remove_store
+from .writer import StateWriter
 
 
 Progress = Callable[[int, int], None]
@@ -23,88 +33,52 @@ def encode(
     model: str | Path,
     data: Sequence[str | Path],
     output: str | Path,
-    prompt_column: str = "prompt",
+    settings: EncodeSettings = EncodeSettings(),  # noqa: B008 - immutable
     *,
-    split: str = "train",
-    limit: int | None = None,
-    prompt_max_length: int | None = None,
-    dtype: str = "bfloat16",
-    batch_size: int = 32,
-    device: str = "cpu",
-    shard_bytes: int = SHARD_BYTES,
-    skip_bad_rows: bool = False,
-    overwrite: bool = False,
     announce: Callable[[StoreDescription, int], None] = lambda description, bytes_to_write: None,
     progress: Progress = lambda done, total: None,
 ) -> StoreDescription:
     """
-    Runs the LLM of a composite over every prompt of some data, and writes its states to a store.
+    Run the LLM of an LLM-to-SLM model over every prompt, and write its hidden states to a store.
 
-    A run that was killed goes on where it was. Where the environment has `RANK` and `WORLD_SIZE` (`torchrun`), each
-    process encodes its part of the prompts into the same store.
+    A run that was killed resumes where it stopped. If the environment sets `RANK` and `WORLD_SIZE` (`torchrun`), each
+    process encodes its share of the prompts into the same store.
 
     Args:
-        model: The checkpoint of the composite, a folder or a name on the Hub.
-        data: Files or data sets on the Hub, see [`load_prompts`]: all that is trained and validated on.
-        output: The folder of the store.
-        prompt_column: The column that holds what the model reads.
-        split: The split to take from data sets on the Hub.
-        limit: Encode only this many prompts of each, from the top.
-        prompt_max_length: Prompts are cut to this many tokens, as in training (default: the processor's limit).
-        dtype: What states are stored in: `"bfloat16"`, `"float16"` or `"float32"`.
-        batch_size: How many prompts go through the LLM at once, those of similar length together.
-        device: Where to run the LLM.
-        shard_bytes: The size of a file, and how much a kill may lose.
-        skip_bad_rows: Leave out rows that hold no text or are too long for the LLM, with a warning.
-        overwrite: Remove a store that is there first.
-        announce: Called before anything is computed, with what the store will hold and the bytes still to write.
-        progress: Called with the numbers of prompts done and in all.
+        model: The LLM-to-SLM checkpoint, a folder or a name on the Hub.
+        data: Files or data sets on the Hub, see [`load_prompts`]: all training and validation data.
+        output: Folder of the store.
+        settings: How prompts are read and encoded. `limit` applies to each source of `data`.
+        announce: Called before anything is computed, with the description and the number of bytes still to write.
+        progress: Called with the number of prompts that are done and of all prompts.
 
     Returns:
-        What the store holds.
+        The description of the store.
 
     Raises:
-        ValueError: If `output` is a store of something else, the model has no LLM, or a prompt no room in it.
-        OSError: If the disk has not enough room.
+        ValueError: If `output` is a store of something else, the model is not an LLM-to-SLM model, or a prompt is too
+            long for the LLM.
+        OSError: If the model cannot be loaded, or the disk is too small.
     """
-    if dtype not in ("bfloat16", "float16", "float32"):
-        raise ValueError(f"dtype is {dtype!r}, but states are stored in bfloat16, float16 or float32.")
-    text_to_text = TextToText.from_pretrained(
-        model, device=device, prompt_max_length=prompt_max_length, keep_llm_dtype=True
-    )
-    if not hasattr(text_to_text.model, "encode_llm"):
-        raise ValueError(f"{model} is no LLM-to-SLM model, so it has no LLM to encode with. Make one: llm2slm build.")
-    config, tokenizer = text_to_text.model.config, text_to_text.processor.tokenizer
-    parts, indices = [], []
-    for source in data:
-        prompts = load_prompts(
-            source, prompt_column, split=split, limit=limit, skip_bad_rows=skip_bad_rows, number_rows=True
-        )
-        index = index_prompts(_token_ids(text_to_text, prompts))
-        fitting = index["length"] <= (config.llm_positions or np.inf)
-        if not fitting.all():
-            _tell_long(str(source), prompts, index["length"], ~fitting, config.llm_positions, skip_bad_rows)
-            prompts, index = prompts.select(np.flatnonzero(fitting)), index[fitting]
-        parts.append(prompts)
-        indices.append(index)
-    prompts, index = concatenate_datasets(parts), np.concatenate(indices)
-    description = describe(model, config, tokenizer, index, dtype)
-    rank, world = processes(overwrite)
-    if overwrite:
+    encoder = _Encoder(model, settings)
+    prompts, index = encoder.read(data)
+    description = describe(model, encoder.config, encoder.processor.tokenizer, index, settings.dtype)
+    rank, world = processes(settings.overwrite)
+    if settings.overwrite:
         remove_store(output)
     check_disk_space(output, description)
-    writer = StateWriter(output, description, shard_bytes, writer=rank)
+    writer = StateWriter(output, description, settings.shard_bytes, rank)
     rows = _shortest_first(index)
     missing = rows[~np.isin(index["key"][rows], writer.done)]
     announce(description, int(index["length"][missing].sum()) * description.bytes_per_token)
     done = len(rows) - len(missing)
     progress(done, len(rows))
-    # Shares are cut from all rows, not from what is missing: another process may have begun.
-    todo = share(rows, batch_size, rank, world)
-    todo = todo[np.isin(todo, missing)]
-    for start in range(0, len(todo), batch_size):
-        ids = text_to_text.features(prompts[todo[start : start + batch_size]]["prompt"])["input_ids"]
-        for prompt, states in zip(ids, _encode_batch(text_to_text, ids), strict=True):
+    # Shares are cut from all rows and not from the missing ones, as another process may have written some already.
+    own = share(rows, settings.batch_size, rank, world)
+    own = own[np.isin(own, missing)]
+    for start in range(0, len(own), settings.batch_size):
+        ids = encoder.token_ids(prompts[own[start : start + settings.batch_size]]["prompt"])
+        for prompt, states in zip(ids, encoder.encode(ids), strict=True):
             writer.add(prompt, states)
         done = min(done + world * len(ids), len(rows))
         progress(done, len(rows))
@@ -112,49 +86,104 @@ def encode(
     return description
 
 
-def _tell_long(
-    source: str, prompts: Dataset, lengths: np.ndarray, too_long: np.ndarray, positions: int | None, skip: bool
-) -> None:
-    """Tells which rows of a source the LLM has no positions for, see [`report_bad_rows`]; that all are is an error."""
-    rows = prompts[ROW][:]
-    bad = {
-        rows[place]: f"row {rows[place]} has a prompt of {lengths[place]} tokens, but the LLM has {positions} "
-        "positions (prompt_max_length cuts)"
-        for place in np.flatnonzero(too_long)
-    }
-    check_any_left(source, bad, len(rows))
-    report_bad_rows(source, bad, skip)
+class _Encoder:
+    """An LLM-to-SLM model and its processor, of which encoding uses the LLM and its tokenizer."""
+
+    def __init__(self, model: str | Path, settings: EncodeSettings):
+        self.settings = settings
+        self.model, self.processor = _load(model)
+        self.config = self.model.config
+        self.model.to(settings.device)
+        if settings.prompt_max_length is not None:
+            self.processor.prompt_max_length = settings.prompt_max_length
+
+    def read(self, data: Sequence[str | Path]) -> tuple[Dataset, np.ndarray]:
+        """Return the prompts of all sources that fit the LLM, and [`index_prompts`] of them."""
+        parts, indices = [], []
+        for source in data:
+            prompts = load_prompts(
+                source,
+                self.settings.prompt_column,
+                split=self.settings.split,
+                limit=self.settings.limit,
+                skip_bad_rows=self.settings.skip_bad_rows,
+                number_rows=True,
+            )
+            index = index_prompts(self._all_token_ids(prompts))
+            fitting = index["length"] <= (self.config.llm_positions or np.inf)
+            if not fitting.all():
+                self._report_long(str(source), prompts[ROW][:], index["length"], np.flatnonzero(~fitting))
+                prompts, index = prompts.select(np.flatnonzero(fitting)), index[fitting]
+            parts.append(prompts)
+            indices.append(index)
+        return concatenate_datasets(parts), np.concatenate(indices)
+
+    def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of prompts, truncated to `prompt_max_length`."""
+        return self.processor(text=list(prompts))["input_ids"]
+
+    def _all_token_ids(self, prompts: Dataset) -> Iterator[list[int]]:
+        for rows in prompts.iter(batch_size=1000):
+            yield from self.token_ids(rows["prompt"])
+
+    def _report_long(self, source: str, rows: list[int], lengths: np.ndarray, too_long: np.ndarray) -> None:
+        """Report the rows that are too long for the LLM, see [`report_bad_rows`]; raise if all rows are."""
+        bad = {
+            rows[place]: f"row {rows[place]} has a prompt of {lengths[place]} tokens, but the LLM has "
+            f"{self.config.llm_positions} positions (prompt_max_length truncates)"
+            for place in too_long
+        }
+        check_any_left(source, bad, len(rows))
+        report_bad_rows(source, bad, self.settings.skip_bad_rows)
+
+    def encode(self, prompts: Sequence[list[int]]) -> list[torch.Tensor]:
+        """Return the hidden states `(N, d_llm)` of each prompt of a batch."""
+        features = {"input_ids": list(prompts), "attention_mask": [[1] * len(ids) for ids in prompts]}
+        batch = self.processor.tokenizer.pad(features, return_tensors="pt", verbose=False).to(self.model.device)
+        states = self.model.encode_llm(batch["input_ids"], batch["attention_mask"])
+        return [row[mask.bool()] for row, mask in zip(states, batch["attention_mask"], strict=True)]
 
 
-def _token_ids(text_to_text: TextToText, prompts: Dataset) -> Iterator[list[int]]:
-    for rows in prompts.iter(batch_size=1000):
-        yield from text_to_text.features(rows["prompt"])["input_ids"]
+def _load(path: str | Path) -> tuple[Any, LLM2SLMProcessor]:
+    """Load an LLM-to-SLM checkpoint; the LLM keeps the dtype that it was saved in."""
+    try:
+        config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if isinstance(config, LLM2SLMConfig):
+            dtype = str(config.encoder_dtype or config.dtype or "float32").removeprefix("torch.")
+            model, report = LLM2SLMForConditionalGeneration.from_pretrained(
+                path,
+                dtype=torch.float32,
+                encoder_dtype=dtype if config.freeze_llm else "float32",
+                output_loading_info=True,
+                use_safetensors=True,
+            )
+            processor = LLM2SLMProcessor.from_pretrained(path)
+    except Exception as error:  # a damaged checkpoint raises a different class for each file and format
+        place = "" if Path(path).exists() else "no such folder, and on the Hub: "
+        raise OSError(f"{path} cannot be loaded: {place}{first_line(error)}") from error
+    if not isinstance(config, LLM2SLMConfig):
+        raise ValueError(f"{path} is not an LLM-to-SLM model, so it has no LLM to encode with: see llm2slm build.")
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise OSError(f"{path} is incomplete: {len(missing)} weights are missing, among them {missing[0]}.")
+    return model.eval(), processor
 
 
 def _shortest_first(index: np.ndarray) -> np.ndarray:
-    """The first row of each prompt, the shortest prompts first."""
+    """Return the first row of each different prompt, the shortest prompts first."""
     _, first = np.unique(index["key"], return_index=True)
     return first[np.lexsort((first, index["length"][first]))]
 
 
 def check_disk_space(folder: str | Path, description: StoreDescription) -> None:
-    """Raises `OSError` if the states, less what the folder holds already, do not fit on its disk."""
+    """Raise `OSError` if the hidden states that the folder does not hold yet do not fit on its disk."""
     folder = Path(folder)
-    there = sum(file.stat().st_size for file in folder.glob("states-*.safetensors"))
-    needed = description.nbytes - there
+    stored = sum(file.stat().st_size for file in folder.glob(SHARDS))
+    needed = description.nbytes - stored
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise OSError(
-            f"{folder} needs {needed / 1e9:.2f} GB for {description.tokens:,} tokens, but its disk has "
-            f"{free / 1e9:.2f} GB free. Make room, choose another disk, or encode fewer prompts (--limit)."
+            f"{folder} needs {decimal(needed)} for {description.tokens:,} tokens, but its disk has {decimal(free)} "
+            "free. Free disk space, choose another disk, or encode fewer prompts (--limit)."
         )
-
-
-def _encode_batch(text_to_text: TextToText, prompts: Sequence[list[int]]) -> list[torch.Tensor]:
-    """The states `(N, d_llm)` of each prompt."""
-    pad, model = text_to_text.processor.tokenizer.pad, text_to_text.model
-    features = {"input_ids": list(prompts), "attention_mask": [[1] * len(ids) for ids in prompts]}
-    batch = pad(features, return_tensors="pt", verbose=False).to(model.device)
-    states = model.encode_llm(batch["input_ids"], batch["attention_mask"])
-    return [row[mask.bool()] for row, mask in zip(states, batch["attention_mask"], strict=True)]

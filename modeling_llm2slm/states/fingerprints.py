@@ -1,4 +1,4 @@
-"""Fingerprints: what tells the weights, tokenizers and checkpoints of one result from those of another."""
+"""Fingerprints of weights, tokenizers and checkpoints: they tell which results belong together."""
 
 from __future__ import annotations
 
@@ -11,14 +11,23 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from ..checkpoint_llm2slm import LLM_PREFIX
+
 
 WEIGHTS = (".safetensors", ".bin", ".xml", ".onnx", ".data")
 
 
+def llm_fingerprint(model: str | Path) -> str:
+    """Return [`weights_fingerprint`] of the LLM in an LLM-to-SLM checkpoint; `ValueError` if it contains none."""
+    if not tensors_of(model, LLM_PREFIX):
+        raise ValueError(f"{model} contains no LLM. If it is a lean checkpoint, make it full: llm2slm convert full.")
+    return weights_fingerprint(model, LLM_PREFIX)
+
+
 def weights_fingerprint(model: str | Path, prefix: str = "") -> str:
     """
-    SHA-256 over names, dtypes, shapes and bytes of the tensors in a checkpoint whose names begin with `prefix`, which
-    does not count. They are read from the file, one after another, and loaded nowhere.
+    Return SHA-256 of the tensors in a checkpoint whose names start with `prefix`: of their names without the prefix,
+    dtypes, shapes and bytes. Tensors are read from the files one after another, and no model is loaded.
     """
     digest, names = hashlib.sha256(), tensors_of(model, prefix)
     with ExitStack() as stack:
@@ -31,7 +40,7 @@ def weights_fingerprint(model: str | Path, prefix: str = "") -> str:
 
 
 def tensors_of(model: str | Path, prefix: str) -> dict[str, Path]:
-    """The name of each tensor in a checkpoint that begins with `prefix`, and the weight file that holds it."""
+    """Return the names of the tensors in a checkpoint that start with `prefix`, each with its weight file."""
     folder = checkpoint_folder(model)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -46,7 +55,7 @@ def tensors_of(model: str | Path, prefix: str) -> dict[str, Path]:
 
 
 def checkpoint_folder(model: str | Path) -> Path:
-    """Where the files of a checkpoint are, which is a folder or a name on the Hub."""
+    """Return the local folder of a checkpoint, given as a folder or a name on the Hub."""
     if Path(model).is_dir():
         return Path(model)
     from transformers.utils import cached_file
@@ -55,7 +64,7 @@ def checkpoint_folder(model: str | Path) -> Path:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 over vocabulary and rules of a tokenizer, padding and truncation aside."""
+    """Return SHA-256 of a tokenizer's vocabulary and rules, without its padding and truncation."""
     content = json.dumps(sorted(tokenizer.get_vocab().items()))
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -67,13 +76,13 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def checkpoint_fingerprint(model: str | Path) -> str:
-    """SHA-256 over the files of a checkpoint that decide about answers: its weights and its configs."""
+    """Return SHA-256 of the files of a checkpoint that decide its outputs: weights and configs."""
     folder, digest = checkpoint_folder(model), hashlib.sha256()
     files = [folder / "config.json", folder / "generation_config.json"]
     files += [path for path in sorted(folder.rglob("*")) if path.suffix in WEIGHTS]
     for path in files:
         name = path.relative_to(folder)
-        if path.is_file() and not name.parts[0].startswith("checkpoint-"):  # what a training keeps beside its result
+        if path.is_file() and not name.parts[0].startswith("checkpoint-"):  # a training keeps these in its output
             with path.open("rb") as file:
                 digest.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""A model to train on stored LLM states: no weight of the LLM is loaded but, where fusion needs it, its embedding."""
+"""An LLM-to-SLM model that trains on stored hidden states: of the LLM, at most the embedding is loaded."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ..parts_llm2slm import build_llm
 
 class LLMEmbedding(PreTrainedModel):
     """
-    What stands in for the LLM: its embedding, under the name it has there, or nothing.
+    Replaces the LLM: holds the LLM's embedding under its own name, or nothing.
 
     Args:
-        config ([`LLM2SLMConfig`]): Fusion `"add"` of two tokenizers needs the embedding, all else nothing.
+        config ([`LLM2SLMConfig`]): Only fusion `"add"` with two tokenizers needs the embedding.
     """
 
     config: Any
     input_modalities = ("text",)
-    # It attends to nothing, so that any attention implementation will do.
+    # It has no attention layers, so every attention implementation works.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -32,7 +32,7 @@ class LLMEmbedding(PreTrainedModel):
 
     def __init__(self, config: LLM2SLMConfig):
         with torch.device("meta"):
-            llm = build_llm(config)  # first, as the line below notes in the config what attends, and not every LLM can
+            llm = build_llm(config)  # before super(), which sets an attention implementation that not every LLM has
         super().__init__(config.encoder)
         self.llm_class, self.llm_dtype = type(llm), llm.dtype
         embedding = llm.get_input_embeddings()
@@ -48,43 +48,43 @@ class LLMEmbedding(PreTrainedModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """`torch.dtype`: The LLM's, also where nothing of it is here."""
+        """`torch.dtype`: The LLM's, also without any weight of it."""
         return self.llm_dtype
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding; `NotImplementedError`, as gradient checkpointing expects, where there is none."""
+        """Return the embedding. Without one, raise `NotImplementedError`, as gradient checkpointing expects."""
         try:
             return self.get_submodule(self.path)
         except AttributeError as error:
-            raise NotImplementedError("No embedding of the LLM is needed here, so none was loaded.") from error
+            raise NotImplementedError("This model does not need the LLM's embedding, so it was not loaded.") from error
 
     def _init_weights(self, module: nn.Module) -> None:
-        self.llm_class._init_weights(self, module)  # sets what no checkpoint holds, such as the scale of a Gemma's
+        self.llm_class._init_weights(self, module)  # values that no checkpoint holds, as Gemma's scale
 
     def forward(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> NoReturn:
         raise ValueError(
             "This model was loaded without its LLM: pass `llm_hidden_states` from a store of `llm2slm encode`, or "
-            "load it with `from_pretrained`."
+            "load the model with `from_pretrained`."
         )
 
 
 class LLM2SLMWithoutLLM(LLM2SLMForConditionalGeneration):
-    """An [`LLM2SLMForConditionalGeneration`] that has no LLM and takes `llm_hidden_states`."""
+    """An [`LLM2SLMForConditionalGeneration`] without its LLM: it takes `llm_hidden_states`."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^encoder\.llm\."]  # noqa: RUF012 - as in every model of transformers
+    _keys_to_ignore_on_load_unexpected = [r"^encoder\.llm\."]  # noqa: RUF012 - as in all transformers models
 
     def __init__(self, config: LLM2SLMConfig):
         super().__init__(config, encoder=LLMEmbedding(config))
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Saves what is here, to go on training from, without a model card; [`with_llm`] makes a model to publish."""
+        """Save the weights that this model has, to resume training; [`with_llm`] makes a model to publish."""
         PreTrainedModel.save_pretrained(self, save_directory, **kwargs)
 
 
 def load_without_llm(path: str | Path, **kwargs: Any) -> LLM2SLMWithoutLLM:
     """
-    Loads projector and SLM of a checkpoint, and of its LLM only the embedding, and only where fusion `"add"` of two
-    tokenizers reads it. The model trains and generates from `llm_hidden_states`, as [`StateStore`] has them.
+    Load a checkpoint without its LLM: the projector, the SLM and, for fusion `"add"` with two tokenizers, the LLM's
+    embedding. The model trains and generates from `llm_hidden_states`, which a [`StateStore`] holds.
 
     Args:
         path: A folder or a name on the Hub.
@@ -95,17 +95,20 @@ def load_without_llm(path: str | Path, **kwargs: Any) -> LLM2SLMWithoutLLM:
 
 def with_llm(model: nn.Module, path: str | Path, **kwargs: Any) -> LLM2SLMForConditionalGeneration:
     """
-    The whole model: everything that trains from `model`, the LLM from the checkpoint `path` that `model` began as.
+    Return the whole model: the trained weights of `model`, and the LLM of the checkpoint that `model` was loaded from.
 
     Args:
-        model: A model of [`load_without_llm`], or one whose LLM was changed for training only (quantized, ...).
+        model: A model of [`load_without_llm`], or one whose LLM was changed for training only (such as quantized).
         path: The checkpoint.
         kwargs: Arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: If `model` was loaded from another checkpoint.
     """
     whole = LLM2SLMForConditionalGeneration.from_pretrained(path, **kwargs)
     trained = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("encoder.llm.")}
-    # What is missing is the LLM, which is there; what is trained has to have its place.
+    # The missing keys are the LLM's, which `whole` has; each trained weight must have its place in `whole`.
     unexpected = whole.load_state_dict(trained, strict=False).unexpected_keys
     if unexpected:
-        raise ValueError(f"{path} is not the checkpoint that this model began as: it has no {unexpected[0]}.")
+        raise ValueError(f"{path} is not the checkpoint that this model was loaded from: it has no {unexpected[0]}.")
     return whole

@@ -10,9 +10,10 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from transformers import Seq2SeqTrainingArguments
 
-from ..data.loading import load_examples, report_bad_rows
+from ..data.bad_rows import report_bad_rows
+from ..data.loading import load_examples
 from ..data.order import lengths
-from ..data.streaming import StreamedFeatures
+from ..data.streaming import StreamedFeatures, StreamSettings
 from ..inference.text_to_text import TextToText
 from .batches import data_seed, effective_batch_size
 from .recipe import Recipe
@@ -124,12 +125,9 @@ def streamed_features(
 ) -> StreamedFeatures:
     """Return the features of a recipe's training data as a stream, which tokenizes rows while the model trains."""
     reader = text_to_text.without_model()
-    return StreamedFeatures(
-        recipe.train_data,
-        recipe.prompt_column,
-        recipe.target_columns,
-        reader.features,
-        reader.problems,
+    settings = StreamSettings(
+        prompt_column=recipe.prompt_column,
+        target_columns=recipe.target_columns,
         split=recipe.train_split,
         batch_size=effective_batch_size(arguments),
         buffer=recipe.shuffle_buffer,
@@ -138,3 +136,4 @@ def streamed_features(
         limit=recipe.train_samples,
         skip_bad_rows=recipe.skip_bad_rows,
     )
+    return StreamedFeatures(recipe.train_data, reader.features, reader.problems, settings)

@@ -249,7 +249,7 @@ def _scores(evaluations: Sequence[Mapping[str, Any]]) -> str:
     ]
     for evaluation in evaluations:
         scores = [f"{evaluation['scores'][name]:.2f}" if name in evaluation["scores"] else "" for name in names]
-        lines.append(f"| {evaluation.get('data')} ({evaluation.get('pairs')} pairs) | {' | '.join(scores)} |")
+        lines.append(f"| {evaluation.get('data')} ({evaluation.get('examples')} examples) | {' | '.join(scores)} |")
     signatures = {text for evaluation in evaluations for text in evaluation.get("signatures", {}).values()}
     return "\n".join([*lines, "", *(f"- `{text}`" for text in sorted(signatures))])
 
@@ -263,7 +263,7 @@ def _times(evaluations: Sequence[Mapping[str, Any]]) -> str:
     for evaluation in timed:
         speed = evaluation["speed"]
         device = f"{evaluation.get('device')}, {evaluation.get('threads')} threads, {evaluation.get('dtype')}"
-        times = f"{speed['ms_per_output']:.1f} | {speed['ms_per_token']:.2f} | {speed['tokens_per_answer']:.1f}"
+        times = f"{speed['ms_per_output']:.1f} | {speed['ms_per_token']:.2f} | {speed['tokens_per_output']:.1f}"
         lines.append(f"| {Path(str(evaluation.get('model'))).name} | {times} | {device} |")
     return "\n".join([*lines, "", "One prompt at a time, from text to text."])
 

@@ -18,8 +18,9 @@ from modeling_llm2slm import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.conversion import export
 from modeling_llm2slm.engines.exported import ExportedLLM2SLM
 from modeling_llm2slm.engines.graphs import exported_model_class
-from modeling_llm2slm.evaluation.metrics import evaluate
+from modeling_llm2slm.evaluation.evaluate import evaluate
 from modeling_llm2slm.inference.text_to_text import ExportedTextToText, TextToText
+from modeling_llm2slm.settings import EvaluateSettings
 from tests.llm2slm.test_cli import run
 from tests.support.common import t5_config
 from tests.support.exports import checkpoint, exported_folder, needs
@@ -60,8 +61,8 @@ def test_the_commands_take_it(folder, tmp_path, capsys) -> None:
     assert capsys.readouterr().out.startswith("out")
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps({"prompt": text, "target": text}) + "\n" for text in TEXTS))
-    result = evaluate(str(folder), pairs, timed_outputs=1, max_new_tokens=4)
-    assert result["pairs"] == 2
+    result = evaluate(str(folder), pairs, EvaluateSettings(timed_outputs=1, max_new_tokens=4))
+    assert result["examples"] == 2
     assert result["device"] == "cpu"
 
 

@@ -1,4 +1,4 @@
-"""The collator: features of the processor, one batch."""
+"""The collator pads features of the processor to a batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.support.common import END, build_model, llm_tokenizer, shared_parts, 
 
 
 PROMPTS = ["src4 src9 src9 src2 src70", "src5", "src1 src2"]
-ANSWERS = ["out3 out8", "out1 out5 out5 out30", ""]
+TARGETS = ["out3 out8", "out1 out5 out5 out30", ""]
 
 
 @pytest.fixture
@@ -19,32 +19,32 @@ def processor() -> LLM2SLMProcessor:
 
 
 def features(processor: LLM2SLMProcessor) -> list[dict]:
-    return [dict(processor(text=p, text_target=a)) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+    return [dict(processor(text=p, text_target=a)) for p, a in zip(PROMPTS, TARGETS, strict=True)]
 
 
-def test_a_batch_is_the_processors(processor: LLM2SLMProcessor) -> None:
+def test_a_batch_equals_the_processors(processor: LLM2SLMProcessor) -> None:
     batch = DataCollatorForLLM2SLM(processor)(features(processor))
-    expected = processor(text=PROMPTS, text_target=ANSWERS, padding=True, return_tensors="pt")
+    expected = processor(text=PROMPTS, text_target=TARGETS, padding=True, return_tensors="pt")
     assert batch.keys() == expected.keys()
     for name, value in batch.items():
         assert torch.equal(value, expected[name])
 
 
-def test_padding_is_masked_even_where_it_looks_like_an_end(processor: LLM2SLMProcessor) -> None:
+def test_padding_is_masked_even_if_it_equals_the_end_token(processor: LLM2SLMProcessor) -> None:
     labels = DataCollatorForLLM2SLM(processor)(features(processor))["labels"]
     assert processor.pad_token_id == processor.eos_token_id
     assert (labels == processor.eos_token_id).sum(-1).tolist() == [1, 1, 1]
     assert (labels != -100).sum(-1).tolist() == [3, 5, 1]
 
 
-def test_features_are_left_alone(processor: LLM2SLMProcessor) -> None:
+def test_features_are_not_changed(processor: LLM2SLMProcessor) -> None:
     rows = features(processor)
     DataCollatorForLLM2SLM(processor, model=shared_parts("add").model)(rows)
     assert rows == features(processor)
 
 
 def test_a_model_gets_decoder_input_ids(processor: LLM2SLMProcessor) -> None:
-    """`Trainer` takes the labels away from the model when it smooths them."""
+    """`Trainer` does not pass the labels to the model when it smooths them."""
     model = build_model("add")
     batch = DataCollatorForLLM2SLM(processor, model=model)(features(processor))
     assert batch["decoder_input_ids"].shape == batch["labels"].shape
@@ -56,11 +56,11 @@ def test_a_model_gets_decoder_input_ids(processor: LLM2SLMProcessor) -> None:
     assert torch.equal(logits, model(**batch).logits)
 
 
-def test_padding_that_there_are_no_positions_for_is_masked(processor: LLM2SLMProcessor) -> None:
-    """Each row has its positions, all of them padded together have not."""
+def test_padding_beyond_the_positions_is_masked(processor: LLM2SLMProcessor) -> None:
+    """Each example fits the positions, but the padded batch does not."""
     model = build_model("add")
-    prompts, answers = ["src1 " * 50, "src2"], ["out3", "out3 out8 " * 25]
-    rows = [dict(processor(text=prompt, text_target=answer)) for prompt, answer in zip(prompts, answers, strict=True)]
+    prompts, targets = ["src1 " * 50, "src2"], ["out3", "out3 out8 " * 25]
+    rows = [dict(processor(text=prompt, text_target=target)) for prompt, target in zip(prompts, targets, strict=True)]
     batch = DataCollatorForLLM2SLM(processor, model=model)(rows)
     assert torch.equal(batch["decoder_attention_mask"], (batch["labels"] != -100).long())
     together = model(**batch)
@@ -81,13 +81,13 @@ def test_padding_that_there_are_no_positions_for_is_masked(processor: LLM2SLMPro
         model(**DataCollatorForLLM2SLM(processor)(rows))
 
 
-def test_prompts_alone(processor: LLM2SLMProcessor) -> None:
+def test_features_without_targets(processor: LLM2SLMProcessor) -> None:
     rows = [dict(processor(text=prompt)) for prompt in PROMPTS]
     batch = DataCollatorForLLM2SLM(processor, model=shared_parts("add").model)(rows)
     assert sorted(batch) == ["attention_mask", "input_ids"]
 
 
-def test_columns_that_are_not_the_models_are_left_out(processor: LLM2SLMProcessor) -> None:
+def test_other_columns_are_ignored(processor: LLM2SLMProcessor) -> None:
     rows = [{**row, "text": "something", "id": 7} for row in features(processor)]
     assert sorted(DataCollatorForLLM2SLM(processor)(rows)) == ["attention_mask", "input_ids", "labels"]
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, LLM2SLMProcessor, quantization
 from modeling_llm2slm.engines.quantization import QUANTIZATIONS, quantize, quantize_llm, with_linear_layers
-from modeling_llm2slm.states.store import llm_fingerprint
+from modeling_llm2slm.states.fingerprints import llm_fingerprint
 from modeling_llm2slm.training.run import train
 from tests.support.checkpoints import write_pairs
 from tests.support.common import (

@@ -1,4 +1,4 @@
-"""Agreement with the LLM: scores of one against the other, references or none, and the rows that agree least."""
+"""`compare` scores a model against the LLM, with or without references, and finds the rows that agree least."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from modeling_llm2slm import evaluation
-from modeling_llm2slm.evaluation.agreement import compare, least_agreement, time_in_turns
+from modeling_llm2slm.evaluation.agreement import compare, least_agreement
 from modeling_llm2slm.evaluation.metrics import score
 from modeling_llm2slm.inference.text_to_text import TextToText
+from modeling_llm2slm.settings import EvaluateSettings
 from tests.support.checkpoints import PAIRS, PROMPTS, write_checkpoint, write_pairs
 
 
@@ -22,63 +22,59 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TextToText]:
 
 def test_agreement_is_the_score_against_the_llm(models: dict[str, TextToText], tmp_path: Path) -> None:
     data = write_pairs(tmp_path / "pairs.jsonl")
-    result = compare(models["llm2slm"], models["llm"], data, timed_outputs=2, worst=3, max_new_tokens=6)
-    answers, expected = (models[kind].generate(PROMPTS, max_new_tokens=6) for kind in ("llm2slm", "llm"))
+    settings = EvaluateSettings(timed_outputs=2, worst=3, max_new_tokens=6)
+    result = compare(models["llm2slm"], models["llm"], data, settings)
+    outputs, expected = (models[kind].generate(PROMPTS, max_new_tokens=6) for kind in ("llm2slm", "llm"))
     references = [pair["target"] for pair in PAIRS]
-    assert result["agreement"] == score(answers, expected)
-    assert result["scores"] == score(answers, references)
+    assert result["agreement"] == score(outputs, expected)
+    assert result["scores"] == score(outputs, references)
     assert result["llm_scores"] == score(expected, references)
     assert result["speed_up"] == result["llm_speed"]["ms_per_output"] / result["speed"]["ms_per_output"]
     assert len(result["worst"]) == 3
     assert json.loads(json.dumps(result)) == result
 
 
-def test_prompts_alone_will_do(models: dict[str, TextToText], tmp_path: Path) -> None:
+def test_prompts_without_references_are_compared(models: dict[str, TextToText], tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:3]) + "\n")
-    result = compare(models["llm"], models["llm"], tmp_path / "prompts.txt", timed_outputs=0, max_new_tokens=4)
+    settings = EvaluateSettings(timed_outputs=0, max_new_tokens=4)
+    result = compare(models["llm"], models["llm"], tmp_path / "prompts.txt", settings)
     assert result["agreement"]["exact_match"] == 100
     assert (result["scores"], result["llm_scores"], result["speed"], result["speed_up"]) == ({}, {}, {}, None)
     assert result["worst"] == []
 
 
-def test_references_of_some_rows_are_left_aside(
+def test_references_of_only_some_rows_are_not_used(
     models: dict[str, TextToText], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [PAIRS[0] | {"target": None}, *PAIRS[1:3]]
     options = {"timed_outputs": 0, "worst": 9, "max_new_tokens": 6}
-    result = compare(models["llm2slm"], models["llm"], write_pairs(tmp_path / "some.jsonl", rows), **options)
+    result = compare(
+        models["llm2slm"], models["llm"], write_pairs(tmp_path / "some.jsonl", rows), EvaluateSettings(**options)
+    )
     assert (result["prompts"], result["scores"], result["llm_scores"]) == (3, {}, {})
-    assert "1 of 3 rows have no text in 'answer': no references" in caplog.text
+    assert "1 of 3 rows have no text in 'target': references are not used" in caplog.text
     data = write_pairs(tmp_path / "bad.jsonl", [*rows, {"prompt": 7, "target": "x"}, PAIRS[3]])
-    result = compare(models["llm2slm"], models["llm"], data, skip_bad_rows=True, **options)
+    result = compare(models["llm2slm"], models["llm"], data, EvaluateSettings(skip_bad_rows=True, **options))
     numbers = {1: PROMPTS[1], 2: PROMPTS[2], 4: PROMPTS[3]}
     assert result["prompts"] == 3
     assert result["scores"]["bleu"] >= 0
     assert {row["row"]: row["prompt"] for row in result["worst"]} == numbers
 
 
-def test_the_worst_come_first() -> None:
-    answers, expected = ["ein Hund", "eine Katze", "Maus"], ["ein Hund ", "eine Ratte", "xyz"]
-    rows = least_agreement([0, 1, 5], ["p", "q", "r"], answers, expected, 3)
+def test_least_agreement_comes_first() -> None:
+    outputs, expected = ["ein Hund", "eine Katze", "Maus"], ["ein Hund ", "eine Ratte", "xyz"]
+    rows = least_agreement([0, 1, 5], ["p", "q", "r"], outputs, expected, 3)
     assert [row["row"] for row in rows] == [5, 1]
-    assert rows[0] | {"chrf": 0.0} == {"row": 5, "prompt": "r", "target": "Maus", "llm_output": "xyz", "chrf": 0.0}
+    assert rows[0] | {"chrf": 0.0} == {"row": 5, "prompt": "r", "output": "Maus", "llm_output": "xyz", "chrf": 0.0}
     assert 0 <= rows[0]["chrf"] < rows[1]["chrf"] < 100
 
 
-def test_a_prompt_is_one_of_the_worst_once() -> None:
+def test_a_repeated_prompt_is_listed_once() -> None:
     rows = least_agreement([0, 1, 2], ["p", "p", "q"], ["x", "x", "ein Hund"], ["Maus", "Maus", "eine Katze"], 2)
     assert [row["row"] for row in rows] == [0, 2]
 
 
-def test_a_column_that_is_not_there_is_an_error(models: dict[str, TextToText], tmp_path: Path) -> None:
+def test_a_missing_target_column_is_an_error(models: dict[str, TextToText], tmp_path: Path) -> None:
     data = write_pairs(tmp_path / "pairs.jsonl")
     with pytest.raises(ValueError, match="has no column 'refs' to score against"):
-        compare(models["llm2slm"], models["llm"], data, target_column="refs")
-
-
-def test_models_take_turns(models: dict[str, TextToText], monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0, 1, 1, 3, 3, 6, 6, 10])  # a, b, a, b
-    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: next(clock))
-    speeds = time_in_turns({"a": models["llm"], "b": models["llm"]}, PROMPTS[:2], max_new_tokens=2, min_new_tokens=2)
-    assert [speeds[name]["ms_per_output"] for name in "ab"] == [2000, 3000]
-    assert speeds["a"]["ms_per_token"] == 1000
+        compare(models["llm2slm"], models["llm"], data, EvaluateSettings(target_column="refs"))

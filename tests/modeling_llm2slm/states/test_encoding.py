@@ -1,4 +1,4 @@
-"""`llm2slm encode`: the LLM's own states, each prompt once, whatever kills it on the way."""
+"""`encode` stores the LLM's hidden states, each prompt once, and resumes after a kill."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import pandas
 import pytest
 import torch
 
-from modeling_llm2slm import LLM2SLMForConditionalGeneration, encoding
+from modeling_llm2slm import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.inference.text_to_text import TextToText
+from modeling_llm2slm.settings import EncodeSettings
+from modeling_llm2slm.states import encoding
 from modeling_llm2slm.states.encoding import encode
 from modeling_llm2slm.states.store import StateStore
 from tests.support.checkpoints import PAIRS, PROMPTS, write_checkpoint, write_pairs
@@ -28,30 +30,30 @@ def data(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_states_are_those_of_the_llm(composite: str, data: str, tmp_path: Path, dtype: str) -> None:
-    description = encode(composite, [data], tmp_path / "states", batch_size=3, dtype=dtype)
+def test_hidden_states_are_those_of_the_llm(composite: str, data: str, tmp_path: Path, dtype: str) -> None:
+    description = encode(composite, [data], tmp_path / "states", EncodeSettings(batch_size=3, dtype=dtype))
     store, text_to_text = StateStore(tmp_path / "states"), TextToText.from_pretrained(composite)
     rows = text_to_text.features(PROMPTS)["input_ids"]
     assert (description.prompts, description.tokens) == (len(PROMPTS), sum(map(len, rows)))
     for ids in rows:
         expected = text_to_text.model.encode_llm(torch.tensor([ids]))[0]
-        states = store.states(ids)
+        states = store.hidden_states(ids)
         assert states.dtype == getattr(torch, dtype)
         tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype == "bfloat16" else {"rtol": 1e-5, "atol": 1e-5}
         torch.testing.assert_close(states.float(), expected, **tolerance)
 
 
-def test_several_files_limits_and_cuts(composite: str, data: str, tmp_path: Path) -> None:
+def test_several_files_a_limit_and_truncation(composite: str, data: str, tmp_path: Path) -> None:
     (tmp_path / "more.txt").write_text(f"{PROMPTS[0]}\nsrc50 src51\n")
     sources = [data, tmp_path / "more.txt"]
-    for suffix in ("csv", "parquet"):  # texts of another type than those of JSON lines
+    for suffix in ("csv", "parquet"):  # their strings have another type than those of JSON lines
         table = pandas.DataFrame({"prompt": ["src50 src51"], "count": [1]}).convert_dtypes()
         getattr(table, f"to_{suffix}")(tmp_path / f"more.{suffix}", index=False)
         sources.append(tmp_path / f"more.{suffix}")
     assert encode(composite, sources, tmp_path / "all").prompts == len(PROMPTS) + 1
-    assert encode(composite, sources, tmp_path / "few", limit=2).prompts == 3
-    cut = encode(composite, sources, tmp_path / "cut", prompt_max_length=2)
-    assert cut.tokens == 2 * cut.prompts
+    assert encode(composite, sources, tmp_path / "few", EncodeSettings(limit=2)).prompts == 3
+    truncated = encode(composite, sources, tmp_path / "truncated", EncodeSettings(prompt_max_length=2))
+    assert truncated.tokens == 2 * truncated.prompts
 
 
 class KilledError(Exception):
@@ -59,10 +61,10 @@ class KilledError(Exception):
 
 
 @pytest.mark.parametrize("survived", [0, 1, 3])
-def test_a_killed_run_goes_on(
+def test_a_killed_run_resumes(
     composite: str, data: str, tmp_path: Path, survived: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode(composite, [data], tmp_path / "whole", batch_size=2)
+    encode(composite, [data], tmp_path / "whole", EncodeSettings(batch_size=2))
     encoded: list[int] = []
     original = LLM2SLMForConditionalGeneration.encode_llm
 
@@ -74,18 +76,18 @@ def test_a_killed_run_goes_on(
 
     monkeypatch.setattr(LLM2SLMForConditionalGeneration, "encode_llm", count)
     with pytest.raises(KilledError):
-        encode(composite, [data], tmp_path / "states", batch_size=2, shard_bytes=1)
+        encode(composite, [data], tmp_path / "states", EncodeSettings(batch_size=2, shard_bytes=1))
     (tmp_path / "again").touch()
-    told: list[int] = []
+    reported: list[int] = []
     encode(
-        composite, [data], tmp_path / "states", batch_size=2, announce=lambda _, to_write: told.append(to_write),
-        progress=lambda done, total: told.append(done),
+        composite, [data], tmp_path / "states", EncodeSettings(batch_size=2),
+        announce=lambda _, to_write: reported.append(to_write), progress=lambda done, total: reported.append(done),
     )  # fmt: skip
     assert sum(encoded) == len(PROMPTS)  # none twice
-    assert told[1:] == list(range(2 * survived, len(PROMPTS) + 1, 2))
+    assert reported[1:] == list(range(2 * survived, len(PROMPTS) + 1, 2))
     whole, continued = StateStore(tmp_path / "whole"), StateStore(tmp_path / "states")
     for ids in TextToText.from_pretrained(composite).features(PROMPTS)["input_ids"]:
-        assert torch.equal(whole.states(ids), continued.states(ids))
+        assert torch.equal(whole.hidden_states(ids), continued.hidden_states(ids))
     encode(composite, [data], tmp_path / "states")
     assert sum(encoded) == len(PROMPTS)
 
@@ -94,33 +96,33 @@ def test_processes_share_the_work(composite: str, data: str, tmp_path: Path, mon
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        encode(composite, [data], tmp_path / "states", batch_size=2)
+        encode(composite, [data], tmp_path / "states", EncodeSettings(batch_size=2))
     assert len(StateStore(tmp_path / "states")) == len(PROMPTS)
     assert len(list((tmp_path / "states").glob("*.safetensors"))) == 2
     with pytest.raises(ValueError, match="cannot overwrite"):
-        encode(composite, [data], tmp_path / "states", overwrite=True)
+        encode(composite, [data], tmp_path / "states", EncodeSettings(overwrite=True))
 
 
-def test_a_disk_that_is_too_small_is_refused_before_any_work(
+def test_a_disk_that_is_too_small_is_an_error_before_any_work(
     composite: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(encoding.shutil, "disk_usage", lambda _: usage)
     monkeypatch.setattr(LLM2SLMForConditionalGeneration, "encode_llm", None)
-    with pytest.raises(OSError, match=r"needs 0\.00 GB for 34 tokens, but its disk has 0\.00 GB free"):
+    with pytest.raises(OSError, match=r"needs 1\.6 kB for 34 tokens, but its disk has 100 bytes free"):
         encode(composite, [data], tmp_path / "states")
     assert not (tmp_path / "states").exists()
 
 
-def test_other_data_other_llms_and_no_llm_are_refused(composite: str, data: str, tmp_path: Path) -> None:
+def test_other_data_and_models_without_an_llm_are_errors(composite: str, data: str, tmp_path: Path) -> None:
     encode(composite, [data], tmp_path / "states")
     other = write_pairs(tmp_path / "other.jsonl", PAIRS[1:])
     with pytest.raises(ValueError, match="another set of prompts"):
         encode(composite, [other], tmp_path / "states")
     (tmp_path / "states" / "mine.txt").touch()
-    assert encode(composite, [other], tmp_path / "states", overwrite=True).prompts == len(PAIRS) - 1
+    assert encode(composite, [other], tmp_path / "states", EncodeSettings(overwrite=True)).prompts == len(PAIRS) - 1
     assert (tmp_path / "states" / "mine.txt").exists()
-    with pytest.raises(ValueError, match="no LLM-to-SLM model"):
+    with pytest.raises(ValueError, match="not an LLM-to-SLM model"):
         encode(write_checkpoint("slm", tmp_path), [data], tmp_path / "no")
     with pytest.raises(ValueError, match="dtype is 'int8'"):
-        encode(composite, [data], tmp_path / "no", dtype="int8")
+        encode(composite, [data], tmp_path / "no", EncodeSettings(dtype="int8"))

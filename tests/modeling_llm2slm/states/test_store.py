@@ -1,4 +1,4 @@
-"""The store of LLM states: found by token ids, mapped and not read, whole or refused."""
+"""A store finds hidden states by token ids, maps its files, and is an error unless it is whole."""
 
 from __future__ import annotations
 
@@ -11,20 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from modeling_llm2slm import DataCollatorForLLM2SLM, LLM2SLMProcessor, state_store
-from modeling_llm2slm.states.fingerprints import tokenizer_fingerprint, weights_fingerprint
-from modeling_llm2slm.states.store import (
-    StateStore,
-    StateWriter,
-    StoreDescription,
-    describe,
-    index_prompts,
-    llm_fingerprint,
-    prompt_key,
-    remove_store,
-)
+from modeling_llm2slm import DataCollatorForLLM2SLM, LLM2SLMProcessor
+from modeling_llm2slm.states import writer as writer_module
+from modeling_llm2slm.states.description import StoreDescription, describe, index_prompts, prompt_key
+from modeling_llm2slm.states.store import StateStore, remove_store
+from modeling_llm2slm.states.writer import StateWriter
 from tests.support.common import PROMPTS, build_model, is_mapped, llm_tokenizer, pad_prompts, slm_tokenizer
 
 
@@ -32,7 +24,7 @@ WIDTH = 24
 
 
 def states_of(ids: list[int]) -> torch.Tensor:
-    """States that tell their prompt, and are whole numbers that bfloat16 can hold."""
+    """Return hidden states that identify their prompt: integers that bfloat16 holds exactly."""
     return torch.arange(len(ids))[:, None] + torch.full((len(ids), WIDTH), float(ids[0]))
 
 
@@ -54,20 +46,20 @@ def write_store(folder: Path, prompts: list[list[int]] = PROMPTS, shard_bytes: i
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 500, 10**9])
-def test_every_prompt_has_its_states(tmp_path: Path, shard_bytes: int) -> None:
+def test_each_prompt_has_its_hidden_states(tmp_path: Path, shard_bytes: int) -> None:
     store = write_store(tmp_path / "store", shard_bytes=shard_bytes)
     assert len(store) == len(PROMPTS)
     for ids in reversed(PROMPTS):
         assert ids in store
-        assert store.states(ids).dtype == torch.bfloat16
-        assert torch.equal(store.states(ids).float(), states_of(ids))
+        assert store.hidden_states(ids).dtype == torch.bfloat16
+        assert torch.equal(store.hidden_states(ids).float(), states_of(ids))
     assert [1, 2, 3] not in store
     with pytest.raises(ValueError, match="prompt of 3 tokens is not in"):
-        store.states([1, 2, 3])
+        store.hidden_states([1, 2, 3])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_batch_is_padded_as_its_token_ids_are(tmp_path: Path, side: str) -> None:
+def test_a_batch_is_padded_like_its_token_ids(tmp_path: Path, side: str) -> None:
     store = write_store(tmp_path)
     batch = pad_prompts(PROMPTS, side=side, extra=2)
     states = store.batch(**batch)
@@ -77,15 +69,15 @@ def test_a_batch_is_padded_as_its_token_ids_are(tmp_path: Path, side: str) -> No
         assert torch.equal(row[mask.bool()].float(), states_of(ids))
 
 
-def test_states_are_mapped_and_go_to_workers_by_their_path(tmp_path: Path) -> None:
+def test_files_are_mapped_and_workers_get_their_path(tmp_path: Path) -> None:
     store = write_store(tmp_path)
-    assert is_mapped(store.states(PROMPTS[0]))
+    assert is_mapped(store.hidden_states(PROMPTS[0]))
     sent = pickle.dumps(store)
     assert len(sent) < 500
-    assert torch.equal(pickle.loads(sent).states(PROMPTS[1]), store.states(PROMPTS[1]))
+    assert torch.equal(pickle.loads(sent).hidden_states(PROMPTS[1]), store.hidden_states(PROMPTS[1]))
 
 
-def test_collator_brings_the_states(tmp_path: Path) -> None:
+def test_the_collator_adds_hidden_states(tmp_path: Path) -> None:
     processor = LLM2SLMProcessor(llm_tokenizer(), slm_tokenizer())
     features = [dict(processor(text=f"src{i} src1", text_target="out1")) for i in range(3)]
     prompts = [row["input_ids"] for row in features]
@@ -94,22 +86,22 @@ def test_collator_brings_the_states(tmp_path: Path) -> None:
     assert torch.equal(batch["llm_hidden_states"], store.batch(batch["input_ids"], batch["attention_mask"]))
 
 
-def test_a_store_is_continued_and_what_is_there_is_known(tmp_path: Path) -> None:
+def test_a_writer_continues_a_store(tmp_path: Path) -> None:
     writer = StateWriter(tmp_path, description(), shard_bytes=1)
     writer.add(PROMPTS[0], states_of(PROMPTS[0]))
-    with pytest.raises(ValueError, match=r"not complete: it has 1 of 3 prompts.*goes on where it stopped"):
+    with pytest.raises(ValueError, match=r"not complete: it has 1 of 3 prompts.*resumes where it stopped"):
         StateStore(tmp_path)
     writer = StateWriter(tmp_path, description(), shard_bytes=1)
     assert writer.done.tolist() == [prompt_key(PROMPTS[0])]
     for ids in PROMPTS[1:]:
         writer.add(ids, states_of(ids))
     store = StateStore(tmp_path)
-    assert all(torch.equal(store.states(ids).float(), states_of(ids)) for ids in PROMPTS)
+    assert all(torch.equal(store.hidden_states(ids).float(), states_of(ids)) for ids in PROMPTS)
 
 
 def test_two_writers_share_a_store(tmp_path: Path) -> None:
     for number, prompts in enumerate((PROMPTS[:1], PROMPTS[1:])):
-        writer = StateWriter(tmp_path, description(), writer=number)
+        writer = StateWriter(tmp_path, description(), rank=number)
         for ids in prompts:
             writer.add(ids, states_of(ids))
         writer.flush()
@@ -126,22 +118,20 @@ def test_two_writers_share_a_store(tmp_path: Path) -> None:
         ({"dtype": "float32"}, r"another dtype \(bfloat16, not float32\)"),
     ],
 )
-def test_a_store_of_something_else_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_a_store_of_something_else_is_an_error(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     write_store(tmp_path)
     with pytest.raises(ValueError, match=message):
         StateWriter(tmp_path, description(**change))
 
 
-def test_states_without_a_description_are_nobodys(tmp_path: Path) -> None:
+def test_hidden_states_without_a_description_are_an_error(tmp_path: Path) -> None:
     write_store(tmp_path)
     (tmp_path / "store.json").unlink()
-    with pytest.raises(ValueError, match="holds states, but no store.json.*--overwrite"):
+    with pytest.raises(ValueError, match="holds hidden states, but no store.json.*--overwrite"):
         StateWriter(tmp_path, description(llm="d" * 64))
 
 
-def test_a_removal_that_was_killed_leaves_no_states_of_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_removal_deletes_the_description_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_store(tmp_path)
     removed: list[str] = []
     monkeypatch.setattr(Path, "unlink", lambda self, missing_ok=False: removed.append(self.name))
@@ -150,7 +140,7 @@ def test_a_removal_that_was_killed_leaves_no_states_of_another(
     assert sorted(removed[:-1]) == sorted(path.name for path in tmp_path.glob("states-*"))
 
 
-def test_what_a_killed_writer_has_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leftovers_of_a_killed_writer_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class KilledError(BaseException):
         pass
 
@@ -160,16 +150,16 @@ def test_what_a_killed_writer_has_left_is_removed(tmp_path: Path, monkeypatch: p
         raise KilledError
 
     with monkeypatch.context() as context:
-        context.setattr(state_store, "save_file", kill)
+        context.setattr(writer_module, "save_file", kill)
         with pytest.raises(KilledError):
             write_store(tmp_path)
     (left,) = tmp_path.glob(".*.kept")
-    left.rename(left.with_name(left.name.removesuffix(".kept")))  # as if the process had died there
+    left.rename(left.with_name(left.name.removesuffix(".kept")))  # as if the process had died at this point
     assert len(write_store(tmp_path)) == len(PROMPTS)
     assert not list(tmp_path.glob(".*"))
 
 
-def test_states_that_overflow_are_not_stored(tmp_path: Path) -> None:
+def test_hidden_states_that_overflow_are_an_error(tmp_path: Path) -> None:
     writer = StateWriter(tmp_path, description(dtype="float16"))
     writer.add([1, 2], torch.full((2, WIDTH), 6e4))
     with pytest.raises(ValueError, match="overflow in float16.*--dtype bfloat16"):
@@ -177,7 +167,7 @@ def test_states_that_overflow_are_not_stored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "removed"])
-def test_a_damaged_shard_is_named_and_made_anew(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_shard_is_named_and_written_again(tmp_path: Path, damage: str) -> None:
     write_store(tmp_path)
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
     match damage:
@@ -195,14 +185,16 @@ def test_a_damaged_shard_is_named_and_made_anew(tmp_path: Path, damage: str) -> 
         if prompt_key(ids) not in writer.done:
             writer.add(ids, states_of(ids))
     writer.flush()
-    assert all(torch.equal(StateStore(tmp_path).states(ids).float(), states_of(ids)) for ids in PROMPTS)
+    assert all(torch.equal(StateStore(tmp_path).hidden_states(ids).float(), states_of(ids)) for ids in PROMPTS)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "cannot be read"), ("{}", "cannot be read"), (None, "is no store"), ("format", "format 0")],
+    [("{", "cannot be read"), ("{}", "cannot be read"), (None, "is not a store"), ("format", "format 0")],
 )
-def test_what_is_no_store_is_said_in_one_line(tmp_path: Path, content: str | None, message: str) -> None:
+def test_a_folder_that_is_not_a_store_is_an_error_of_one_line(
+    tmp_path: Path, content: str | None, message: str
+) -> None:
     if content is not None:
         write_store(tmp_path)
         old = {**json.loads((tmp_path / "store.json").read_text()), "format": 0}
@@ -220,61 +212,26 @@ def test_equal_prompts_count_once() -> None:
     assert config.encoder.hidden_size == WIDTH
 
 
-class TestFingerprints:
-    def test_weights_alone_decide_about_the_llms(self, tmp_path: Path) -> None:
-        model = build_model("add")
-        model.save_pretrained(tmp_path / "one")
-        model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
-        assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
-        model.decoder.lm_head.weight.data.add_(1)  # the SLM trains
-        model.save_pretrained(tmp_path / "trained")
-        fingerprints = {name: llm_fingerprint(tmp_path / name) for name in ("one", "sharded", "trained")}
-        assert len(set(fingerprints.values())) == 1
-        tensors = load_file(tmp_path / "one" / "model.safetensors")
-        name = next(name for name in tensors if name.startswith("encoder.llm."))
-        tensors[name].view(-1)[0] += 1e-3
-        save_file(tensors, tmp_path / "trained" / "model.safetensors", metadata={"format": "pt"})
-        assert llm_fingerprint(tmp_path / "trained") != fingerprints["one"]
-
-    def test_a_prefix_does_not_count(self, tmp_path: Path) -> None:
-        model = build_model("add")
-        model.save_pretrained(tmp_path / "whole")
-        model.encoder.llm.save_pretrained(tmp_path / "llm")
-        assert llm_fingerprint(tmp_path / "whole") == weights_fingerprint(tmp_path / "llm")
-
-    def test_a_checkpoint_without_an_llm_is_refused(self, tmp_path: Path) -> None:
-        build_model("add").decoder.save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match="holds no LLM"):
-            llm_fingerprint(tmp_path)
-
-    def test_tokenizers_differ_by_what_they_know(self) -> None:
-        first, second = llm_tokenizer(), llm_tokenizer()
-        second.padding_side = "left"
-        assert tokenizer_fingerprint(first) == tokenizer_fingerprint(second)
-        second.add_tokens(["new"])
-        assert tokenizer_fingerprint(first) != tokenizer_fingerprint(second)
-        assert tokenizer_fingerprint(first) != tokenizer_fingerprint(slm_tokenizer())
-
-    def test_a_store_is_checked_against_a_model(self, tmp_path: Path) -> None:
-        model, tokenizer = build_model("add"), llm_tokenizer()
-        model.save_pretrained(tmp_path / "model")
-        made = describe(tmp_path / "model", model.config, tokenizer, index_prompts(PROMPTS), "bfloat16")
-        assert (made.prompts, made.tokens, made.nbytes) == (3, 23, 23 * WIDTH * 2)
-        writer = StateWriter(tmp_path / "store", made)
-        for ids in PROMPTS:
-            writer.add(ids, states_of(ids))
-        writer.flush()
-        store = StateStore(tmp_path / "store")
+def test_a_store_is_checked_against_a_model(tmp_path: Path) -> None:
+    model, tokenizer = build_model("add"), llm_tokenizer()
+    model.save_pretrained(tmp_path / "model")
+    made = describe(tmp_path / "model", model.config, tokenizer, index_prompts(PROMPTS), "bfloat16")
+    assert (made.prompts, made.tokens, made.nbytes) == (3, 23, 23 * WIDTH * 2)
+    writer = StateWriter(tmp_path / "store", made)
+    for ids in PROMPTS:
+        writer.add(ids, states_of(ids))
+    writer.flush()
+    store = StateStore(tmp_path / "store")
+    store.check(tmp_path / "model", model.config, tokenizer)
+    build_model("add", seed=3).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"another LLM \([0-9a-f]{12}…, not [0-9a-f]{12}…\)"):
+        store.check(tmp_path / "other", model.config, tokenizer)
+    with pytest.raises(ValueError, match="another tokenizer"):
+        store.check(tmp_path / "model", model.config, slm_tokenizer())
+    model.config.freeze_llm = False
+    with pytest.raises(ValueError, match="An LLM that trains"):
         store.check(tmp_path / "model", model.config, tokenizer)
-        build_model("add", seed=3).save_pretrained(tmp_path / "other")
-        with pytest.raises(ValueError, match=r"another LLM \([0-9a-f]{12}…, not [0-9a-f]{12}…\)"):
-            store.check(tmp_path / "other", model.config, tokenizer)
-        with pytest.raises(ValueError, match="another tokenizer"):
-            store.check(tmp_path / "model", model.config, slm_tokenizer())
-        model.config.freeze_llm = False
-        with pytest.raises(ValueError, match="An LLM that trains"):
-            store.check(tmp_path / "model", model.config, tokenizer)
-        model.config.freeze_llm = True
-        model.config.encoder_layer = 1
-        with pytest.raises(ValueError, match="another encoder_layer"):
-            store.check(tmp_path / "model", model.config, tokenizer)
+    model.config.freeze_llm = True
+    model.config.encoder_layer = 1
+    with pytest.raises(ValueError, match="another encoder_layer"):
+        store.check(tmp_path / "model", model.config, tokenizer)

@@ -1,4 +1,4 @@
-"""Models without their LLM: the same losses, gradients and answers from stored states, and no LLM in memory."""
+"""A model without its LLM has the same losses, gradients and outputs, and does not load the LLM."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.families import LLMS
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_loss_gradients_and_answers_are_those_of_the_whole(fusion: str, dtype: str | None, tmp_path: Path) -> None:
+def test_loss_gradients_and_outputs_equal_the_whole_models(fusion: str, dtype: str | None, tmp_path: Path) -> None:
     built = build_model(fusion)
     if dtype is not None:
         built.config.encoder_dtype = dtype
@@ -49,12 +49,12 @@ def test_loss_gradients_and_answers_are_those_of_the_whole(fusion: str, dtype: s
     for name, parameter in model.named_parameters():
         if ".llm." not in name:
             assert torch.equal(parameter.grad, expected[name].grad), name
-    answers = [each.generate(**batch, llm_hidden_states=states, max_new_tokens=6) for each in (whole, model)]
-    assert torch.equal(*answers)
+    outputs = [each.generate(**batch, llm_hidden_states=states, max_new_tokens=6) for each in (whole, model)]
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_nothing_of_the_llm_trains_and_the_whole_comes_back(fusion: str, tmp_path: Path) -> None:
+def test_the_llm_does_not_train_and_with_llm_restores_the_whole_model(fusion: str, tmp_path: Path) -> None:
     built = build_model(fusion)
     built.save_pretrained(tmp_path)
     model = load_without_llm(tmp_path).train()
@@ -72,7 +72,7 @@ def test_nothing_of_the_llm_trains_and_the_whole_comes_back(fusion: str, tmp_pat
     same_tensors(LLM2SLMForConditionalGeneration.from_pretrained(tmp_path / "whole").state_dict(), whole.state_dict())
 
 
-def test_a_prompt_without_states_is_an_error_that_names_the_fix(tmp_path: Path) -> None:
+def test_a_prompt_without_hidden_states_is_an_error_that_names_the_fix(tmp_path: Path) -> None:
     build_model("add").save_pretrained(tmp_path)
     model = load_without_llm(tmp_path)
     for call in (model, model.generate, model.encode_llm):
@@ -82,8 +82,8 @@ def test_a_prompt_without_states_is_an_error_that_names_the_fix(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("family", LLMS)
-def test_every_family_of_llm_leaves_its_embedding(family: str, tmp_path: Path) -> None:
-    """Some scale what their table holds, by a number that no checkpoint has."""
+def test_every_family_of_llms_keeps_its_embedding(family: str, tmp_path: Path) -> None:
+    """Some families scale their embeddings by a number that no checkpoint holds."""
     llm = LLMS[family]
     config = LLM2SLMConfig(encoder=llm.config(vocab_size=120), decoder=gpt2_config(), encoder_layer=llm.layer)
     LLM2SLMForConditionalGeneration(config).save_pretrained(tmp_path)
@@ -92,7 +92,7 @@ def test_every_family_of_llm_leaves_its_embedding(family: str, tmp_path: Path) -
     assert not any(report.values()), report
     of_llm = [parameter.numel() for name, parameter in model.named_parameters() if ".llm." in name]
     assert of_llm == [whole.encoder.llm.get_input_embeddings().weight.numel()]
-    # What accelerate shards by: a class that is not in the model is an error there.
+    # accelerate shards by these classes, and raises an error for a class that is not in the model.
     assert all(get_module_class_from_name(each, name) for each in (whole, model) for name in each._no_split_modules)
     assert "GPT2Block" in model._no_split_modules <= whole._no_split_modules
     batch = pad_prompts(PROMPTS)
@@ -103,7 +103,7 @@ def test_every_family_of_llm_leaves_its_embedding(family: str, tmp_path: Path) -
     assert torch.equal(with_llm(model, tmp_path)(**batch, labels=make_labels()).loss, losses[0])
 
 
-def test_a_cut_llm_and_an_encoder_decoder_slm(tmp_path: Path) -> None:
+def test_a_truncated_llm_and_an_encoder_decoder_slm(tmp_path: Path) -> None:
     config = LLM2SLMConfig(encoder=t5_config(), decoder=t5_config(), encoder_layer=2)
     whole = LLM2SLMForConditionalGeneration(config).eval()
     whole.save_pretrained(tmp_path)

@@ -11,8 +11,10 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from modeling_llm2slm import DataCollatorForLLM2SLM, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from modeling_llm2slm.inference.text_to_text import TextToText
+from modeling_llm2slm.settings import EncodeSettings
 from modeling_llm2slm.states.encoding import encode
-from modeling_llm2slm.states.store import StateStore, llm_fingerprint
+from modeling_llm2slm.states.fingerprints import llm_fingerprint
+from modeling_llm2slm.states.store import StateStore
 from modeling_llm2slm.states.without_llm import load_without_llm
 from modeling_llm2slm.training import features as feature_module
 from modeling_llm2slm.training.run import train
@@ -62,7 +64,7 @@ class TestStoredStates:
     ) -> None:
         recipe = {**recipe, "per_device_eval_batch_size": 3, "learning_rate": 1e-3}
         with_llm = train({**recipe, "output_dir": str(tmp_path / "with")})
-        encode(recipe["model"], [recipe["train_data"]], tmp_path / "states", dtype=dtype)
+        encode(recipe["model"], [recipe["train_data"]], tmp_path / "states", EncodeSettings(dtype=dtype))
         monkeypatch.setattr(LLM2SLMForConditionalGeneration, "encode_llm", None)
         without = train({**recipe, "llm_states": str(tmp_path / "states")})
         assert losses(without) == pytest.approx(losses(with_llm), rel=tolerance)
@@ -135,13 +137,13 @@ class TestStoredStates:
             train(recipe)
         with pytest.raises(ValueError, match="without an LLM beside it"):
             train({**recipe, "model": write_checkpoint("slm", tmp_path)})
-        with pytest.raises(FileNotFoundError, match="is no store of LLM states"):
+        with pytest.raises(FileNotFoundError, match="is not a store of hidden states"):
             train({**recipe, "llm_states": str(tmp_path)})
         assert not (tmp_path / "out").exists()
 
 
 def test_stock_trainer_trains_and_predicts_from_stored_states(recipe: dict[str, Any], tmp_path: Path) -> None:
-    encode(recipe["model"], [recipe["train_data"]], tmp_path / "states", dtype="float32")
+    encode(recipe["model"], [recipe["train_data"]], tmp_path / "states", EncodeSettings(dtype="float32"))
     store, processor = StateStore(tmp_path / "states"), LLM2SLMProcessor.from_pretrained(recipe["model"])
     features = [dict(processor(text=pair["prompt"], text_target=pair["target"])) for pair in PAIRS]
     answers, losses = [], []
@@ -264,7 +266,7 @@ class TestBadRows:
         (tmp_path / "bad.jsonl").write_text("\n".join(lines) + "\n")
         recipe = {**recipe, "train_data": str(tmp_path / "bad.jsonl"), "max_steps": 2, "metric": "loss"}
         with pytest.raises(
-            ValueError, match=r"answer of row 2 is None.* There are 4 bad rows: 2, 3, 4, 5\..*skip_bad_ro"
+            ValueError, match=r"target of row 2 is None.* There are 4 bad rows: 2, 3, 4, 5\..*skip_bad_ro"
         ):
             train(recipe)
         whole = train({**recipe, "train_data": str(tmp_path / "pairs.jsonl"), "output_dir": str(tmp_path / "whole")})
@@ -281,8 +283,8 @@ class TestBadRows:
         pairs[6:6] = [{"prompt": "src1 " * 70, "target": "src2", "other": "src2"}]
         recipe = {**recipe, "train_data": write_pairs(tmp_path / "bad.jsonl", pairs), "metric": "loss"}
         report = train({**recipe, "target_column": ["target", "other"], "skip_bad_rows": True, "num_train_epochs": 1})
-        assert "1 bad rows were skipped: 1." in caplog.text
-        assert "1 bad rows were skipped: 6." in caplog.text
+        assert "1 bad row was skipped: 1." in caplog.text
+        assert "1 bad row was skipped: 6." in caplog.text
         assert report["steps"] == 4
 
     @pytest.mark.parametrize("smoothing", [0, 0.1])

@@ -16,10 +16,10 @@ from tests.support.common import build_model, build_parts
 EVALUATION = {
     "model": "/runs/model",
     "data": "test.jsonl",
-    "pairs": 1000,
+    "examples": 1000,
     "scores": {"bleu": 36.517, "chrf": 60.02, "rougeL": 55.5, "exact_match": 3.0},
     "signatures": {"bleu": "nrefs:1|case:mixed"},
-    "speed": {"ms_per_output": 64.2, "ms_per_token": 3.73, "tokens_per_answer": 17.2, "timed_outputs": 50},
+    "speed": {"ms_per_output": 64.2, "ms_per_token": 3.73, "tokens_per_output": 17.2, "timed_outputs": 50},
     "device": "cpu",
     "threads": 1,
     "dtype": "float32",

@@ -1,25 +1,24 @@
-"""A small parallel corpus, English to German, drawn from a grammar of the project's own.
+"""
+A grammar that samples sentences in English and German at once.
 
-Every sentence is made in both languages at once, and what German asks of a translator is there: gender, case and
-number agree inside a noun phrase and with pronouns a clause away; verbs stand second, first or last and leave their
-prefixes and participles at the end; verbs govern cases and prepositions; the company of a word decides what it means
-("the boy eats", "the dog eats"); compounds are one word. Where two synonyms or two places of an adverb are both right
-one of them is drawn, so that no translator reaches 100 BLEU. The same seed gives the same corpus on every machine.
+The sentences need what a translator into German has to know. Gender, case and number agree inside a noun phrase and
+with pronouns in the next clause. Verbs stand first, second or last, leave prefixes and participles at the end, and
+govern cases and prepositions. Context decides the meaning of a word ("the boy eats", "the dog eats"), and compounds
+are one word. Where two synonyms or two positions of an adverb are both right, the grammar samples one of them, so no
+translator can reach 100 BLEU. The same seed gives the same corpus on every machine.
 """
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from demo import lexicon
+from . import lexicon
 
 
-HELD_OUT = {"validation": 1000, "test": 1000}  # sentences
+HELD_OUT = {"validation": 1000, "test": 1000}  # examples
 LONGEST = 16  # words of an English sentence
-USUAL = 0.8  # how often the usual one of several right translations is drawn
+USUAL = 0.8  # probability of the usual one of several right translations
 
 # One column per case, one key per gender; "p" is any plural.
 CASES = {"nominative": 0, "accusative": 1, "dative": 2}
@@ -52,7 +51,7 @@ DETERMINERS: list[tuple[str, str, str, dict[str, str], int]] = [
 EIN_WORDS = {"ein", "mein", "sein", "ihr", "unser", "kein"}
 # english subject, english object, german by case, gender
 PERSONS = "I me ich mich mir m|we us wir uns uns p|he him er ihn ihm m|she her sie sie ihr f|they them sie sie ihnen p"
-# english | german; both, and what they leave in a clause, keep their place whatever the clause is
+# english | german alternatives; an empty one depends on the tense
 SUBORDINATORS = [
     ["because", "weil ; da"],
     ["although", "obwohl"],
@@ -65,15 +64,16 @@ TENSES = {"present": 40, "progressive": 8, "past": 25, "perfect": 12, "modal": 1
 
 @dataclass
 class Phrase:
-    """A noun phrase or a pronoun.
+    """
+    A noun phrase or a pronoun.
 
-    Attributes:
-        english: its English words.
-        german: its German words in the nominative, accusative and dative.
-        gender: "m", "f", "n", or "p" for any plural.
-        classes: what it is, for verbs and adjectives to choose by.
-        again: the English pronoun that takes it up in a later clause.
-        english_object: where English has another form for objects.
+    Args:
+        english: Its English words.
+        german: Its German words in the nominative, accusative and dative.
+        gender: `"m"`, `"f"`, `"n"`, or `"p"` for any plural.
+        classes: The semantic classes that verbs and adjectives select by.
+        again: The English pronoun that refers to it in a later clause.
+        english_object: Its English form as an object, if that is different.
     """
 
     english: str
@@ -90,22 +90,22 @@ class Phrase:
 
 @dataclass
 class Clause:
-    """A clause whose German parts are not in order yet: the kind of the clause decides where its verb stands."""
+    """A clause whose German parts have no order yet: the kind of the clause decides where its verb stands."""
 
     subject: Phrase
     tense: str
-    auxiliary: str = ""  # English: what a question puts first
+    auxiliary: str = ""  # English; a question starts with it
     verb: str = ""  # English
-    finite: str = ""  # German, and so are all below but the English halves of the pairs
+    finite: str = ""  # German, as all below; pairs are (English, German)
     end: str = ""  # participle or infinitive
-    prefix: str = ""  # of a separable verb
+    prefix: str = ""  # prefix of a separable verb
     pronouns: list[tuple[str, str]] = field(default_factory=list)
     objects: list[tuple[str, str]] = field(default_factory=list)
     others: list[tuple[str, str]] = field(default_factory=list)
     negation: tuple[str, str] = ("", "")
     time: tuple[str, str] = ("", "")
-    complement: tuple[str, str] = ("", "")  # a clause with "that", after everything
-    mentioned: Phrase | None = None  # what a pronoun of the next clause takes up
+    complement: tuple[str, str] = ("", "")  # a clause with "that", which comes last
+    mentioned: Phrase | None = None  # the phrase that a pronoun of the next clause refers to
 
     def english(self, question: bool = False) -> str:
         subject, rest = (
@@ -116,11 +116,13 @@ class Clause:
         return join(*verb, self.negation[0], self.verb, *(words for part in rest for words, _ in part))
 
     def german(self, order: str = "second", front: str = "") -> str:
-        """The German clause.
+        """
+        Return the German clause.
 
         Args:
-            order: place of the finite verb: "first" in questions and after a clause in front, "second", or "last".
-            front: words before everything, with order "second" instead of the subject.
+            order: Position of the finite verb: `"first"` in questions and after a dependent clause, `"second"`, or
+                `"last"`.
+            front: Words that come first; with order `"second"` they replace the subject there.
         """
         parts = [self.pronouns, [self.time], self.objects, [self.negation], self.others]
         middle = [words for part in parts for _, words in part]
@@ -141,10 +143,11 @@ def table(text: str) -> list[list[str]]:
 
 
 class Grammar:
-    """Draws pairs of sentences.
+    """
+    Samples sentences in both languages.
 
     Args:
-        seed: what every draw depends on.
+        seed: Seed of all sampling.
     """
 
     def __init__(self, seed: int = 0):
@@ -164,18 +167,18 @@ class Grammar:
         return self.random.random() < probability
 
     def frequent(self, entries: Sequence[Any]) -> Any:
-        """One of the entries; the first are drawn the most."""
+        """Sample one of the entries; earlier ones are more frequent."""
         return self.random.choices(entries, [1 / (rank + 8) for rank in range(len(entries))])[0]
 
     def either(self, alternatives: str) -> str:
-        """One of the translations between semicolons; the first is the usual one."""
+        """Sample one of the translations between semicolons; the first is the usual one."""
         first, *others = (alternative.strip() for alternative in alternatives.split(";"))
         return first if not others or self.chance(USUAL) else self.random.choice(others)
 
     # Noun phrases
 
     def phrase(self, classes: str = "*", simple: bool = False) -> Phrase:
-        """A noun phrase of one of the classes ("*": any); a simple one has no relative clause."""
+        """Sample a noun phrase of one of the classes (`"*"`: any); a simple one has no relative clause."""
         wanted = set(classes.split())
         if "person" in wanted and self.chance(0.22):
             return self.person()
@@ -191,7 +194,7 @@ class Grammar:
         return phrase
 
     def person(self) -> Phrase:
-        """A name or a personal pronoun."""
+        """Sample a name or a personal pronoun."""
         if self.chance(0.5):
             name, gender = self.random.choice(lexicon.NAMES.split("|")).split()
             return Phrase(name, [name] * 3, gender, {"person"}, "he" if gender == "m" else "she")
@@ -199,7 +202,7 @@ class Grammar:
         return Phrase(english, german, gender, {"person"}, english, english_object)
 
     def noun(self, nouns: list[list[str]]) -> Phrase:
-        """One of the nouns, singular or plural, maybe as the head of a compound, with determiner and adjectives."""
+        """Sample a noun with determiner and adjectives, singular or plural, sometimes as the head of a compound."""
         english, german, kinds = self.frequent(nouns)
         names, (word, gender, words), classes = english.split(), self.either(german).split(), set(kinds.split())
         again = "she" if names[0] == "girl" else {"m": "he", "f": "she", "n": "it"}[gender[0]]
@@ -226,7 +229,7 @@ class Grammar:
         determiner: tuple | None,
         again: str = "it",
     ) -> Phrase:
-        """Determiner, adjectives and noun, which agree in German by gender, number and case."""
+        """Combine determiner, adjectives and noun, which agree in German by gender, number and case."""
         endings = determiner[3] if determiner else STRONG
         adjectives = [
             self.adjective(classes, general=determiner is not None)
@@ -252,7 +255,7 @@ class Grammar:
         return stem + (EIN if stem in EIN_WORDS else STRONG)[gender].split()[case].strip("-")
 
     def adjective(self, classes: set[str], general: bool = True) -> tuple[str, str]:
-        """An English adjective and what it means with a noun of these classes; `general`: or with any noun."""
+        """Sample an adjective for a noun of these classes, with its German; `general` allows those for any noun."""
         fitting = [
             entry for entry in self.adjectives if classes & set(entry[2].split()) or (general and entry[2] == "*")
         ]
@@ -260,7 +263,7 @@ class Grammar:
         return english, self.either(next(entry[1] for entry in fitting if entry[0] == english))
 
     def add_relative_clause(self, head: Phrase) -> None:
-        """Adds a relative clause in which the pronoun is the subject or the object."""
+        """Add a relative clause in which the pronoun is the subject or the object."""
         is_person = "person" in head.classes
         pronoun = Phrase("who" if is_person else "that", RELATIVE[head.gender].split(), head.gender, head.classes)
         if self.chance(0.55) and head.classes & {"person", "animal"}:
@@ -282,7 +285,7 @@ class Grammar:
         return wanted == "*" or bool(classes & set(wanted.split()))
 
     def clause(self, subject: Phrase | None = None, verb: list[str] | None = None, gap: bool = False) -> Clause:
-        """A clause with its own subject, or with a relative pronoun as `subject`, or with a `gap` for its object."""
+        """Sample a clause, maybe with a relative pronoun as its `subject` or a `gap` in place of its object."""
         inside = gap or subject is not None
         if verb is None:
             verbs = [entry for entry in self.verbs if not (inside and entry[2] == "that")]
@@ -301,7 +304,7 @@ class Grammar:
         return clause
 
     def inflect(self, clause: Clause, verb: list[str]) -> None:
-        """Fills in the verb in both languages; it agrees with the subject."""
+        """Fill in the verb in both languages; it agrees with the subject."""
         base, third, past, participle, ing = (form.replace("_", " ") for form in verb[0].split())
         infinitive, present, imperfect, perfect, auxiliary = self.either(verb[1]).split()
         clause.prefix, infinitive = infinitive.split("+") if "+" in infinitive else ("", infinitive)
@@ -336,7 +339,7 @@ class Grammar:
             clause.verb, clause.end = base, clause.prefix + infinitive
 
     def complete(self, clause: Clause, verb: list[str], inside: bool) -> None:
-        """Adds what the verb governs: objects in their cases, prepositions, places, a clause with "that"."""
+        """Add the complements of the verb: objects in their cases, prepositions, places, a clause with "that"."""
         frame = verb[2].split()
         if frame == ["that"]:
             clause.complement = self.that_clause()
@@ -356,14 +359,14 @@ class Grammar:
             clause.mentioned = thing
 
     def add_object(self, clause: Clause, phrase: Phrase, case: int) -> None:
-        if phrase.english == clause.subject.english and phrase.is_pronoun:  # "he sees him" is fine, "I see me" is not
+        if phrase.english == clause.subject.english and phrase.is_pronoun:  # "he sees him", but not "I see me"
             phrase = self.noun([noun for noun in self.nouns if "person" in noun[2]])
         words = (phrase.english_object or phrase.english, phrase.german[case])
         (clause.pronouns if phrase.is_pronoun else clause.objects).append(words)
         clause.mentioned = None if phrase.is_pronoun else phrase
 
     def place(self, case: int, bare: bool) -> tuple[str, str]:
-        """Where (dative) or whither (accusative): a fixed phrase, or a preposition with a thing."""
+        """Sample a location (dative) or direction (accusative): a fixed phrase, or a preposition with a thing."""
         if bare or self.chance(0.3):
             english, german = self.frequent(self.relations)
             thing = self.noun(
@@ -382,7 +385,7 @@ class Grammar:
         return f"that {clause.english()}", f", dass {clause.german('last')}"
 
     def copula(self, subject: Phrase | None = None, classes: set[str] | None = None) -> Clause:
-        """A clause that says how something is."""
+        """Sample a clause of subject, "to be" and adjective."""
         subject = subject or self.phrase()
         clause = Clause(subject, self.random.choices(("present", "past"), (70, 30))[0])
         plural, first, past = subject.gender == "p", subject.english == "I", clause.tense == "past"
@@ -394,8 +397,8 @@ class Grammar:
 
     # Sentences
 
-    def pair(self) -> tuple[str, str]:
-        """A sentence in English and in German."""
+    def sentence(self) -> tuple[str, str]:
+        """Sample a sentence in English and in German."""
         kinds = {"plain": 46, "question": 7, "copula": 8, "two": 10, "subordinate": 15, "again": 14}
         kind = self.random.choices(list(kinds), list(kinds.values()))[0]
         english, german = getattr(self, f"_{kind}")()
@@ -403,14 +406,14 @@ class Grammar:
 
     @staticmethod
     def finish(text: str) -> str:
-        """Capital, punctuation and no comma too many."""
+        """Capitalize and punctuate a sentence, and remove doubled commas."""
         text = text if text.endswith("?") else text + "."
         for wrong, right in ((" ,", ","), (",,", ","), (",.", "."), (",?", "?")):
             text = text.replace(wrong, right)
         return text[0].upper() + text[1:]
 
     def fronted(self, clause: Clause) -> tuple[str, str]:
-        """The clause as a sentence of its own, with its time in front or not."""
+        """Return the clause as a main clause, with its adverb of time at the front or inside."""
         english, german = clause.time
         if not english:
             return clause.english(), clause.german()
@@ -460,7 +463,7 @@ class Grammar:
         return join(main.english(), dependent[0]), f"{main.german()}, {dependent[1]}"
 
     def _again(self) -> tuple[str, str]:
-        """A second clause about what the first one mentions last, by a pronoun."""
+        """Sample two clauses; a pronoun in the second refers to the last noun of the first."""
         clause = self.clause()
         noun = clause.mentioned
         if noun is None:
@@ -475,72 +478,55 @@ class Grammar:
         )
 
 
-def pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """That many different English sentences with their translations.
+def sample_examples(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """
+    Sample examples with different English sentences.
 
     Args:
-        count: number of pairs.
-        seed: the same seed gives the same pairs, and more of them the same first ones.
+        count: Number of examples.
+        seed: Seed; a larger `count` with the same seed starts with the same examples.
+
+    Returns:
+        Rows with `prompt` (English) and `target` (German).
     """
     grammar = Grammar(seed)
     found: dict[str, str] = {}
     while len(found) < count:
-        english, german = grammar.pair()
+        english, german = grammar.sentence()
         if len(english.split()) <= LONGEST:
             found.setdefault(english, german)
     return [{"prompt": english, "target": german} for english, german in found.items()]
 
 
 def splits(train: int, seed: int = 0) -> dict[str, list[dict[str, str]]]:
-    """The corpus; no English sentence is in two splits.
+    """
+    Sample the corpus. No English sentence is in two splits.
 
     Args:
-        train: number of training pairs; a smaller training split is the beginning of a larger one.
-        seed: see `pairs`.
+        train: Number of training examples; a larger training split starts with the examples of a smaller one.
+        seed: See [`sample_examples`].
     """
-    everything, result = pairs(sum(HELD_OUT.values()) + train, seed), {}
+    examples, result = sample_examples(sum(HELD_OUT.values()) + train, seed), {}
     for name, size in (HELD_OUT | {"train": train}).items():
-        result[name], everything = everything[:size], everything[size:]
+        result[name], examples = examples[:size], examples[size:]
     return result
 
 
-def in_batches(rows: Sequence[dict[str, str]], size: int, seed: int = 0) -> list[dict[str, str]]:
+def in_batches(examples: Sequence[dict[str, str]], size: int, seed: int = 0) -> list[dict[str, str]]:
     """
-    Puts sentences of similar length beside each other and shuffles the batches, for training in the order of the file.
+    Order examples so that each batch holds targets of similar length and the batches are shuffled.
 
-    Batches of equal lengths need half the time. Trainer's own way to that end lets them follow each other from long to
-    short, and what is learned last is then short sentences.
+    Training in this order halves the time, because batches need little padding. The file then needs
+    `train_sampling_strategy: sequential`.
 
     Args:
-        rows: pairs in random order.
-        size: sentences of a batch.
-        seed: for the order of the batches.
+        examples: Examples in random order.
+        size: Examples per batch.
+        seed: Seed of the order of the batches.
     """
     batches = []
-    for start in range(0, len(rows), 50 * size):
-        near = sorted(rows[start : start + 50 * size], key=lambda row: len(row["target"]))
+    for start in range(0, len(examples), 50 * size):
+        near = sorted(examples[start : start + 50 * size], key=lambda example: len(example["target"]))
         batches += [near[first : first + size] for first in range(0, len(near), size)]
     random.Random(seed).shuffle(batches)
-    return [row for batch in batches for row in batch]
-
-
-def write_splits(folder: Path, splits: dict[str, list[dict[str, str]]], batch_size: int) -> dict[str, str]:
-    """
-    Writes each split as JSON lines, the training split in batches.
-
-    Args:
-        folder: where to.
-        splits: as `splits` makes them.
-        batch_size: see `in_batches`.
-
-    Returns:
-        The file of each split.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {}
-    for name, rows in splits.items():
-        ordered = in_batches(rows, batch_size) if name == "train" else rows
-        path = folder / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered), encoding="utf-8")
-        files[name] = str(path)
-    return files
+    return [example for batch in batches for example in batch]

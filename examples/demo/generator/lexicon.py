@@ -1,9 +1,10 @@
 # ruff: noqa: E501 (tables: an entry is one line)
-"""The words of the demonstration's corpus: English beside German, with what the grammar of `corpus.py` must know.
+"""
+The words of the grammar: English next to German, with what the grammar in `corpus.py` needs to know about each.
 
-Within a table the first entries are the most frequent. Where English has one word for several German ones, either the
-company decides (`adjectives_by_class`, the two verbs "eat", ...) or both are right and the grammar draws one
-(alternatives stand between semicolons, the usual one first), as in any real translation.
+The first entries of a table are the most frequent. Where one English word has several German translations, either the
+context decides (`ADJECTIVES_BY_CLASS`, the two verbs "eat", ...) or all are right and the grammar samples one: such
+alternatives are separated by semicolons, the usual one first.
 """
 
 # english plural | german gender plural (; alternative) | classes. Gender "mw": masculine with the plural's form as object.

@@ -1,4 +1,4 @@
-"""The tokenizer that the LLM, the SLM alone and LLM-to-SLM share: one small BPE vocabulary over both languages."""
+"""The tokenizer that the LLM and both SLMs of the demo share: one small BPE vocabulary of both languages."""
 
 from collections.abc import Iterable
 
@@ -6,15 +6,16 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 
-SPECIAL_TOKENS = ["<pad>", "</s>", "<unk>"]  # the ids 0, 1 and 2, as T5 has them
+SPECIAL_TOKENS = ["<pad>", "</s>", "<unk>"]  # ids 0, 1 and 2, as in T5
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1000) -> PreTrainedTokenizerFast:
-    """A tokenizer that ends what it encodes with `</s>`.
+    """
+    Train a tokenizer that appends `</s>` to each text.
 
     Args:
-        texts: what the vocabulary is learned from.
-        vocab_size: number of entries, the special ones included.
+        texts: Texts to learn the vocabulary from.
+        vocab_size: Size of the vocabulary, special tokens included.
     """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.NFC()

@@ -1,0 +1,240 @@
+"""
+Train a small language model behind a frozen LLM, compare it with both of them, and translate.
+
+    python -m examples.demo
+    python -m examples.demo "The old woman gives the hungry dog a sausage."
+
+The demo downloads nothing and writes to `runs/demo`. An interrupted run resumes where it stopped.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import datasets
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoProcessor,
+    AutoTokenizer,
+    logging,
+    set_seed,
+)
+
+from examples.demo import DATA, HERE, LLM
+from modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
+from modeling_llm2slm.data.loading import load_examples
+from modeling_llm2slm.data.records import versions, write_json
+from modeling_llm2slm.evaluation.metrics import score
+from modeling_llm2slm.evaluation.timing import speed, time_in_turns, time_output
+from modeling_llm2slm.files_llm2slm import atomic_write
+from modeling_llm2slm.inference.text_to_text import TextToText
+from modeling_llm2slm.training.recipe import load_recipe
+from modeling_llm2slm.training.run import train
+
+
+MAX_NEW_TOKENS = 64
+TIMED = 50  # test sentences
+SHOWN = 3  # test sentences
+SHORT = 8  # words: shown sentences are at most this long
+REPORT_EVERY = 15  # seconds
+OWN_SENTENCE = 'python -m examples.demo "The old woman gives the hungry dog a sausage."'
+
+console = Console(highlight=False)
+
+
+def main() -> None:
+    """Parse the command line and run the demo."""
+    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=(__doc__ or "").split("\n")[1])
+    parser.add_argument("sentences", nargs="*", help="sentences to translate, of words that the corpus has")
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder to write to")
+    parser.add_argument("--results", type=Path, help="also write the table to this JSON file")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1, as fast as 2 for this size)")
+    options = parser.parse_args()
+    quieten()
+    torch.set_num_threads(options.threads)
+    trained = options.output / "llm2slm"
+    if not (options.sentences and (trained / "training.json").exists()):
+        compare(options.output, options.results)
+    if options.sentences:
+        translate(trained, options.sentences)
+
+
+def quieten() -> None:
+    """Keep warnings and progress bars of the libraries out of the output."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def compare(output: Path, results: Path | None = None) -> None:
+    """Train the SLM with and without the LLM, and compare quality and speed."""
+    start = time.monotonic()
+    console.print("The demo trains two small models and takes about 7 minutes on one CPU core.")
+    models = {"LLM": LLM}
+    models["SLM alone"] = train_once(output / "slm", llm=False)
+    models["LLM-to-SLM"] = train_once(output / "llm2slm", llm=True)
+    rows = measure({name: TextToText.from_pretrained(path) for name, path in models.items()})
+    show(rows)
+    minutes = (time.monotonic() - start) / 60
+    if results:
+        save(results, rows, models, minutes)
+    short = [example for example in load_examples(DATA["test"]) if is_short(example["prompt"])][:SHOWN]
+    short_matches, matches = (rows["LLM-to-SLM"][name] for name in ("exact_match_if_short", "exact_match"))
+    console.print(
+        f"\nThe first {SHOWN} test sentences of at most {SHORT} words, translated by LLM-to-SLM. Its translations "
+        f"equal the reference for {short_matches:.0f} % of sentences this short, and for {matches:.0f} % of all."
+    )
+    translate(models["LLM-to-SLM"], [one["prompt"] for one in short], [one["target"] for one in short])
+    console.print(f"\nThe demo took {minutes:.1f} minutes. Translate a sentence of your own:\n\n    {OWN_SENTENCE}")
+
+
+def train_once(output: Path, llm: bool) -> Path:
+    """Train the SLM, behind the LLM or alone, unless `output` holds the trained model. Return its folder."""
+    name = "The SLM behind the frozen LLM" if llm else "The SLM alone"
+    if (output / "training.json").exists():
+        console.print(f"{name} is already trained. Remove {output} to train it again.")
+        return output
+    start = output.parent / "start" / output.name
+    with atomic_write(start) as temporary:
+        build(temporary, llm)
+    with stage(f"{name} learns to translate from {len(load_examples(DATA['train'])):,} examples"):
+        paths = {"model": str(start), "output_dir": str(output)}
+        train(
+            load_recipe(HERE / "slm.yaml", {f"{split}_data": DATA[split] for split in ("train", "validation")} | paths)
+        )
+    return output
+
+
+def build(folder: Path, llm: bool) -> None:
+    """Write an SLM with random weights, alone or behind the LLM. All models share one tokenizer."""
+    set_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(LLM)
+    slm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(HERE / "gpt2.json"))
+    model, processor = slm, tokenizer
+    if llm:
+        model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(
+            LLM,
+            decoder_model=slm,
+            fusion="add",
+            shared_tokenizer=True,
+            encoder_dtype="float32",
+            # Outputs start as the LLM's do, so that the model can draft for it (`as_assistant_of`).
+            decoder_start_token_id=AutoConfig.from_pretrained(LLM).decoder_start_token_id,
+        )
+        processor = LLM2SLMProcessor(tokenizer, tokenizer)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def measure(models: dict[str, TextToText]) -> dict[str, dict[str, Any]]:
+    """Return the scores on the test split, the time per output and the parameters of each model."""
+    test = load_examples(DATA["test"])
+    prompts, references = test["prompt"][:], test["target"][:]
+    rows: dict[str, dict[str, Any]] = {}
+    for name, model in models.items():
+        outputs: list[str] = []
+        with stage(f"{name} translates {len(prompts):,} test sentences") as report:
+            for first in range(0, len(prompts), 250):
+                batch = prompts[first : first + 250]
+                outputs += model.generate(batch, batch_size=125, max_new_tokens=MAX_NEW_TOKENS)
+                report(len(outputs), len(prompts))
+        short = [place for place, prompt in enumerate(prompts) if is_short(prompt)]
+        exact = score([outputs[place] for place in short], [references[place] for place in short], ["exact_match"])
+        rows[name] = {
+            **score(outputs, references, ["bleu", "exact_match"]),
+            "exact_match_if_short": exact["exact_match"],
+            "parameters": model.parameters(),
+        }
+    contestants = {name: partial(time_output, model, max_new_tokens=MAX_NEW_TOKENS) for name, model in models.items()}
+    with stage(f"The models take turns to translate {TIMED} sentences, one at a time") as report:
+        timings = time_in_turns(contestants, prompts[:TIMED], progress=lambda number, name: report(number, TIMED))
+    for name, row in rows.items():
+        row["ms_per_output"] = speed(timings[name])["ms_per_output"]
+    return rows
+
+
+def is_short(sentence: str) -> bool:
+    """Return whether a sentence has at most `SHORT` words."""
+    return len(sentence.split()) <= SHORT
+
+
+def show(rows: dict[str, dict[str, Any]]) -> None:
+    """Print the table of quality and speed."""
+    table = Table(title="English to German, test split, greedy decoding, one sentence at a time")
+    table.add_column("")
+    for heading in ("BLEU", "exact match", "ms per output", "speed-up", "parameters that decode"):
+        table.add_column(heading, justify="right")
+    for name, row in rows.items():
+        speed_up = rows["LLM"]["ms_per_output"] / row["ms_per_output"]
+        quality = [f"{row['bleu']:.1f}", f"{row['exact_match']:.0f} %"]
+        cost = [f"{row['ms_per_output']:.0f}", f"{speed_up:.1f}x", f"{row['parameters']['decode'] / 1e6:.2f}M"]
+        table.add_row(name, *quality, *cost)
+    console.print(table)
+    console.print(
+        "The LLM was trained on 48,000 examples. Both SLMs trained on the first 16,000 of them. Often several "
+        "translations are right and the reference is one of them, so no model can match it exactly each time."
+    )
+
+
+def save(file: Path, rows: dict[str, dict[str, Any]], models: dict[str, Path], minutes: float) -> None:
+    """Write the table and what it depends on to a JSON file."""
+    records = {name: json.loads((path / "training.json").read_text()) for name, path in models.items()}
+    report = {
+        "rows": rows,
+        "training_examples": {"LLM": 48_000, "SLM alone": 16_000, "LLM-to-SLM": 16_000},
+        "training_seconds": {name: record["seconds"] for name, record in records.items()},
+        "minutes": round(minutes, 1),
+        "cpu_minutes": round(time.process_time() / 60, 1),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    write_json(file, report)
+
+
+def translate(folder: Path, sentences: Sequence[str], references: Sequence[str | None] = ()) -> None:
+    """Load a saved model with the Auto classes, as any transformers model, and print its translations."""
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    for number, sentence in enumerate(sentences):
+        tokens = model.generate(**processor(text=[sentence], return_tensors="pt"), max_new_tokens=MAX_NEW_TOKENS)
+        lines = {"English": sentence, "LLM-to-SLM": processor.batch_decode(tokens, skip_special_tokens=True)[0]}
+        if references:
+            lines["reference"] = str(references[number])
+        console.print()
+        for label, text in lines.items():
+            console.print(f"  {label:10}  {text}", style="bold" if label == "LLM-to-SLM" else "dim", markup=False)
+
+
+@contextmanager
+def stage(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Print what is being done and how long it took; the yielded function reports progress at times."""
+    start = reported = time.monotonic()
+    console.print(f"{title} ...")
+
+    def report(done: int, total: int) -> None:
+        nonlocal reported
+        if time.monotonic() - reported >= REPORT_EVERY:
+            reported = time.monotonic()
+            console.print(f"  {done:,} of {total:,}")
+
+    yield report
+    console.print(f"  done in {time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

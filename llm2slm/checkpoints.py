@@ -1,0 +1,177 @@
+"""Commands on one checkpoint: `build`, `info`, `card` and `export`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from .convert import print_report
+from .loading import load_text_to_text, quiet_libraries
+from .options import ModelArgument, OutputArgument, Overwrite, with_settings
+from .output import number_table, out, print_line
+from .progress import steps
+
+
+if TYPE_CHECKING:
+    from modeling_llm2slm.inference.text_to_text import TextToText
+    from modeling_llm2slm.settings import BuildSettings
+
+PANEL = "Checkpoints"
+commands = typer.Typer()
+
+
+@commands.command(rich_help_panel=PANEL)
+@with_settings
+def build(
+    output: OutputArgument,
+    settings: BuildSettings,
+    llm: Annotated[str | None, typer.Option(help="The LLM: a folder, a name on the Hub, or a config .json.")] = None,
+    slm: Annotated[str | None, typer.Option(help="The SLM: a folder, a name on the Hub, or a config .json.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A preset that replaces both, such as t5-large_gpt2: random weights.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """
+    Build a checkpoint of an LLM and an SLM, or of one of them alone.
+
+    `llm2slm build runs/start --llm google-t5/t5-large --slm openai-community/gpt2`
+
+    Two pretrained models are composed without loading them into memory. A config file in place of a model gives random
+    weights of that shape. With `--llm` alone the result is a plain encoder-decoder model, with `--slm` alone a plain
+    decoder-only model.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
+        raise FileExistsError(f"{output} is not empty. Choose another folder, or add --overwrite.")
+    quiet_libraries()
+    from modeling_llm2slm.conversion.build import build as build_in_memory
+    from modeling_llm2slm.conversion.build import is_config
+    from modeling_llm2slm.conversion.compose import compose
+    from modeling_llm2slm.files_llm2slm import atomic_write
+
+    if llm and slm and not preset and not is_config(llm) and not is_config(slm):
+        with steps("Build") as progress:
+            report = compose(llm, slm, output, settings, overwrite=overwrite, progress=progress)
+        print_report(report)
+        return
+    text_to_text = build_in_memory(llm, slm, settings, preset=preset)
+    is_composite = len(text_to_text.parts()) > 1
+    options = {"card": {"name": output.name}} if is_composite else {}
+    with atomic_write(output, keep=not overwrite) as folder:
+        text_to_text.save_pretrained(folder, max_shard_size=settings.max_shard_size, **options)
+    print_model(str(output), text_to_text)
+
+
+@commands.command(rich_help_panel=PANEL)
+def info(model: ModelArgument) -> None:
+    """
+    Show what a checkpoint is: its kind, its parts and their sizes.
+
+    `llm2slm info runs/model`
+    """
+    print_model(model, load_text_to_text(model))
+    report = Path(model) / "training.json"
+    if report.is_file():
+        trained = json.loads(report.read_text(encoding="utf-8"))
+        print_line(f"Trained {trained['steps']} steps in {trained['seconds']:.0f} s.")
+
+
+@commands.command(rich_help_panel=PANEL)
+def card(
+    model: Annotated[Path, typer.Argument(help="The folder of an LLM-to-SLM checkpoint.", show_default=False)],
+    evaluation: Annotated[
+        list[Path] | None, typer.Option(help="A result of `llm2slm evaluate --output` for this model; repeatable.")
+    ] = None,
+    compare: Annotated[
+        list[Path] | None, typer.Option(help="The same for another model, for the table of times; repeatable.")
+    ] = None,
+    language: Annotated[list[str] | None, typer.Option(help="A language code, such as de; repeatable.")] = None,
+    license: Annotated[
+        str | None, typer.Option(help="The licence. Default: that of LLM and SLM, if they share one.")
+    ] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="A data set that it was trained on; repeatable.")] = None,
+    task: Annotated[str, typer.Option(help="The Hub's name of the task, such as translation.")] = "text-generation",
+    name: Annotated[
+        str | None, typer.Option(help="The repository that the example code names. Default: the folder.")
+    ] = None,
+) -> None:
+    """
+    Write the model card again, with scores and times.
+
+    `llm2slm card runs/model --evaluation metrics.json --compare llm.json --language en --language de`
+    """
+    evaluations, compared = ([_read_result(file) for file in files or []] for files in (evaluation, compare))
+    text_to_text = load_text_to_text(str(model))
+    from modeling_llm2slm.files_llm2slm import atomic_write
+    from modeling_llm2slm.training.model_card import is_by_hand, model_card
+
+    if len(text_to_text.parts()) == 1:
+        raise ValueError(f"{model} is not an LLM-to-SLM checkpoint; only these get a card.")
+    file, report = model / "README.md", model / "training.json"
+    if file.is_file() and is_by_hand(file.read_text(encoding="utf-8")):
+        raise FileExistsError(f"{file} was written by hand. Move it away first.")
+    details = {"language": language, "datasets": dataset} if dataset else {"language": language}
+    text = model_card(
+        text_to_text.model, name or model.name, license=license, pipeline_tag=task, evaluations=evaluations,
+        compared=compared, training=_read_result(report) if report.is_file() else None, **details,
+    )  # fmt: skip
+    with atomic_write(file) as temporary:
+        temporary.write_text(str(text), encoding="utf-8")
+    print_line(f"The card is in {file}.")
+
+
+@commands.command(rich_help_panel=PANEL)
+def export(
+    model: ModelArgument,
+    output: OutputArgument,
+    engine: Annotated[str, typer.Option(help="Engine that computes: openvino or onnx.")] = "openvino",
+    weights: Annotated[str, typer.Option(help="Format of the weights: fp32, bf16, int8, int4.")] = "fp32",
+    overwrite: Overwrite = False,
+) -> None:
+    """
+    Export an LLM-to-SLM checkpoint to an engine that is faster than PyTorch on a CPU.
+
+    `llm2slm export runs/model runs/fast --engine openvino --weights int8`
+
+    `llm2slm generate`, `evaluate` and `info` read the result like any checkpoint. It is loaded and compared with
+    PyTorch before it replaces anything.
+    """
+    quiet_libraries()
+    from modeling_llm2slm.conversion import export as export_checkpoint
+
+    with steps("Export") as progress:
+        report = export_checkpoint(
+            model, output, engine=engine, weights=weights, overwrite=overwrite, progress=progress
+        )
+    print_report(report)
+
+
+def print_model(name: str, text_to_text: TextToText) -> None:
+    """Print the parts of a model and their sizes."""
+    table = number_table("part", "model", "parameters", "width", "vocabulary", "dtype", title=escape(name))
+    table.columns[1].justify = table.columns[5].justify = "left"
+    for part in text_to_text.parts():
+        sizes = [str(getattr(part.config, key, "")) for key in ("hidden_size", "vocab_size")]
+        kind = getattr(part.config, "model_type", "")
+        table.add_row(part.name, kind, f"{part.parameters:,}", *sizes, part.dtype)
+    out.print(table)
+    counts = {name: f"{count:,}" for name, count in text_to_text.parameters().items()}
+    print_line(
+        f"{counts['total']} parameters, {counts['trainable']} trainable, {counts['decode']} used for each token."
+    )
+
+
+def _read_result(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no file {file}.")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} does not hold a result of `llm2slm evaluate`.")
+    return values

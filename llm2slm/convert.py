@@ -1,0 +1,146 @@
+"""Commands that convert a checkpoint to another form: `convert lean`, `full`, `merge`, `split` and `import`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from .loading import quiet_libraries
+from .options import OutputArgument, Overwrite
+from .output import out
+from .progress import steps
+
+
+if TYPE_CHECKING:
+    from modeling_llm2slm.conversion import Report
+
+PANEL = "Checkpoints"
+commands = typer.Typer()
+convert = typer.Typer(
+    help="Convert a checkpoint to another form; each result is loaded and compared before it replaces anything.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+commands.add_typer(convert, name="convert", rich_help_panel=PANEL)
+
+CheckpointArgument = Annotated[
+    str, typer.Argument(help="An LLM-to-SLM checkpoint: a folder, or a name on the Hub.", show_default=False)
+]
+LLMOption = Annotated[
+    str | None,
+    typer.Option(help="The LLM: a folder, or a name on the Hub. Default: the one that the checkpoint names."),
+]
+LeanSwitch = Annotated[bool, typer.Option("--lean", help="Leave out the LLM, and record where it is.")]
+
+
+@convert.command()
+def lean(
+    checkpoint: CheckpointArgument,
+    output: OutputArgument,
+    llm: LLMOption = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of the LLM on the Hub.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """
+    Leave out the frozen LLM, and record where it is.
+
+    `llm2slm convert lean runs/model runs/lean --llm google-t5/t5-large`
+    """
+    _convert("lean", checkpoint, output, llm=llm, revision=revision, overwrite=overwrite)
+
+
+@convert.command()
+def full(
+    checkpoint: CheckpointArgument,
+    output: OutputArgument,
+    llm: LLMOption = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "50GB",
+    overwrite: Overwrite = False,
+) -> None:
+    """
+    Add the LLM to a lean checkpoint.
+
+    `llm2slm convert full runs/lean runs/full`
+    """
+    _convert("full", checkpoint, output, llm=llm, max_shard_size=max_shard_size, overwrite=overwrite)
+
+
+@convert.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="The folder that peft saved the adapter to.", show_default=False)],
+    output: OutputArgument,
+    base: Annotated[
+        str | None, typer.Option(help="The LLM-to-SLM checkpoint. Default: the one that the adapter names.")
+    ] = None,
+    lean: LeanSwitch = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """
+    Merge a LoRA adapter into the checkpoint that it was trained on.
+
+    `llm2slm convert merge runs/adapter runs/merged --base runs/model`
+    """
+    _convert("merge", adapter, output, base=base, include_llm=not lean, overwrite=overwrite)
+
+
+@convert.command()
+def split(checkpoint: CheckpointArgument, output: OutputArgument, overwrite: Overwrite = False) -> None:
+    """
+    Extract the SLM as a plain checkpoint of its family, and the projector as a safetensors file.
+
+    `llm2slm convert split runs/model runs/parts`
+    """
+    _convert("split", checkpoint, output, overwrite=overwrite)
+
+
+@convert.command("import")
+def import_from(
+    source: Annotated[str, typer.Argument(help="An EncoderDecoderModel; with --into, a safetensors file.")],
+    output: OutputArgument,
+    into: Annotated[
+        str | None, typer.Option(help="The LLM-to-SLM checkpoint that takes the projector of the file.")
+    ] = None,
+    mapping: Annotated[
+        Path | None, typer.Option(help="With --into: JSON that maps names in the file to names here.")
+    ] = None,
+    fusion: Annotated[str, typer.Option(help="Fusion of the result of an EncoderDecoderModel.")] = "add",
+    lean: LeanSwitch = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """
+    Import trained weights of another composite model, and list those that have no place here.
+
+    `llm2slm convert import runs/encoder-decoder runs/start`
+
+    `llm2slm convert import mm_projector.safetensors runs/start --into runs/model --mapping names.json`
+    """
+    if into is None and (mapping is not None or lean):
+        raise typer.BadParameter("--mapping and --lean belong to --into.")
+    if into is None:
+        _convert("import_encoder_decoder", source, output, fusion=fusion, overwrite=overwrite)
+    else:
+        options = {"mapping": mapping, "include_llm": not lean, "overwrite": overwrite}
+        _convert("import_projector", source, into, output, **options)
+
+
+def _convert(conversion: str, *arguments: Any, **options: Any) -> None:
+    quiet_libraries()
+    import modeling_llm2slm.conversion
+
+    function: Callable[..., Report] = getattr(modeling_llm2slm.conversion, conversion)
+    with steps("Conversion"):
+        report = function(*arguments, **options)
+    print_report(report)
+
+
+def print_report(report: Report) -> None:
+    """Print what a conversion did and checked."""
+    table = Table("what", "result", title=escape(report.title), title_justify="left")
+    for what, result in report.rows:
+        table.add_row(escape(what), escape(result))
+    out.print(table)

@@ -1,0 +1,83 @@
+"""Commands that prepare training: `encode` and `distill`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .loading import local_device, quiet_libraries
+from .options import ModelArgument, with_settings
+from .output import print_line, print_note, size
+from .progress import counting
+
+
+if TYPE_CHECKING:
+    from modeling_llm2slm.settings import DistillSettings, EncodeSettings
+
+PANEL = "Data"
+commands = typer.Typer()
+
+
+@commands.command(rich_help_panel=PANEL)
+@with_settings
+def encode(
+    model: ModelArgument,
+    data: Annotated[
+        list[str], typer.Argument(help="All data to train and validate on: files, or data sets on the Hub.")
+    ],
+    output: Annotated[Path, typer.Option(help="The folder of the store.", show_default=False)],
+    settings: EncodeSettings,
+) -> None:
+    """
+    Run the LLM over all prompts once, and store its hidden states for training.
+
+    `llm2slm encode runs/start train.jsonl val.jsonl --output runs/states`
+
+    `llm2slm train recipe.yaml --llm-states runs/states` then loads no LLM. An interrupted run resumes;
+    `torchrun --nproc_per_node 8 -m llm2slm encode ...` shares the work among eight devices.
+    """
+    quiet_libraries(data=True)
+    from modeling_llm2slm.states.encoding import encode as encode_prompts
+
+    settings = replace(settings, device=local_device(settings.device))
+    with counting("prompts") as count:
+        encode_prompts(model, data, output, settings, announce=_announce_store, progress=partial(count, "Encoding"))
+    print_line(f"The hidden states are in {output}. Train with: --llm-states {output}")
+
+
+def _announce_store(description: Any, bytes_to_write: int) -> None:
+    total = description.nbytes
+    to_write = f", {size(bytes_to_write)} of it still to be written" if bytes_to_write != total else ""
+    print_note(
+        f"{description.prompts:,} different prompts of {description.tokens:,} tokens, {description.hidden_size} "
+        f"numbers each in {description.dtype}: {size(total)}{to_write}."
+    )
+
+
+@commands.command(rich_help_panel=PANEL)
+@with_settings
+def distill(
+    llm: Annotated[str, typer.Argument(help="The LLM with its decoder: a folder, or a name on the Hub.")],
+    data: Annotated[str, typer.Argument(help="Prompts: .jsonl, .json, .csv, .parquet, .txt, or a data set's name.")],
+    output: Annotated[Path, typer.Option(help="The .jsonl or .jsonl.gz to write.", show_default=False)],
+    settings: DistillSettings,
+) -> None:
+    """
+    Let the LLM generate targets to train on, in a column of their own.
+
+    `llm2slm distill google-t5/t5-large train.jsonl --output distilled.jsonl --max-new-tokens 64`
+
+    A recipe with `target-column: llm_output` trains on them, one with `target-column: [target, llm_output]` on both
+    columns. An interrupted run resumes.
+    """
+    quiet_libraries(data=True)
+    from modeling_llm2slm.training.distillation import distill as write_targets
+
+    settings = replace(settings, device=local_device(settings.device))
+    with counting("prompts") as count:
+        examples = write_targets(llm, data, output, settings, progress=partial(count, "Distilling"))
+    print_line(f"{examples:,} examples are in {output}, the LLM's outputs in column {settings.column}.")

@@ -1,0 +1,256 @@
+"""Commands that measure before and after training: `evaluate`, `plan` and `benchmark`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from .loading import load_text_to_text, quiet_libraries
+from .options import ModelArgument, ResultFile, with_settings
+from .output import number_table, one_line, out, print_line, size
+from .progress import steps
+
+
+if TYPE_CHECKING:
+    from modeling_llm2slm.settings import BenchmarkSettings, EvaluateSettings, LoadSettings, PlanSettings
+
+PANEL = "Evaluation"
+commands = typer.Typer()
+
+
+@commands.command(rich_help_panel=PANEL)
+@with_settings
+def evaluate(
+    model: ModelArgument,
+    data: Annotated[str, typer.Argument(help="A .jsonl, .json, .csv, .parquet or .txt file, or a data set's name.")],
+    settings: EvaluateSettings,
+    loading: LoadSettings,
+    output: ResultFile = None,
+    against: Annotated[str | None, typer.Option(help="Compare with this LLM; references are not needed then.")] = None,
+) -> None:
+    """
+    Score a model's outputs: BLEU and chrF (sacrebleu), ROUGE, exact match, and time per output.
+
+    `llm2slm evaluate runs/model test.jsonl --num-beams 4 --output metrics.json`
+
+    With `--against`, measure how far the model agrees with the LLM:
+
+    `llm2slm evaluate runs/model prompts.txt --against google-t5/t5-large`
+    """
+    _check_writable(output)
+    text_to_text = load_text_to_text(model, loading, prompt_max_length=settings.prompt_max_length)
+    quiet_libraries(data=True)
+    about = {"model": model, "data": Path(data).name}
+    if against is not None:
+        from modeling_llm2slm.evaluation.agreement import compare
+
+        on_same_device = replace(loading, quantize=None)
+        llm = load_text_to_text(against, on_same_device, prompt_max_length=settings.prompt_max_length)
+        comparison = compare(text_to_text, llm, data, settings)
+        _write_and_show({**about, "against": against, **comparison}, output, print_comparison)
+        return
+    from modeling_llm2slm.evaluation.evaluate import evaluate as evaluate_model
+
+    _write_and_show({**about, **evaluate_model(text_to_text, data, settings)}, output, _print_scores)
+
+
+@commands.command(rich_help_panel=PANEL)
+@with_settings
+def plan(
+    llm: Annotated[str, typer.Option(help="The LLM with its decoder: a folder, or a name on the Hub.")],
+    data: Annotated[str, typer.Option(help="Your prompts: a file, or a data set on the Hub.")],
+    settings: PlanSettings,
+    preset: Annotated[
+        list[str] | None, typer.Option(help="Try this preset, or config .json; may be repeated.")
+    ] = None,
+    slm_tokenizer: Annotated[
+        list[str] | None, typer.Option(help="PRESET=FOLDER, where the SLM's tokenizer cannot be downloaded.")
+    ] = None,
+    output: ResultFile = None,
+) -> None:
+    """
+    Estimate what LLM-to-SLM would bring and cost on this machine, before any training.
+
+    `llm2slm plan --llm google-t5/t5-large --data prompts.txt`
+
+    The LLM generates outputs for some of your prompts; then small models with random weights generate as many tokens.
+    """
+    tokenizers = dict(_preset_and_folder(entry) for entry in slm_tokenizer or [])
+    quiet_libraries(data=True)
+    from modeling_llm2slm.workflows.plan import SLMS
+    from modeling_llm2slm.workflows.plan import plan as make_plan
+
+    _check_writable(output)
+    with steps("Planning") as progress:
+        result = make_plan(
+            llm, data, settings, presets=preset or tuple(SLMS), slm_tokenizers=tokenizers, progress=progress
+        )
+    _write_and_show({"llm": llm, "data": Path(data).name, **result}, output, _print_plan)
+
+
+@commands.command(rich_help_panel=PANEL)
+@with_settings
+def benchmark(
+    settings: BenchmarkSettings,
+    sweep: Annotated[Path | None, typer.Argument(help="A YAML file of cells. Default: the installed one.")] = None,
+    output: Annotated[Path, typer.Option(help="The JSON file of results; an interrupted run resumes from it.")] = Path(
+        "runs/benchmark/benchmark.json"
+    ),
+    work: Annotated[Path, typer.Option(help="The folder for models with random weights, which are kept.")] = Path(
+        "runs/benchmark"
+    ),
+    llm: Annotated[
+        str | None, typer.Option(help="The LLM with its decoder, to time given checkpoints instead of presets.")
+    ] = None,
+    llm2slm: Annotated[str | None, typer.Option(help="The LLM-to-SLM checkpoint that is built on --llm.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Write plots to this folder.")] = None,
+) -> None:
+    """
+    Time the LLM, the SLM and LLM-to-SLM in turns, on every engine that is installed.
+
+    `llm2slm benchmark --plots runs/plots`
+
+    `llm2slm benchmark --llm google-t5/t5-large --llm2slm runs/model`
+    """
+    if (llm is None) != (llm2slm is None):
+        raise typer.BadParameter("--llm and --llm2slm belong together.")
+    quiet_libraries()
+    from modeling_llm2slm.benchmark.benchmark import Benchmark, load_sweep
+    from modeling_llm2slm.benchmark.contestants import Cell, Models
+
+    default = Path(str(files("modeling_llm2slm.configuration"))) / "benchmark.yaml"
+    models = Models(work / "given", llm, llm2slm) if llm is not None and llm2slm is not None else None
+    cells = [Cell()] if models is not None and sweep is None else load_sweep(sweep or default)
+    with steps("Benchmark") as progress:
+        result = Benchmark(cells, output, work, settings, models, progress).run()
+    _print_benchmark(result, [cell.key for cell in cells])
+    print_line(f"All results are in {output}.")
+    if plots is not None:
+        from modeling_llm2slm.benchmark.plots import plot
+
+        for file in plot(result, plots):
+            print_line(f"Plotted {file}.")
+
+
+def _check_writable(output: Path | None) -> None:
+    if output is not None:
+        from modeling_llm2slm.inference.files import check_writable
+
+        check_writable(output)
+
+
+def _write_and_show(result: dict[str, Any], output: Path | None, show: Callable[[dict[str, Any]], None]) -> None:
+    """Write a result and show it; it is shown even if it cannot be written, as it took long."""
+    from modeling_llm2slm.data.records import write_json
+
+    try:
+        if output is not None:
+            write_json(output, result)
+    finally:
+        show(result)
+
+
+def _preset_and_folder(entry: str) -> tuple[str, str]:
+    preset, _, folder = entry.partition("=")
+    if not folder:
+        raise typer.BadParameter("--slm-tokenizer takes PRESET=FOLDER.")
+    return preset, folder
+
+
+def _print_scores(result: dict[str, Any]) -> None:
+    table = number_table("measure", "value", title=f"{result['examples']} examples of {result['data']}")
+    for name, value in {**result["scores"], **result["speed"]}.items():
+        table.add_row(name, f"{value:.2f}" if isinstance(value, float) else str(value))
+    out.print(table)
+    for name, signature in result["signatures"].items():
+        print_line(f"{name}: {signature}")
+
+
+def print_comparison(result: dict[str, Any]) -> None:
+    """Print how far a model agrees with its LLM, how fast both are, and the outputs that agree least."""
+    title = f"{result['prompts']} prompts of {result['data']}"
+    table = number_table("measure", "model", "LLM", "agreement", title=title)
+    for name, agreement in result["agreement"].items():
+        scores = [result[key].get(name) for key in ("scores", "llm_scores")]
+        table.add_row(name, *(f"{score:.2f}" if score is not None else "" for score in scores), f"{agreement:.2f}")
+    for name, value in result["speed"].items():
+        table.add_row(name, f"{value:.2f}", f"{result['llm_speed'][name]:.2f}", "")
+    out.print(table)
+    if result["speed_up"] is not None:
+        print_line(f"The model generates {result['speed_up']:.2f} times as fast as the LLM.")
+    for row in result["worst"]:
+        print_line(f"\nchrF {row['chrf']:.1f}, row {row['row']}", style="bold")
+        for name, text in (("prompt", row["prompt"]), ("model", row["output"]), ("LLM", row["llm_output"])):
+            print_line(f"  {name:7} {one_line(text)}")
+
+
+def _print_plan(result: dict[str, Any]) -> None:
+    candidates = result["candidates"]
+    table = number_table("", *(candidate["name"] for candidate in candidates))
+    for name, value in _plan_rows(result).items():
+        table.add_row(name, *map(value, candidates))
+    out.print(table)
+    if any(row["tokens_assumed"] for row in candidates):
+        print_line("* assumed to be as many as the LLM's: the SLM's tokenizer was not found (--slm-tokenizer).")
+    print_line(
+        f"{result['prompts']:,} prompts of {result['prompt_tokens']:.1f} tokens; their hidden states take "
+        f"{size(result['store_bytes'])}. Measured on {result['device']}, {result['threads']} threads, batch size 1."
+    )
+    print_line(result["recommendation"], style="bold")
+
+
+def _plan_rows(result: dict[str, Any]) -> dict[str, Callable[[dict[str, Any]], str]]:
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
+        "speed-up per output": lambda row: f"{row['speed_up']:.2f}",
+        "ms per output, LLM": lambda row: f"{row['llm_ms_per_output']:.0f}",
+        "ms per output, LLM-to-SLM": lambda row: f"{row['ms_per_output']:.0f}",
+        "tokens per output, LLM": lambda row: f"{result['output_tokens']:.1f}",
+        "tokens per output, SLM": lambda row: f"{row['output_tokens']:.1f}" + ("*" if row["tokens_assumed"] else ""),
+        "parameters that decode": lambda row: f"{row['slm_parameters'] / 1e6:.0f}M",
+        "memory to generate": lambda row: size(row["inference_bytes"]),
+        "memory to train": lambda row: size(row["training_bytes"]),
+        "hours to distill, once": lambda row: f"{row['distill_hours']:.2g}",
+        "hours to encode, once": lambda row: f"{row['encode_hours']:.2g}",
+        f"hours to train {result['epochs']:g} epochs": lambda row: f"{row['train_hours']:.2g}",
+    }
+    if any(row["too_long"] for row in result["candidates"]):
+        rows["prompts that are too long"] = lambda row: f"{row['too_long']:,}"
+    return rows
+
+
+def _print_benchmark(result: dict[str, Any], keys: list[str]) -> None:
+    for preset in dict.fromkeys(result["cells"][key]["preset"] or "given" for key in keys):
+        table = number_table("", "load, s", "memory", title=preset)
+        for name, cost in result["contestants"][preset].items():
+            table.add_row(name, f"{cost['load_seconds']:.1f}", size(cost["peak_bytes"]))
+        out.print(table)
+    for key in keys:
+        cell = result["cells"][key]
+        out.print(_cell_table(key, cell))
+        stages = ", ".join(f"{name} {value:.0f} ms" for name, value in cell["stages_ms"].items())
+        reading = f"weights are read at {cell['gigabytes_per_second']:.1f} GB/s"
+        print_line(f"{stages}; {reading}." if stages else f"{reading}.".capitalize())
+
+
+def _cell_table(key: str, cell: dict[str, Any]) -> Table:
+    noise = f", disturbed: other processes used {cell['others_busy']:.1f} processors" if cell["noisy"] else ""
+    headers = ("", "s", "x LLM", "first, ms", "token, ms", "floor, ms", "tokens/s")
+    table = number_table(*headers, title=f"{key}{noise}")
+    llm = cell["results"].get("llm")
+    for name, row in cell["results"].items():
+        table.add_row(
+            name,
+            f"{row['seconds']:.2f}",
+            f"{llm['seconds'] / row['seconds']:.2f}" if llm else "",
+            f"{row['first_token_ms']:.0f}",
+            f"{row['ms_per_token']:.1f}",
+            f"{row['floor_ms_per_token']:.1f}" if "floor_ms_per_token" in row else "",
+            f"{row['tokens_per_second']:.1f}",
+        )
+    return table

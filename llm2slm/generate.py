@@ -1,0 +1,179 @@
+"""Commands that generate text: `generate` and `serve`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .loading import load_text_to_text, local_device, quiet_libraries
+from .options import ModelArgument, is_given, with_settings
+from .output import one_line, out, print_line, print_note
+from .progress import counting
+
+
+if TYPE_CHECKING:
+    from modeling_llm2slm.inference.text_to_text import TextToText
+    from modeling_llm2slm.settings import GenerateFileSettings, LoadSettings, ServeSettings
+
+PANEL = "Generation"
+commands = typer.Typer()
+
+
+@commands.command(rich_help_panel=PANEL)
+@with_settings
+def generate(
+    context: typer.Context,
+    model: ModelArgument,
+    settings: GenerateFileSettings,
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts. Default: standard input.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Read prompts from this file: lines of text, or .jsonl, .csv, .parquet.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Write outputs to this file, one on each line; a .jsonl keeps all columns of --file."),
+    ] = None,
+) -> None:
+    """
+    Generate an output for each prompt, one on each line, shown while it is written.
+
+    `llm2slm generate runs/model "A man sleeps." "Two dogs play."`
+
+    `cat prompts.txt | llm2slm generate runs/model --num-beams 4 --batch-size 16 > outputs.txt`
+
+    `llm2slm generate runs/model --file prompts.jsonl --output outputs.jsonl`
+
+    With `--file` and `--output`, prompts of similar length share a batch, equal prompts are computed once (with
+    `--sample`, encoded once), and an interrupted run resumes. Otherwise the batch size is 1, unless it is given, and
+    outputs are streamed.
+    """
+    if prompts and file:
+        raise typer.BadParameter("Give prompts or --file, not both.")
+    if file is not None and not file.is_file():
+        raise FileNotFoundError(f"There is no file {file}.")
+    if file is not None and output is not None:
+        _generate_file(model, file, output, settings)
+        return
+    if is_given(context, "batch_tokens"):
+        raise typer.BadParameter("--batch-tokens belongs to --file with --output.")
+    _check_writable(output)
+    text_to_text = _load(model, settings)
+    batch_size = settings.batch_size if is_given(context, "batch_size") else 1
+    texts = islice(_prompts(prompts, file, settings), settings.limit)
+    if output is not None:
+        _write_outputs(text_to_text, texts, batch_size, output, settings.generate_kwargs())
+    elif batch_size == 1 and settings.num_beams == 1:
+        _stream(text_to_text, texts, settings.generate_kwargs())
+    else:
+        _print_batches(text_to_text, texts, batch_size, settings.generate_kwargs())
+
+
+@commands.command(rich_help_panel=PANEL)
+@with_settings
+def serve(
+    model: ModelArgument,
+    settings: ServeSettings,
+    loading: LoadSettings,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every address.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+) -> None:
+    """
+    Serve a model over HTTP with OpenAI's completions API; requests that arrive together share a batch.
+
+    `llm2slm serve runs/model --port 8000`
+
+    `curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "A man sleeps."}'`
+
+    The routes are /v1/completions (also streamed), /v1/models, /health and /metrics. Decoding is greedy unless a
+    request has a temperature. SIGTERM finishes running requests, then exits. There is no authentication: put the
+    server behind a proxy.
+    """
+    from modeling_llm2slm.serving.server import bind
+    from modeling_llm2slm.serving.server import serve as serve_model
+
+    settings = replace(settings, name=settings.name or Path(model).resolve().name)
+    sock = bind(host, port)
+    text_to_text = load_text_to_text(model, loading)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
+    line = f"{settings.name} is served at {address}. Stop it with Ctrl-C."
+    serve_model(text_to_text, settings, sock, lambda: print_line(line))
+
+
+def _generate_file(model: str, file: Path, output: Path, settings: GenerateFileSettings) -> None:
+    quiet_libraries(data=True)
+    from modeling_llm2slm.inference.files import generate_file
+
+    settings = replace(settings, device=local_device(settings.device))
+    with counting("outputs") as count:
+        report = generate_file(model, file, output, settings, progress=partial(count, "Generating"))
+    print_line(
+        f"{report.rows:,} outputs are in {output}: {report.duplicates:,} prompts were repeated, {report.kept:,} "
+        f"outputs were kept from an interrupted run, {report.tokens:,} tokens took {report.seconds:.1f} s "
+        f"({report.tokens_per_second:,.0f} tokens/s)."
+    )
+
+
+def _check_writable(output: Path | None) -> None:
+    if output is not None:
+        from modeling_llm2slm.inference.files import check_writable
+
+        check_writable(output)
+
+
+def _load(model: str, settings: GenerateFileSettings) -> TextToText:
+    quiet_libraries()
+    from transformers import set_seed
+
+    if settings.seed is not None:
+        set_seed(settings.seed)
+    return load_text_to_text(model, settings, prompt_max_length=settings.prompt_max_length)
+
+
+def _prompts(prompts: list[str] | None, file: Path | None, settings: GenerateFileSettings) -> Iterator[str]:
+    if prompts:
+        yield from prompts
+    elif file is not None and not {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz"} & set(file.suffixes):
+        with file.open(encoding="utf-8") as lines:
+            yield from (line.rstrip("\r\n") for line in lines)
+    elif file is not None:
+        quiet_libraries(data=True)
+        from modeling_llm2slm.data.loading import load_prompts
+
+        yield from load_prompts(file, settings.prompt_column, skip_bad_rows=settings.skip_bad_rows)["prompt"]
+    else:
+        if sys.stdin.isatty():
+            print_note("Type one prompt on each line; end with Ctrl-D.")
+        yield from (line.rstrip("\r\n") for line in sys.stdin)
+
+
+def _write_outputs(
+    text_to_text: TextToText, prompts: Iterator[str], batch_size: int, output: Path, options: dict[str, Any]
+) -> None:
+    from modeling_llm2slm.files_llm2slm import atomic_write
+
+    outputs = text_to_text.generate(list(prompts), batch_size, **options)
+    with atomic_write(output) as temporary:
+        temporary.write_text("".join(f"{one_line(text)}\n" for text in outputs), encoding="utf-8")
+
+
+def _stream(text_to_text: TextToText, prompts: Iterator[str], options: dict[str, Any]) -> None:
+    for prompt in prompts:
+        for piece in text_to_text.stream(prompt, **options):
+            out.file.write(one_line(piece))
+            out.file.flush()
+        out.file.write("\n")
+        out.file.flush()
+
+
+def _print_batches(text_to_text: TextToText, prompts: Iterator[str], batch_size: int, options: dict[str, Any]) -> None:
+    while batch := list(islice(prompts, 16 * batch_size)):  # enough to batch prompts of similar length together
+        for text in text_to_text.generate(batch, batch_size, **options):
+            out.file.write(one_line(text) + "\n")
+        out.file.flush()

@@ -1,0 +1,166 @@
+"""Progress on standard error: bars on a terminal, elsewhere a line at least every 30 seconds."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from .output import err, print_note
+
+
+INTERVAL = 30.0  # seconds between two lines
+
+
+class Counter(Protocol):
+    """Called with a task, the number of items that are done, and the number of all."""
+
+    def __call__(self, task: str, done: int, total: int) -> None: ...
+
+
+@contextmanager
+def counting(unit: str) -> Iterator[Counter]:
+    """
+    Show how many items are done: `Encoding: 1,200 of 29,000 prompts, 45 prompts/s, 10 min left`.
+
+    Args:
+        unit: What is counted, in the plural.
+    """
+    if _is_silent():
+        yield lambda task, done, total: None
+    elif err.is_terminal:
+        bars = _Bars(unit)
+        try:
+            yield bars.count
+        finally:
+            bars.stop()
+    else:
+        with _repeating() as lines:
+            yield _CountedLines(unit, lines).count
+
+
+@contextmanager
+def steps(task: str) -> Iterator[Callable[[str], None]]:
+    """Show the step that a task is at, for tasks that cannot be counted: `Planning: timing the LLM (2 min)`."""
+    if _is_silent():
+        yield lambda step: None
+    elif err.is_terminal:
+        with err.status(task) as status:
+            yield lambda step: status.update(f"{task}: {step}")
+    else:
+        start = time.monotonic()
+        print_note(f"{task} ...")
+        with _repeating() as lines:
+            yield lambda step: lines.update(lambda: f"{task}: {step} ({duration(time.monotonic() - start)})")
+        print_note(f"{task}: done in {duration(time.monotonic() - start)}")
+
+
+def duration(seconds: float) -> str:
+    """Return a time in its largest unit: `40 s`, `10 min`, `2.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _is_silent() -> bool:
+    return os.environ.get("RANK", "0") != "0"  # torchrun starts several processes; the first one reports
+
+
+class _Bars:
+    """Progress bars, which appear with the first item that is counted."""
+
+    def __init__(self, unit: str):
+        self._unit = unit
+        self._bars: Any = None
+        self._tasks: dict[str, Any] = {}
+
+    def count(self, task: str, done: int, total: int) -> None:
+        if self._bars is None:
+            self._bars = self._start()
+        if task not in self._tasks:
+            self._tasks[task] = self._bars.add_task(task, total=total, unit=self._unit)
+        self._bars.update(self._tasks[task], completed=done, total=total, visible=done < total)
+
+    def _start(self) -> Any:
+        from rich import progress
+
+        texts = progress.TextColumn("{task.description}"), progress.TextColumn("{task.fields[unit]}")
+        times = progress.TimeElapsedColumn(), progress.TimeRemainingColumn()
+        columns = (texts[0], progress.BarColumn(), progress.MofNCompleteColumn(), texts[1], *times)
+        bars = progress.Progress(*columns, console=err, transient=True)
+        bars.start()
+        return bars
+
+    def stop(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+
+class _Lines:
+    """Prints the newest of the lines that it is given, at least every [`INTERVAL`], also while none arrives."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._line: Callable[[], str] | None = None
+        self._printed = time.monotonic()
+
+    def update(self, line: Callable[[], str], now: bool = False) -> None:
+        """Replace the line; it is printed at once if `now`, or if the last one was printed long ago."""
+        with self._lock:
+            self._line = line
+            self._print(now)
+
+    def repeat(self, stop: threading.Event) -> None:
+        while not stop.wait(min(INTERVAL / 10, 1.0)):
+            with self._lock:
+                self._print()
+
+    def _print(self, now: bool = False) -> None:
+        if self._line is not None and (now or time.monotonic() - self._printed >= INTERVAL):
+            print_note(self._line())
+            self._printed = time.monotonic()
+
+
+@contextmanager
+def _repeating() -> Iterator[_Lines]:
+    lines, stop = _Lines(), threading.Event()
+    thread = threading.Thread(target=lines.repeat, args=(stop,), daemon=True)
+    thread.start()
+    try:
+        yield lines
+    finally:
+        stop.set()
+        thread.join()
+
+
+class _CountedLines:
+    """A line for each task at its start, at its end, and every [`INTERVAL`] between them."""
+
+    def __init__(self, unit: str, lines: _Lines):
+        self._unit = unit
+        self._lines = lines
+        self._begun: dict[str, tuple[float, int]] = {}  # time and count of the first call: a run may be resumed
+        self._finished: set[str] = set()
+
+    def count(self, task: str, done: int, total: int) -> None:
+        if task in self._finished:
+            return
+        is_first, is_last = task not in self._begun, done >= total
+        self._begun.setdefault(task, (time.monotonic(), done))
+        if is_last:
+            self._finished.add(task)
+        self._lines.update(lambda: self._describe(task, done, total), now=is_first or is_last)
+
+    def _describe(self, task: str, done: int, total: int) -> str:
+        start, already = self._begun[task]
+        seconds = time.monotonic() - start
+        counts = f"{task}: {done:,} of {total:,} {self._unit}"
+        if done >= total:
+            return f"{counts}, {duration(seconds)}"
+        if done == already or seconds <= 0:
+            return counts
+        rate = (done - already) / seconds
+        return f"{counts}, {rate:,.3g} {self._unit}/s, {duration((total - done) / rate)} left"

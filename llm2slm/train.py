@@ -1,0 +1,127 @@
+"""Commands that train: `train` and `speedup`. The fields of a recipe are their options."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperOption
+
+from .evaluate import print_comparison
+from .loading import local_device, quiet_libraries
+from .options import extra_options, load_module, with_settings
+from .output import print_line
+from .progress import counting
+
+
+if TYPE_CHECKING:
+    from modeling_llm2slm.settings import SpeedupSettings
+
+PANEL = "Training"
+# A speed-up fills these in, or has an option of its own for them.
+NOT_IN_SPEEDUP = ("model", "train_data", "validation_data", "llm_states", "prompt_column")
+EXTRA_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+commands = typer.Typer()
+
+
+class RecipeOption(TyperOption):
+    """
+    An option that the help shows and the parser leaves in `context.args`, with the Trainer's fields: the recipe's
+    schema validates both.
+    """
+
+    def add_to_parser(self, parser: Any, ctx: Any) -> None:
+        pass
+
+
+class RecipeCommand(TyperCommand):
+    """A command whose options include the fields of a recipe, from its schema."""
+
+    left_out: tuple[str, ...] = ()
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the command's own options and those of the recipe, which are created only when they are needed."""
+        schema = load_module("modeling_llm2slm.training.recipe")
+        fields = [field for field in schema.recipe_fields() if field.name not in self.left_out]
+        return [*super().get_params(ctx), *map(_recipe_option, fields)]
+
+
+class SpeedupCommand(RecipeCommand):
+    left_out = NOT_IN_SPEEDUP
+
+
+def _recipe_option(field: Any) -> RecipeOption:
+    default = ",".join(field.default) if isinstance(field.default, list) else field.default
+    kind = field.type.replace(" ", "")
+    return RecipeOption(
+        param_decls=[f"--{field.name.replace('_', '-')}"],
+        type_descriptor=str,
+        default=str(default).lower() if default not in (None, {}, False) else None,
+        show_default=True,
+        metavar=f"[{kind}]" if "|" in kind else f"<{kind}>",
+        help=field.description.replace("`", ""),
+        expose_value=False,
+        rich_help_panel=f"Recipe: {field.group.lower()}",
+    )
+
+
+@commands.command(cls=RecipeCommand, rich_help_panel=PANEL, context_settings=EXTRA_OPTIONS)
+def train(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="A YAML file.", show_default=False)],
+) -> None:
+    """
+    Train a checkpoint as a recipe says.
+
+    `llm2slm train recipe.yaml --num-train-epochs 5 --output-dir runs/five`
+
+    A recipe must have `model`, `train_data` and `output_dir`. The options below override its fields, and so does every
+    field of transformers' Seq2SeqTrainingArguments, such as `--learning-rate 1e-3`: the reference page on recipes
+    lists them. An interrupted run resumes. On several devices:
+    `accelerate launch --config_file FILE -m llm2slm train recipe.yaml`.
+    """
+    overrides = dict(extra_options(context.args))
+    quiet_libraries(data=True)
+    from modeling_llm2slm.training.recipe import load_recipe
+    from modeling_llm2slm.training.run import train as train_model
+
+    settings = load_recipe(recipe, overrides)
+    report = train_model(settings)
+    print_line(f"Trained {report['steps']} steps in {report['seconds']:.0f} s.")
+    if report["best_metric"] is not None:
+        print_line(f"Best validation {report['metric']}: {report['best_metric']:.4g} at step {report['best_step']}.")
+    print_line(f"The model is in {os.path.expandvars(str(settings['output_dir']))}.")
+
+
+@commands.command(cls=SpeedupCommand, rich_help_panel=PANEL, context_settings=EXTRA_OPTIONS)
+@with_settings
+def speedup(
+    context: typer.Context,
+    llm: Annotated[str, typer.Option(help="The LLM with its decoder: a folder, or a name on the Hub.")],
+    prompts: Annotated[str, typer.Option(help="Prompts: .txt, .jsonl, .csv, .parquet, or a data set on the Hub.")],
+    settings: SpeedupSettings,
+    output: Annotated[Path, typer.Option(help="The folder for everything.")] = Path("runs/speedup"),
+    device: Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1, mps.")] = "cpu",
+) -> None:
+    """
+    From an LLM and prompts to a model that can be served: distill, build, encode, train, evaluate.
+
+    `llm2slm speedup --llm google-t5/t5-large --prompts prompts.txt --output runs/fast --num-train-epochs 3`
+
+    The options of the recipe below, and every field of transformers' Seq2SeqTrainingArguments, override the recipe of
+    the training. An interrupted run resumes; each stage shows the command that does the same.
+    """
+    recipe = dict(extra_options(context.args))
+    quiet_libraries(data=True)
+    from modeling_llm2slm.workflows.speedup import Speedup
+
+    settings = replace(settings, llm=llm, prompts=prompts, recipe=recipe)
+    with counting("prompts") as count:
+        run = Speedup(settings, output, local_device(device), count)
+        result = run.run(lambda stage, command: print_line(f"{stage}  {command}"))
+    print_comparison({"data": "test.jsonl", **result})
+    print_line(f"The model is in {output}/model.")

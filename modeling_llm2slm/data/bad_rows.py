@@ -1,0 +1,78 @@
+"""Rows that cannot be used: how they are found, and reported as an error or, where they are skipped, as a warning."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .formats import ROW_ERROR, file_format_of
+
+
+logger = logging.getLogger(__name__)
+
+LISTED = 10  # row numbers in a message
+
+
+def is_text(value: Any) -> bool:
+    """Return whether a value is valid text: JSON allows strings with lone surrogates, which cannot be encoded."""
+    return isinstance(value, str) and (value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value))
+
+
+def text_problem(row: Mapping[str, Any], columns: Sequence[str], number: int) -> str | None:
+    """
+    Return why a row cannot be used, or `None` if each of the columns holds text.
+
+    Args:
+        row: The row.
+        columns: The columns that must hold text.
+        number: The row's number in its source, for the message.
+    """
+    for column in columns:
+        if not is_text(row.get(column)):
+            return row.get(ROW_ERROR) or f"the {column} of row {number} is {row.get(column)!r}, not text"
+    return None
+
+
+def check_columns(source: str, needed: Sequence[str], existing: Sequence[str]) -> None:
+    """Raise `ValueError` if one of the needed columns is missing."""
+    is_text_file = file_format_of(Path(source)) == "text"
+    for column in needed:
+        if column not in existing:
+            raise ValueError(
+                f"{source} has prompts but no targets: use a file with a column for each, such as a .jsonl, or "
+                "compare with an LLM: `llm2slm evaluate --against`."
+                if is_text_file
+                else f"{source} has no column {column!r}; it has {', '.join(map(repr, existing))}. "
+                "Name the columns with prompt_column and target_column."
+            )
+
+
+def report_bad_rows(source: str, bad: Mapping[int, str], skip: bool) -> None:
+    """
+    Report rows that cannot be used.
+
+    Args:
+        source: Where they come from.
+        bad: The reason for each row number.
+        skip: Log a warning, because the rows are skipped, instead of raising an error.
+
+    Raises:
+        ValueError: Unless `skip` is set; with the reason for the first row.
+    """
+    numbers = ", ".join(map(str, list(bad)[:LISTED])) + (", ..." if len(bad) > LISTED else "")
+    reasons = list(bad.values())
+    if skip:
+        skipped = f"{len(bad)} bad rows were" if len(bad) > 1 else "1 bad row was"
+        # The last reason may be that the rest of the file cannot be read.
+        logger.warning(f"{source}: {skipped} skipped: {numbers}. The last: {reasons[-1]}.")
+        return
+    others = f" There are {len(bad)} bad rows: {numbers}." if len(bad) > 1 else ""
+    raise ValueError(f"{source}: {reasons[0]}.{others} Fix them, or skip them with skip_bad_rows.")
+
+
+def check_any_left(source: str, bad: Mapping[int, str], rows: int) -> None:
+    """Raise `ValueError`, with the reason for the first, if all rows are bad."""
+    if len(bad) == rows:
+        raise ValueError(f"{source}: no row can be used; {next(iter(bad.values()))}.")

@@ -1,0 +1,193 @@
+"""The base of engines that run graphs: loading, exporting and benchmarking, whatever computes the graphs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from functools import partial
+from importlib.metadata import version
+from io import StringIO
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoProcessor
+
+from ..inference.engine import BenchmarkModels, Contestant, Engine, LoadOptions, Progress, WeightFormat
+from ..inference.loading import load, one_sentence
+from ..inference.parts import composite_parts, count_parameters, decoding_modules
+from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
+from .exported import (
+    EMBEDDINGS,
+    MANIFEST,
+    ExportedLLM2SLM,
+    ExportedTextToText,
+    graph_size,
+    is_exported,
+    read_manifest,
+    supported_defaults,
+)
+from .graphs import dynamic_shapes, embedding_table, graphs_of
+
+
+NEEDS = "5.23"  # the first transformers with transformers.exporters.ExportedModel
+FP32, BF16 = WeightFormat(bytes=4, tolerance=1e-3), WeightFormat(bytes=2, tolerance=0.05)
+INT8, INT4 = WeightFormat(bytes=1, tolerance=0.1), WeightFormat(bytes=0.7, tolerance=0.5)
+INT4_GROUP = 128
+
+
+class GraphEngine(Engine):
+    """
+    An engine that runs the graphs of exported models. Its name is the `export_format` of transformers' exporters.
+
+    `"int8"` weights have one scale per row, and activations are quantized while the graph runs. `"int4"` weights have
+    one scale per group of 128; the graph that reads prompts keeps int8.
+
+    Attributes:
+        benchmarked: The weights that [`~Engine.contestants`] offers.
+    """
+
+    benchmarked: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def load_graphs(self, path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        Load the graphs that a manifest lists, on `torch.get_num_threads()` threads.
+
+        Returns:
+            Graphs by name. `graph.run(inputs)` maps tensors by name to tensors by name. `graph.new_state()` returns a
+            state that holds the keys and values of one generation: `state.run(inputs, rows)` returns the logits after
+            more tokens, where `rows` is the row of the state that each row of the inputs continues (`None`: the same).
+        """
+
+    @abstractmethod
+    def exporter(self, weights: str, is_step: bool) -> tuple[Any, Any, Any]:
+        """Return transformers' exporter, its config class, and the quantizer of a graph (`None` for floats)."""
+
+    def run_options(self, model: LLM2SLMForConditionalGeneration, weights: str) -> dict[str, Any]:
+        """Return what `load_graphs` needs to know about the model, to be saved in the manifest."""
+        return {}
+
+    def can_load(self, path: str | Path) -> bool:
+        return is_exported(path) and read_manifest(path)["export_format"] == self.name
+
+    def load(self, path: str | Path, options: LoadOptions) -> ExportedTextToText:
+        if options.quantize is not None:
+            raise ValueError(f"{path} is an exported model: export it with the weights that you want.")
+        if torch.device(options.device or "cpu").type != "cpu":
+            raise ValueError(f"{path} is an exported model and runs on the CPU, not on {options.device}.")
+        if options.states is not None or options.dtype not in (None, "float32", torch.float32):
+            raise ValueError(f"{path} is an exported model: its LLM and its dtype cannot be changed.")
+        self.check_installed()
+        with one_sentence(path):
+            model: Any = ExportedLLM2SLM.from_pretrained(path)
+        processor = load(AutoProcessor, path)
+        return ExportedTextToText(model, processor, options.prompt_max_length, options.target_max_length)
+
+    def check_export(self, weights: str) -> None:
+        super().check_export(weights)
+        self.check_installed(*(("nncf",) if weights.startswith("int") else ()))
+        exported_model_class()
+
+    def export(
+        self, model: Any, folder: Path, weights: str, progress: Progress = lambda stage: None
+    ) -> ExportedLLM2SLM:
+        self._write(model, folder, weights, progress)
+        progress("loading the result")
+        return ExportedLLM2SLM.from_pretrained(folder)
+
+    def _write(self, model: LLM2SLMForConditionalGeneration, folder: Path, weights: str, progress: Progress) -> None:
+        details = {**describe(model, weights), "options": self.run_options(model, weights)}
+        graphs = {name: (graph.eval(), graph.sample()) for name, graph in graphs_of(model).items()}
+        table = embedding_table(model.decoder, torch.float32 if weights == "fp32" else torch.bfloat16)
+        save_file({"weight": table}, folder / EMBEDDINGS)
+        if weights == "bf16":
+            model.to(torch.bfloat16)
+        components = {}
+        with quiet_exporters():
+            for name, (graph, sample) in graphs.items():
+                progress(f"exporting {name}")
+                components[name] = self.component(graph, sample, weights, is_step=name == "step")
+        progress("writing")
+        defaults = supported_defaults(model.generation_config)
+        exported_model_class()(components, self.name, model.config, defaults).save_pretrained(folder)
+        manifest = json.dumps({**read_manifest(folder), "llm2slm": details}, indent=2)
+        (folder / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
+
+    def component(self, graph: Any, sample: dict[str, Any], weights: str, is_step: bool) -> Any:
+        """Trace a module with sample inputs to a component of transformers' exported model."""
+        exporter, config_class, quantizer = self.exporter(weights, is_step)
+        config = config_class(dynamic_shapes=dynamic_shapes(sample), quantizer=quantizer)
+        with torch.no_grad():
+            return exporter.export(graph, sample, config).components["model"]
+
+    def contestants(self) -> dict[str, Contestant]:
+        return {f"llm2slm-{self.name}-{weights}": self._contestant(weights) for weights in self.benchmarked}
+
+    def _contestant(self, weights: str) -> Contestant:
+        return Contestant(
+            # It runs on the CPU, whatever the device of the others is.
+            load=lambda models, folder, device: ExportedLLM2SLM.from_pretrained(folder),
+            make=partial(self._make, weights=weights),
+            step_bytes=partial(graph_size, name="step"),
+            packages=self.packages,
+        )
+
+    def _make(self, models: BenchmarkModels, folder: Path, weights: str) -> None:
+        self.check_export(weights)
+        model = LLM2SLMForConditionalGeneration.from_pretrained(models.llm2slm, dtype=torch.float32).float().eval()
+        folder.mkdir()
+        self._write(model, folder, weights, lambda stage: None)
+
+
+def exported_model_class() -> Any:
+    """Return transformers' class of exported models, which writes them; `ImportError` if transformers is too old."""
+    try:
+        from transformers.exporters import ExportedModel
+    except ImportError as error:
+        raise ImportError(
+            f"This needs transformers {NEEDS} or newer, and {version('transformers')} is installed. "
+            f"Try: pip install 'transformers>={NEEDS}'"
+        ) from error
+    return ExportedModel
+
+
+def describe(model: LLM2SLMForConditionalGeneration, weights: str) -> dict[str, Any]:
+    """Return the weights and parameter counts of an exported model."""
+    return {
+        "weights": weights,
+        "parameters": {part.name: part.parameters for part in composite_parts(model)},
+        "decode": count_parameters(*decoding_modules(model.decoder)),
+    }
+
+
+def int4_weights() -> Any:
+    """Return the compression to int4 in groups. Sensitive weights, the output layer first of all, stay in int8."""
+    import nncf
+    from transformers.exporters import NNCFWeightCompressionConfig
+
+    return NNCFWeightCompressionConfig(
+        mode=nncf.CompressWeightsMode.INT4_SYM,
+        group_size=INT4_GROUP,
+        backup_mode=nncf.BackupMode.INT8_SYM,
+        advanced_parameters=nncf.AdvancedCompressionParameters(
+            group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST
+        ),
+    )
+
+
+@contextmanager
+def quiet_exporters() -> Iterator[None]:
+    """Silence notes on versions and shapes, which this package takes care of, and tables of quantized layers."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"), redirect_stdout(StringIO()):
+            yield
+    finally:
+        logging.disable(before)

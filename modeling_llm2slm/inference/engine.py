@@ -1,0 +1,233 @@
+"""
+The interface behind which an engine computes a model, and the registry of engines.
+
+An engine is one class in one module. It is registered by an entry point, in this package's `setup.cfg` or in the
+metadata of any other package:
+
+```ini
+[options.entry_points]
+llm2slm.engines =
+    toy = toy_package.toy:ToyEngine
+```
+
+or at run time with [`register_engine`]. Nothing else has to change: loading, `llm2slm export --engine` and
+`llm2slm benchmark` find engines here.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from ..states.store import StateStore
+
+
+ENTRY_POINTS = "llm2slm.engines"
+DEFAULT = "pytorch"  # loads every checkpoint that no other engine claims
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How an engine loads a checkpoint: the arguments of [`TextToText.from_pretrained`], documented there."""
+
+    dtype: str | torch.dtype | None = None
+    device: str | torch.device | None = None
+    prompt_max_length: int | None = None
+    target_max_length: int | None = None
+    states: StateStore | None = None
+    quantize: str | None = None
+    keep_llm_dtype: bool = False
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """
+    A format in which an exported model stores its weights.
+
+    Args:
+        bytes: Bytes of a weight.
+        tolerance: Largest difference from PyTorch's logits, as a part of the largest logit.
+    """
+
+    bytes: float
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class BenchmarkModels:
+    """
+    The checkpoints that a benchmark compares.
+
+    Args:
+        folder: Folder for what contestants make of the two checkpoints.
+        llm: The LLM with its decoder, a folder or a name on the Hub.
+        llm2slm: The LLM-to-SLM model, a folder or a name on the Hub.
+    """
+
+    folder: Path
+    llm: str
+    llm2slm: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """
+    A model on an engine, to be timed by `llm2slm benchmark`.
+
+    Args:
+        load: Loads the model on a device, from the checkpoints and the folder where `make` wrote. It returns a model
+            with transformers' `generate()`, which is timed token by token, or a function
+            `(prompt ids (B, N), new_tokens, num_beams)`, which is timed as a whole. Neither may end early.
+        make: Writes what `load` needs to a folder, once. Default: `load` reads the checkpoints.
+        model: The model that it times: the LLM, the SLM alone, or LLM-to-SLM.
+        bits: Size on a CPU of the weights that each token reads.
+        step_bytes: Bytes that each token reads, where `bits` does not tell, given the folder that `make` wrote.
+        packages: Packages that it needs.
+    """
+
+    load: Callable[[BenchmarkModels, Path, str], Any]
+    make: Callable[[BenchmarkModels, Path], None] | None = None
+    model: Literal["llm", "slm", "llm2slm"] = "llm2slm"
+    bits: int = 32
+    step_bytes: Callable[[Path], int] | None = None
+    packages: tuple[str, ...] = ()
+
+    @property
+    def can_run(self) -> bool:
+        """Whether its packages are installed."""
+        return all(map(is_installed, self.packages))
+
+
+class Engine(ABC):
+    """
+    Computes models. A subclass is created without arguments, and imports its packages inside its methods.
+
+    Attributes:
+        name: Its name in `--engine` and in messages.
+        packages: Packages that it needs, as `pip` names them.
+        extra: The extra of this package that installs them; empty if there is no such extra.
+        weights: The formats in which [`~Engine.export`] stores weights; empty if the engine exports nothing.
+    """
+
+    name: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]] = ()
+    extra: ClassVar[str] = ""
+    weights: ClassVar[Mapping[str, WeightFormat]] = {}
+
+    @abstractmethod
+    def can_load(self, path: str | Path) -> bool:
+        """
+        Return whether `path` holds a model in this engine's own format.
+
+        An engine that reads ordinary checkpoints returns `False`: they are loaded with PyTorch, unless the caller asks
+        for the engine by name, `engine("name").load(path, options)`.
+        """
+
+    @abstractmethod
+    def load(self, path: str | Path, options: LoadOptions) -> Any:
+        """
+        Load a model.
+
+        Args:
+            path: A folder, or a name on the Hub.
+            options: How to load it. Refuse with `ValueError` what the engine cannot do.
+
+        Returns:
+            A [`TextToText`]. One of its subclasses wraps a model with transformers' `generate()`. An engine with a
+            loop of its own returns a subclass of `TextToText` that overrides `read` (prompts to anything, such as
+            prompt embeddings), `write` (that to token ids) and `stream`.
+
+        Raises:
+            ImportError: If its packages are not installed.
+            OSError: If the model is damaged or incomplete.
+        """
+
+    def export(self, model: Any, folder: Path, weights: str, progress: Progress = lambda stage: None) -> Any:
+        """
+        Write an LLM-to-SLM model in the engine's own format, which [`~Engine.can_load`] recognizes.
+
+        Args:
+            model: The [`LLM2SLMForConditionalGeneration`], in float32 on the CPU. It may be changed.
+            folder: An empty folder. The caller adds the processor.
+            weights: One of `self.weights`.
+            progress: Called with a few words at every step.
+
+        Returns:
+            The written model, loaded from `folder`. The caller compares its logits with those of `model`.
+        """
+        raise NotImplementedError(f"{self.name} exports nothing.")
+
+    def contestants(self) -> Mapping[str, Contestant]:
+        """Return what the engine offers to `llm2slm benchmark`, by name."""
+        return {}
+
+    def check_installed(self, *more: str) -> None:
+        """Raise `ImportError` with the `pip` command if a package of the engine, or one of `more`, is missing."""
+        for package in (*self.packages, *more):
+            if not is_installed(package):
+                command = f"modeling-llm2slm[{self.extra}]" if self.extra else package
+                raise ImportError(f"{package} is not installed. Try: pip install '{command}'")
+
+    def check_export(self, weights: str) -> None:
+        """Raise `ValueError` if the engine cannot export these weights, and `ImportError` if a package is missing."""
+        if weights not in self.weights:
+            raise ValueError(f"{self.name} has no {weights!r} weights. Choose one of: {', '.join(self.weights)}.")
+        self.check_installed()
+
+
+_registered: dict[str, Engine] = {}
+
+
+def register_engine(engine: Engine) -> None:
+    """Register an engine for this process, in place of any other of its name."""
+    _registered[engine.name] = engine
+
+
+def engines() -> dict[str, Engine]:
+    """Return all engines by name, PyTorch first."""
+    found = _installed_engines() | _registered
+    return dict(sorted(found.items(), key=lambda item: (item[0] != DEFAULT, item[0])))
+
+
+def engine(name: str) -> Engine:
+    """Return the engine of this name; `ValueError` if there is none."""
+    found = engines()
+    if name not in found:
+        raise ValueError(f"There is no engine {name!r}. Choose one of: {', '.join(found)}.")
+    return found[name]
+
+
+def exporting_engine(name: str) -> Engine:
+    """Return the engine of this name; `ValueError` if there is none that exports."""
+    found = {name: engine for name, engine in engines().items() if engine.weights}
+    if name not in found:
+        raise ValueError(f"There is no engine {name!r} to export for. Choose one of: {', '.join(found)}.")
+    return found[name]
+
+
+def engine_of(path: str | Path) -> Engine:
+    """Return the engine that loads what is at `path`: the one that claims its format, else PyTorch."""
+    found = engines()
+    return next((engine for engine in found.values() if engine.name != DEFAULT and engine.can_load(path)), found[DEFAULT])
+
+
+def is_installed(package: str) -> bool:
+    """Return whether a package is installed, by its name on the package index."""
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+@functools.cache
+def _installed_engines() -> dict[str, Engine]:
+    return {point.name: point.load()() for point in entry_points(group=ENTRY_POINTS)}

@@ -1,0 +1,45 @@
+"""Load checkpoints, with errors of one sentence that name the checkpoint and the cause."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..files_llm2slm import first_line
+
+
+def load(auto_class: Any, path: str | Path, **kwargs: Any) -> Any:
+    """Call `auto_class.from_pretrained`, and turn every failure into an `OSError` of one sentence."""
+    with one_sentence(path):
+        # Without this default, transformers asks at the terminal whether it may run the checkpoint's code.
+        return auto_class.from_pretrained(path, **{"trust_remote_code": False, **kwargs})
+
+
+def load_model(auto_class: Any, path: str | Path, **kwargs: Any) -> Any:
+    """Load a complete model, from safetensors only; a missing weight raises `OSError`."""
+    model, loading = load(auto_class, path, output_loading_info=True, use_safetensors=True, **kwargs)
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise OSError(f"{path} is incomplete: {len(missing)} weights are missing, among them {missing[0]}.")
+    return model
+
+
+@contextmanager
+def one_sentence(path: str | Path) -> Iterator[None]:
+    """Turn any failure with a checkpoint into an `OSError` of one sentence."""
+    try:
+        yield
+    except Exception as error:  # a damaged checkpoint raises a different class for each file and format
+        raise OSError(f"{path} cannot be loaded: {_cause(str(path), error)}") from error
+
+
+def _cause(path: str, error: Exception) -> str:
+    """Return what went wrong. For a missing folder, transformers reports a bad name or an unreachable Hub instead."""
+    if Path(path).exists():
+        return first_line(error)
+    if path.endswith(".json"):
+        return "the file does not exist"
+    is_folder = path.startswith((".", "/", "~")) or path.count("/") > 1 or ("/" in path and Path(path).parent.is_dir())
+    return "the folder does not exist" if is_folder else f"no such folder, and on the Hub: {first_line(error)}"

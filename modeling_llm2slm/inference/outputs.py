@@ -1,0 +1,104 @@
+"""Outputs of a run, stored as they are generated, so that an interrupted run resumes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+class OutputParts:
+    """
+    The outputs so far, in one file of JSON lines for each process. Its first line holds the settings of the run, each
+    other line the outputs of a batch.
+
+    Args:
+        output: The final file. Parts are written to its folder.
+        settings: What an output depends on besides its prompt.
+        rank: Number of this process.
+        overwrite: Remove parts of other settings.
+
+    Attributes:
+        outputs: Each output so far, by its key.
+
+    Raises:
+        OSError: If the file cannot be written.
+        ValueError: If the file belongs to a run with other settings.
+    """
+
+    def __init__(self, output: Path, settings: Mapping[str, Any], rank: int = 0, overwrite: bool = False):
+        self.output = output
+        self.settings = json.loads(json.dumps(settings))
+        self.path = output.with_name(f"{output.name}.part-{rank}" if rank else f"{output.name}.part")
+        if overwrite:
+            self.remove()
+        self.outputs = self.read_all()
+        self._empty = self._cut_torn_line() == 0
+
+    def keep(self, outputs: Mapping[str, str]) -> None:
+        """Add the outputs of a batch: all of them, or none if the process dies."""
+        lines = [self.settings, outputs] if self._empty else [outputs]
+        rest = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        advice = "Earlier outputs are kept: free some disk space, and repeat the command."
+        with writing(self.path, advice), self.path.open("ab", buffering=0) as file:
+            while rest:
+                rest = rest[file.write(rest) :]
+        self._empty = False
+        self.outputs.update(outputs)
+
+    def read_all(self) -> dict[str, str]:
+        """Return all outputs so far by their keys, those of other processes included."""
+        outputs: dict[str, str] = {}
+        for path in self._paths():
+            lines = self._complete_lines(path)
+            if next(lines, self.settings) != self.settings:
+                raise ValueError(
+                    f"{path} belongs to a run with another model, other data or other settings. Repeat those, remove "
+                    "the file, or add --overwrite."
+                )
+            for line in lines:
+                outputs.update(line)
+        return outputs
+
+    def remove(self) -> None:
+        """Remove the files."""
+        for path in self._paths():
+            path.unlink(missing_ok=True)  # another process may remove them at the same time
+
+    def _paths(self) -> list[Path]:
+        return [path for path in sorted(self.output.parent.glob("*.part*")) if self._is_part(path.name)]
+
+    def _is_part(self, name: str) -> bool:
+        rest = name.removeprefix(f"{self.output.name}.part")
+        return rest != name and (not rest or rest[0] == "-" and rest[1:].isdigit())
+
+    def _complete_lines(self, path: Path) -> Iterator[dict[str, str]]:
+        with path.open("rb") as lines:
+            for line in lines:
+                if line.endswith(b"\n"):  # a killed run may have written half a line
+                    yield json.loads(line)
+
+    def _cut_torn_line(self) -> int:
+        """Cut off the line that a killed run did not finish, and return the number of bytes left."""
+        if not self.path.exists():
+            return 0
+        with self.path.open("rb+") as file:
+            end = sum(len(line) for line in file if line.endswith(b"\n"))
+            return file.truncate(end)
+
+
+def one_line(text: str) -> str:
+    """Return the text with a space in place of each line end of any kind."""
+    return " ".join(f"{text}.".splitlines())[:-1]  # the full stop keeps a line end at the end of the text
+
+
+@contextmanager
+def writing(path: Path, advice: str) -> Iterator[None]:
+    """Turn a failure to write into an `OSError` that names the file, the cause and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}. {advice}") from error

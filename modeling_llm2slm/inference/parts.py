@@ -1,0 +1,55 @@
+"""The parts of a model and the number of their parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Part:
+    """
+    A part of a model.
+
+    Args:
+        name: Its name, such as "LLM".
+        config: Its config; `None` if it has none of its own.
+        parameters: Number of parameters.
+        dtype: dtype of its weights.
+    """
+
+    name: str
+    config: Any
+    parameters: int
+    dtype: str
+
+
+def part_of(name: str, module: torch.nn.Module, config: Any = None) -> Part:
+    """Describe a module as a part."""
+    tensors = list(module.parameters())
+    return Part(name, config, sum(tensor.numel() for tensor in tensors), str(tensors[0].dtype).removeprefix("torch."))
+
+
+def composite_parts(model: Any) -> list[Part]:
+    """Return the parts of an LLM-to-SLM model."""
+    encoder, config = model.encoder, model.config
+    others = [part_of("prompt embedding", encoder.prompt_embedding)] if encoder.prompt_embedding is not None else []
+    return [
+        part_of("LLM", encoder.llm, config.encoder),
+        part_of("projector", encoder.projector),
+        *others,
+        part_of("SLM", model.decoder, config.decoder),
+    ]
+
+
+def decoding_modules(model: Any) -> list[Any]:
+    """Return the modules that every output token passes through."""
+    return [model.get_decoder(), model.get_output_embeddings()] if model.config.is_encoder_decoder else [model]
+
+
+def count_parameters(*modules: torch.nn.Module | None) -> int:
+    """Count the parameters of modules; tied ones count once."""
+    tensors = {tensor for module in modules if module is not None for tensor in module.parameters()}
+    return sum(tensor.numel() for tensor in tensors)
