@@ -53,8 +53,8 @@ def test_outputs_are_added_to_the_columns_of_the_data(
         == 8
     )
     assert rows_of(tmp_path / name) == [
-        {"id": row, **pair, "llm_output": answer}
-        for row, (pair, answer) in enumerate(zip(PAIRS, expected, strict=True))
+        {"id": row, **pair, "llm_output": output}
+        for row, (pair, output) in enumerate(zip(PAIRS, expected, strict=True))
     ]
     assert seen == [(0, 8), (3, 8), (6, 8), (8, 8)]
     assert not list(tmp_path.glob("*.part*"))
@@ -105,15 +105,15 @@ def test_replaced_column_is_reported_and_prompts_are_never_replaced(
 def test_killed_run_resumes(
     llm: str, data: str, expected: list[str], tmp_path: Path, tail: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answered: list[list[int]] = []
+    generated: list[list[int]] = []
     write = TextToText.write
 
     def stopping(self: TextToText, *args: Any, **kwargs: Any) -> list[list[int]]:
-        if len(answered) == 4 and not (tmp_path / "again").exists():
+        if len(generated) == 4 and not (tmp_path / "again").exists():
             raise KeyboardInterrupt
-        answers = write(self, *args, **kwargs)
-        answered.extend(answers)
-        return answers
+        outputs = write(self, *args, **kwargs)
+        generated.extend(outputs)
+        return outputs
 
     monkeypatch.setattr(TextToText, "write", stopping)
     output = tmp_path / "outputs.jsonl"
@@ -124,7 +124,7 @@ def test_killed_run_resumes(
         part.write(tail)
     (tmp_path / "again").touch()
     distill(llm, data, output, replace(SETTINGS, batch_size=2))
-    assert len(answered) == len(PROMPTS)  # none twice
+    assert len(generated) == len(PROMPTS)  # none twice
     assert [row["llm_output"] for row in rows_of(output)] == expected
 
 

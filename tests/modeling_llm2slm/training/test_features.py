@@ -80,9 +80,9 @@ def test_stream_uses_the_data_seed(recipe):
 def test_reader_for_worker_processes_holds_no_weights(checkpoints, kind):
     text_to_text = TextToText.from_pretrained(checkpoints[kind])
     reader = text_to_text.without_model()
-    prompts, answers = ["src1", "src2 " * 70], ["src1", "src1"]
-    features = text_to_text.features(prompts, answers)
-    assert reader.features(prompts, answers) == features
+    prompts, targets = ["src1", "src2 " * 70], ["src1", "src1"]
+    features = text_to_text.features(prompts, targets)
+    assert reader.features(prompts, targets) == features
     assert reader.problems(features) == text_to_text.problems(features)
     assert len(pickle.dumps(text_to_text)) - len(pickle.dumps(reader)) > 4 * text_to_text.model.num_parameters()
 

@@ -1,4 +1,4 @@
-"""Memory that is counted on tensors without storage: of the right parameters, and close to what a process takes."""
+"""Memory counts: of the right parameters, and close to what a process takes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def config(**overrides: Any) -> LLM2SLMConfig:
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_weights_are_counted_by_what_happens_to_them(fusion: str) -> None:
+def test_weights_are_counted_as_llm_trained_or_frozen(fusion: str) -> None:
     model = build_model(fusion).train()
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     memory = training_memory(model.config, **SIZES)
@@ -36,7 +36,7 @@ def test_weights_are_counted_by_what_happens_to_them(fusion: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_each_setting_saves_where_it_should() -> None:
+def test_each_setting_saves_the_memory_it_should() -> None:
     whole = training_memory(config(), **SIZES)
     lora = training_memory(config(), lora={"r": 2}, **SIZES)
     assert lora["trained"] < whole["trained"] / 2
@@ -53,7 +53,7 @@ def test_each_setting_saves_where_it_should() -> None:
 
 
 @pytest.mark.parametrize("decoder", [gpt2_config(), t5_config(vocab_size=99, d_model=32)])
-def test_answers_need_weights_and_a_cache(decoder: Any) -> None:
+def test_generation_needs_weights_and_a_cache(decoder: Any) -> None:
     composite = LLM2SLMConfig(encoder=t5_config(), decoder=decoder)
     memory = generation_memory(composite, batch_size=2, prompt_length=10, output_length=6)
     layers, width = (1, 24) if decoder.is_encoder_decoder else (2, 32)
@@ -103,6 +103,6 @@ print((peak - base) / (memory["total"] - sum(p.nbytes for p in model.parameters(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_the_count_is_close_to_what_a_process_takes() -> None:
+def test_count_is_close_to_the_memory_of_a_process() -> None:
     result = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True, timeout=200)
     assert float(result.stdout.splitlines()[-1]) == pytest.approx(1, abs=0.15)

@@ -43,8 +43,8 @@ def test_every_kind_of_model_learns_its_targets(recipe, checkpoints, kind):
     assert report["best_metric"] >= 80
     trained = TextToText.from_pretrained(recipe["output_dir"])
     assert trained.model.config.use_cache
-    answers = trained.generate(PROMPTS, max_new_tokens=8)
-    assert sum(a == b for a, b in zip(answers, ANSWERS, strict=True)) / len(PAIRS) * 100 == report["best_metric"]
+    outputs = trained.generate(PROMPTS, max_new_tokens=8)
+    assert sum(a == b for a, b in zip(outputs, ANSWERS, strict=True)) / len(PAIRS) * 100 == report["best_metric"]
     after = weights(recipe["output_dir"])
     frozen = {name for name in before if name.startswith("encoder.llm.")} if kind == "llm2slm" else set()
     assert {name for name in before if torch.equal(before[name], after[name])} == frozen

@@ -30,8 +30,8 @@ def test_plan_reports_speed_memory_and_hours_of_each_slm(
     (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS, PROMPTS[0]]) + "\n")
     slm_tokenizer().save_pretrained(tmp_path / "tokenizer")
     large = TextToText.from_pretrained(llm)
-    answer = large.features([PROMPTS[0]], ["src1 src2 src3 src4"])["labels"][0]
-    monkeypatch.setattr(TextToText, "generate_tokens", lambda self, prompts, *_, **__: [answer] * len(prompts))
+    output = large.features([PROMPTS[0]], ["src1 src2 src3 src4"])["labels"][0]
+    monkeypatch.setattr(TextToText, "generate_tokens", lambda self, prompts, *_, **__: [output] * len(prompts))
     steps: list[str] = []
     result = plan(
         llm, tmp_path / "prompts.txt", PlanSettings(timed_prompts=2, batch_size=2, max_new_tokens=8),

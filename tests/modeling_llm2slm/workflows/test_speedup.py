@@ -125,9 +125,9 @@ def test_shown_commands_have_the_settings_of_their_stages(settings: SpeedupSetti
         assert words[:2] == ["llm2slm", stage]
         given[stage] = app.commands[stage].make_context(stage, words[2:]).params  # type: ignore[attr-defined]
     data = {"prompt_max_length": 4, "skip_bad_rows": True, "device": "cuda"}
-    answers = {"num_beams": 1, "max_new_tokens": 5}
+    generation = {"num_beams": 1, "max_new_tokens": 5}
     expected: dict[str, dict[str, Any]] = {
-        "distill": {**data, **answers, "prompt_column": "source", "limit": 9, "batch_size": 5},
+        "distill": {**data, **generation, "prompt_column": "source", "limit": 9, "batch_size": 5},
         "build": {
             "slm_tokenizer": settings.llm,
             "fusion": "replace",
@@ -135,7 +135,7 @@ def test_shown_commands_have_the_settings_of_their_stages(settings: SpeedupSetti
             "max_new_tokens": 5,
         },
         "encode": {**data, "batch_size": 5, "prompt_column": "prompt"},
-        "evaluate": {**data, **answers, "against": settings.llm},
+        "evaluate": {**data, **generation, "against": settings.llm},
     }
     for stage, options in expected.items():
         assert {name: given[stage][name] for name in options} == options
