@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from modeling_llm2slm.data.loading import load_examples
 from modeling_llm2slm.data.records import write_json
 from modeling_llm2slm.files_llm2slm import atomic_write
 from modeling_llm2slm.inference.text_to_text import TextToText
+from modeling_llm2slm.settings import BuildSettings, DistillSettings, EncodeSettings
 from modeling_llm2slm.states.encoding import encode
 from modeling_llm2slm.states.store import is_complete
 from modeling_llm2slm.training.distillation import distill
@@ -118,7 +119,7 @@ class Experiment:
         if self.uses_states(row):
             needs.append("states")
             yield Job(job.pair, "states", ("llm",))
-        if row.get("answers") == "distilled":
+        if row.get("targets") == "distilled":
             needs.append("distilled")
             yield Job(job.pair, "distilled", ("llm",))
         yield Job(job.pair, job.name, tuple(needs), row, job.seed)
@@ -193,17 +194,17 @@ class Experiment:
                 row = next(row for row in self.settings["rows"][job.pair].values() if self.uses_states(row))
                 self._build(job.pair, row).save_pretrained(start)
                 data = [self.split(job.pair, name) for name in ("train", "validation")]
-                encode(start, data, folder / job.name, "source")
+                encode(start, data, folder / job.name, EncodeSettings(prompt_column="source"))
         else:
             self._distill(job.pair, folder / job.name)
 
     def _distill(self, pair: str, folder: Path) -> None:
         options = {**self.settings["distilled"], "max_new_tokens": self.settings["max_new_tokens"]}
         train, llm, output = self.split(pair, "train"), self.model(pair, "llm"), folder / "train.jsonl"
-        column = "target"  # in the place of the references, which are validated on
+        column = "target"  # replaces the references, which only validation uses
         folder.mkdir(exist_ok=True)
         if "engine" not in options:
-            distill(llm, train, output, "source", column=column, **options)
+            distill(llm, train, output, DistillSettings(prompt_column="source", column=column, **options))
             return
         del options["engine"]
         model = CTranslate2TextToText(llm, folder / "model", "float32")
@@ -236,7 +237,10 @@ class Experiment:
                 choose_layers(whole.model, row.get("encoder_layers"), row.get("decoder_layers"))
                 whole.save_pretrained(chosen)
                 arguments[parts[-1]] = chosen
-            return build(**arguments, seed=seed)
+            models = {part: arguments.pop(part) for part in parts}
+            declared = {setting.name for setting in fields(BuildSettings)}
+            options = {name: arguments.pop(name) for name in declared & set(arguments)}
+            return build(**models, settings=BuildSettings(**options, seed=seed), **arguments)
 
     def _do_row(self, job: Job, row: dict[str, Any], folder: Path) -> None:
         if "build" in row:
@@ -260,7 +264,7 @@ class Experiment:
         recipe |= {"model": str(folder / job.name / "start"), "output_dir": str(folder / job.name / "model")}
         recipe |= {"train_data": str(self.split(job.pair, "train")), "target_column": "target"}
         recipe["validation_data"] = str(self.split(job.pair, "validation"))
-        if row.get("answers") == "distilled":
+        if row.get("targets") == "distilled":
             recipe["train_data"] = str(folder / "distilled" / "train.jsonl")
         if self.uses_states(row):
             recipe["llm_states"] = str(folder / "states")

@@ -153,7 +153,7 @@ def _best(jobs: list[Job], rows: dict[str, Any], counts: dict[str, np.ndarray]) 
 
     best, other = best_of(composites), best_of(alone)
     found = {"llm_to_slm": best, "slm_alone": other, **difference(counts[best], counts[other])}
-    on_references = [name for name in alone if "answers" not in built[name]]
+    on_references = [name for name in alone if "targets" not in built[name]]
     if on_references and (one := best_of(on_references)) != other:
         found["on_references"] = {"slm_alone": one, **difference(counts[best], counts[one])}
     return found

@@ -235,7 +235,7 @@ def test_the_best_slm_alone_is_any_but_the_llm_and_what_it_came_from() -> None:
     assert "on_references" not in found  # it is the same one
     rows["small-on"]["training"]["best_metric"] = 3.5
     jobs = [job for job in jobs if job.name != "small-on"]
-    jobs += [Job("xx-yy", "small-on", (), {"build": builds["small-on"], "answers": "distilled"})]
+    jobs += [Job("xx-yy", "small-on", (), {"build": builds["small-on"], "targets": "distilled"})]
     found = multi30k_report._best(jobs, rows, counts)
     assert (found["slm_alone"], found["on_references"]["slm_alone"]) == ("small-on", "small")
 
@@ -257,7 +257,7 @@ TINY: dict[str, Any] = {
                 "decoder_layers": [0, 1, 1],
                 "recipe": "all",
             },
-            "add": {"build": {"llm": "llm", "slm": "t5"}, "recipe": "all", "answers": "distilled", "seeds": 2},
+            "add": {"build": {"llm": "llm", "slm": "t5"}, "recipe": "all", "targets": "distilled", "seeds": 2},
             "alone": {"build": {"llm": "t5"}, "recipe": "all"},
             "cut": {"build": {"llm": "llm"}, "decoder_layers": [0], "recipe": "all"},
             "cut-add": {
