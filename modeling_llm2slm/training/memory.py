@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,28 +18,12 @@ from ..states.without_llm import LLM2SLMWithoutLLM
 from .adapters import lora_config
 
 
-def training_memory(
-    config: LLM2SLMConfig,
-    *,
-    batch_size: int,
-    prompt_length: int,
-    output_length: int,
-    llm_states: bool = False,
-    lora: Mapping[str, Any] | None = None,
-    bf16: bool = False,
-    gradient_checkpointing: bool = False,
-    optimizer: str = "adamw",
-    shards: int = 1,
-) -> dict[str, int]:
+@dataclass(frozen=True, kw_only=True)
+class TrainingSetup:
     """
-    Return the bytes that one device needs to train an LLM-to-SLM model, without what torch and its libraries need.
-
-    Weights, gradients and optimizer states follow from the parameters. Activations are the tensors that a forward
-    pass saves for its backward pass, counted on fake tensors, and the logits with their gradients. The frozen LLM
-    saves none; the working memory of its widest layer counts as `llm_activations`.
+    How a model trains on one device.
 
     Args:
-        config: The model.
         batch_size: Examples per device and step.
         prompt_length: Tokens per prompt, padding included.
         output_length: Tokens per target, padding included.
@@ -48,26 +33,48 @@ def training_memory(
         gradient_checkpointing: Keep only the input of each layer of the SLM, and compute the rest again.
         optimizer: `"adamw"`, two numbers per parameter; or `"adafactor"`, one per row and column of a matrix.
         shards: Devices that share weights, gradients and optimizer states (FSDP); 1 keeps all on each device (DDP).
+    """
+
+    batch_size: int
+    prompt_length: int
+    output_length: int
+    llm_states: bool = False
+    lora: Mapping[str, Any] | None = None
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    optimizer: str = "adamw"
+    shards: int = 1
+
+
+def training_memory(config: LLM2SLMConfig, setup: TrainingSetup) -> dict[str, int]:
+    """
+    Return the bytes that one device needs to train an LLM-to-SLM model, without what torch and its libraries need.
+
+    Weights, gradients and optimizer states follow from the parameters. Activations are the tensors that a forward
+    pass saves for its backward pass, counted on fake tensors, and the logits with their gradients. The frozen LLM
+    saves none; the working memory of its widest layer counts as `llm_activations`.
+
+    Args:
+        config: The model.
+        setup: How it trains.
 
     Returns:
         Bytes of `llm`, `trained`, `frozen` (SLM weights under LoRA), `gradients`, `optimizer`, `activations`,
         `llm_activations` and `total`.
     """
-    model = without_storage(config, llm_states, lora)
+    model = without_storage(config, setup.llm_states, setup.lora)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     llm = sum(parameter.nbytes for name, parameter in model.named_parameters() if ".llm." in name)
     every = sum(parameter.nbytes for parameter in model.parameters())
-    sizes = {"batch": batch_size, "prompt": prompt_length, "target": output_length}
-    activations = _activations(config, lora, bf16, gradient_checkpointing, **sizes)
     weights = sum(parameter.nbytes for parameter in trained)
     memory = {
-        "llm": llm // shards,
-        "trained": weights // shards,
-        "frozen": (every - llm - weights) // shards,
-        "gradients": weights // shards,
-        "optimizer": _optimizer_bytes(trained, optimizer) // shards,
-        "activations": activations,
-        "llm_activations": 0 if llm_states else _llm_activations(config, batch_size, prompt_length),
+        "llm": llm // setup.shards,
+        "trained": weights // setup.shards,
+        "frozen": (every - llm - weights) // setup.shards,
+        "gradients": weights // setup.shards,
+        "optimizer": _optimizer_bytes(trained, setup.optimizer) // setup.shards,
+        "activations": _activations(config, setup),
+        "llm_activations": 0 if setup.llm_states else _llm_activations(config, setup.batch_size, setup.prompt_length),
     }
     return {**memory, "total": sum(memory.values())}
 
@@ -114,15 +121,13 @@ def without_storage(config: LLM2SLMConfig, llm_states: bool = False, lora: Mappi
         return get_peft_model(model, lora_config(model, **lora)).train()
 
 
-def _activations(
-    config: LLM2SLMConfig, lora: Mapping[str, Any] | None, bf16: bool, checkpointing: bool, **sizes: int
-) -> int:
-    if not checkpointing:
-        return _saved_bytes(config, lora, bf16, **sizes)
+def _activations(config: LLM2SLMConfig, setup: TrainingSetup) -> int:
+    if not setup.gradient_checkpointing:
+        return _saved_bytes(config, setup)
     # All but the layers, one layer that is computed again, and the input of each layer.
-    layers, width = config.decoder.num_hidden_layers, config.hidden_size * (2 if bf16 else 4)
-    inputs = layers * sizes["batch"] * (sizes["prompt"] + sizes["target"]) * width
-    return _saved_bytes(_with_one_layer(config), lora, bf16, **sizes) + inputs
+    layers, width = config.decoder.num_hidden_layers, config.hidden_size * (2 if setup.bf16 else 4)
+    inputs = layers * setup.batch_size * (setup.prompt_length + setup.output_length) * width
+    return _saved_bytes(_with_one_layer(config), setup) + inputs
 
 
 def _with_one_layer(config: LLM2SLMConfig) -> LLM2SLMConfig:
@@ -133,11 +138,10 @@ def _with_one_layer(config: LLM2SLMConfig) -> LLM2SLMConfig:
     return config
 
 
-def _saved_bytes(
-    config: LLM2SLMConfig, lora: Mapping[str, Any] | None, bf16: bool, batch: int, prompt: int, target: int
-) -> int:
+def _saved_bytes(config: LLM2SLMConfig, setup: TrainingSetup) -> int:
     """Return the bytes of the tensors that a forward pass saves, without weights, and of the logits' gradients."""
-    model, fake = without_storage(config, llm_states=True, lora=lora), FakeTensorMode()
+    batch, prompt = setup.batch_size, setup.prompt_length
+    model, fake = without_storage(config, llm_states=True, lora=setup.lora), FakeTensorMode()
     make_fake(model, fake)
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     saved: dict[int, Any] = {}
@@ -151,13 +155,13 @@ def _saved_bytes(
     with (
         fake,
         torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+        torch.autocast("cpu", torch.bfloat16, enabled=setup.bf16),
     ):
         outputs = model(
             input_ids=torch.zeros(batch, prompt, dtype=torch.long),
             attention_mask=torch.ones(batch, prompt, dtype=torch.long),
             llm_hidden_states=torch.zeros(batch, prompt, llm_sizes(config.encoder).hidden_size, dtype=torch.bfloat16),
-            labels=torch.zeros(batch, target, dtype=torch.long),
+            labels=torch.zeros(batch, setup.output_length, dtype=torch.long),
         )
     # The output keeps its logits while the loss, computed in float32, passes back two gradients of their size.
     logits = outputs.logits.nbytes + 2 * 4 * outputs.logits.numel()

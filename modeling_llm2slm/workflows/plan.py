@@ -22,7 +22,7 @@ from ..inference.text_to_text import TextToText
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..parts_llm2slm import slm_class
 from ..settings import PlanSettings
-from ..training.memory import generation_memory, training_memory
+from ..training.memory import TrainingSetup, generation_memory, training_memory
 
 
 # Presets with different SLMs, each with the checkpoint that its SLM starts from, whose tokenizer counts tokens.
@@ -307,7 +307,7 @@ def _times_in_turns(model: Any, sample: _Sample, tokens: Sequence[int]) -> list[
 
 
 def _training_bytes(model: Any, batch_size: int, sizes: Mapping[str, Any]) -> int:
-    return training_memory(model.config, batch_size=batch_size, llm_states=True, **sizes)["total"]
+    return training_memory(model.config, TrainingSetup(batch_size=batch_size, llm_states=True, **sizes))["total"]
 
 
 def _free_bytes(device: torch.device) -> int:
