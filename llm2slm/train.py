@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from modeling_llm2slm.settings import SpeedupSettings
 
 PANEL = "Training"
-# A speed-up fills these in, or has an option of its own for them.
-NOT_IN_SPEEDUP = ("model", "train_data", "validation_data", "llm_states", "prompt_column")
+# A speed-up sets these itself, or has an option of its own for them.
+NOT_IN_SPEEDUP = (
+    "model", "train_data", "train_split", "validation_data", "validation_split", "llm_states", "prompt_column",
+    "target_column",
+)  # fmt: skip
 EXTRA_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 commands = typer.Typer()
