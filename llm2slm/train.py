@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperOption
+from typer.core import TyperCommand
 
 from .evaluate import print_comparison
 from .loading import local_device, quiet_libraries
@@ -31,18 +33,8 @@ EXTRA_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
 commands = typer.Typer()
 
 
-class RecipeOption(TyperOption):
-    """
-    An option that the help shows and the parser leaves in `context.args`, with the Trainer's fields: the recipe's
-    schema validates both.
-    """
-
-    def add_to_parser(self, parser: Any, ctx: Any) -> None:
-        pass
-
-
 class RecipeCommand(TyperCommand):
-    """A command whose options include the fields of a recipe, from its schema."""
+    """A command whose help also shows the fields of a recipe, from its schema."""
 
     left_out: tuple[str, ...] = ()
 
@@ -50,25 +42,50 @@ class RecipeCommand(TyperCommand):
         """Return the command's own options and those of the recipe, which are created only when they are needed."""
         schema = load_module("modeling_llm2slm.training.recipe")
         fields = [field for field in schema.recipe_fields() if field.name not in self.left_out]
-        return [*super().get_params(ctx), *map(_recipe_option, fields)]
+        return [*super().get_params(ctx), *_recipe_options(fields)]
 
 
 class SpeedupCommand(RecipeCommand):
+    """A [`RecipeCommand`] without the fields that a speed-up sets itself."""
+
     left_out = NOT_IN_SPEEDUP
 
 
-def _recipe_option(field: Any) -> RecipeOption:
+def _recipe_options(fields: Sequence[Any]) -> list[Any]:
+    """
+    Return options that the help shows. The parser does not know them: it leaves them in `context.args`, together with
+    fields of the Trainer, and the schema of recipes validates both.
+    """
+
+    def recipe(**values: Any) -> None:
+        pass
+
+    parameters = [_parameter(field) for field in fields]
+    recipe.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    recipe.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    app = typer.Typer(add_completion=False)
+    app.command()(recipe)
+    options: list[Any] = list(typer.main.get_command(app).params)
+    for option in options:
+        option.add_to_parser = lambda parser, ctx: None
+        option.expose_value = False
+    return options
+
+
+def _parameter(field: Any) -> inspect.Parameter:
     default = ",".join(field.default) if isinstance(field.default, list) else field.default
     kind = field.type.replace(" ", "")
-    return RecipeOption(
-        param_decls=[f"--{field.name.replace('_', '-')}"],
-        type_descriptor=str,
-        default=str(default).lower() if default not in (None, {}, False) else None,
-        show_default=True,
-        metavar=f"[{kind}]" if "|" in kind else f"<{kind}>",
+    option = typer.Option(
+        f"--{field.name.replace('_', '-')}",
         help=field.description.replace("`", ""),
-        expose_value=False,
+        metavar=f"[{kind}]" if "|" in kind else f"<{kind}>",
         rich_help_panel=f"Recipe: {field.group.lower()}",
+    )
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=str(default).lower() if default not in (None, {}, False) else None,
+        annotation=Annotated[str | None, option],
     )
 
 
