@@ -64,7 +64,7 @@ def test_truncated_outputs_are_reported(
     llm: str, data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     distill(llm, data, tmp_path / "whole.jsonl", DistillSettings(max_new_tokens=4), min_new_tokens=4)
-    assert "8 answers were cut at 4 tokens: allow longer ones with max_new_tokens" in caplog.text
+    assert "8 outputs were cut at 4 tokens. Set a higher max_new_tokens." in caplog.text
     caplog.clear()
     end = {"forced_eos_token_id": 1}  # the last of four
     distill(llm, data, tmp_path / "ended.jsonl", DistillSettings(max_new_tokens=4), min_new_tokens=3, **end)
@@ -94,7 +94,7 @@ def test_prompts_come_from_text_files_and_named_columns(llm: str, expected: list
 def test_replaced_column_is_reported_and_prompts_are_never_replaced(
     llm: str, data: str, expected: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(ValueError, match="The prompts are in the column 'prompt'"):
+    with pytest.raises(ValueError, match="Column 'prompt' holds the prompts. Name another one"):
         distill(llm, data, tmp_path / "a.jsonl", replace(SETTINGS, column="prompt"))
     distill(llm, data, tmp_path / "a.jsonl", replace(SETTINGS, column="target"))
     assert rows_of(tmp_path / "a.jsonl")[0]["target"] == expected[0]
@@ -156,7 +156,7 @@ def test_processes_tolerate_prompts_that_were_removed_meanwhile(
 def test_unfinished_output_of_another_run_is_refused(llm: str, data: str, tmp_path: Path) -> None:
     output = tmp_path / "outputs.jsonl"
     (tmp_path / "outputs.jsonl.part").write_text('{"num_beams": 9}\n')
-    with pytest.raises(ValueError, match="left by a run with another model, other data or other settings"):
+    with pytest.raises(ValueError, match="belongs to a run with another model, other data or other settings"):
         distill(llm, data, output, SETTINGS)
     distill(llm, data, output, replace(SETTINGS, overwrite=True))
     with pytest.raises(FileExistsError, match="--overwrite"):

@@ -13,6 +13,7 @@ import pytest
 from datasets import Dataset
 
 from modeling_llm2slm.data import loading
+from modeling_llm2slm.data import streaming as stream_module
 from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.states.encoding import encode
 from modeling_llm2slm.training.features import streamed_features
@@ -35,7 +36,7 @@ def test_data_set_on_the_hub_is_read_by_its_splits(recipe, monkeypatch, streamin
         return Dataset.from_list(PAIRS)
 
     monkeypatch.setattr(loading, "load_dataset", load)
-    monkeypatch.setattr(streaming, "load_dataset", load)
+    monkeypatch.setattr(stream_module, "load_dataset", load)
     named = {} if splits[0] == "train" else dict(zip(("train_split", "validation_split"), splits, strict=True))
     hub = {"train_data": "user/pairs", "validation_data": "user/pairs", "streaming": streaming, "metric": "loss"}
     train({**recipe, **hub, **named, "max_steps": 1})
@@ -110,7 +111,7 @@ def test_validation_prompt_too_long_for_its_output_is_a_bad_row(recipe, tmp_path
     recipe["validation_data"] = write_pairs(tmp_path / "v.jsonl", [PAIRS[0], long])
     recipe["generation"] = {"max_new_tokens": 40}
     with pytest.raises(
-        ValueError, match=r"v\.jsonl: row 1 is too long to generate an output: Prompt and answer are 8\d tokens"
+        ValueError, match=r"v\.jsonl: row 1 is too long to generate an output: Prompt and output have 8\d tokens"
     ):
         train(recipe)
     assert not Path(recipe["output_dir"]).exists()

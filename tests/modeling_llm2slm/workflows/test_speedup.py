@@ -86,7 +86,7 @@ def test_interrupted_run_resumes(
         ({"slm": "no/such/model"}, "no/such/model cannot be loaded"),
         ({"llm": "no/such/model"}, "no/such/model cannot be loaded"),
         ({"recipe": {"learning_rat": 1}}, "Did you mean learning_rate"),
-        ({"recipe": {"prompt_column": "source"}}, "name it with --prompt-column"),
+        ({"recipe": {"prompt_column": "source"}}, "set it with --prompt-column"),
         *(
             ({"recipe": {name: "x"}}, f"{name} is set by the speed-up itself")
             for name in ("model", "output_dir", "train_data", "validation_data", "llm_states")
