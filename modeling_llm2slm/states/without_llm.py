@@ -73,6 +73,8 @@ class LLM2SLMWithoutLLM(LLM2SLMForConditionalGeneration):
 
     _keys_to_ignore_on_load_unexpected = [r"^encoder\.llm\."]  # noqa: RUF012 - as in all transformers models
 
+    _auto_class = None  # its checkpoints are for this package: they bring no code
+
     def __init__(self, config: LLM2SLMConfig):
         super().__init__(config, encoder=LLMEmbedding(config))
 

@@ -98,7 +98,7 @@ def test_replaced_column_is_reported_and_prompts_are_never_replaced(
         distill(llm, data, tmp_path / "a.jsonl", replace(SETTINGS, column="prompt"))
     distill(llm, data, tmp_path / "a.jsonl", replace(SETTINGS, column="target"))
     assert rows_of(tmp_path / "a.jsonl")[0]["target"] == expected[0]
-    assert "in the place of the column 'answer'" in caplog.text
+    assert "the outputs replace the column 'target'" in caplog.text
 
 
 @pytest.mark.parametrize("tail", [b"", b'{"prompt": "0f", "ans', '{"prompt": "0f", "target": "ä'.encode()[:-1]])
