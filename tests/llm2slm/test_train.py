@@ -34,6 +34,26 @@ def test_every_field_of_a_recipe_is_an_option(recipe, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_fields_that_are_given_as_options_are_checked_like_those_of_the_file(recipe, tmp_path, capsys):
+    words = ("train", recipe, "--target-colum", "x")
+    assert run(*words) == 1
+    assert "no field 'target_colum'. Did you mean target_column?" in capsys.readouterr().err
+    assert run("train", recipe, "--train-samples", "0") == 1
+    assert "train_samples is '0', but it must be greater than or equal to 1" in capsys.readouterr().err
+    assert run("train", recipe, "--max-steps", "1", "--resume", "false", "--skip-bad-rows", "--metric=loss") == 0
+    record = json.loads((tmp_path / "out" / "training.json").read_text())["recipe"]
+    assert (record["resume"], record["skip_bad_rows"], record["metric"]) == ("false", "true", "loss")
+
+
+@pytest.mark.parametrize(("command", "left_out"), [("train", set()), ("speedup", {"model", "train_data"})])
+def test_help_shows_the_fields_of_a_recipe_with_their_groups(command, left_out, capsys):
+    assert run(command, "--help") == 0
+    shown = capsys.readouterr().out
+    assert all(group in shown for group in ("Recipe: data", "Recipe: validation", "Recipe: optimization"))
+    for name in ("learning_rate_mapping", "skip_bad_rows", "generation", *left_out):
+        assert (f"--{name.replace('_', '-')} " in shown) == (name not in left_out)
+
+
 @pytest.mark.slow
 def test_a_run_killed_three_times_has_the_losses_of_an_uninterrupted_one(recipe, tmp_path):
     words = ("train", recipe, "--max_steps", "60", "--save_strategy", "steps", "--save_steps", "2")
