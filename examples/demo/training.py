@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, loggin
 from examples.demo import DATA, HERE, LLM
 from modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from modeling_llm2slm.files_llm2slm import atomic_write
-from modeling_llm2slm.training.training import load_recipe, train
+from modeling_llm2slm.training.recipe import load_recipe
+from modeling_llm2slm.training.run import train
 
 
 def train_side_by_side(folders: dict[str, Path], threads: int) -> None:

@@ -20,7 +20,7 @@ from benchmarks.multi30k_experiment import EXPERIMENT, REFERENCES, Experiment, J
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.engines.exported import is_exported
 from modeling_llm2slm.states.encoding import encode
-from modeling_llm2slm.training.training import parse_recipe
+from modeling_llm2slm.training.recipe import parse_recipe
 from tests.support.checkpoints import PAIRS, write_checkpoint, write_pairs
 from tests.support.common import t5_config
 

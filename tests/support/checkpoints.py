@@ -12,7 +12,7 @@ import pytest
 from transformers import BartConfig, BartForConditionalGeneration
 
 from modeling_llm2slm.conversion.build import build
-from modeling_llm2slm.training.training import TextToTextTrainer
+from modeling_llm2slm.training.trainer import TextToTextTrainer
 from tests.support.common import gpt2_config, llm_tokenizer, t5_config
 
 

@@ -26,9 +26,7 @@ def run(*arguments: Any) -> int:
     return 0
 
 
-def run_in_new_process(
-    *arguments: str, code: str | None = None, **kwargs: Any
-) -> subprocess.CompletedProcess[str]:
+def run_in_new_process(*arguments: str, code: str | None = None, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     """Run the command, or Python code, in a process of its own, and capture what it prints."""
     command = [sys.executable, *(["-c", code] if code else ["-m", "llm2slm", *arguments])]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, **kwargs)

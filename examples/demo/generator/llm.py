@@ -15,7 +15,8 @@ import torch
 from transformers import AutoConfig, T5ForConditionalGeneration, set_seed
 
 from modeling_llm2slm.files_llm2slm import atomic_write
-from modeling_llm2slm.training.training import load_recipe, train
+from modeling_llm2slm.training.recipe import load_recipe
+from modeling_llm2slm.training.run import train
 
 from .__main__ import write_corpus
 from .corpus import splits

@@ -14,7 +14,7 @@ from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, LLM
 from modeling_llm2slm.engines import quantization
 from modeling_llm2slm.engines.quantization import QUANTIZATIONS, quantize, quantize_llm, with_linear_layers
 from modeling_llm2slm.states.fingerprints import llm_fingerprint
-from modeling_llm2slm.training.training import train
+from modeling_llm2slm.training.run import train
 from tests.support.checkpoints import write_pairs
 from tests.support.common import (
     PROMPTS,
