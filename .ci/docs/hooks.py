@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import os
 import posixpath
 import re
@@ -17,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -121,12 +122,21 @@ def command_page(name: str, command: Any) -> str:
 
 
 def usage(parameter: Any) -> str:
-    """How a parameter is written on the command line."""
+    """How a parameter is written on the command line, with the type of its value."""
     if parameter.param_type_name == "argument":
-        return f"`{parameter.make_metavar(None) if False else (parameter.metavar or parameter.name or '').upper()}`"
+        return f"`{(parameter.metavar or parameter.name or '').upper()}`" + (" ..." if parameter.nargs == -1 else "")
     names = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
-    kind = "" if getattr(parameter, "is_flag", False) else f" {parameter.type.name}"
-    return names + kind
+    return names if parameter.is_flag else f"{names} {value_type(parameter)}"
+
+
+def value_type(parameter: Any) -> str:
+    """The type of an option's value: text, int, float, path or its choices."""
+    annotation = parameter.type_descriptor.annotation
+    if get_origin(annotation) is list:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(annotation))
+    return {"str": "text"}.get(annotation.__name__, annotation.__name__.lower())
 
 
 def default_of(parameter: Any) -> str:
@@ -143,16 +153,17 @@ def settings_tables() -> str:
     for name, found in vars(settings).items():
         if not (inspect.isclass(found) and issubclass(found, settings.Settings) and found is not settings.Settings):
             continue
-        rows = [(f"`{item.name}`", f"`{item.type}`", shown_default(item), setting_help(item)) for item in fields(found)]
+        rows = [
+            (f"`{item.name}`", f"`{item.type}`", shown(default_value(item)), setting_help(item))
+            for item in fields(found)
+        ]
         summary = inspect.cleandoc(found.__doc__ or "")
         parts.append(f"## {name}\n\n{summary}\n\n{table(('setting', 'type', 'default', 'description'), rows)}")
     return "\n\n".join(parts)
 
 
-def shown_default(item: Any) -> str:
-    if item.default is MISSING:
-        return "" if item.default_factory is MISSING else f"`{item.default_factory()}`"
-    return "" if item.default is None else f"`{item.default!r}`"
+def default_value(item: Any) -> Any:
+    return item.default if item.default is not MISSING else item.default_factory()
 
 
 def setting_help(item: Any) -> str:
@@ -162,16 +173,20 @@ def setting_help(item: Any) -> str:
     return item.metadata.get("help", "") + (f" ({', '.join(bounds)})" if bounds else "")
 
 
-def recipe_table() -> str:
-    """The fields of a recipe, by group, from its schema."""
-    from modeling_llm2slm.training.recipe import recipe_fields
-
+def recipe_tables() -> str:
+    """One table for each group of a recipe's fields, from its schema, the Trainer's last."""
+    recipe = load(ROOT / "modeling_llm2slm" / "training" / "recipe.py")
     groups: dict[str, list[tuple[str, ...]]] = {}
-    for item in recipe_fields():
-        row = (f"`{item.name}`", f"`{item.type}`", "" if item.default is None else f"`{item.default}`", item.description)
-        groups.setdefault(item.group, []).append(row)
+    for item in (*recipe.recipe_fields(), *recipe.recipe_fields(trainer=True)):
+        default = "required" if item.required else shown(item.default)
+        groups.setdefault(item.group, []).append((f"`{item.name}`", f"`{item.type}`", default, item.description))
     head = ("field", "type", "default", "description")
     return "\n\n".join(f"## {group}\n\n{table(head, rows)}" for group, rows in groups.items())
+
+
+def shown(default: Any) -> str:
+    """A default as YAML has it; empty where there is none."""
+    return "" if default is None or default == {} else f"`{json.dumps(default, default=str)}`".replace('"', "")
 
 
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
@@ -184,12 +199,13 @@ def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 def load(path: Path) -> Any:
     """A module from its file, without importing its package."""
     spec = importlib.util.spec_from_file_location(f"docs_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
 
-TABLES: dict[str, Callable[[], str]] = {"settings": settings_tables, "recipe": recipe_table}
+TABLES: dict[str, Callable[[], str]] = {"settings": settings_tables, "recipe": recipe_tables}
 os.environ.setdefault("TERM", "dumb")

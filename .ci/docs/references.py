@@ -1,4 +1,4 @@
-"""An extension of griffe: docstrings refer to names as transformers' own do, [`Name`], which Markdown shows as code."""
+"""An extension of griffe: docstrings refer to names as in transformers, [`Name`], which Markdown shows as code."""
 
 from __future__ import annotations
 
