@@ -14,6 +14,7 @@ import json
 import os
 import posixpath
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields
@@ -32,8 +33,8 @@ GENERATED = re.compile(r"<!-- generated: ([\w-]+) -->")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Link the package as it is installed, and list the pages of the commands in the navigation."""
-    link_package(ROOT / "build" / "docs" / "modeling_llm2slm")
+    """Copy the package as it is installed, and list the pages of the commands in the navigation."""
+    copy_package(ROOT / "build" / "docs" / "modeling_llm2slm")
     for section in config.nav or []:
         for entry in section.get("Reference", []):
             if "Command line" in entry:
@@ -69,18 +70,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return LINK.sub(copied, markdown)
 
 
-def link_package(folder: Path) -> None:
-    """Make a folder of links in the shape of the installed package, for griffe to read."""
-    folder.mkdir(parents=True, exist_ok=True)
-    wanted = {path.name: path for path in (ROOT / "modeling_llm2slm").iterdir() if path.name != "__pycache__"}
-    wanted |= {name: ROOT / name for name in ("conversion", "configuration")}
-    for link in folder.iterdir():
-        if link.name not in wanted:
-            link.unlink()
-    for name, path in wanted.items():
-        if not (folder / name).exists():
-            (folder / name).unlink(missing_ok=True)
-            (folder / name).symlink_to(path)
+def copy_package(folder: Path) -> None:
+    """Copy the sources in the shape of the installed package, for griffe to read."""
+    shutil.rmtree(folder, ignore_errors=True)
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "modeling_llm2slm", folder, ignore=ignore)
+    shutil.copytree(ROOT / "conversion", folder / "conversion", ignore=ignore)
 
 
 def commands() -> list[tuple[str, Any]]:
@@ -154,7 +149,7 @@ def settings_tables() -> str:
         if not (inspect.isclass(found) and issubclass(found, settings.Settings) and found is not settings.Settings):
             continue
         rows = [
-            (f"`{item.name}`", f"`{item.type}`", shown(default_value(item)), setting_help(item))
+            (f"`{item.name}`", setting_type(item), shown(default_value(item)), item.metadata["help"])
             for item in fields(found)
         ]
         summary = inspect.cleandoc(found.__doc__ or "")
@@ -166,11 +161,17 @@ def default_value(item: Any) -> Any:
     return item.default if item.default is not MISSING else item.default_factory()
 
 
-def setting_help(item: Any) -> str:
+def setting_type(item: Any) -> str:
+    """The type of a setting and what its values are limited to."""
     words = {"minimum": "at least", "maximum": "at most", "above": "above"}
-    bounds = [f"{word} {item.metadata[key]}" for key, word in words.items() if key in item.metadata]
-    bounds += [f"one of {', '.join(item.metadata['choices'])}"] if item.metadata.get("choices") else []
-    return item.metadata.get("help", "") + (f" ({', '.join(bounds)})" if bounds else "")
+    limits = [f"{word} {item.metadata[key]}" for key, word in words.items() if key in item.metadata]
+    limits += [f"one of {', '.join(item.metadata['choices'])}"] if item.metadata.get("choices") else []
+    return ", ".join([as_code(item.type.removesuffix(" | None")), *limits])
+
+
+def as_code(kind: str) -> str:
+    """A type as code; a table cell cannot hold the sign of a union."""
+    return " or ".join(f"`{part}`" for part in kind.split(" | "))
 
 
 def recipe_tables() -> str:
@@ -179,7 +180,7 @@ def recipe_tables() -> str:
     groups: dict[str, list[tuple[str, ...]]] = {}
     for item in (*recipe.recipe_fields(), *recipe.recipe_fields(trainer=True)):
         default = "required" if item.required else shown(item.default)
-        groups.setdefault(item.group, []).append((f"`{item.name}`", f"`{item.type}`", default, item.description))
+        groups.setdefault(item.group, []).append((f"`{item.name}`", as_code(item.type), default, item.description))
     head = ("field", "type", "default", "description")
     return "\n\n".join(f"## {group}\n\n{table(head, rows)}" for group, rows in groups.items())
 

@@ -1,4 +1,4 @@
-"""An extension of griffe: docstrings refer to names as in transformers, [`Name`], which Markdown shows as code."""
+"""An extension of griffe that reads docstrings written as in transformers."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any
 from griffe import Extension, Object
 
 
-REFERENCE = re.compile(r"\[`~?(?:[\w.]*\.)?(\w+)`\](?![\[(])")
+REFERENCE = re.compile(r"\[`~?(?:[\w.]*\.)?(\w+)`\](?![\[(])")  # [`Name`], [`~package.Name`]
+ARGUMENT = re.compile(r"^( +\*{0,2}\w+ )\((.+)\):", re.MULTILINE)  # name (`int`, *optional*, defaults to 2):
 
 
-class References(Extension):
-    """Replace each [`Name`] in a docstring with `Name`."""
+class TransformersDocstrings(Extension):
+    """Show references as code, and types of arguments without markup."""
 
     def on_object(self, *, obj: Object, **kwargs: Any) -> None:
         if obj.docstring:
-            obj.docstring.value = REFERENCE.sub(r"`\1`", obj.docstring.value)
+            text = REFERENCE.sub(r"`\1`", obj.docstring.value)
+            obj.docstring.value = ARGUMENT.sub(lambda found: f"{found[1]}({re.sub('[`*]', '', found[2])}):", text)
