@@ -170,6 +170,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
 @pytest.mark.parametrize("page", RUNNABLE, ids=name)
 def test_page_runs_from_top_to_bottom(
     page: Path, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
