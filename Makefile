@@ -66,6 +66,14 @@ style: $(VENV)/.installed-quality ## Fix what the tools can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+.PHONY: docs
+docs: $(VENV)/.installed-docs ## Build the documentation site into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+.PHONY: docs-serve
+docs-serve: $(VENV)/.installed-docs ## Show the documentation site at http://127.0.0.1:8001, rebuilt on each change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --dev-addr 127.0.0.1:8001 --watch modeling_llm2slm --watch llm2slm
+
 .PHONY: dev
 dev: $(VENV)/.installed-dev ## Install everything a developer needs, pre-commit hooks included
 	$(BIN)/pre-commit install
