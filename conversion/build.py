@@ -94,7 +94,7 @@ def _build_composite(
     kwargs: dict[str, Any],
 ) -> TextToText:
     from modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
-    from modeling_llm2slm.processing_llm2slm import are_same_tokenizer
+    from modeling_llm2slm.inference.factory import are_same_tokenizer
 
     reader = _tokenizer(llm, llm_tokenizer, "LLM")
     writer = _tokenizer(slm, slm_tokenizer or (llm_tokenizer if _is_config(slm) else None), "SLM", fallback=llm)
@@ -123,7 +123,7 @@ def _build_preset(
     kwargs: dict[str, Any],
 ) -> TextToText:
     from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
-    from modeling_llm2slm.processing_llm2slm import are_same_tokenizer
+    from modeling_llm2slm.inference.factory import are_same_tokenizer
 
     file = preset if _is_config(preset) else _preset_file(preset)
     reader = _tokenizer(file, llm_tokenizer, "LLM")

@@ -11,9 +11,9 @@ from transformers import AutoConfig
 from modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from modeling_llm2slm.checkpoint_llm2slm import LLM_PREFIX
 from modeling_llm2slm.files_llm2slm import first_line
+from modeling_llm2slm.inference.factory import have_same_tokenizer
 from modeling_llm2slm.inference.text_to_text import load, load_model, one_sentence
 from modeling_llm2slm.parts_llm2slm import llm_class, slm_class
-from modeling_llm2slm.processing_llm2slm import have_same_tokenizer
 
 from .output import output_folder, save_without_weights, write_weights
 from .report import Report, check_finite, probe, slm_logits

@@ -28,10 +28,10 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoProcessor, loggi
 from demo import corpus
 from demo.llm import BATCH, LLM, LLM_PAIRS, RECIPES
 from modeling_llm2slm.conversion.build import build
+from modeling_llm2slm.data.files import atomic_write
 from modeling_llm2slm.data.loading import load_examples
 from modeling_llm2slm.data.records import versions, write_json
 from modeling_llm2slm.evaluation.metrics import score
-from modeling_llm2slm.files_llm2slm import atomic_write
 from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.training.training import load_recipe, train
 

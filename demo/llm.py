@@ -16,7 +16,7 @@ from transformers import T5ForConditionalGeneration
 from demo import corpus
 from demo.tokenizer import train_tokenizer
 from modeling_llm2slm.conversion.build import build
-from modeling_llm2slm.files_llm2slm import atomic_write
+from modeling_llm2slm.data.files import atomic_write
 from modeling_llm2slm.training.training import load_recipe, train
 
 

@@ -151,7 +151,7 @@ def build(
         raise FileExistsError(f"{output} is not empty. Choose another folder, or add --overwrite.")
     _quiet()
     from modeling_llm2slm.conversion.build import build as build_checkpoint
-    from modeling_llm2slm.files_llm2slm import atomic_write
+    from modeling_llm2slm.data.files import atomic_write
 
     composite = {
         "fusion": fusion,
@@ -658,7 +658,7 @@ def generate(
     text_to_text, size = _load_model(model, device, seed, quantize), batch_size or 1
     texts = _prompts(prompts, file, prompt_column, skip_bad_rows)
     if output is not None:
-        from modeling_llm2slm.files_llm2slm import atomic_write
+        from modeling_llm2slm.data.files import atomic_write
 
         answers = text_to_text.generate(list(texts), size, **options)
         with atomic_write(output) as temporary:
@@ -911,7 +911,7 @@ def card(
     """
     results = [[_read_json(file) for file in files or []] for files in (evaluation, compare)]
     text_to_text = _load_model(str(model))
-    from modeling_llm2slm.files_llm2slm import atomic_write
+    from modeling_llm2slm.data.files import atomic_write
     from modeling_llm2slm.training.model_card import is_by_hand, model_card
 
     if len(text_to_text.parts()) == 1:

@@ -25,9 +25,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from ..configuration_llm2slm import LLM2SLMConfig
+from ..data.files import atomic_write
 from ..data.records import versions, write_json
 from ..engines.graphs import graph_size, is_exported
-from ..files_llm2slm import atomic_write, first_line, weight_files
+from ..files_llm2slm import first_line, weight_files
 from ..inference.text_to_text import decoding_modules
 from ..states.fingerprints import checkpoint_fingerprint
 from ..training.memory import make_fake, without_storage

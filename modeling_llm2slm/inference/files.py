@@ -14,9 +14,9 @@ from typing import Any
 
 from datasets import Dataset
 
+from ..data.files import atomic_write
 from ..data.loading import ROW, check_any_left, is_jsonl, load_rows, report_bad_rows, whole_row
 from ..data.processes import processes
-from ..files_llm2slm import atomic_write
 from ..states.fingerprints import checkpoint_fingerprint
 from .batching import BatchLimits, OutputParts, PromptTable, answer, is_sampled, one_line, writing
 from .text_to_text import TextToText

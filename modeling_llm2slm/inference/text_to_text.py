@@ -30,6 +30,7 @@ from transformers import (
 
 from ..configuration_llm2slm import check_encoder_decoder_length
 from ..engines.graphs import is_exported
+from ..parts_llm2slm import count_parameters, decoding_modules
 from .batching import BatchLimits, Draw, PromptTable, answer, is_sampled
 
 
@@ -412,18 +413,11 @@ class EncoderDecoderTextToText(TextToText):
 def composite_parts(model: Any) -> list[Part]:
     """What a composite consists of."""
     encoder, config = model.encoder, model.config
-    others = [part_of("prompt embedding", encoder.prompt_embedding)] if encoder.prompt_embedding is not None else []
     return [
         part_of("LLM", encoder.llm, config.encoder),
-        part_of("projector", encoder.projector),
-        *others,
+        *(part_of(name.replace("_", " "), module) for name, module in encoder.new_modules().items()),
         part_of("SLM", model.decoder, config.decoder),
     ]
-
-
-def decoding_modules(slm: Any) -> list[Any]:
-    """What of a model every answer token goes through."""
-    return [slm.get_decoder(), slm.get_output_embeddings()] if slm.config.is_encoder_decoder else [slm]
 
 
 class ExportedTextToText(EncoderDecoderTextToText):
@@ -566,11 +560,6 @@ def part_of(name: str, module: torch.nn.Module, config: Any = None) -> Part:
     """A part that is a module."""
     tensors = list(module.parameters())
     return Part(name, config, sum(tensor.numel() for tensor in tensors), str(tensors[0].dtype).removeprefix("torch."))
-
-
-def count_parameters(*modules: torch.nn.Module | None) -> int:
-    tensors = {tensor for module in modules if module is not None for tensor in module.parameters()}  # ties count once
-    return sum(tensor.numel() for tensor in tensors)
 
 
 def _move(model: Any, device: str | torch.device) -> Any:

@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 
 WEIGHTS = (".safetensors", ".bin", ".xml", ".onnx", ".data")
+PROBE = "The quick (brown) fox's 3,14 €: Äpfel, naïve\n\tdef f(x): return x**2  # 日本語 🙂"
 
 
 def weights_fingerprint(model: str | Path, prefix: str = "") -> str:
@@ -55,15 +56,18 @@ def checkpoint_folder(model: str | Path) -> Path:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 over vocabulary and rules of a tokenizer, padding and truncation aside."""
+    """
+    Return a SHA-256 over the vocabulary and rules of a tokenizer, without its padding and truncation. Tokenizers of
+    equal fingerprints give every text the same ids.
+    """
     content = json.dumps(sorted(tokenizer.get_vocab().items()))
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        backend = type(backend).from_str(backend.to_str())
-        backend.no_padding()
-        backend.no_truncation()
-        content += backend.to_str()
-    return hashlib.sha256(content.encode()).hexdigest()
+    if backend is None:  # not of the `tokenizers` library: compare the ids of a text with everything in it
+        return hashlib.sha256(f"{content}{tokenizer(PROBE).input_ids}".encode()).hexdigest()
+    backend = type(backend).from_str(backend.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    return hashlib.sha256((content + backend.to_str()).encode()).hexdigest()
 
 
 def checkpoint_fingerprint(model: str | Path) -> str:

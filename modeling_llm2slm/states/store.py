@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from ..checkpoint_llm2slm import LLM_PREFIX
 from ..configuration_llm2slm import llm_sizes
-from ..files_llm2slm import atomic_write, remove_unfinished
+from ..data.files import atomic_write, remove_unfinished
 from .fingerprints import tensors_of, tokenizer_fingerprint, weights_fingerprint
 
 

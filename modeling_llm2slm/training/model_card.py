@@ -21,6 +21,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_fr
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..data.records import without_secrets
+from ..fusion_llm2slm import fusion_of
+from ..parts_llm2slm import count_parameters, decoding_modules
 
 
 MARK = "<!-- Written anew on every save. Delete this line to keep your own text. -->"
@@ -154,15 +156,11 @@ def _results(evaluations: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
 
 def _what_it_is(model: Any) -> str:
     config = model.config
-    how = {
-        "replace": "reads the projected states of the LLM in place of the prompt",
-        "add": "reads the sum of the projected states of the LLM and an embedding of the prompt",
-    }[config.fusion]
     layer = "" if config.encoder_layer is None else f", cut after layer {config.encoder_layer},"
     return (
         f"An LLM-to-SLM model ([paper]({PAPER})). A large language model ({config.encoder.model_type}){layer} reads "
         f"the prompt once{' and is frozen' if config.freeze_llm else ''}; a small one ({config.decoder.model_type}) "
-        f'{how} (fusion "{config.fusion}") and writes the answer, token by token.'
+        f'{fusion_of(config).description} (fusion "{config.fusion}") and writes the output, token by token.'
     )
 
 
@@ -187,8 +185,8 @@ installed and imported it is not needed, and they are not run."""
 
 
 def _parts(model: Any, sources: Mapping[str, Any], licenses: Mapping[str, str | None]) -> str:
-    llm, slm = model.encoder.llm.num_parameters(), model.decoder.num_parameters()
-    between = model.encoder.num_parameters() - llm
+    llm, slm = count_parameters(model.encoder.llm), count_parameters(model.decoder)
+    decoding, between = count_parameters(*decoding_modules(model.decoder)), count_parameters(model.encoder) - llm
     rows = [
         ("LLM", _link(sources["LLM"]), "unchanged" if model.config.freeze_llm else "trained further", llm, "once"),
         ("projector", "new", "trained", between, "once"),
@@ -202,7 +200,7 @@ def _parts(model: Any, sources: Mapping[str, Any], licenses: Mapping[str, str | 
     held = "The LLM's weights are not in this repository: they are read from where they come from, and checked.\n\n"
     return (
         "## Parts\n\n| part | base model | relation | parameters | runs |\n| --- | --- | --- | --: | --- |\n"
-        f"{lines}\n\nWhat decodes has {slm / llm:.3f} times the LLM's parameters.\n\n"
+        f"{lines}\n\nWhat decodes has {decoding / llm:.3f} times the LLM's parameters.\n\n"
         f"{held if model.config.lean else ''}Licences of the parts hold for the whole:\n\n{notes}"
     )
 

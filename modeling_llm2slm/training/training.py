@@ -29,14 +29,15 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..checkpoint_llm2slm import check_not_replaced, describe_source, lean_source
+from ..data.files import atomic_write, check_replaceable, remove_unfinished
 from ..data.loading import load_examples, report_bad_rows
 from ..data.order import EpochSampler, lengths
 from ..data.records import versions, without_secrets, write_json
 from ..data.streaming import StreamedFeatures
 from ..engines.quantization import QUANTIZATIONS, quantize_llm
 from ..evaluation.metrics import METRICS, score
-from ..files_llm2slm import atomic_write, check_replaceable, remove_unfinished
+from ..inference.factory import describe_source
+from ..inference.saving import check_not_replaced, lean_source
 from ..inference.text_to_text import TextToText
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..states.store import StateStore

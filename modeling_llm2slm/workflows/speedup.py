@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..configuration_llm2slm import LLM2SLMConfig, check_encoder_decoder_length
 from ..conversion.build import build, part_config
+from ..data.files import atomic_write, remove_unfinished
 from ..data.loading import ROW, check_any_left, load_rows, parse_lines, report_bad_rows
 from ..data.records import without_secrets, write_json
 from ..evaluation.agreement import compare
-from ..files_llm2slm import atomic_write, remove_unfinished
 from ..inference.text_to_text import TextToText, load
 from ..states.encoding import encode
 from ..states.fingerprints import checkpoint_fingerprint

@@ -17,14 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from modeling_llm2slm import files_llm2slm
-from modeling_llm2slm.files_llm2slm import (
-    atomic_write,
-    fingerprint,
-    locate_tensors,
-    open_weights,
-    shard_names,
-    weight_files,
-)
+from modeling_llm2slm.data.files import atomic_write
+from modeling_llm2slm.files_llm2slm import fingerprint, locate_tensors, open_weights, shard_names, weight_files
 from tests.support.common import build_parts, same_tensors
 
 

@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
-from modeling_llm2slm.parts_llm2slm import embedding_rms, keep_layers, rms
+from modeling_llm2slm.fusion_llm2slm import embedding_rms, rms
+from modeling_llm2slm.parts_llm2slm import keep_layers
 from tests.support import families
 from tests.support.common import (
     PROMPTS,

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
-from modeling_llm2slm.processing_llm2slm import have_same_tokenizer
+from modeling_llm2slm.inference.factory import have_same_tokenizer
 from tests.support.common import build_model, llm_tokenizer, slm_tokenizer, tiny_tokenizer
 
 
