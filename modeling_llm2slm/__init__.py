@@ -13,7 +13,7 @@ from .configuration_llm2slm import LLM2SLMConfig
 from .data import files
 from .data.collator import DataCollatorForLLM2SLM
 from .fusion_llm2slm import Fusion, register_fusion
-from .inference import assistant, factory, saving
+from .inference.model import extend_classes
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration, PromptStates
 from .processing_llm2slm import LLM2SLMProcessor
 from .training import model_card
@@ -35,10 +35,8 @@ LLM2SLMConfig.register_for_auto_class()
 LLM2SLMForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
 LLM2SLMProcessor.register_for_auto_class()
 # What the package adds to the code of an upload.
-LLM2SLMForConditionalGeneration.assistants = assistant
-LLM2SLMForConditionalGeneration.factory = factory
+extend_classes()
 LLM2SLMForConditionalGeneration.model_cards = model_card
-LLM2SLMForConditionalGeneration.saving = saving
 LLM2SLMProcessor.files = files
 
 # Imported on first use, as they need more than transformers.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import ModelOutput
 
 
@@ -18,11 +18,9 @@ class PromptStates(ModelOutput):
 
     Args:
         last_hidden_state (`torch.Tensor` of shape `(B, N, d_slm)`):
-            For a decoder-only SLM the prompt embeddings P, with padding on the left; for an encoder-decoder SLM the
-            output of the SLM's own encoder.
+            The prompt embeddings P, padded on the left; for an encoder-decoder SLM, its own encoder's output.
         attention_mask (`torch.LongTensor` of shape `(B, N)`):
-            1 where `last_hidden_state` holds a prompt token, 0 on padding. Within `generate()` it has one row for each
-            beam or sample, and the rows of one prompt are adjacent.
+            0 on padding. Within `generate()` it has a row for each beam or sample; those of a prompt are adjacent.
         hidden_states (`tuple(torch.Tensor)`, *optional*): The LLM's, if requested, in the layout of its input.
         attentions (`tuple(torch.Tensor)`, *optional*): The LLM's, if requested, in the layout of its input.
     """
@@ -88,50 +86,6 @@ def reorder(values: torch.Tensor, order: torch.Tensor, dim: int = 1) -> torch.Te
     shape = [1] * values.dim()
     shape[0], shape[dim] = order.shape
     return values.gather(dim, order.to(values.device).view(shape).expand_as(values))
-
-
-class ReservingLayer(DynamicLayer):
-    """
-    A cache layer that reserves memory for further tokens and writes them in place. The stock layer copies all keys and
-    values at each step, which takes longer than the arithmetic in a batch of long prompts.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        self.reserved: dict[str, torch.Tensor] = {}
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if torch.is_grad_enabled() and key_states.requires_grad:  # the backward pass needs the old values unchanged
-            return super().update(key_states, value_states, *args, **kwargs)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        length = self.get_seq_length()
-        self.keys = self._append("keys", self.keys, key_states, length)
-        self.values = self._append("values", self.values, value_states, length)
-        return self.keys, self.values
-
-    def _append(self, name: str, old: torch.Tensor, new: torch.Tensor, length: int) -> torch.Tensor:
-        end, whole = length + new.shape[-2], self.reserved.get(name)
-        # Reordering or repeating rows replaces the tensors, and the new ones have no reserve.
-        if whole is None or whole.data_ptr() != old.data_ptr() or len(whole) != len(new) or whole.shape[-2] < end:
-            whole = self.reserved[name] = new.new_empty(*new.shape[:-2], end + max(end // 2, 32), new.shape[-1])
-            if length:
-                whole[..., :length, :] = old
-        whole[..., length:end, :] = new
-        return whole[..., :end, :]
-
-
-def with_reserve(cache: Cache) -> Cache:
-    """Replace the stock layers of an empty dynamic cache by [`ReservingLayer`]s."""
-    growing = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    if type(growing) is DynamicCache and not growing.offloading:
-        growing.layers = [ReservingLayer() if type(layer) is DynamicLayer else layer for layer in growing.layers]
-    return cache
 
 
 class LLM2SLMCache(EncoderDecoderCache):
@@ -242,6 +196,3 @@ def mask_and_positions(
             rest = max(cache.self_attention_cache.get_max_length() - mask.shape[1], 0)
             mask = nn.functional.pad(mask, (0, rest), value=1)  # causality hides positions not written yet
     return mask, position_ids
-
-
-__all__ = ["PromptStates"]

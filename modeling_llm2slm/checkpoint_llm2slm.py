@@ -23,6 +23,7 @@ LLM_PREFIX = "encoder.llm."
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
 # A config may ask for this much more than the files hold: 256 MB in float32, and masks, which are in no file.
 FREE_PARAMETERS, FREE_BYTES = 2**26, 2**32
+LACKS_LLM = "{} lacks the LLM: pass `encoder_pretrained_model_name_or_path`."
 
 
 class LoadRequest(NamedTuple):
@@ -40,23 +41,12 @@ class LoadRequest(NamedTuple):
 _REQUEST: ContextVar[LoadRequest | None] = ContextVar("llm2slm_load_request", default=None)
 
 
-def installed(module: Any) -> Any:
-    """Return a module of the installed package. Raise `ImportError` in remote code, which has none."""
-    if module is None:
-        raise ImportError("This needs the package: run `pip install modeling-llm2slm` and import modeling_llm2slm.")
-    return module
-
-
 class LLM2SLMCheckpointMixin:
-    """Saving, loading and uploading, with or without the LLM."""
+    """Loading of full and lean checkpoints."""
 
     include_llm: bool = True  # default of `save_pretrained`, for `Trainer`, which does not pass it
-    # Modules of the installed package, set by its `__init__`. An upload does not carry them: it loads, trains,
-    # generates and saves without them.
-    assistants: ClassVar[Any] = None
-    factory: ClassVar[Any] = None
+    # The module of the installed package that writes model cards; the code of an upload writes none.
     model_cards: ClassVar[Any] = None
-    saving: ClassVar[Any] = None
 
     @classmethod
     def from_pretrained(
@@ -68,15 +58,13 @@ class LLM2SLMCheckpointMixin:
         **kwargs: Any,
     ) -> Any:
         r"""
-        Load a full or a lean checkpoint, see [`PreTrainedModel.from_pretrained`]. Only safetensors are read.
-
-        The LLM of a lean checkpoint is read from the source in its config, with the `cache_dir`, `token`,
-        `local_files_only`, dtype, quantization and `device_map` of the rest. Code of that source is never run.
+        Load a full or a lean checkpoint, see [`PreTrainedModel.from_pretrained`]. Only safetensors are read. The LLM
+        of a lean checkpoint is read from the source in its config, with the `cache_dir`, `token`, `local_files_only`,
+        dtype, quantization and `device_map` of the rest, and no code of that source is run.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): A folder, or the id of a repository.
-            encoder_pretrained_model_name_or_path (`str` or `os.PathLike`, *optional*):
-                Folder or repository to read the LLM from instead.
+            encoder_pretrained_model_name_or_path (`str` or `os.PathLike`, *optional*): Another source of the LLM.
             encoder_revision (`str`, *optional*): The revision of that repository.
 
         Raises:
@@ -89,16 +77,10 @@ class LLM2SLMCheckpointMixin:
         folder = os.path.join(path, kwargs.get("subfolder") or "") if os.path.isdir(path) else None
         if folder is not None and os.path.isfile(index := os.path.join(folder, INDEX)):
             shard_names(Path(index))  # before any of the files is opened
-        llm = encoder_pretrained_model_name_or_path
-        request = LoadRequest(
-            path=path,
-            folder=folder,
-            encoder_path=None if llm is None else str(llm),
-            encoder_revision=encoder_revision,
-            any_size=bool(kwargs.get("ignore_mismatched_sizes")),
-            hub={name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None},
-        )
-        token = _REQUEST.set(request)
+        llm, any_size = encoder_pretrained_model_name_or_path, bool(kwargs.get("ignore_mismatched_sizes"))
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        llm = None if llm is None else str(llm)
+        token = _REQUEST.set(LoadRequest(path, folder, llm, encoder_revision, any_size, hub))
         try:
             loaded = super().from_pretrained(  # type: ignore[misc]
                 pretrained_model_name_or_path, *args, use_safetensors=True, **kwargs
@@ -124,67 +106,17 @@ class LLM2SLMCheckpointMixin:
                 state_dict, checkpoint_files = weights | _llm_weights(model, told or {}, request), None
                 config.lean = False
             elif not any(name.startswith(LLM_PREFIX) for name in weights):
-                raise OSError(_lacks_llm(request))
+                raise OSError(LACKS_LLM.format(request.path))
             _check_sizes(model, state_dict or weights, request)
         loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
         # By the names that transformers gave what it read, which are not always those in the files.
         if request is not None and _new_in_llm(model, loaded[0].missing_keys):
-            raise OSError(_lacks_llm(request))
+            raise OSError(LACKS_LLM.format(request.path))
         on_disk = loaded[1] or {}  # lacks tied names of tensors that were not read from a file under this name
         for name, source in model.all_tied_weights_keys.items():
             if source in on_disk:
                 on_disk.setdefault(name, on_disk[source])
         return loaded
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        include_llm: bool | None = None,
-        push_to_hub: bool = False,
-        card: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        r"""
-        Save a checkpoint with a model card. The write is atomic: a crash leaves an earlier checkpoint in
-        `save_directory` as it was. Without the installed package, this is [`PreTrainedModel.save_pretrained`].
-
-        Args:
-            save_directory (`str` or `os.PathLike`): The folder to write to.
-            include_llm (`bool`, *optional*):
-                `False` writes a lean checkpoint: the projector and the SLM, and in the config the LLM's source with
-                the fingerprint of its weights. Defaults to `model.include_llm`, which is `True` unless set.
-            push_to_hub (`bool`, *optional*, defaults to `False`): Upload it, with the arguments of `push_to_hub`.
-            card (`dict`, *optional*): Contents of the model card, see [`model_card`].
-            kwargs: Arguments of [`PreTrainedModel.save_pretrained`].
-
-        Raises:
-            ValueError: If a lean checkpoint could not be loaded again: the LLM has no known source, or has changed.
-        """
-        if self.saving is None and include_llm is not False:
-            return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
-        return installed(self.saving).save_pretrained(self, save_directory, include_llm, push_to_hub, card, **kwargs)
-
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        r"""
-        Upload the model with its code and card in one commit; repeating an interrupted upload sends the rest only.
-        Without the installed package, this is [`PreTrainedModel.push_to_hub`].
-
-        Args:
-            repo_id (`str`): The repository; it is created if it does not exist.
-            kwargs:
-                `include_llm` and `max_shard_size` as in `save_pretrained`; `tags` of the model card; `token`;
-                `commit_message`, `commit_description`, `private`, `revision` (a branch) and `create_pr`.
-
-        Returns:
-            `str`: The address of the commit. Of several processes only the first uploads; the others return `""`.
-        """
-        if self.saving is None:
-            return super().push_to_hub(repo_id, **kwargs)  # type: ignore[misc]
-        return self.saving.push_to_hub(self, repo_id, **kwargs)
-
-
-def _lacks_llm(request: LoadRequest) -> str:
-    return f"{request.path} lacks the LLM: pass `encoder_pretrained_model_name_or_path`."
 
 
 def _new_in_llm(model: Any, missing: Collection[str]) -> list[str]:
@@ -216,8 +148,8 @@ def _check_sizes(model: PreTrainedModel, weights: Mapping[str, Any], request: Lo
     masks = sum(tensor.nbytes for name, tensor in model.named_buffers() if name not in parameters)
     if new > held + FREE_PARAMETERS or masks > FREE_BYTES:
         raise ValueError(
-            f"{request.path} holds {held:,} parameters, but its config asks for {new:,} others and for {masks:,} bytes "
-            "of masks. Correct the sizes in config.json."
+            f"{request.path} holds {held:,} parameters, but its config asks for {new:,} others and {masks:,} bytes of "
+            "masks. Correct the sizes in config.json."
         )
 
 
@@ -235,24 +167,12 @@ def is_local(name_or_path: str) -> bool:
     return name_or_path.startswith(".") or os.path.isabs(name_or_path)
 
 
-def _source_files(source: Mapping[str, Any], hub: Mapping[str, Any]) -> list[Path]:
+def source_files(source: Mapping[str, Any], hub: Mapping[str, Any]) -> list[Path]:
     name = source["name_or_path"]
     arguments = {key: hub[key] for key in HUB_ARGUMENTS if hub.get(key) is not None}
     if source.get("revision"):
         arguments["revision"] = source["revision"]
     return weight_files(name, not is_local(name), source.get("subfolder") or "", **arguments)
-
-
-def locate_llm(source: Mapping[str, Any], llm: PreTrainedModel, hub: Mapping[str, Any]) -> dict[str, Any]:
-    """
-    Open the tensors of an LLM where a source has them on this machine. Raise `OSError` if there are no files, and
-    `ValueError` if a lean checkpoint would not find a tensor in them.
-    """
-    weights = open_weights(_source_files(source, {**hub, "local_files_only": True}))
-    names, missing = _select(weights, llm)
-    if missing:
-        raise ValueError(f"it has no {missing[0]} by this name")
-    return {name: weights[held] for name, held in names.items()}
 
 
 def _llm_weights(model: Any, told: dict[str, Any], request: LoadRequest) -> dict[str, Any]:
@@ -268,8 +188,8 @@ def _llm_weights(model: Any, told: dict[str, Any], request: LoadRequest) -> dict
         source = _checked_reference(source, request)
     where = f"{source['name_or_path']}" + (f" at {source['revision']}" if source.get("revision") else "")
     logger.warning_once(f"{request.path} is a lean checkpoint: the LLM's weights are read from {where}.")
-    weights = open_weights(_source_files(source, request.hub))
-    names, missing = _select(weights, model.encoder.llm)
+    weights = open_weights(source_files(source, request.hub))
+    names, missing = select_weights(weights, model.encoder.llm)
     if missing and not getattr(model, "is_quantized", False):
         raise OSError(f"{where} is another LLM: it lacks {len(missing)} weights, {missing[0]} among them.")
     tensors = {name: weights[held] for name, held in names.items()}
@@ -300,7 +220,7 @@ def _checked_reference(source: dict[str, Any], request: LoadRequest) -> dict[str
 
 
 def _in_memory(source: dict[str, Any] | None, request: LoadRequest) -> dict[str, Any] | None:
-    """Return a source as a loaded model holds it: a folder absolute, and only if a local checkpoint names it."""
+    """Return a source for memory: a folder absolute, and only if a local checkpoint names it."""
     name = (source or {}).get("name_or_path") or ""
     if source is None or not is_local(name):
         return source
@@ -310,11 +230,8 @@ def _in_memory(source: dict[str, Any] | None, request: LoadRequest) -> dict[str,
     return placed
 
 
-def _select(weights: Collection[str], llm: PreTrainedModel) -> tuple[dict[str, str], list[str]]:
-    """
-    Map an LLM's own names to those in a checkpoint, and list the missing ones. The checkpoint is one of its family,
-    with or without head and decoder, or a composite that holds it.
-    """
+def select_weights(weights: Collection[str], llm: PreTrainedModel) -> tuple[dict[str, str], list[str]]:
+    """Map an LLM's own names to those in a checkpoint (of the whole model or a part of it), and list missing ones."""
     base, own = f"{llm.base_model_prefix}.", own_names(llm)
     prefixes = ("", LLM_PREFIX, base, "encoder.", f"{base}encoder.")
     prefix = max(prefixes, key=lambda prefix: sum(prefix + name in weights for name in own))

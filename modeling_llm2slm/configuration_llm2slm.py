@@ -1,5 +1,16 @@
-# Copyright 2026 The modeling-llm2slm authors.
-# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The modeling-llm2slm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """Configuration of an LLM-to-SLM model: the LLM's, the SLM's, their fusion, and the quirks of model families."""
 
 import copy
@@ -47,17 +58,12 @@ class LLM2SLMConfig(PreTrainedConfig):
     r"""
     Configuration of [`LLM2SLMForConditionalGeneration`]: a frozen LLM reads the prompt once, a projector maps its
     hidden states into the embedding space of a small language model (SLM), and the SLM writes the output
-    (Bergner et al., arXiv 2402.16844).
-
-    Token ids, `vocab_size` and `hidden_size` are those of the SLM. Ids default to those of the SLM's config: the start
-    id to its `decoder_start_token_id`, else `bos_token_id`, else `eos_token_id`; the pad id to its `pad_token_id`,
-    else `eos_token_id`.
+    (Bergner et al., arXiv 2402.16844). Token ids, `vocab_size` and `hidden_size` are the SLM's.
 
     Args:
         encoder (`PreTrainedConfig` or `dict`, *optional*, defaults to `T5Config()`):
             The LLM's config. Only the encoder of an encoder-decoder LLM is used.
-        decoder (`PreTrainedConfig` or `dict`, *optional*, defaults to `GPT2Config()`):
-            The SLM's config.
+        decoder (`PreTrainedConfig` or `dict`, *optional*, defaults to `GPT2Config()`): The SLM's config.
         fusion (`str`, *optional*, defaults to `"add"`):
             What the SLM reads for the prompt (paper section 3.2): `"replace"`, the projected hidden states; `"add"`,
             these plus an embedding of the prompt tokens; or another [`Fusion`] that was registered.
@@ -65,38 +71,25 @@ class LLM2SLMConfig(PreTrainedConfig):
             Whether LLM and SLM have the same tokenizer. `fusion="add"` then uses the SLM's embedding of the prompt,
             and otherwise the LLM's (frozen) embedding followed by a trained linear map.
         encoder_layer (`int`, *optional*):
-            Use `hidden_states[encoder_layer]` of the full LLM and build no layer above. Defaults to the LLM's
+            Use `hidden_states[encoder_layer]` of the full LLM and build no layer above. Default: its
             `last_hidden_state`.
-        projector_layers (`int`, *optional*, defaults to 2):
-            Number of linear layers of the projector, with a ReLU between each two.
-        freeze_llm (`bool`, *optional*, defaults to `True`):
-            Whether the LLM is frozen: no gradient and no dropout, even in `train()`.
+        projector_layers (`int`, *optional*, defaults to 2): Linear layers of the projector, with ReLUs between them.
+        freeze_llm (`bool`, *optional*, defaults to `True`): No gradient and no dropout in the LLM, even in `train()`.
         encoder_dtype (`str`, *optional*):
-            The LLM's own dtype, for instance `"bfloat16"`. It holds on every load, whatever `dtype=` is given.
-        pad_token_id (`int`, *optional*): Pads outputs.
-        decoder_start_token_id (`int`, *optional*): Starts every output.
-        eos_token_id (`int` or `list[int]`, *optional*): Ends an output.
+            The LLM's own dtype, such as `"bfloat16"`. It holds on every load, whatever `dtype=` is given.
         llm_source (`dict`, *optional*):
             Where the LLM comes from, written by the factory: `name_or_path` (a repository, or a folder relative to the
             checkpoint), `revision`, `subfolder`, and the `fingerprint` of its weights.
         slm_source (`dict`, *optional*): The same for the SLM, without a fingerprint.
-        lean (`bool`, *optional*, defaults to `False`):
-            Whether the checkpoint leaves out the LLM's weights and takes them from `llm_source`.
-        use_cache (`bool`, *optional*, defaults to `True`):
-            Whether `forward` returns a cache outside training; `Trainer` turns it off.
+        lean (`bool`, *optional*, defaults to `False`): The checkpoint has no LLM weights; `llm_source` has them.
+        pad_token_id (`int`, *optional*): Pads outputs. Default: the SLM's, else its end token.
+        decoder_start_token_id (`int`, *optional*):
+            Starts every output. Default: the SLM's `decoder_start_token_id`, else `bos_token_id`, else `eos_token_id`.
+        eos_token_id (`int` or `list[int]`, *optional*): Ends an output. Default: the SLM's.
+        use_cache (`bool`, *optional*, defaults to `True`): Return a cache outside training; `Trainer` turns it off.
 
     Raises:
         ValueError: If a value does not exist or does not fit; the message names the fix.
-
-    Example:
-
-    ```python
-    >>> from transformers import GPT2Config, T5Config
-    >>> from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
-
-    >>> config = LLM2SLMConfig(encoder=T5Config(d_model=512), decoder=GPT2Config(), fusion="add")
-    >>> model = LLM2SLMForConditionalGeneration(config)
-    ```
     """
 
     model_type = "llm2slm"
@@ -183,10 +176,7 @@ class LLM2SLMConfig(PreTrainedConfig):
         return max_positions(self.encoder)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """
-        Return the SLM's config, which caches and vocabularies take their sizes from: with `decoder=True`, that of its
-        own decoder; with `encoder=True` the LLM's.
-        """
+        """Return the SLM's config; with `decoder=True`, that of its own decoder; with `encoder=True` the LLM's."""
         if encoder and not decoder:
             return self.encoder
         if not (decoder and self.decoder.is_encoder_decoder):
@@ -197,30 +187,16 @@ class LLM2SLMConfig(PreTrainedConfig):
         return config
 
     def fits(self, prompt_length: int, output_length: int) -> bool:
-        """Return whether the SLM has positions for a prompt and an output, counted with its start token, not its last."""
-        limit, used = max_positions(self.decoder), prompt_length + output_length
-        if self.decoder.is_encoder_decoder:
-            used = max(prompt_length, output_length)
-        return limit is None or used <= limit
+        """Return whether the SLM has positions for a prompt and an output, with its start token, without its last."""
+        return fits(self.decoder, prompt_length, output_length)
 
     def needs_output_mask(self, prompt_width: int, output_width: int) -> bool:
-        """
-        Return whether outputs need a mask because a padded batch of these widths is wider than the SLM's max
-        positions; padding takes none.
-        """
+        """Return whether a padded batch is wider than the SLM's max positions, so that outputs need a mask."""
         return not (self.fits(prompt_width, output_width) or quirks_of(self.decoder).mask_limited_to_positions)
 
     def check_length(self, prompt_length: int, output_length: int) -> None:
         """Raise `ValueError`, with both lengths and the fix, if [`~LLM2SLMConfig.fits`] is `False`."""
-        if self.fits(prompt_length, output_length):
-            return
-        shared = "" if self.decoder.is_encoder_decoder else f", together {prompt_length + output_length}"
-        raise ValueError(
-            f"The prompt has {prompt_length} tokens and the output up to {output_length}{shared}, but the SLM has "
-            f"{max_positions(self.decoder)} positions for {'both' if shared else 'each'}. Shorten the prompt "
-            "(`prompt_max_length` of the processor) or the output (`max_new_tokens`, `target_max_length`), or use an "
-            "SLM with more positions."
-        )
+        check_length(self.decoder, prompt_length, output_length, "SLM")
 
     def check_llm_length(self, width: int) -> None:
         """Raise `ValueError` if prompts padded to `width` need more positions than the LLM has."""
@@ -241,17 +217,13 @@ class LLM2SLMConfig(PreTrainedConfig):
             "decoder_start_token_id": _first_set(self.decoder_start_token_id, *starts, first_eos),
         }
         for name, value in ids.items():
+            fix = f"Pass `{name}=...`, an id of the SLM's tokenizer."
             if value is None:
-                raise ValueError(
-                    f"`{name}` is not set and the SLM's config ({slm.model_type}) has no id to take its place. "
-                    f"Pass `{name}=...`, an id of the SLM's tokenizer."
-                )
+                raise ValueError(f"`{name}` is not set and the SLM's config ({slm.model_type}) has none. {fix}")
             for token_id in value if isinstance(value, list) else [value]:
                 if not 0 <= token_id < slm.vocab_size:
-                    raise ValueError(
-                        f"`{name}` is {token_id}, but the SLM's vocabulary has ids from 0 to {slm.vocab_size - 1}. "
-                        f"Pass an id of the SLM's tokenizer as `{name}=...`."
-                    )
+                    ids = f"ids from 0 to {slm.vocab_size - 1}"
+                    raise ValueError(f"`{name}` is {token_id}, but the SLM's vocabulary has {ids}. {fix}")
             setattr(self, name, value)
 
     def _check_values(self) -> None:
@@ -304,13 +276,26 @@ def max_positions(config: PreTrainedConfig) -> int | None:
     return positions
 
 
-def check_encoder_decoder_length(config: PreTrainedConfig, prompt_length: int, output_length: int) -> None:
-    """Raise `ValueError` if a whole LLM has no positions for a prompt and an output of these lengths."""
+def fits(config: PreTrainedConfig, prompt_length: int, output_length: int) -> bool:
+    """Return whether a model has positions for a prompt and an output of these lengths."""
+    used = prompt_length + output_length if _share_positions(config) else max(prompt_length, output_length)
     limit = max_positions(config)
-    if limit is not None and max(prompt_length, output_length) > limit:
+    return limit is None or used <= limit
+
+
+def _share_positions(config: PreTrainedConfig) -> bool:
+    return not config.is_encoder_decoder and llm_sizes(config) is config
+
+
+def check_length(config: PreTrainedConfig, prompt_length: int, output_length: int, part: str = "LLM") -> None:
+    """Raise `ValueError`, with both lengths and the fix, if [`fits`] is `False` for the model, the `part`."""
+    if not fits(config, prompt_length, output_length):
+        shared = f", together {prompt_length + output_length}" if _share_positions(config) else ""
         raise ValueError(
-            f"The prompt has {prompt_length} tokens and the output up to {output_length}, but the LLM has {limit} "
-            "positions for each. Shorten the prompt (`prompt_max_length`) or the output (`max_new_tokens`)."
+            f"The prompt has {prompt_length} tokens and the output up to {output_length}{shared}, but the {part} has "
+            f"{max_positions(config)} positions for {'both' if shared else 'each'}. Shorten the prompt "
+            "(`prompt_max_length` of the processor) or the output (`max_new_tokens`, `target_max_length`), or use "
+            f"an {part} with more positions."
         )
 
 

@@ -22,13 +22,8 @@ SAMPLES = 128  # values of each tensor that a fingerprint reads, at each of two 
 
 def weight_files(source: str | Path, on_hub: bool, subfolder: str = "", **hub: Any) -> list[Path]:
     """
-    Return the safetensors files of a checkpoint, and download them if needed.
-
-    Args:
-        source: A folder, or the id of a repository.
-        on_hub: Whether `source` is a repository. A folder of the same name is never used instead.
-        subfolder: Folder of the checkpoint in `source`.
-        hub: Arguments of [`~huggingface_hub.hf_hub_download`]: `revision`, `cache_dir`, `token`, `local_files_only`.
+    Return the safetensors files of a checkpoint: a folder, or a repository (`on_hub`), which is never mistaken for a
+    folder of its name. Files are downloaded if needed, with the arguments `hub` of `hf_hub_download`.
 
     Raises:
         OSError: If there are none, or they cannot be reached; pickled weights are never read.
@@ -60,7 +55,7 @@ def weight_files(source: str | Path, on_hub: bool, subfolder: str = "", **hub: A
 
 
 def shard_names(index: Path) -> list[str]:
-    """Return the files that an index of shards names. Raise `ValueError` if one is not a safetensors file next to it."""
+    """Return the files that an index of shards names. Raise `ValueError` for one outside its folder."""
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -98,14 +93,10 @@ def shape_of(tensor: Any) -> tuple[int, ...]:
 
 def fingerprint(tensors: Mapping[str, Any]) -> str:
     """
-    Return a fingerprint that tells the weights of one model from those of another. It reads 256 values of each tensor.
-
-    It covers the name and shape of every tensor and values at two places of each, rounded to bfloat16: the same
-    weights have the same fingerprint however they are sharded, and in float32 and bfloat16 alike (float16 rounds
-    twice). Other weights, and weights trained further, have another one; it may miss a change of single values.
-
-    Args:
-        tensors: Tensors, or slices from [`open_weights`], by their names in the model.
+    Return a fingerprint of tensors, or slices from [`open_weights`], by their names in the model. It covers names,
+    shapes and 256 values of each tensor, rounded to bfloat16, so it does not depend on the sharding and is the same in
+    float32 and bfloat16 (float16 rounds twice). Weights trained further have another one; it may miss a change of
+    single values.
     """
     digest, samples = hashlib.sha256(b"llm2slm-fingerprint-1"), []
     for name in sorted(tensors):

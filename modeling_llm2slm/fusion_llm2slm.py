@@ -1,10 +1,8 @@
 # Copyright 2026 The modeling-llm2slm authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Fusions: how the LLM's hidden states of a prompt become what the SLM reads.
-
-Each fusion is one class, and `register_fusion` makes its name a value of `LLM2SLMConfig.fusion`. Nothing else in the
-package branches on the fusion. Shapes: batch B, prompt length N, output length M, widths d_llm and d_slm.
+Fusions: how the LLM's hidden states of a prompt become what the SLM reads. Each is one class, and nothing else in the
+package depends on which one is used. Shapes: batch B, prompt length N, output length M, widths d_llm and d_slm.
 """
 
 from typing import Any, ClassVar
@@ -19,15 +17,11 @@ from .cache_llm2slm import PromptStates, padding_to, reorder
 
 class Fusion:
     """
-    Base class of all fusions. A fusion holds no weights: `add_modules` puts them on the encoder, which trains and saves
-    them as `encoder.NAME.*`.
+    Base class of all fusions. A subclass defines `name` and `description` and overrides `add_modules`, `combine` and
+    `initialize`. It holds no weights itself: `add_modules` puts them on the encoder, as `encoder.NAME.*`.
 
-    A subclass defines `name` and `description` and overrides `add_modules`, `combine` and `initialize`. A fusion that
-    hands over more than embeddings overrides `read_prompt` and `prepend` as well: the first may store anything in
-    [`PromptStates`], the second may write it to the SLM's empty cache.
-
-    Args:
-        config ([`LLM2SLMConfig`]): The model's configuration.
+    A fusion that hands over more than embeddings overrides `read_prompt` and `prepend` as well: the first may store
+    keys and values in a subclass of [`PromptStates`], the second may write them to the SLM's empty cache.
     """
 
     name: ClassVar[str]  # the value of `LLM2SLMConfig.fusion`
@@ -38,21 +32,16 @@ class Fusion:
 
     @property
     def table(self) -> str | None:
-        """`"slm"` or `"llm"`: the embedding table that `combine` gets the prompt tokens from; `None`: it needs none."""
+        """`str`, *optional*: `"slm"` or `"llm"`, whose embedding of the prompt tokens `combine` gets, if any."""
         return None
 
     def add_modules(self, encoder: Any) -> None:
-        """Add the trained modules to the encoder, a [`LLM2SLMEncoder`] that already holds the LLM."""
+        """Add the trained modules to a [`LLM2SLMEncoder`] that already holds the LLM."""
 
     def combine(self, encoder: Any, hidden_states: torch.Tensor, embeds: torch.Tensor | None) -> torch.Tensor:
         """
-        Compute the prompt embeddings P `(B, N, d_slm)`. An exported graph contains this method and nothing else of the
-        fusion.
-
-        Args:
-            encoder ([`LLM2SLMEncoder`]): The encoder that holds the modules.
-            hidden_states (`torch.Tensor` of shape `(B, N, d_llm)`): The LLM's.
-            embeds (`torch.Tensor` of shape `(B, N, width of the table)`): The prompt tokens in `table`, if it has one.
+        Compute the prompt embeddings P `(B, N, d_slm)` from the LLM's hidden states `(B, N, d_llm)` and the prompt
+        tokens `(B, N, width)` in `table`. Exported graphs contain this method.
         """
         raise NotImplementedError
 
@@ -63,8 +52,8 @@ class Fusion:
         self, encoder: Any, llm_outputs: Any, input_ids: torch.Tensor | None, attention_mask: torch.Tensor
     ) -> PromptStates:
         """
-        Turn the LLM's output for prompts `(B, N)` into what the SLM reads. A decoder-only SLM reads P right before the
-        output, so padding moves to the left; an encoder-decoder SLM runs its own encoder over P.
+        Turn the LLM's output for prompts `(B, N)` into what the SLM reads. Padding must not stand between prompt and
+        output of a decoder-only SLM; an encoder-decoder SLM runs its own encoder over P.
         """
         embeds = self.combine(encoder, llm_outputs.last_hidden_state, encoder.embed_tokens(input_ids))
         has_encoder = self.config.decoder.is_encoder_decoder
@@ -90,16 +79,15 @@ _FUSIONS: dict[str, type[Fusion]] = {}
 
 
 def register_fusion(fusion: type[Fusion]) -> type[Fusion]:
-    """Make a subclass of [`Fusion`] available as `LLM2SLMConfig(fusion=fusion.name)`. Works as a class decorator."""
+    """Make a subclass of [`Fusion`] available as `LLM2SLMConfig(fusion=fusion.name)`; also as a decorator."""
     _FUSIONS[fusion.name] = fusion
     return fusion
 
 
 def fusion_of(config: Any) -> Fusion:
-    """Return the fusion that a [`LLM2SLMConfig`] names. Raise `ValueError` if there is none of that name."""
+    """Return the fusion that a [`LLM2SLMConfig`] names. Raise `ValueError` if its name is not registered."""
     if config.fusion not in _FUSIONS:
-        names = ", ".join(map(repr, _FUSIONS))
-        raise ValueError(f"`fusion` is {config.fusion!r}, but it must be one of {names}.")
+        raise ValueError(f"`fusion` is {config.fusion!r}, but it must be one of {', '.join(map(repr, _FUSIONS))}.")
     return _FUSIONS[config.fusion](config)
 
 
@@ -198,6 +186,3 @@ def probe_ids(table: torch.Tensor, count: int) -> torch.Tensor:
     """Return up to `count` token ids, spread evenly over a vocabulary."""
     step = max(table.shape[0] // count, 1)
     return torch.arange(0, table.shape[0], step, device=table.device)[:count]
-
-
-__all__ = ["Fusion", "fusion_of", "register_fusion"]

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an LLM-to-SLM model adds to stock `generate()`: the prompt in the cache, and checks before any compute."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers.generation import GenerationConfig, GenerationMixin, StoppingCriteriaList
@@ -15,7 +15,6 @@ from .cache_llm2slm import (
     can_repeat,
     check_continues,
     mask_and_positions,
-    with_reserve,
 )
 from .configuration_llm2slm import LLM2SLMConfig
 
@@ -48,6 +47,8 @@ class StopAfterStart(StoppingCriteriaList):
 
 class LLM2SLMGenerationMixin(GenerationMixin):
     """Hooks of stock `generate()`, in the order it calls them; the loops are transformers' own."""
+
+    reserve: ClassVar[Any] = None  # the installed package sets it to make a growing cache faster
 
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
         # `generate()` infers no mask for an encoder and checks lengths after encoding the prompt only: it hands
@@ -118,8 +119,8 @@ class LLM2SLMGenerationMixin(GenerationMixin):
                 f"A static cache is not supported: transformers computes {type(self.decoder).__name__} wrongly with "
                 "one. Leave `cache_implementation` out."
             )
-        if cache is not None and given is None:
-            cache = with_reserve(cache)
+        if cache is not None and given is None and self.reserve is not None:
+            cache = self.reserve(cache)
         if prompt_in_cache and cache is not None:
             model_kwargs["past_key_values"] = as_llm2slm_cache(cache)
         if not can_repeat(model_kwargs.get("past_key_values")):
@@ -139,8 +140,8 @@ class LLM2SLMGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """
-        Replace the prompt, once it is cached, by position ids and a mask of the cache's full length: the same shapes
-        for every prompt and step, so that a compiled step is compiled once.
+        Replace the prompt, once it is cached, by positions and a mask of the cache's full length: shapes that are the
+        same for every prompt and step, so that a step is compiled once.
         """
         if next_sequence_length is None and past_key_values is not None:
             # The first step of an output or, in an assistant, of a draft. Stock removes cached tokens only if a mask

@@ -1,16 +1,23 @@
-# Copyright 2026 The modeling-llm2slm authors.
-# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The modeling-llm2slm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """
-LLM-to-SLM (Bergner et al., arXiv 2402.16844): a frozen LLM reads the prompt once, a small projector maps its hidden
-states into the embedding space of a small language model (SLM), and the SLM writes the output.
-
-The file follows the forward pass: the encoder (everything that turns a prompt into what the SLM reads), then the whole
-model. `fusion_llm2slm.py` holds the projector, `generation_llm2slm.py` the hooks of `generate()`,
-`checkpoint_llm2slm.py` saving and loading.
+LLM-to-SLM (Bergner et al., arXiv 2402.16844), in the order of the forward pass: the encoder, which turns a prompt into
+what the SLM reads (the projector is in `fusion_llm2slm.py`), then the whole model.
 Shapes: batch B, prompt length N, output length M, widths d_llm and d_slm.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -33,7 +40,7 @@ from .cache_llm2slm import (
     reorder,
     repeat_outputs,
 )
-from .checkpoint_llm2slm import LLM2SLMCheckpointMixin, installed
+from .checkpoint_llm2slm import LLM2SLMCheckpointMixin
 from .configuration_llm2slm import LLM2SLMConfig
 from .fusion_llm2slm import fusion_of, probe_ids
 from .generation_llm2slm import LLM2SLMGenerationMixin
@@ -59,10 +66,8 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
 
 class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
     """
-    Everything that turns a prompt into what the SLM reads: the (frozen) LLM and the modules of the fusion.
-
-    It is a `PreTrainedModel` because transformers collects tied weights, fp32 modules and modules not to split from
-    children that are `PreTrainedModel`s.
+    Everything that turns a prompt into what the SLM reads: the (frozen) LLM and the modules of the fusion. It is a
+    `PreTrainedModel` because transformers takes tied weights, fp32 modules and modules not to split from those.
     """
 
     recent: Any = None  # in an assistant: the last output of its LLM, which is not computed a second time
@@ -205,10 +210,7 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
 
     @torch.no_grad()
     def hidden_states_rms(self) -> float:
-        """
-        Return the root mean square of the LLM's hidden states: the median over 64 tokens spread over its vocabulary,
-        as the first token of a decoder-only LLM has one hundreds of times larger than the others.
-        """
+        """Return the median root mean square of the LLM's hidden states over 64 tokens; that of the first is huge."""
         input_ids = probe_ids(self.llm.get_input_embeddings().weight, 64)[None]
         states = self.run_llm(input_ids, torch.ones_like(input_ids)).last_hidden_state
         return float(states.float().square().mean(-1).sqrt().median())
@@ -225,6 +227,10 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         encoder (`PreTrainedModel`, *optional*): An LLM to use instead of one with random weights.
         decoder (`PreTrainedModel`, *optional*): An SLM to use instead of one with random weights.
     """
+
+    # `inference/model.py` of the installed package adds these, and extends `save_pretrained` and `push_to_hub`.
+    from_encoder_decoder_pretrained: ClassVar[Any]
+    as_assistant_of: ClassVar[Any]
 
     def __init__(
         self, config: LLM2SLMConfig, encoder: PreTrainedModel | None = None, decoder: PreTrainedModel | None = None
@@ -245,51 +251,6 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         if not any(getattr(weight, "_is_hf_initialized", False) for weight in weights):
             self.encoder.fusion.initialize(self.encoder)
 
-    @classmethod
-    def from_encoder_decoder_pretrained(
-        cls,
-        encoder_pretrained_model_name_or_path: str | None = None,
-        decoder_pretrained_model_name_or_path: str | None = None,
-        **kwargs: Any,
-    ) -> "LLM2SLMForConditionalGeneration":
-        r"""
-        Build a model from a pretrained LLM and a pretrained SLM; the projector is new and has to be trained. This needs
-        the installed package.
-
-        Args:
-            encoder_pretrained_model_name_or_path (`str`): Repository id or folder of the LLM.
-            decoder_pretrained_model_name_or_path (`str`): Repository id or folder of the SLM.
-            kwargs:
-                Values of [`LLM2SLMConfig`] (`fusion`, `shared_tokenizer`, `encoder_layer`, ...), and arguments of
-                `from_pretrained` with the prefix `encoder_` for the LLM or `decoder_` for the SLM: `encoder_dtype`,
-                `decoder_revision`, `encoder_attn_implementation`, `decoder_trust_remote_code`, ... A model already
-                loaded is given as `encoder_model` or `decoder_model`. `shared_tokenizer` defaults to whether the two
-                tokenizers are the same, or to `False` if one of them does not load.
-
-        Raises:
-            ValueError: If a model is missing, or an argument has neither prefix nor meaning in the configuration.
-        """
-        paths = (encoder_pretrained_model_name_or_path, decoder_pretrained_model_name_or_path)
-        return installed(cls.factory).from_encoder_decoder_pretrained(cls, *paths, **kwargs)
-
-    def as_assistant_of(self, llm: PreTrainedModel) -> "LLM2SLMForConditionalGeneration":
-        """
-        Return this model as `assistant_model` of the whole LLM that it was built on: `llm.generate(...,
-        assistant_model=...)` gives the LLM's own output, faster. The two share the encoder and the hidden states that
-        `llm` has just computed. This needs the installed package.
-
-        Args:
-            llm (`PreTrainedModel`): An encoder-decoder with its decoder, such as a `T5ForConditionalGeneration`.
-
-        Returns:
-            `LLM2SLMForConditionalGeneration`: A model over the same SLM and projector. Its `generation_config` sets how
-            far it drafts ahead (`num_assistant_tokens`, `assistant_confidence_threshold`).
-
-        Raises:
-            ValueError: If tokenizer, vocabulary size or start id are not the LLM's, or it is another LLM.
-        """
-        return installed(self.assistants).as_assistant_of(self, llm)
-
     def train(self, mode: bool = True) -> "LLM2SLMForConditionalGeneration":
         """Set the mode of all modules but a frozen LLM, and undo `Trainer`'s change of the SLM's special ids."""
         self._special_ids = keep_special_ids(self, getattr(self, "_special_ids", {}) if mode else {})
@@ -304,20 +265,17 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         """Return everything that turns a prompt into what the SLM reads, bound to the SLM of now."""
         return self.encoder.bind(self.decoder)
 
+    # The embeddings of the whole model are the SLM's.
     def get_input_embeddings(self) -> nn.Module:
-        """Return the SLM's."""
         return self.decoder.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Set the SLM's."""
         self.decoder.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        """Return the SLM's."""
         return self.decoder.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Set the SLM's."""
         self.decoder.set_output_embeddings(new_embeddings)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -327,9 +285,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
     @torch.no_grad()
     def encode_llm(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """
-        Return the LLM's hidden states H `(B, N, d_llm)` of prompts `(B, N)`. Training does not change them: pass them
-        back as `llm_hidden_states=` (with `attention_mask`, and `input_ids` for `fusion="add"`), and the LLM does not
-        run.
+        Return the LLM's hidden states H `(B, N, d_llm)` of prompts `(B, N)`. Training does not change them: passed as
+        `llm_hidden_states=` (with `attention_mask`, and `input_ids` for `fusion="add"`), they save running the LLM.
         """
         return self.encoder.run_llm(input_ids, self.encoder.prompt_mask(input_ids, attention_mask)).last_hidden_state
 
@@ -340,19 +297,15 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         attention_mask: torch.Tensor | None = None,
         llm_hidden_states: torch.Tensor | None = None,
     ) -> PromptStates:
-        """
-        Do all the work that belongs to prompts `(B, N)` once, with the current weights. Pass the result to
-        `generate(encoder_outputs=...)` as often as wanted; it never changes there.
-        """
+        """Do all the work for prompts `(B, N)` once. `generate(encoder_outputs=...)` takes the result and keeps it."""
         return self.get_encoder()(input_ids, attention_mask, llm_hidden_states, return_dict=True)
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """Shift targets `(B, M)` right behind the start token; -100 becomes the pad id."""
-        start: Any = self.config.decoder_start_token_id  # the config has made sure of both ids
-        pad: Any = self.config.pad_token_id
+        start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
         shifted = labels.roll(1, dims=-1)
-        shifted[:, 0] = start
-        return shifted.masked_fill(shifted == -100, pad)
+        shifted[:, 0] = start  # type: ignore[assignment] - the config has set both
+        return shifted.masked_fill(shifted == -100, pad)  # type: ignore[arg-type]
 
     @can_return_tuple
     def forward(
@@ -372,7 +325,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(B, N)`, *optional*): Prompts, in the LLM's vocabulary.
-            attention_mask (`torch.Tensor` of shape `(B, N)`, *optional*): 0 on padding; default: by the LLM's pad id.
+            attention_mask (`torch.Tensor` of shape `(B, N)`, *optional*): 0 on padding. Default: by the LLM's pad id.
             decoder_input_ids (`torch.LongTensor` of shape `(B, M)`, *optional*):
                 Outputs so far, in the SLM's vocabulary, start token included. Default: made from `labels`.
             decoder_attention_mask (`torch.Tensor` of shape `(B, M so far)`, *optional*): 0 on padding in the output.
@@ -386,8 +339,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
 
         Returns:
             `Seq2SeqLMOutput`: `decoder_hidden_states` cover output positions only; a decoder-only SLM has
-            `decoder_attentions` `(B, heads, M, N + output so far)` and no `cross_attentions`. `encoder_hidden_states`
-            and `encoder_attentions` are the LLM's.
+            `decoder_attentions` `(B, heads, M, N + output so far)`. `encoder_hidden_states` are the LLM's.
         """
         decoder_input_ids = self._output_tokens(decoder_input_ids, labels, logits_to_keep, kwargs)
         if decoder_attention_mask is None and labels is not None and labels.shape == decoder_input_ids.shape:

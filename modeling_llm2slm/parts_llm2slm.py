@@ -64,17 +64,6 @@ def reading_arguments(llm: PreTrainedModel) -> dict[str, Any]:
     return {"use_cache": False} if _takes(llm, "use_cache") else {}
 
 
-def decoding_modules(slm: PreTrainedModel) -> list[nn.Module]:
-    """Return the modules of an SLM that run at each step; an encoder of its own runs once per prompt."""
-    return [slm.get_decoder(), slm.get_output_embeddings()] if slm.config.is_encoder_decoder else [slm]
-
-
-def count_parameters(*modules: nn.Module | None) -> int:
-    """Return the number of parameters in modules; a shared one counts once."""
-    parameters = {parameter for module in modules if module is not None for parameter in module.parameters()}
-    return sum(parameter.numel() for parameter in parameters)
-
-
 def keep_layers(llm: PreTrainedModel, encoder_layer: int | None) -> PreTrainedModel:
     """
     Cut the LLM so that its `last_hidden_state` is `hidden_states[encoder_layer]` of the full one. A checkpoint may
@@ -140,12 +129,7 @@ def keep_special_ids(model: Any, before: dict[str, list[Any]]) -> dict[str, list
     Undo what `Trainer` does first: it writes the special ids of `processing_class.tokenizer`, which is the LLM's, into
     one config and the generation config of the SLM. A user who changes an id writes it into both configs.
 
-    Args:
-        model: The model whose `config`, `config.decoder` and `generation_config` hold the ids.
-        before: The last result of this function.
-
-    Returns:
-        The current ids by name, in the order of these three.
+    Takes the last result of this function. Returns the current ids by name, in three configs.
     """
     holders = (model.config, model.config.decoder, model.generation_config)
     names = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -1,5 +1,16 @@
-# Copyright 2026 The modeling-llm2slm authors.
-# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The modeling-llm2slm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """Processor of an LLM-to-SLM model: the LLM's tokenizer for prompts, the SLM's for targets and outputs."""
 
 import copy
@@ -8,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import AutoTokenizer, BatchEncoding, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import BatchEncoding, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
 
@@ -40,7 +51,8 @@ class LLM2SLMProcessor(ProcessorMixin):
     ```
     """
 
-    # A module of the installed package, set by its `__init__`, that makes writes atomic; an upload works without it.
+    # The installed package adds this method, and sets the module that makes writes atomic.
+    from_encoder_decoder_pretrained: ClassVar[Any]
     files: ClassVar[Any] = None
 
     def __init__(
@@ -71,26 +83,6 @@ class LLM2SLMProcessor(ProcessorMixin):
         self.target_max_length = target_max_length
         super().__init__(tokenizer, decoder_tokenizer, chat_template=chat_template)
 
-    @classmethod
-    def from_encoder_decoder_pretrained(
-        cls, encoder_pretrained_model_name_or_path: str, decoder_pretrained_model_name_or_path: str, **kwargs: Any
-    ) -> "LLM2SLMProcessor":
-        """
-        Build a processor from the tokenizers of an LLM and an SLM.
-
-        Args:
-            encoder_pretrained_model_name_or_path (`str`): Repository id or folder of the LLM.
-            decoder_pretrained_model_name_or_path (`str`): Repository id or folder of the SLM.
-            kwargs:
-                Arguments of the class, and arguments of `AutoTokenizer.from_pretrained` with the prefix `encoder_` or
-                `decoder_` (`encoder_revision`, ...).
-        """
-        encoder_kwargs = {key[8:]: kwargs.pop(key) for key in list(kwargs) if key.startswith("encoder_")}
-        decoder_kwargs = {key[8:]: kwargs.pop(key) for key in list(kwargs) if key.startswith("decoder_")}
-        tokenizer = AutoTokenizer.from_pretrained(encoder_pretrained_model_name_or_path, **encoder_kwargs)
-        decoder_tokenizer = AutoTokenizer.from_pretrained(decoder_pretrained_model_name_or_path, **decoder_kwargs)
-        return cls(tokenizer, decoder_tokenizer, **kwargs)
-
     def __call__(
         self,
         text: Any = None,
@@ -106,11 +98,10 @@ class LLM2SLMProcessor(ProcessorMixin):
         """
         Args:
             text (`str`, `list[str]`, a conversation or a list of these, *optional*):
-                Prompts. A conversation is a list of messages, each a dict with `"role"` and `"content"`; the chat
-                template of the LLM's tokenizer turns it into a prompt.
+                Prompts. The chat template of the LLM's tokenizer turns a conversation (a list of dicts with `"role"`
+                and `"content"`) into one.
             text_target (`str` or `list[str]`, *optional*): Targets, one for each prompt.
-            padding (`bool` or `str`, *optional*, defaults to `False`):
-                `True` pads to the longest of the batch, `"max_length"` to the maximum lengths.
+            padding (`bool` or `str`, *optional*): `True` pads to the longest prompt, `"max_length"` to the limits.
             prompt_max_length, target_max_length (`int`, *optional*): Override the processor's for this call.
             pad_to_multiple_of (`int`, *optional*): Pad lengths to a multiple of this.
             return_tensors (`str`, *optional*): `"pt"` for tensors.
@@ -126,11 +117,12 @@ class LLM2SLMProcessor(ProcessorMixin):
         pad = {"padding": padding, "pad_to_multiple_of": pad_to_multiple_of, "return_tensors": return_tensors}
         features: dict[str, Any] = {}
         if text is not None:
-            limit = _first_set(prompt_max_length, self.prompt_max_length)
+            limit = self.prompt_max_length if prompt_max_length is None else prompt_max_length
             encoded = self._encode_prompts([text] if _is_one(text) else list(text), limit, add_generation_prompt)
             features.update(_pad(self.tokenizer, encoded, limit, **pad))
         if text_target is not None:
-            limit = _first_set(target_max_length, answer_max_length, self.target_max_length)
+            target_max_length = answer_max_length if target_max_length is None else target_max_length
+            limit = self.target_max_length if target_max_length is None else target_max_length
             targets = self._encode_targets([text_target] if isinstance(text_target, str) else list(text_target), limit)
             if text is not None and len(targets) != len(encoded):
                 raise ValueError(
@@ -145,7 +137,7 @@ class LLM2SLMProcessor(ProcessorMixin):
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
     ) -> list[str]:
-        """Save both tokenizers and the settings, see [`ProcessorMixin.save_pretrained`]; all files or, on error, none."""
+        """Save tokenizers and settings, see [`ProcessorMixin.save_pretrained`]; an error changes no file."""
         if self.files is None:
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         with self.files.atomic_write(save_directory) as folder:
@@ -233,10 +225,6 @@ class LLM2SLMProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         """`list[str]`: The keys of a call's result that the model takes."""
         return ["input_ids", "attention_mask", "labels"]
-
-
-def _first_set(*values: Any) -> Any:
-    return next((value for value in values if value is not None), None)
 
 
 def _is_one(text: Any) -> bool:

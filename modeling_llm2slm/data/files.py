@@ -30,10 +30,10 @@ def atomic_write(path: str | os.PathLike, keep: bool = True) -> Iterator[Path]:
     """
     Yield a temporary path next to `path` to write a file or a folder to, and move it to `path` at the end.
 
-    If the body raises or the process dies, `path` is unchanged. A folder that exists is exchanged in one step. It keeps
-    the files that were not written, but not weights and graphs of an earlier model where new weights are written, as
-    they would be loaded instead. A folder that receives neither weights nor graphs, or is the current directory, stays
-    the same folder, and its files are replaced one by one.
+    If the body raises or the process dies, `path` is unchanged. A folder that exists is exchanged in one step. It
+    keeps the files that were not written, but not weights and graphs of an earlier model where new weights are
+    written, as they would be loaded instead. A folder that receives neither weights nor graphs, or is the current
+    directory, stays the same folder, and its files are replaced one by one.
 
     Args:
         path: The file or folder. An `OSError` of the body names it, also if a full disk has no name.

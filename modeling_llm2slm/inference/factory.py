@@ -12,11 +12,12 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..checkpoint_llm2slm import HUB_ARGUMENTS, is_local, is_repo_id, locate_llm
+from ..checkpoint_llm2slm import HUB_ARGUMENTS, is_local, is_repo_id
 from ..configuration_llm2slm import LLM2SLMConfig, as_reader
 from ..files_llm2slm import fingerprint
 from ..parts_llm2slm import keep_layers, llm_class, reader_of, slm_class
 from ..states.fingerprints import tokenizer_fingerprint
+from .saving import locate_llm
 
 
 logger = logging.get_logger(__name__)
@@ -24,8 +25,8 @@ logger = logging.get_logger(__name__)
 TOKENIZER_ARGUMENTS = (*HUB_ARGUMENTS, "revision", "subfolder", "trust_remote_code")
 
 
-def from_encoder_decoder_pretrained(model_class: Any, llm: Any, slm: Any, **kwargs: Any) -> Any:
-    """See [`LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained`]; `llm` and `slm` are the two places."""
+def build_from_pretrained(model_class: Any, llm: Any, slm: Any, **kwargs: Any) -> Any:
+    """Build a model of a class from two places, see [`ModelMethods.from_encoder_decoder_pretrained`]."""
     config_fields = LLM2SLMConfig.own_fields()
     config_kwargs = {key: kwargs.pop(key) for key in config_fields & kwargs.keys()}
     encoder_kwargs = {key[8:]: kwargs.pop(key) for key in list(kwargs) if key.startswith("encoder_")}
@@ -50,6 +51,26 @@ def from_encoder_decoder_pretrained(model_class: Any, llm: Any, slm: Any, **kwar
     config.llm_source = _with_fingerprint(_source_of(encoder, llm, encoder_kwargs), encoder, encoder_kwargs)
     config.slm_source = _source_of(decoder, slm, decoder_kwargs)
     return model.eval()
+
+
+def processor_from_encoder_decoder_pretrained(
+    cls: Any, encoder_pretrained_model_name_or_path: str, decoder_pretrained_model_name_or_path: str, **kwargs: Any
+) -> Any:
+    """
+    Build a processor from the tokenizers of an LLM and an SLM.
+
+    Args:
+        encoder_pretrained_model_name_or_path (`str`): Repository id or folder of the LLM.
+        decoder_pretrained_model_name_or_path (`str`): Repository id or folder of the SLM.
+        kwargs:
+            Arguments of the class, and arguments of `AutoTokenizer.from_pretrained` with the prefix `encoder_` or
+            `decoder_` (`encoder_revision`, ...).
+    """
+    encoder_kwargs = {key[8:]: kwargs.pop(key) for key in list(kwargs) if key.startswith("encoder_")}
+    decoder_kwargs = {key[8:]: kwargs.pop(key) for key in list(kwargs) if key.startswith("decoder_")}
+    tokenizer = AutoTokenizer.from_pretrained(encoder_pretrained_model_name_or_path, **encoder_kwargs)
+    decoder_tokenizer = AutoTokenizer.from_pretrained(decoder_pretrained_model_name_or_path, **decoder_kwargs)
+    return cls(tokenizer, decoder_tokenizer, **kwargs)
 
 
 def load_llm(name_or_path: str | None, encoder_layer: int | None, kwargs: dict[str, Any]) -> PreTrainedModel:

@@ -13,9 +13,9 @@ import torch
 from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 
-from ..checkpoint_llm2slm import LLM_PREFIX, is_local, is_repo_id, locate_llm, own_names
+from ..checkpoint_llm2slm import LLM_PREFIX, is_local, is_repo_id, own_names, select_weights, source_files
 from ..data.files import atomic_write
-from ..files_llm2slm import INDEX, WEIGHTS, fingerprint, first_line
+from ..files_llm2slm import INDEX, WEIGHTS, fingerprint, first_line, open_weights
 
 
 UPLOAD_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
@@ -29,7 +29,7 @@ def save_pretrained(
     card: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> None:
-    """See [`LLM2SLMForConditionalGeneration.save_pretrained`]."""
+    """See [`ModelMethods.save_pretrained`]."""
     if push_to_hub and kwargs.get("distributed_checkpoint"):
         raise ValueError("A distributed checkpoint is not uploaded. Leave out `push_to_hub`, and upload its folder.")
     hub = {name: kwargs.pop(name) for name in UPLOAD_ARGUMENTS if name in kwargs} if push_to_hub else {}
@@ -49,7 +49,7 @@ def push_to_hub(
     token: bool | str | None = None,
     **kwargs: Any,
 ) -> str:
-    """See [`LLM2SLMForConditionalGeneration.push_to_hub`]."""
+    """See [`ModelMethods.push_to_hub`]."""
     with TemporaryDirectory() as folder:
         target = Path(folder, repo_id.rpartition("/")[2])
         written = save(model, target, include_llm, repo_id, {"tags": tags}, max_shard_size=max_shard_size)
@@ -168,7 +168,7 @@ def _check_source_is_public(source: Mapping[str, Any]) -> None:
 
 
 def _is_folder(source: Mapping[str, Any]) -> bool:
-    """Return whether a source is a folder. One that a caller named, without a fingerprint, may look like a repository."""
+    """Return whether a source is a folder. One that a caller named has no fingerprint and may look like a repository."""
     name = source.get("name_or_path") or ""
     return is_local(name) or (not source.get("fingerprint") and os.path.isdir(name))
 
@@ -235,6 +235,18 @@ def _fingerprint_in_memory(llm: PreTrainedModel) -> str | None:
     if any(tensor.is_meta or tensor.dtype not in exact or hasattr(tensor, "to_local") for tensor in tensors.values()):
         return None
     return fingerprint(tensors)
+
+
+def locate_llm(source: Mapping[str, Any], llm: PreTrainedModel, hub: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Open the tensors of an LLM where a source has them on this machine. Raise `OSError` if there are no files, and
+    `ValueError` if a lean checkpoint would not find a tensor in them.
+    """
+    weights = open_weights(source_files(source, {**hub, "local_files_only": True}))
+    names, missing = select_weights(weights, llm)
+    if missing:
+        raise ValueError(f"it has no {missing[0]} by this name")
+    return {name: weights[held] for name, held in names.items()}
 
 
 def _fingerprint_of_named(source: dict[str, Any], llm: PreTrainedModel) -> str | None:

@@ -28,10 +28,10 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from ..configuration_llm2slm import check_encoder_decoder_length
+from ..configuration_llm2slm import check_length
 from ..engines.graphs import is_exported
-from ..parts_llm2slm import count_parameters, decoding_modules
 from .batching import BatchLimits, Draw, PromptTable, answer, is_sampled
+from .parameters import count_parameters, decoding_modules
 
 
 if TYPE_CHECKING:
@@ -393,7 +393,7 @@ class EncoderDecoderTextToText(TextToText):
 
     def check_positions(self, prompt_length: int, new_tokens: int) -> None:
         if not self._composite:
-            check_encoder_decoder_length(self.model.config, prompt_length, new_tokens)
+            check_length(self.model.config, prompt_length, new_tokens)
             return
         if not prompt_length:
             raise ValueError("The prompt is empty.")

@@ -72,6 +72,7 @@ class LLMEmbedding(PreTrainedModel):
 class LLM2SLMWithoutLLM(LLM2SLMForConditionalGeneration):
     """An [`LLM2SLMForConditionalGeneration`] that has no LLM and takes `llm_hidden_states`."""
 
+    _auto_class = None  # it saves no code, as it is loaded with this package only
     _keys_to_ignore_on_load_unexpected = [r"^encoder\.llm\."]  # noqa: RUF012 - as in every model of transformers
 
     def __init__(self, config: LLM2SLMConfig):

@@ -22,7 +22,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from ..data.records import without_secrets
 from ..fusion_llm2slm import fusion_of
-from ..parts_llm2slm import count_parameters, decoding_modules
+from ..inference.parameters import count_parameters, decoding_modules
 
 
 MARK = "<!-- Written anew on every save. Delete this line to keep your own text. -->"

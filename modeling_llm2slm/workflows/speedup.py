@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from transformers import AutoConfig, AutoTokenizer
 
-from ..configuration_llm2slm import LLM2SLMConfig, check_encoder_decoder_length
+from ..configuration_llm2slm import LLM2SLMConfig, check_length
 from ..conversion.build import build, part_config
 from ..data.files import atomic_write, remove_unfinished
 from ..data.loading import ROW, check_any_left, load_rows, parse_lines, report_bad_rows
@@ -248,7 +248,7 @@ class Speedup:
             for number, prompt in zip(batch[ROW], ids, strict=True):
                 length = len(prompt) if longest is None else min(len(prompt), longest)
                 try:
-                    check_encoder_decoder_length(self.config.encoder, length, settings.max_new_tokens)
+                    check_length(self.config.encoder, length, settings.max_new_tokens)
                     self.config.check_length(length, settings.max_new_tokens)
                 except ValueError as error:
                     bad[number] = f"row {number}: {str(error).removesuffix('.')}"

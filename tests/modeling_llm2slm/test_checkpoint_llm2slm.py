@@ -24,7 +24,10 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, checkpoint_llm2slm, files_llm2slm
+from modeling_llm2slm.data import files
+from modeling_llm2slm.inference import saving
 from modeling_llm2slm.states.without_llm import load_without_llm
+from modeling_llm2slm.training import model_card
 from tests.support import families
 from tests.support.common import (
     PROMPTS,
@@ -96,9 +99,12 @@ class TestLean:
         load(folder / "lean")
         assert f"the LLM's weights are read from {folder / 'llm'}" in caplog.text
 
-    def test_the_folders_move_together(self, copy, tmp_path):
+    def test_a_lean_checkpoint_and_its_llm_can_move_together(self, copy, tmp_path):
+        before = load(copy / "full").state_dict()
         shutil.move(copy, tmp_path / "elsewhere")
-        load(tmp_path / "elsewhere" / "lean")
+        model = load(tmp_path / "elsewhere" / "lean")
+        assert model.config.llm_source["name_or_path"] == str(tmp_path / "elsewhere" / "llm")
+        same_tensors(model.state_dict(), before)
 
     def test_a_checkpoint_in_a_subfolder(self, copy):
         load(copy / "full").save_pretrained(copy / "many" / "lean", include_llm=False)
@@ -162,7 +168,7 @@ class TestLean:
         model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(tmp_path / "llm", tmp_path / "slm")
         assert model.config.llm_source is None
         model.config.llm_source = {"name_or_path": str(tmp_path / "llm")}
-        with pytest.raises(ValueError, match=r"it has no embeddings\.LayerNorm\.weight by this name: .* anew"):
+        with pytest.raises(ValueError, match=r"it has no embeddings\.LayerNorm\.weight by this name: .* again"):
             model.save_pretrained(tmp_path / "lean", include_llm=False)
         model.encoder.llm.save_pretrained(tmp_path / "anew", save_original_format=False)
         model.config.llm_source = {"name_or_path": str(tmp_path / "anew")}
@@ -200,7 +206,7 @@ class TestLean:
         shutil.rmtree(tmp_path / "llm")
         model.save_pretrained(tmp_path / "checkpoint", include_llm=False)
         with pytest.raises(ValueError, match="there is no such folder"):
-            checkpoint_llm2slm.lean_source(model)
+            saving.lean_source(model)
 
     def test_a_link_to_a_checkpoint(self, folder, tmp_path):
         model = load(folder / "full")
@@ -337,10 +343,10 @@ class TestSaving:
     def test_one_process_of_several_uploads(self, how, folder, tmp_path, monkeypatch):
         """The others have no weights, and would delete those that are there."""
         uploads = []
-        monkeypatch.setattr(checkpoint_llm2slm, "_upload", lambda *_, **__: uploads.append(1))
+        monkeypatch.setattr(saving, "upload", lambda *_, **__: uploads.append(1))
         model = load(folder / "full")
         if how == "rank":
-            monkeypatch.setattr(checkpoint_llm2slm, "_is_first", lambda: False)
+            monkeypatch.setattr(saving, "_is_first", lambda: False)
             assert model.push_to_hub("somebody/model") == ""
         else:
             model.save_pretrained(tmp_path / "new", push_to_hub=True, is_main_process=False)
@@ -397,7 +403,7 @@ class TestSaving:
         for step in ("write_model_card", "_exchange"):  # all but the card is written; all is
             child = os.fork()
             if child == 0:
-                module: Any = checkpoint_llm2slm if step == "write_model_card" else files_llm2slm
+                module: Any = model_card if step == "write_model_card" else files
                 setattr(module, step, die)
                 changed.save_pretrained(copy / "full")
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
@@ -406,7 +412,7 @@ class TestSaving:
     def test_a_failed_save_leaves_the_model_as_it_was(self, folder, monkeypatch, tmp_path):
         model = load(folder / "lean")
         config = model.config.to_dict()
-        monkeypatch.setattr(checkpoint_llm2slm, "write_model_card", lambda *_, **__: 1 / 0)
+        monkeypatch.setattr(model_card, "write_model_card", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model.save_pretrained(tmp_path / "new", include_llm=False)
         assert model.config.to_dict() == {**config, "auto_map": model.config.auto_map, "encoder_dtype": None}
@@ -458,7 +464,7 @@ class TestWhatACheckpointMayNotDo:
         index = {"metadata": {}, "weight_map": dict.fromkeys(names_in(copy / "full"), "../full/secret.safetensors")}
         (copy / "full" / "model.safetensors").rename(copy / "full" / "secret.safetensors")
         (copy / "full" / "model.safetensors.index.json").write_text(json.dumps(index))
-        with pytest.raises(ValueError, match="only safetensors files beside it are read"):
+        with pytest.raises(ValueError, match="only safetensors files in its folder are read"):
             load(copy / "full")
 
     @pytest.mark.parametrize(
