@@ -127,9 +127,8 @@ def _takes(model: nn.Module, argument: str) -> bool:
 def keep_special_ids(model: Any, before: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """
     Undo what `Trainer` does first: it writes the special ids of `processing_class.tokenizer`, which is the LLM's, into
-    one config and the generation config of the SLM. A user who changes an id writes it into both configs.
-
-    Takes the last result of this function. Returns the current ids by name, in three configs.
+    one config and the generation config of the SLM. A user who changes an id writes it into both configs. Takes the
+    last result of this function, and returns the current ids by name in the three configs.
     """
     holders = (model.config, model.config.decoder, model.generation_config)
     names = ("bos_token_id", "eos_token_id", "pad_token_id")

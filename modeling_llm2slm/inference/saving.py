@@ -168,7 +168,7 @@ def _check_source_is_public(source: Mapping[str, Any]) -> None:
 
 
 def _is_folder(source: Mapping[str, Any]) -> bool:
-    """Return whether a source is a folder. One that a caller named has no fingerprint and may look like a repository."""
+    """Return whether a source is a folder. One that a caller named, without fingerprint, can look like a repository"""
     name = source.get("name_or_path") or ""
     return is_local(name) or (not source.get("fingerprint") and os.path.isdir(name))
 

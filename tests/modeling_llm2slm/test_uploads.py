@@ -51,7 +51,7 @@ def files_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_exact_list_of_files(saved, tmp_path):
+def test_an_upload_holds_exactly_these_files(saved, tmp_path):
     assert files_in(saved) == MODEL_FILES | DATA_FILES
     LLM2SLMProcessor(llm_tokenizer(), slm_tokenizer()).save_pretrained(tmp_path)
     processor_files = {name for name in DATA_FILES if "tokenizer" in name or "processor" in name}
@@ -71,7 +71,7 @@ def test_one_tokenizer_for_both_sides_is_saved_twice(tmp_path):
     assert loaded.decoder_tokenizer.get_vocab() == loaded.tokenizer.get_vocab() == tokenizer.get_vocab()
 
 
-def test_loads_generates_and_trains_where_only_transformers_is(saved, tmp_path):
+def test_an_upload_loads_generates_and_trains_without_the_package(saved, tmp_path):
     code = f"""
 import json, torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoProcessor
@@ -113,7 +113,7 @@ def test_the_snippet_of_the_card_runs(saved, tmp_path):
     assert fresh_process.run(code, package=False, HF_HOME=str(tmp_path / "home"))
 
 
-def test_without_leave_no_code_is_run_and_with_the_package_none_is_at_all(saved, tmp_path):
+def test_remote_code_runs_only_if_trusted_and_never_with_the_package(saved, tmp_path):
     spoilt = Path(shutil.copytree(saved, tmp_path / "spoilt"))
     for file in spoilt.glob("*.py"):
         file.write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nraise ImportError\n" + file.read_text())
@@ -126,7 +126,7 @@ def test_without_leave_no_code_is_run_and_with_the_package_none_is_at_all(saved,
     assert not (tmp_path / "run").exists()
 
 
-def test_parts_with_code_of_their_own_need_leave(saved, tmp_path):
+def test_parts_with_remote_code_need_trust_remote_code(saved, tmp_path):
     for part, other in (("encoder", "decoder"), ("decoder", "encoder")):
         kwargs = {f"{other}_pretrained_model_name_or_path": tmp_path / other}
         folder = tmp_path / part
