@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5EncoderModel
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.data.records import write_json
-from modeling_llm2slm.parts_llm2slm import rms
+from modeling_llm2slm.fusion_llm2slm import rms
 
 
 T5 = {"vocab_size": 1000, "d_model": 512, "d_ff": 1024, "num_layers": 4, "num_heads": 8}

@@ -22,6 +22,7 @@ from transformers import (
 
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from modeling_llm2slm.files_llm2slm import first_line
+from modeling_llm2slm.inference.factory import are_same_tokenizer
 from modeling_llm2slm.inference.loading import load
 from modeling_llm2slm.inference.text_to_text import (
     DecoderOnlyTextToText,
@@ -29,7 +30,6 @@ from modeling_llm2slm.inference.text_to_text import (
     LLM2SLMTextToText,
     TextToText,
 )
-from modeling_llm2slm.processing_llm2slm import are_same_tokenizer
 from modeling_llm2slm.settings import BuildSettings
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration_llm2slm import LLM2SLMConfig
+from ..fusion_llm2slm import fusion_of
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..parts_llm2slm import build_llm
 
@@ -19,7 +20,7 @@ class LLMEmbedding(PreTrainedModel):
     Replaces the LLM: holds the LLM's embedding under its own name, or nothing.
 
     Args:
-        config ([`LLM2SLMConfig`]): Only fusion `"add"` with two tokenizers needs the embedding.
+        config ([`LLM2SLMConfig`]): Its fusion reads the LLM's embedding table or not.
     """
 
     config: Any
@@ -37,7 +38,7 @@ class LLMEmbedding(PreTrainedModel):
         self.llm_class, self.llm_dtype = type(llm), llm.dtype
         embedding = llm.get_input_embeddings()
         self.path = next(name for name, module in llm.named_modules() if module is embedding)
-        if config.fusion == "add" and not config.shared_tokenizer:
+        if fusion_of(config).table == "llm":
             module: nn.Module = self
             *parents, last = self.path.split(".")
             for parent in parents:

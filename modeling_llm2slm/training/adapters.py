@@ -87,11 +87,10 @@ def ia3_config(model: "LLM2SLMForConditionalGeneration", **overrides: Any) -> "I
 
 
 def _defaults(model: "LLM2SLMForConditionalGeneration") -> dict[str, Any]:
-    has_embedding = model.encoder.prompt_embedding is not None
     return {
         "task_type": "SEQ_2_SEQ_LM",
         "fan_in_fan_out": any(isinstance(module, Conv1D) for module in model.decoder.modules()),  # GPT-2's
-        "modules_to_save": ["projector", "prompt_embedding"] if has_embedding else ["projector"],
+        "modules_to_save": list(model.encoder.new_modules()),
     }
 
 

@@ -65,7 +65,11 @@ MODEL, DATA, RECIPE, OUT = "<model>", "<data>", "<recipe>", "<out>"
         (["convert", "lean", "no/such/model", OUT], 1, "no/such/model cannot be loaded: the folder does not exist"),
         (["distill", MODEL, DATA, "--output", DATA], 1, "exists. Choose another file, or add --overwrite"),
         (["distill", MODEL, DATA, "--output", f"{OUT}.csv"], 1, "none of .jsonl"),
-        (["train", RECIPE, "--llm_states", "no/store", "--output_dir", OUT], 1, "no/store is not a store of hidden states"),
+        (
+            ["train", RECIPE, "--llm_states", "no/store", "--output_dir", OUT],
+            1,
+            "no/store is not a store of hidden states",
+        ),
         (["train", RECIPE, "--lora", "{r: 8", "--output_dir", OUT], 1, "lora is"),
         (["train", RECIPE, "--lora", "{rank: 8}", "--output_dir", OUT], 1, "lora"),
         (["train", RECIPE, "--quantize_llm", "int3", "--output_dir", OUT], 1, "quantize_llm"),

@@ -150,7 +150,7 @@ def same(first: Any, second: Any) -> None:
             if first.sequences[row, step + 1] != second.sequences[row, step + 1]:
                 best = theirs[row].topk(2).values
                 assert best[0] - best[1] < 1e-3, "a token changed that was better than every other"
-                return  # from here on the two go on from different answers
+                return  # from here on the two go on from different outputs
 
 
 def check_invariants(case: Case) -> None:
@@ -204,7 +204,7 @@ COMMON = {"deadline": None, "database": None, "suppress_health_check": list(Heal
 @seed(0)
 @settings(max_examples=8, phases=[Phase.generate], **COMMON)
 @given(case=cases())
-def test_invariants_of_a_handful(case: Case) -> None:
+def test_invariants_of_a_few_models(case: Case) -> None:
     check_invariants(case)
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 from transformers.cache_utils import DynamicLayer
 
-from modeling_llm2slm.cache_llm2slm import ReservingLayer
+from modeling_llm2slm.inference.reserving import ReservingLayer
 from tests.support import families
 from tests.support.common import (
     PROMPTS,
@@ -84,7 +84,7 @@ def test_gradients_pass_through() -> None:
 
 
 @pytest.mark.parametrize("slm", ["gpt2", "t5"])
-def test_generate_fits(slm: str) -> None:
+def test_generate_uses_it(slm: str) -> None:
     output = shared_family(slm).model.generate(
         **pad_prompts(PROMPTS), max_new_tokens=4, return_dict_in_generate=True, do_sample=False
     )
