@@ -184,7 +184,7 @@ def _parts(model: Any, sources: Mapping[str, Any], licenses: Mapping[str, str | 
         f"- {part}: {'its card says `' + license + '`' if license else 'see the licence of its base model'}."
         for part, license in licenses.items()
     )
-    held = "The LLM's weights are not in this repository. They are read from the LLM's own repository, and checked.\n\n"
+    held = "The LLM's weights are not in this repository. They are read from the LLM's repository and checked.\n\n"
     return (
         "## Parts\n\n| part | base model | relation | parameters | runs |\n| --- | --- | --- | --: | --- |\n"
         f"{lines}\n\nThe modules that run for each token have {decoding / llm:.3f} times the LLM's parameters.\n\n"

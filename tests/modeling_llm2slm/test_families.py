@@ -223,7 +223,7 @@ def test_a_cache_that_holds_the_whole_output_is_an_error(slm: str) -> None:
 
 @pytest.mark.parametrize("slm", families.SLMS)
 def test_prefix_allowed_tokens_fn(slm: str) -> None:
-    """It is called with the row of the prompt and the output so far, and tokens it does not allow are never generated."""
+    """It gets the row of the prompt and the output so far; tokens it does not allow are never generated."""
     parts, allowed = shared_family(slm), [[11, 12, 13], [21, 22, 23], [31, 32, 33]]
     output = parts.model.generate(
         **pad_prompts(PROMPTS, "left"),
