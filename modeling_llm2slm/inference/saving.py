@@ -197,21 +197,20 @@ def lean_source(model: Any, at_hand: bool = True) -> dict[str, Any]:
     """
     if not model.config.freeze_llm:
         raise ValueError("The LLM trains (`freeze_llm=False`): save it too, with `include_llm=True`.")
-    source, name_it = (
-        dict(model.config.llm_source or {}),
-        'name its source: `model.config.llm_source = {"name_or_path": ...}`.',
-    )
+    source = dict(model.config.llm_source or {})
     name = source.get("name_or_path")
     if not name:
         raise ValueError(
-            f"It is not known where the LLM comes from. Save it too, with `include_llm=True`, or {name_it}"
+            "It is not known where the LLM comes from. Save it too, with `include_llm=True`, or name its folder or "
+            'repository: `model.config.llm_source = {"name_or_path": ...}`.'
         )
     known = bool(source.get("fingerprint"))  # else the caller named it
     if _is_folder(source):
         source["name_or_path"] = os.path.abspath(name)
     if not os.path.isdir(name) and (is_local(name) or not is_repo_id(name)) and (at_hand or not known):
         raise ValueError(
-            f"A lean checkpoint could not read the LLM from {name}: there is no such folder. Or {name_it}"
+            f"A lean checkpoint could not read the LLM from {name}: there is no such folder. Name its folder or "
+            'repository: `model.config.llm_source = {"name_or_path": ...}`.'
         )
     found = _fingerprint_in_memory(model.encoder.llm)
     if not known:

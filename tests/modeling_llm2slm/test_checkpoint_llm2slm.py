@@ -47,7 +47,7 @@ LLM = "encoder.llm."
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A composite of two models on disk, saved full and lean beside them."""
+    """A composite of two models on disk, saved full and lean next to them."""
     folder = tmp_path_factory.mktemp("models")
     parts = build_parts()
     parts.llm.save_pretrained(folder / "llm")
@@ -170,8 +170,8 @@ class TestLean:
         model.config.llm_source = {"name_or_path": str(tmp_path / "llm")}
         with pytest.raises(ValueError, match=r"it has no embeddings\.LayerNorm\.weight by this name: .* again"):
             model.save_pretrained(tmp_path / "lean", include_llm=False)
-        model.encoder.llm.save_pretrained(tmp_path / "anew", save_original_format=False)
-        model.config.llm_source = {"name_or_path": str(tmp_path / "anew")}
+        model.encoder.llm.save_pretrained(tmp_path / "again", save_original_format=False)
+        model.config.llm_source = {"name_or_path": str(tmp_path / "again")}
         model.save_pretrained(tmp_path / "lean", include_llm=False)
         same_tensors(load(tmp_path / "lean").state_dict(), model.state_dict())
 
@@ -229,7 +229,7 @@ class TestLean:
         same_tensors(load(tmp_path / "full" / "lean").state_dict(), load(tmp_path / "full").state_dict())
 
     def test_a_named_llm_in_half_precision_is_recognized(self, folder, tmp_path):
-        """What is in memory is no longer what the files have, so that they are asked."""
+        """The values in memory are no longer those of the files, so the fingerprint comes from the files."""
         shutil.copytree(folder / "llm", tmp_path / "llm")
         model = load(folder / "full", dtype="float16")
         model.config.llm_source = {"name_or_path": str(tmp_path / "llm")}

@@ -804,7 +804,7 @@ def test_encode_prompt_returns_what_generate_computes() -> None:
 
 
 def test_states_without_their_mask() -> None:
-    """A bare tensor or tuple of states is taken whole, or as the mask beside it says."""
+    """A bare tensor or tuple of states counts as a whole prompt, unless a mask is given with it."""
     parts = shared_parts("add")
     states = parts.model.encode_prompt(**pad_prompts(PROMPTS[:1]))
     expected = strip_padding(parts.model.generate(encoder_outputs=states, max_new_tokens=LENGTH, do_sample=False))

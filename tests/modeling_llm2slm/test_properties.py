@@ -150,7 +150,7 @@ def same(first: Any, second: Any) -> None:
             if first.sequences[row, step + 1] != second.sequences[row, step + 1]:
                 best = theirs[row].topk(2).values
                 assert best[0] - best[1] < 1e-3, "a token changed that was better than every other"
-                return  # from here on the two go on from different outputs
+                return  # from here on the two continue different outputs
 
 
 def check_invariants(case: Case) -> None:

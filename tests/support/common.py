@@ -47,7 +47,7 @@ T5_VARIANTS = {
 
 
 class Parts(NamedTuple):
-    """A composite beside copies of the two plain models it was made from."""
+    """A composite with copies of the two plain models it was made from."""
 
     model: LLM2SLMForConditionalGeneration
     llm: Any
@@ -141,7 +141,7 @@ def learn_by_heart(model: Any, loss: float = 0.05, labels: torch.Tensor | None =
 
 
 def compose(llm_model: Any, slm_model: Any, fusion: str, **config: Any) -> Parts:
-    """A composite of two models, beside copies of them."""
+    """A composite of two models, with copies of them."""
     plain = copy.deepcopy((llm_model, slm_model))
     values = {"shared_tokenizer": False} | FUSIONS[fusion] | config
     model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(

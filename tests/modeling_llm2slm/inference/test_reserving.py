@@ -1,4 +1,4 @@
-"""The cache's layers that keep room: what they hold is what stock layers hold, and steps copy nothing."""
+"""Cache layers that reserve memory hold what stock layers hold, and their steps copy nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def states(length: int, rows: int = 2) -> torch.Tensor:
 
 
 def both(layers: list[DynamicLayer], keys: torch.Tensor, values: torch.Tensor) -> None:
-    """The same update of a stock layer and of one with room; both return the same."""
+    """Update a stock layer and a reserving one alike; both return the same."""
     for ours, stock in zip(*(layer.update(keys, values) for layer in layers), strict=True):
         assert torch.equal(ours, stock)
 
@@ -38,7 +38,7 @@ def test_it_holds_what_a_stock_layer_holds(change: str) -> None:
     both(layers, states(5), states(5))
     both(layers, states(1), states(1))
     rows = 2
-    if change == "copy":  # and what goes on from the original leaves the copy as it was
+    if change == "copy":  # and updates of the original do not change the copy
         kept = copy.deepcopy(layers[0])
         both(layers, states(1), states(1))
         assert torch.equal(kept.keys, layers[0].keys[..., :6, :])
@@ -57,7 +57,7 @@ def test_it_holds_what_a_stock_layer_holds(change: str) -> None:
             rows = 1
         elif change == "reset":
             layer.reset()
-    for _ in range(80):  # beyond any room
+    for _ in range(80):  # beyond what is reserved
         both(layers, states(1, rows), states(1, rows))
     assert layers[0].get_seq_length() == layers[1].get_seq_length()
 
@@ -92,7 +92,7 @@ def test_generate_uses_it(slm: str) -> None:
 
 
 def test_a_static_cache_shorter_than_prompt_and_answer() -> None:
-    """Where every layer has a sliding window (Mistral), the cache is no longer than that."""
+    """If every layer has a sliding window (Mistral), the cache has its length."""
     torch.manual_seed(0)
     slm = MistralForCausalLM(MistralConfig(**families.GPT, **families.GROUPED, sliding_window=8)).eval()
     model = compose(families.build_llm("t5"), slm, "add").model
