@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from modeling_llm2slm import LLM2SLMConfig
 from modeling_llm2slm.checkpoint_llm2slm import LLM_PREFIX
+from modeling_llm2slm.configuration_llm2slm import LLM2SLMConfig
 from modeling_llm2slm.files_llm2slm import open_weights, weight_files
 from modeling_llm2slm.inference.loading import load_model, one_sentence
 from modeling_llm2slm.parts_llm2slm import slm_class

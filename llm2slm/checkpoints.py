@@ -107,7 +107,7 @@ def card(
     evaluations, compared = ([_read_result(file) for file in files or []] for files in (evaluation, compare))
     text_to_text = load_text_to_text(str(model))
     from modeling_llm2slm.data.files import atomic_write
-    from modeling_llm2slm.training.model_card import is_by_hand, model_card
+    from modeling_llm2slm.inference.model_card import is_by_hand, model_card
 
     if len(text_to_text.parts()) == 1:
         raise ValueError(f"{model} is not an LLM-to-SLM checkpoint; only these get a card.")

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoProcessor
 
+from . import modeling_llm2slm, processing_llm2slm
+from .cache_llm2slm import PromptStates
 from .configuration_llm2slm import LLM2SLMConfig
-from .data import files
 from .data.collator import DataCollatorForLLM2SLM
 from .fusion_llm2slm import Fusion, register_fusion
-from .inference.model import extend_classes
-from .modeling_llm2slm import LLM2SLMForConditionalGeneration, PromptStates
-from .processing_llm2slm import LLM2SLMProcessor
-from .training import model_card
+from .inference.model import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from .training.adapters import ia3_config, lora_config
 from .training.optimization import parameter_groups
 
@@ -30,14 +28,10 @@ if TYPE_CHECKING:
 AutoConfig.register(LLM2SLMConfig.model_type, LLM2SLMConfig)
 AutoModelForSeq2SeqLM.register(LLM2SLMConfig, LLM2SLMForConditionalGeneration)
 AutoProcessor.register(LLM2SLMConfig, LLM2SLMProcessor)
-# A saved model then carries its code: the files that define these classes, and what they import.
+# A saved model then carries its code: the files that define these classes, and the files they import.
 LLM2SLMConfig.register_for_auto_class()
-LLM2SLMForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
-LLM2SLMProcessor.register_for_auto_class()
-# What the package adds to the code of an upload.
-extend_classes()
-LLM2SLMForConditionalGeneration.model_cards = model_card
-LLM2SLMProcessor.files = files
+modeling_llm2slm.LLM2SLMForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
+processing_llm2slm.LLM2SLMProcessor.register_for_auto_class()
 
 # Imported on first use, as they need more than transformers.
 _LAZY = {

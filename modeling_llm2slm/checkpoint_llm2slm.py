@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -45,8 +45,6 @@ class LLM2SLMCheckpointMixin:
     """Loading of full and lean checkpoints."""
 
     include_llm: bool = True  # default of `save_pretrained`, for `Trainer`, which does not pass it
-    # The module of the installed package that writes model cards; the code of an upload writes none.
-    model_cards: ClassVar[Any] = None
 
     @classmethod
     def from_pretrained(

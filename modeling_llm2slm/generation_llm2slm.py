@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an LLM-to-SLM model adds to stock `generate()`: the prompt in the cache, and checks before any compute."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from transformers.generation import GenerationConfig, GenerationMixin, StoppingCriteriaList
@@ -48,7 +48,10 @@ class StopAfterStart(StoppingCriteriaList):
 class LLM2SLMGenerationMixin(GenerationMixin):
     """Hooks of stock `generate()`, in the order it calls them; the loops are transformers' own."""
 
-    reserve: ClassVar[Any] = None  # the installed package sets it to make a growing cache faster
+    @staticmethod
+    def reserve(cache: Any) -> Any:
+        """Prepare an empty cache; the installed package overrides this to make growing caches faster."""
+        return cache
 
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
         # `generate()` infers no mask for an encoder and checks lengths after encoding the prompt only: it hands
@@ -119,7 +122,7 @@ class LLM2SLMGenerationMixin(GenerationMixin):
                 f"A static cache is not supported: transformers computes {type(self.decoder).__name__} wrongly with "
                 "one. Leave `cache_implementation` out."
             )
-        if cache is not None and given is None and self.reserve is not None:
+        if cache is not None and given is None:
             cache = self.reserve(cache)
         if prompt_in_cache and cache is not None:
             model_kwargs["past_key_values"] = as_llm2slm_cache(cache)

@@ -17,7 +17,7 @@ what the SLM reads (the projector is in `fusion_llm2slm.py`), then the whole mod
 Shapes: batch B, prompt length N, output length M, widths d_llm and d_slm.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -220,17 +220,13 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
     r"""
     A frozen LLM that reads the prompt and a small language model that writes the output (arXiv 2402.16844). It trains,
     generates, saves and loads like every sequence-to-sequence model of transformers. Token ids of the prompt are the
-    LLM's, those of the output the SLM's.
+    LLM's, those of the output the SLM's. The installed package extends this class in `inference/model.py`.
 
     Args:
         config ([`LLM2SLMConfig`]): The configuration.
         encoder (`PreTrainedModel`, *optional*): An LLM to use instead of one with random weights.
         decoder (`PreTrainedModel`, *optional*): An SLM to use instead of one with random weights.
     """
-
-    # `inference/model.py` of the installed package adds these, and extends `save_pretrained` and `push_to_hub`.
-    from_encoder_decoder_pretrained: ClassVar[Any]
-    as_assistant_of: ClassVar[Any]
 
     def __init__(
         self, config: LLM2SLMConfig, encoder: PreTrainedModel | None = None, decoder: PreTrainedModel | None = None

@@ -14,10 +14,8 @@
 """Processor of an LLM-to-SLM model: the LLM's tokenizer for prompts, the SLM's for targets and outputs."""
 
 import copy
-import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import BatchEncoding, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
@@ -50,10 +48,6 @@ class LLM2SLMProcessor(ProcessorMixin):
     ['attention_mask', 'input_ids', 'labels']
     ```
     """
-
-    # The installed package adds this method, and sets the module that makes writes atomic.
-    from_encoder_decoder_pretrained: ClassVar[Any]
-    files: ClassVar[Any] = None
 
     def __init__(
         self,
@@ -133,18 +127,6 @@ class LLM2SLMProcessor(ProcessorMixin):
         if return_tensors is None and _is_one(text if text is not None else text_target):
             features = {name: rows[0] for name, rows in features.items()}
         return BatchFeature(features)
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
-    ) -> list[str]:
-        """Save tokenizers and settings, see [`ProcessorMixin.save_pretrained`]; an error changes no file."""
-        if self.files is None:
-            return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        with self.files.atomic_write(save_directory) as folder:
-            written = super().save_pretrained(folder, **kwargs)
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
-        return [str(Path(save_directory, Path(file).name)) for file in written]
 
     def apply_chat_template(
         self, conversation: Any, tokenize: bool = False, add_generation_prompt: bool = True, **kwargs: Any

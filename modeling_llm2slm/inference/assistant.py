@@ -44,7 +44,7 @@ class RecentStates:
 
 
 def as_assistant_of(model: Any, llm: PreTrainedModel) -> Any:
-    """See [`ModelMethods.as_assistant_of`]."""
+    """See [`LLM2SLMForConditionalGeneration.as_assistant_of`]."""
     check_assistant(model, llm)
     encoder, assistant = _shallow(model.encoder), _shallow(model)
     encoder.llm, assistant.encoder = llm.get_encoder(), encoder

@@ -26,11 +26,10 @@ TOKENIZER_ARGUMENTS = (*HUB_ARGUMENTS, "revision", "subfolder", "trust_remote_co
 
 
 def build_from_pretrained(model_class: Any, llm: Any, slm: Any, **kwargs: Any) -> Any:
-    """Build a model of a class from two places, see [`ModelMethods.from_encoder_decoder_pretrained`]."""
+    """Build a model of a class from two places, see [`LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained`]."""
     config_fields = LLM2SLMConfig.own_fields()
     config_kwargs = {key: kwargs.pop(key) for key in config_fields & kwargs.keys()}
-    encoder_kwargs = {key[8:]: kwargs.pop(key) for key in list(kwargs) if key.startswith("encoder_")}
-    decoder_kwargs = {key[8:]: kwargs.pop(key) for key in list(kwargs) if key.startswith("decoder_")}
+    encoder_kwargs, decoder_kwargs = (pop_prefixed(kwargs, prefix) for prefix in ("encoder_", "decoder_"))
     if kwargs:
         raise ValueError(
             f"Unknown arguments: {', '.join(kwargs)}. Prefix an argument with `encoder_` for the LLM or "
@@ -53,24 +52,9 @@ def build_from_pretrained(model_class: Any, llm: Any, slm: Any, **kwargs: Any) -
     return model.eval()
 
 
-def processor_from_encoder_decoder_pretrained(
-    cls: Any, encoder_pretrained_model_name_or_path: str, decoder_pretrained_model_name_or_path: str, **kwargs: Any
-) -> Any:
-    """
-    Build a processor from the tokenizers of an LLM and an SLM.
-
-    Args:
-        encoder_pretrained_model_name_or_path (`str`): Repository id or folder of the LLM.
-        decoder_pretrained_model_name_or_path (`str`): Repository id or folder of the SLM.
-        kwargs:
-            Arguments of the class, and arguments of `AutoTokenizer.from_pretrained` with the prefix `encoder_` or
-            `decoder_` (`encoder_revision`, ...).
-    """
-    encoder_kwargs = {key[8:]: kwargs.pop(key) for key in list(kwargs) if key.startswith("encoder_")}
-    decoder_kwargs = {key[8:]: kwargs.pop(key) for key in list(kwargs) if key.startswith("decoder_")}
-    tokenizer = AutoTokenizer.from_pretrained(encoder_pretrained_model_name_or_path, **encoder_kwargs)
-    decoder_tokenizer = AutoTokenizer.from_pretrained(decoder_pretrained_model_name_or_path, **decoder_kwargs)
-    return cls(tokenizer, decoder_tokenizer, **kwargs)
+def pop_prefixed(kwargs: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Remove the arguments with a prefix from `kwargs`, and return them without the prefix."""
+    return {key.removeprefix(prefix): kwargs.pop(key) for key in list(kwargs) if key.startswith(prefix)}
 
 
 def load_llm(name_or_path: str | None, encoder_layer: int | None, kwargs: dict[str, Any]) -> PreTrainedModel:

@@ -1,22 +1,36 @@
-"""Methods that the installed package adds to the uploaded model class, as they need more than a model that runs."""
+"""Model and processor of the installed package: the uploaded classes, with methods that need the package."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, ProcessorMixin
+from transformers.cache_utils import Cache
 
-from ..generation_llm2slm import LLM2SLMGenerationMixin
-from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
-from ..processing_llm2slm import LLM2SLMProcessor
+from .. import modeling_llm2slm, processing_llm2slm
+from ..data.files import atomic_write
 from . import assistant, factory, saving
 from .reserving import with_reserve
 
 
-class ModelMethods:
-    """Methods of [`LLM2SLMForConditionalGeneration`] where the package is installed."""
+class LLM2SLMForConditionalGeneration(modeling_llm2slm.LLM2SLMForConditionalGeneration):
+    r"""
+    A large frozen LLM that reads the prompt and a small language model that writes the output (arXiv 2402.16844). It
+    trains, generates, saves and loads like every sequence-to-sequence model of transformers. Token ids of the prompt
+    are the LLM's, those of the output the SLM's.
+
+    An upload carries the base class, which loads, trains and generates. This class adds what needs the installed
+    package: building a model from two pretrained ones, assisting the LLM, and saving lean checkpoints and model cards
+    in one atomic write.
+
+    Args:
+        config ([`LLM2SLMConfig`]): The configuration.
+        encoder (`PreTrainedModel`, *optional*): An LLM to use instead of one with random weights.
+        decoder (`PreTrainedModel`, *optional*): An SLM to use instead of one with random weights.
+    """
 
     @classmethod
     def from_encoder_decoder_pretrained(
@@ -105,10 +119,42 @@ class ModelMethods:
         """
         return saving.push_to_hub(self, repo_id, **kwargs)
 
+    @staticmethod
+    def reserve(cache: Cache) -> Cache:
+        """Let a growing cache reserve memory, see [`ReservingLayer`]."""
+        return with_reserve(cache)
 
-def extend_classes() -> None:
-    """Add to model and processor what the package has and an upload has not."""
-    for name in ("from_encoder_decoder_pretrained", "as_assistant_of", "save_pretrained", "push_to_hub"):
-        setattr(LLM2SLMForConditionalGeneration, name, vars(ModelMethods)[name])
-    LLM2SLMGenerationMixin.reserve = staticmethod(with_reserve)
-    LLM2SLMProcessor.from_encoder_decoder_pretrained = classmethod(factory.processor_from_encoder_decoder_pretrained)
+
+class LLM2SLMProcessor(processing_llm2slm.LLM2SLMProcessor):
+    __doc__ = processing_llm2slm.LLM2SLMProcessor.__doc__
+
+    @classmethod
+    def from_encoder_decoder_pretrained(
+        cls, encoder_pretrained_model_name_or_path: str, decoder_pretrained_model_name_or_path: str, **kwargs: Any
+    ) -> LLM2SLMProcessor:
+        """
+        Build a processor from the tokenizers of an LLM and an SLM.
+
+        Args:
+            encoder_pretrained_model_name_or_path (`str`): Repository id or folder of the LLM.
+            decoder_pretrained_model_name_or_path (`str`): Repository id or folder of the SLM.
+            kwargs:
+                Arguments of the class, and arguments of `AutoTokenizer.from_pretrained` with the prefix `encoder_` or
+                `decoder_` (`encoder_revision`, ...).
+        """
+        paths = (encoder_pretrained_model_name_or_path, decoder_pretrained_model_name_or_path)
+        tokenizers = [
+            AutoTokenizer.from_pretrained(path, **factory.pop_prefixed(kwargs, prefix))
+            for path, prefix in zip(paths, ("encoder_", "decoder_"), strict=True)
+        ]
+        return cls(*tokenizers, **kwargs)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """Save tokenizers and settings, see [`ProcessorMixin.save_pretrained`]; an error changes no file."""
+        with atomic_write(save_directory) as folder, saving.as_uploaded(self):
+            written = ProcessorMixin.save_pretrained(self, folder, **kwargs)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        return [str(Path(save_directory, Path(file).name)) for file in written]

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ..checkpoint_llm2slm import LLM_PREFIX, is_local, is_repo_id, own_names, select_weights, source_files
 from ..data.files import atomic_write
 from ..files_llm2slm import INDEX, WEIGHTS, fingerprint, first_line, open_weights
+from .model_card import has_card_by_hand, write_model_card
 
 
 UPLOAD_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
@@ -29,7 +30,7 @@ def save_pretrained(
     card: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> None:
-    """See [`ModelMethods.save_pretrained`]."""
+    """See [`LLM2SLMForConditionalGeneration.save_pretrained`]."""
     if push_to_hub and kwargs.get("distributed_checkpoint"):
         raise ValueError("A distributed checkpoint is not uploaded. Leave out `push_to_hub`, and upload its folder.")
     hub = {name: kwargs.pop(name) for name in UPLOAD_ARGUMENTS if name in kwargs} if push_to_hub else {}
@@ -49,7 +50,7 @@ def push_to_hub(
     token: bool | str | None = None,
     **kwargs: Any,
 ) -> str:
-    """See [`ModelMethods.push_to_hub`]."""
+    """See [`LLM2SLMForConditionalGeneration.push_to_hub`]."""
     with TemporaryDirectory() as folder:
         target = Path(folder, repo_id.rpartition("/")[2])
         written = save(model, target, include_llm, repo_id, {"tags": tags}, max_shard_size=max_shard_size)
@@ -68,15 +69,13 @@ def save(
     include_llm = model.include_llm if include_llm is None else include_llm
     if repo_id is not None and not include_llm:
         _check_source_is_public(model.config.llm_source or {})
-    with _described(model, target, include_llm, public=repo_id is not None), _of_its_own_class(model):
+    with _described(model, target, include_llm, public=repo_id is not None), as_uploaded(model):
         if not (kwargs.get("is_main_process", True) and _is_first()) or kwargs.get("distributed_checkpoint"):
             PreTrainedModel.save_pretrained(model, target, **kwargs)
             return []
         with atomic_write(target) as folder:
             PreTrainedModel.save_pretrained(model, folder, **kwargs)
-            if model.model_cards is not None:
-                details = {"name": repo_id or target.name, **(card or {})}
-                model.model_cards.write_model_card(model, folder, target, **details)
+            write_model_card(model, folder, target, **{"name": repo_id or target.name, **(card or {})})
             return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
 
 
@@ -95,7 +94,7 @@ def upload(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    keep = model.model_cards is not None and model.model_cards.has_card_by_hand(repo_id, token)
+    keep = has_card_by_hand(repo_id, token)
     commit.setdefault("commit_message", "Upload model")
     return api.upload_folder(
         repo_id=repo_id,
@@ -139,15 +138,17 @@ def _described(model: Any, target: Path, include_llm: bool, public: bool) -> Ite
 
 
 @contextmanager
-def _of_its_own_class(model: Any) -> Iterator[None]:
-    """Give a model that FSDP2 shards its own class back: transformers saves the code of a model's class."""
-    sharded = type(model)
-    if sharded.__module__.startswith("torch.distributed."):
-        model.__class__ = next(base for base in sharded.__bases__ if issubclass(base, PreTrainedModel))
+def as_uploaded(instance: Any) -> Iterator[None]:
+    """
+    Give a model or a processor the class whose code an upload carries: transformers saves the file that defines the
+    class, and the files it imports. FSDP2 gives a model yet another class, without a file.
+    """
+    current = type(instance)
+    instance.__class__ = next(base for base in current.__mro__ if vars(base).get("_auto_class"))
     try:
         yield
     finally:
-        model.__class__ = sharded
+        instance.__class__ = current
 
 
 def _as_written(source: dict[str, Any] | None, target: Path, public: bool) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
 from ..configuration_llm2slm import LLM2SLMConfig
 from ..fusion_llm2slm import fusion_of
@@ -108,7 +108,7 @@ def with_llm(model: nn.Module, path: str | Path, **kwargs: Any) -> LLM2SLMForCon
     Raises:
         ValueError: If `model` was loaded from another checkpoint.
     """
-    whole = LLM2SLMForConditionalGeneration.from_pretrained(path, **kwargs)
+    whole = AutoModelForSeq2SeqLM.from_pretrained(path, **kwargs)
     trained = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("encoder.llm.")}
     # The missing keys are the LLM's, which `whole` has; each trained weight must have its place in `whole`.
     unexpected = whole.load_state_dict(trained, strict=False).unexpected_keys

@@ -25,9 +25,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, checkpoint_llm2slm, files_llm2slm
 from modeling_llm2slm.data import files
-from modeling_llm2slm.inference import saving
+from modeling_llm2slm.inference import model_card, saving
 from modeling_llm2slm.states.without_llm import load_without_llm
-from modeling_llm2slm.training import model_card
 from tests.support import families
 from tests.support.common import (
     PROMPTS,

@@ -11,8 +11,8 @@ from transformers import AutoModelForSeq2SeqLM
 
 from modeling_llm2slm import Fusion, LLM2SLMConfig, LLM2SLMForConditionalGeneration, lora_config, register_fusion
 from modeling_llm2slm.conversion.export import PromptGraph
+from modeling_llm2slm.inference.model_card import model_card
 from modeling_llm2slm.states.without_llm import load_without_llm
-from modeling_llm2slm.training.model_card import model_card
 from tests.support import families
 from tests.support.common import PROMPTS, gpt2_config, make_labels, pad_prompts, same_tensors, t5_config
 

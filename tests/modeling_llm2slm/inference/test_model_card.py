@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
-from modeling_llm2slm.training.model_card import MARK, model_card, write_model_card
+from modeling_llm2slm.inference.model_card import MARK, model_card, write_model_card
 from tests.support.common import build_model, build_parts
 
 
