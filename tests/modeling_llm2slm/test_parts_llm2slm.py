@@ -151,20 +151,19 @@ def test_an_llm_without_one_list_of_layers_is_refused() -> None:
     [*itertools.product(SLMS, ["t5", "llama", "bert"], [2]), ("gpt2", "t5", 1), ("gpt2", "t5", 3)],
 )
 def test_a_new_projector_keeps_the_scale_of_the_slms_embeddings(slm: str, llm: str, layers: int, fusion: str) -> None:
-    """As the SLM reads them: Gemma's embedding is scaled inside, a small OPT's is narrower than its layers."""
+    """It is the scale of what the SLM reads: Gemma scales embeddings, and those of a small OPT are narrower."""
     config = {"encoder_layer": LLMS[llm].layer, "projector_layers": layers}
     parts = compose(build_llm(llm), build_slm(slm), fusion, **config)
     for linear in parts.model.encoder.projector.linears:
         nn.init.zeros_(linear.bias)
     prompts = [[(17 * row + 7 * place) % 110 + 5 for place in range(20)] for row in range(8)]
     batch = pad_prompts(prompts)
-    embeds = parts.model.encoder.projector(parts.model.encode_llm(**batch))
-    if fusion == "add":
-        embeds = embeds + parts.model.encoder.embed_prompt(batch["input_ids"])
+    encoder = parts.model.encoder
+    embeds = encoder.fusion.combine(encoder, parts.model.encode_llm(**batch), encoder.embed_tokens(batch["input_ids"]))
     assert rms(embeds) / embedding_rms(parts.slm) == pytest.approx(1, rel=0.5)
 
 
-# Refusals: each with its reason, when the pair is built.
+# Models that cannot work are refused, with the reason, when the composite is built.
 
 DECODER: dict[str, Any] = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "eos_token_id": 98}
 REFUSED_SLMS = {
@@ -173,7 +172,7 @@ REFUSED_SLMS = {
         BertGenerationConfig(**DECODER, num_attention_heads=4, intermediate_size=64),
         "an encoder, which sees the tokens",
     ),
-    "mamba": (MambaConfig(**DECODER, state_size=4), "a state that cannot go back"),
+    "mamba": (MambaConfig(**DECODER, state_size=4), "its state cannot return"),
     "bloom": (BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4, eos_token_id=98), "position_ids"),
 }
 
