@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from modeling_llm2slm.inference.text_to_text import TextToText
-from tests.llm2slm.test_cli import run
 from tests.support.checkpoints import PROMPTS, write_checkpoint, write_pairs
 
 
