@@ -97,12 +97,8 @@ def test_a_projector_with_other_names_needs_a_mapping(sources, tmp_path):
         json.dumps({**names, "up_c": "projector.linear_1.bias"}): "The file has no up_c",
         json.dumps({**names, "up_b": "projector.linear_3.bias"}): "has no projector.linear_3.bias",
         json.dumps({"adapter/up": "projector.linear_1.weight"}): "has no tensor for projector.linear",
-        json.dumps(
-            {**names, "adapter/up": "projector.linear_2.weight"}
-        ): "has no tensor for projector.linear_1.weight",
-        json.dumps(
-            {**names, "adapter/down": "projector.linear_1.weight"}
-        ): "has no tensor for projector.linear_2.weight",
+        json.dumps({**names, "adapter/up": "projector.linear_2.weight"}): "no tensor for projector.linear_1.weight",
+        json.dumps({**names, "adapter/down": "projector.linear_1.weight"}): "no tensor for projector.linear_2.weight",
         "[]": "is not a mapping of names",
         "{": "is not JSON",
     }.items():

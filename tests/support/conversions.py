@@ -22,7 +22,7 @@ from tests.support.common import build_parts, gpt2_config, llm_tokenizer, slm_to
 
 
 def write_sources(folder: Path) -> Path:
-    """Write an LLM and an SLM with tokenizers, a full and a lean LLM-to-SLM checkpoint, an adapter, and two to import."""
+    """Write an LLM and an SLM with tokenizers, a full and a lean checkpoint, an adapter, and two to import."""
     torch.manual_seed(1)
     T5ForConditionalGeneration(t5_config()).save_pretrained(folder / "llm")
     build_parts().slm.save_pretrained(folder / "slm")
