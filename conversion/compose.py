@@ -100,7 +100,8 @@ def _find_processor(llm: str, slm: str, settings: BuildSettings, config: dict[st
             tokenizers.append(load(AutoTokenizer, path, **hub))
         except OSError as error:
             return f"none, as a tokenizer is missing: {error}"
-    return new_processor(*tokenizers, settings)
+    reader, writer = tokenizers
+    return new_processor(reader, writer, settings)
 
 
 def _put_together(llm: str, slm: str, config: dict[str, Any]) -> LLM2SLMForConditionalGeneration:

@@ -13,15 +13,15 @@ import pytest
 import torch
 from transformers import T5ForConditionalGeneration
 
-import llm2slm
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.conversion import export
 from modeling_llm2slm.engines import graph_engine
 from modeling_llm2slm.engines.exported import ExportedLLM2SLM, ExportedTextToText
 from modeling_llm2slm.engines.graph_engine import GraphEngine, exported_model_class
-from modeling_llm2slm.evaluation.metrics import evaluate
+from modeling_llm2slm.evaluation.evaluate import evaluate
 from modeling_llm2slm.inference.text_to_text import TextToText
-from tests.llm2slm.test_cli import run
+from modeling_llm2slm.settings import EvaluateSettings
+from tests.support.commands import run, widen_terminal
 from tests.support.common import t5_config
 from tests.support.exports import checkpoint, exported_folder, needs
 
@@ -60,8 +60,8 @@ def test_commands_take_an_exported_model(folder, tmp_path, capsys) -> None:
     assert capsys.readouterr().out.startswith("out")
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps({"prompt": text, "target": text}) + "\n" for text in TEXTS))
-    result = evaluate(str(folder), pairs, timed_outputs=1, max_new_tokens=4)
-    assert result["pairs"] == 2
+    result = evaluate(str(folder), pairs, EvaluateSettings(timed_outputs=1, max_new_tokens=4))
+    assert result["examples"] == 2
     assert result["device"] == "cpu"
 
 
@@ -203,5 +203,4 @@ def test_an_exported_model_cannot_be_changed(folder, tmp_path) -> None:
 
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(llm2slm, "out", llm2slm.Console(width=200))
-    monkeypatch.setattr(llm2slm, "err", llm2slm.Console(stderr=True, width=200))
+    widen_terminal(monkeypatch)

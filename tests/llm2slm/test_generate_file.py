@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from modeling_llm2slm.inference.text_to_text import TextToText
-from tests.llm2slm.test_cli import run
 from tests.support.checkpoints import PROMPTS, write_checkpoint, write_pairs
+from tests.support.commands import run
 
 
 REPEATED = [PROMPTS[0], *PROMPTS, PROMPTS[0], PROMPTS[3]]  # 8 distinct prompts in 11 rows

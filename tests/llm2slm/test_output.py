@@ -33,7 +33,7 @@ MODEL, DATA, RECIPE, OUT = "<model>", "<data>", "<recipe>", "<out>"
         (["generate", MODEL, "hello", "--max-new-tokens", "500", "--output", OUT], 1, "64 positions"),
         (["generate"], 2, "model"),
         (["evaluate", MODEL, "no.jsonl", "--output", OUT], 1, "no data file no.jsonl"),
-        (["evaluate", MODEL, DATA, "--target-column", "target", "--output", OUT], 1, "no column 'target'"),
+        (["evaluate", MODEL, DATA, "--target-column", "x", "--output", OUT], 1, "no column 'x'"),
         (["evaluate", MODEL, DATA, "--device", "moon", "--output", OUT], 1, "moon"),
         (["train", "no.yaml"], 1, "There is no recipe no.yaml"),
         (["train", RECIPE, "--max_step", "3"], 1, "Did you mean max_steps"),

@@ -11,10 +11,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import llm2slm
+from llm2slm import output
 
 
 ROOT = Path(__file__).parents[2]
+
+
+def widen_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the command a terminal so wide that it wraps nothing it prints."""
+    monkeypatch.setenv("COLUMNS", "200")
+    for console in (output.out, output.err):
+        monkeypatch.setattr(console, "width", 200)
 
 
 def run(*arguments: Any) -> int:
