@@ -4,8 +4,8 @@ Measure the scale of the prompt embeddings relative to the SLM's embeddings at t
     python benchmarks/prompt_scale.py --output docs/results/prompt-scale.json
 
 The last norm of the LLMs scales their hidden states from 0.05 to 20. The embeddings of the SLMs have a root mean
-square of 0.02 (GPT-2's initialization) or 0.14 (its released weights). Weights are random. "ratio_default" is the ratio
-with the default initialization of transformers (normal, 0.02).
+square of 0.02 (GPT-2's initialization) or 0.14 (its released weights). Weights are random. "ratio_default" is the
+ratio with the default initialization of transformers (normal, 0.02).
 """
 
 import argparse
