@@ -32,7 +32,8 @@ from modeling_llm2slm.settings import DistillSettings, EncodeSettings
 from modeling_llm2slm.states.encoding import encode
 from modeling_llm2slm.states.store import is_complete
 from modeling_llm2slm.training.distillation import distill
-from modeling_llm2slm.training.training import load_recipe, train
+from modeling_llm2slm.training.recipe import load_recipe
+from modeling_llm2slm.training.run import train
 
 
 ROOT = Path(__file__).parents[1]
@@ -266,7 +267,7 @@ class Experiment:
         if "ctranslate2" in row:
             return CTranslate2TextToText(self.model(pair, row["ctranslate2"]), folder)
         if "openvino" in row and not folder.exists():
-            export(self.model(pair, row["openvino"]), folder, runtime="openvino", weights="int8")
+            export(self.model(pair, row["openvino"]), folder, engine="openvino", weights="int8")
         return TextToText.from_pretrained(folder)
 
 

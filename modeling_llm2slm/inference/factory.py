@@ -26,7 +26,7 @@ TOKENIZER_ARGUMENTS = (*HUB_ARGUMENTS, "revision", "subfolder", "trust_remote_co
 
 
 def build_from_pretrained(model_class: Any, llm: Any, slm: Any, **kwargs: Any) -> Any:
-    """Build a model of a class from two places, see [`LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained`]."""
+    """See [`LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained`], whose class is `model_class`."""
     config_fields = LLM2SLMConfig.own_fields()
     config_kwargs = {key: kwargs.pop(key) for key in config_fields & kwargs.keys()}
     encoder_kwargs, decoder_kwargs = (pop_prefixed(kwargs, prefix) for prefix in ("encoder_", "decoder_"))

@@ -1,6 +1,7 @@
 """The model card of an LLM-to-SLM model, written from its config, its training report and its evaluations."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from ..data.records import without_secrets
 from ..fusion_llm2slm import fusion_of
-from ..inference.parts import count_parameters, decoding_modules
+from .parts import count_parameters, decoding_modules
 
 
 MARK = "<!-- Written again on every save. Delete this line to keep your own text. -->"
@@ -20,25 +21,12 @@ METRICS = {"bleu": "BLEU", "chrf": "chrF", "rouge1": "ROUGE-1", "rouge2": "ROUGE
 SCORE_TYPES = {"bleu": "sacrebleu", "rouge1": "rouge", "rouge2": "rouge", "rougeL": "rouge"}
 
 
-def model_card(
-    model: Any,
-    name: str,
-    *,
-    language: str | Sequence[str] | None = None,
-    license: str | None = None,
-    datasets: Sequence[str] | None = None,
-    tags: Iterable[str] | None = None,
-    pipeline_tag: str = "text-generation",
-    training: Mapping[str, Any] | None = None,
-    evaluations: Sequence[Mapping[str, Any]] = (),
-    compared: Sequence[Mapping[str, Any]] = (),
-) -> ModelCard:
+@dataclass(frozen=True, kw_only=True)
+class CardDetails:
     """
-    Return the card of a model, ready to publish.
+    What a card says beyond the model's config.
 
     Args:
-        model ([`LLM2SLMForConditionalGeneration`]): The model.
-        name (`str`): Its repository or folder, which the snippet loads.
         language (`str` or `list[str]`, *optional*): Codes of the languages of prompts and outputs, such as `"de"`.
         license (`str`, *optional*): Its licence. Default: that of LLM and SLM, if they have the same.
         datasets (`list[str]`, *optional*): Its training data. Default: the data that `training` names.
@@ -47,11 +35,33 @@ def model_card(
         training (`dict`, *optional*): The report of `llm2slm train` (`training.json`).
         evaluations (`list[dict]`, *optional*): Results of `llm2slm evaluate` for this model, for the model index.
         compared (`list[dict]`, *optional*): Results for other models, such as the LLM alone, for the table of times.
+    """
+
+    language: str | Sequence[str] | None = None
+    license: str | None = None
+    datasets: Sequence[str] | None = None
+    tags: Iterable[str] | None = None
+    pipeline_tag: str = "text-generation"
+    training: Mapping[str, Any] | None = None
+    evaluations: Sequence[Mapping[str, Any]] = ()
+    compared: Sequence[Mapping[str, Any]] = ()
+
+
+def model_card(model: Any, name: str, details: CardDetails | None = None) -> ModelCard:
+    """
+    Return the card of a model, ready to publish.
+
+    Args:
+        model ([`LLM2SLMForConditionalGeneration`]): The model.
+        name (`str`): Its repository or folder, which the snippet loads.
+        details ([`CardDetails`], *optional*): Scores, training, licence and the like.
 
     Returns:
         [`~huggingface_hub.ModelCard`]: The card, with metadata for the Hub.
     """
-    recipe = dict((training or {}).get("recipe", {}))
+    details = details or CardDetails()
+    recipe = dict((details.training or {}).get("recipe", {}))
+    datasets, license, language = details.datasets, details.license, details.language
     if datasets is None:
         datasets = [recipe["train_data"]] if recipe.get("train_data") else []
     sources = {"LLM": model.config.llm_source, "SLM": model.config.slm_source}
@@ -62,13 +72,13 @@ def model_card(
         language=[language] if isinstance(language, str) else list(language or []) or None,
         license=license,
         library_name="transformers",
-        pipeline_tag=pipeline_tag,
-        tags=["llm2slm", "custom_code", *(tags or [])],
+        pipeline_tag=details.pipeline_tag,
+        tags=["llm2slm", "custom_code", *(details.tags or [])],
         base_model=[where for source in sources.values() if (where := _repository(source))] or None,
         base_model_relation="finetune",
         datasets=[dataset.partition(":")[0] for dataset in datasets if not Path(dataset).suffix] or None,
         model_name=name.rpartition("/")[2] or "llm2slm",
-        eval_results=_results(evaluations) or None,
+        eval_results=_results(details.evaluations) or None,
     )
     sections = [
         f"# {data.model_name}",
@@ -76,21 +86,21 @@ def model_card(
         _snippet(name, getattr(model.config.decoder, "max_position_embeddings", None)),
         _parts(model, sources, licenses),
         _languages(data.language),
-        _training(recipe, training, datasets),
-        _scores(evaluations),
-        _times([*evaluations, *compared]),
+        _training(recipe, details.training, datasets),
+        _scores(details.evaluations),
+        _times([*details.evaluations, *details.compared]),
         f"The method is by [Bergner et al., arXiv 2402.16844]({PAPER}).",
     ]
     body = "\n\n".join(section for section in sections if section)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{MARK}\n\n{body}\n")
 
 
-def write_model_card(model: Any, folder: Path, earlier: Path, **details: Any) -> None:
+def write_model_card(model: Any, folder: Path, earlier: Path, name: str, **details: Any) -> None:
     """Write the card into `folder`, unless somebody wrote their own card into the `earlier` folder."""
     card = earlier / "README.md"
     if card.is_file() and is_by_hand(card.read_text(encoding="utf-8", errors="replace")):
         return
-    (folder / "README.md").write_text(str(model_card(model, **details)), encoding="utf-8")
+    (folder / "README.md").write_text(str(model_card(model, name, CardDetails(**details))), encoding="utf-8")
 
 
 def has_card_by_hand(repo_id: str, token: Any = None) -> bool:
@@ -253,4 +263,4 @@ def _times(evaluations: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*lines, "", "Measured one prompt at a time, from text to text."])
 
 
-__all__ = ["model_card"]
+__all__ = ["CardDetails", "model_card"]

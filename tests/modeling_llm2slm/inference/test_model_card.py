@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
-from modeling_llm2slm.inference.model_card import MARK, model_card, write_model_card
+from modeling_llm2slm.inference.model_card import MARK, CardDetails, model_card, write_model_card
 from tests.support.common import build_model, build_parts
 
 
@@ -52,10 +52,11 @@ def model() -> LLM2SLMForConditionalGeneration:
 
 @pytest.fixture
 def card(model) -> ModelCard:
-    return model_card(
-        model, "user/translator", language=["en", "de"], license="apache-2.0", pipeline_tag="translation",
-        training=TRAINING, evaluations=[EVALUATION], compared=[LLM], tags=["mine"],
+    details = CardDetails(
+        language=["en", "de"], license="apache-2.0", pipeline_tag="translation", training=TRAINING,
+        evaluations=[EVALUATION], compared=[LLM], tags=["mine"],
     )  # fmt: skip
+    return model_card(model, "user/translator", details)
 
 
 def test_the_metadata_is_what_the_hub_reads(card, tmp_path):
@@ -94,7 +95,7 @@ def test_the_text_holds_parts_training_scores_and_times(card):
 
 def test_no_token_is_published(model):
     recipe = {**TRAINING["recipe"], "hub_token": "hf_secret", "push_to_hub_token": "hf_secret"}  # of an old report
-    text = model_card(model, "model", training={**TRAINING, "recipe": recipe}).text
+    text = model_card(model, "model", CardDetails(training={**TRAINING, "recipe": recipe})).text
     assert "max_steps: 9" in text
     assert "token:" not in text
     assert "hf_secret" not in text
