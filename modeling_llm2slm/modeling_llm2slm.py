@@ -298,10 +298,10 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """Shift targets `(B, M)` right behind the start token; -100 becomes the pad id."""
-        start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
+        config: Any = self.config  # which has set both ids
         shifted = labels.roll(1, dims=-1)
-        shifted[:, 0] = start  # type: ignore[assignment] - the config has set both
-        return shifted.masked_fill(shifted == -100, pad)  # type: ignore[arg-type]
+        shifted[:, 0] = config.decoder_start_token_id
+        return shifted.masked_fill(shifted == -100, config.pad_token_id)
 
     @can_return_tuple
     def forward(

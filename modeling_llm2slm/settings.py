@@ -125,7 +125,7 @@ class LoadSettings(Settings):
 class BuildSettings(Settings):
     """How an LLM and an SLM become a new LLM-to-SLM checkpoint."""
 
-    llm_tokenizer: str | None = option(None, "Tokenizer of the LLM. Default: the one beside it.", panel=MODEL)
+    llm_tokenizer: str | None = option(None, "Tokenizer of the LLM. Default: its own.", panel=MODEL)
     slm_tokenizer: str | None = option(
         None, "Tokenizer of the SLM. Default: its own; for a config file, the LLM's.", panel=MODEL
     )

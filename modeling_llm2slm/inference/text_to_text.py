@@ -523,7 +523,7 @@ class DataCollatorForTargets:
     Pads batches for a decoder-only model so that it computes logits for targets only, which saves most of the work on
     short texts.
 
-    Padding goes on the left, so that all targets of a batch end together, and `logits_to_keep` counts back from there.
+    The left side is padded, so that all targets of a batch end together, and `logits_to_keep` counts back from there.
 
     Args:
         tokenizer: The tokenizer that pads.

@@ -73,8 +73,9 @@ def ia3_config(model: "LLM2SLMForConditionalGeneration", **overrides: Any) -> "I
     family = model.config.decoder.model_type
     defaults = _defaults(model)
     # Layer by layer: peft 0.21 cannot merge IA3 together with a saved module that has layers inside.
-    linears = [f"projector.{name}" for name in model.encoder.projector.names]
-    defaults["modules_to_save"] = [*linears, *defaults["modules_to_save"][1:]]
+    encoder: Any = model.encoder
+    linears = [f"projector.{name}" for name in encoder.projector.names]
+    defaults["modules_to_save"] = [*linears, *(name for name in encoder.new_modules() if name != "projector")]
     if "target_modules" not in overrides:
         if family not in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Invariants over drawn models, prompts and padding: what may not change whatever the sizes are."""
+"""Invariants over random models, prompts and padding: what may not change whatever the sizes are."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def slm_config(draw: Any, vocab_size: int) -> Any:
 
 @st.composite
 def cases(draw: Any) -> Case:
-    """A pair of drawn kinds, sizes, vocabularies, tying, fusion and layer; prompts of drawn lengths and padding."""
+    """A pair of random kinds, sizes, vocabularies, tying, fusion and layer; prompts of random lengths and padding."""
     shared = draw(st.booleans())
     vocab_size = draw(st.integers(20, 60))
     llm = llm_config(draw, vocab_size)

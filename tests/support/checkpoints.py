@@ -30,7 +30,7 @@ WORDS = (
 )
 PAIRS = [{"prompt": " ".join(words), "target": " ".join(reversed(words))} for words in WORDS]
 PROMPTS = [pair["prompt"] for pair in PAIRS]
-ANSWERS = [pair["target"] for pair in PAIRS]
+TARGETS = [pair["target"] for pair in PAIRS]
 
 
 def write_pairs(path: Path, pairs: Sequence[dict[str, Any]] = PAIRS) -> str:

@@ -303,8 +303,8 @@ def reference_sample(parts: Parts, prompts: Sequence[Sequence[int]], length: int
     sequences: list[list[int]] = [[] for _ in prompts]
     for _ in range(length):
         logits = [reference_logits(parts, *row)[-1] for row in zip(prompts, sequences, strict=True)]
-        drawn = torch.multinomial(torch.stack(logits).softmax(-1), 1)[:, 0].tolist()
-        for sequence, token in zip(sequences, drawn, strict=True):
+        sampled = torch.multinomial(torch.stack(logits).softmax(-1), 1)[:, 0].tolist()
+        for sequence, token in zip(sequences, sampled, strict=True):
             sequence.append(END if sequence[-1:] == [END] else token)  # the end token pads, too
         if all(sequence[-1] == END for sequence in sequences):
             break
@@ -395,7 +395,7 @@ def slm_tokenizer() -> PreTrainedTokenizerFast:
 def apart(function: Callable[..., Any], *args: Any) -> Any:
     """
     Calls a function of a test module in a process of its own. Workers of a DataLoader are forks, and a test process
-    with the threads of several runtimes does not always survive them.
+    with the threads of several engines does not always survive them.
     """
     with tempfile.TemporaryDirectory() as folder:
         call, outcome = Path(folder, "call"), Path(folder, "outcome")
@@ -407,7 +407,7 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
     return found
 
 
-def _answer(call: Path, outcome: Path) -> None:
+def _run_call(call: Path, outcome: Path) -> None:
     function, args = pickle.loads(call.read_bytes())
     try:
         found = function(*args)
@@ -417,4 +417,4 @@ def _answer(call: Path, outcome: Path) -> None:
 
 
 if __name__ == "__main__":
-    _answer(*map(Path, sys.argv[1:]))
+    _run_call(*map(Path, sys.argv[1:]))

@@ -91,7 +91,7 @@ def test_generate_uses_it(slm: str) -> None:
     assert {type(layer) for layer in output.past_key_values.self_attention_cache.layers} == {ReservingLayer}
 
 
-def test_a_static_cache_shorter_than_prompt_and_answer() -> None:
+def test_a_static_cache_shorter_than_prompt_and_output() -> None:
     """If every layer has a sliding window (Mistral), the cache has its length."""
     torch.manual_seed(0)
     slm = MistralForCausalLM(MistralConfig(**families.GPT, **families.GROUPED, sliding_window=8)).eval()
