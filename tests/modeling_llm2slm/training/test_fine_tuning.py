@@ -135,7 +135,7 @@ class TestStoredStates:
         recipe["llm_states"] = str(tmp_path / "states")
         with pytest.raises(ValueError, match=r"pairs\.jsonl: row 6 is not in .*states.* There are 2 bad rows: 6, 7\."):
             train(recipe)
-        with pytest.raises(ValueError, match="without an LLM beside it"):
+        with pytest.raises(ValueError, match="only LLM-to-SLM models take hidden states"):
             train({**recipe, "model": write_checkpoint("slm", tmp_path)})
         with pytest.raises(FileNotFoundError, match="is not a store of hidden states"):
             train({**recipe, "llm_states": str(tmp_path)})
