@@ -400,7 +400,8 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         call, outcome = Path(folder, "call"), Path(folder, "outcome")
         call.write_bytes(pickle.dumps((function, args)))
-        subprocess.run([sys.executable, __file__, call, outcome], check=True)
+        command = [sys.executable, "-m", "tests.support.common", call, outcome]
+        subprocess.run(command, cwd=Path(__file__).parents[2], check=True)
         found = pickle.loads(outcome.read_bytes())
     if isinstance(found, Exception):
         raise found
