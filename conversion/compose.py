@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, set_seed
 
-from modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from modeling_llm2slm.checkpoint_llm2slm import LLM_PREFIX
+from modeling_llm2slm.inference.factory import are_same_tokenizer
 from modeling_llm2slm.inference.loading import load, load_model, one_sentence
+from modeling_llm2slm.inference.model import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from modeling_llm2slm.parts_llm2slm import llm_class, slm_class
-from modeling_llm2slm.processing_llm2slm import are_same_tokenizer
 from modeling_llm2slm.settings import BuildSettings
 
 from .build import check_part, new_processor, with_overrides

@@ -59,4 +59,4 @@ def main(output: str = "runs/speed_up", limit: int = 8000, epochs: float = 6) ->
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main(sys.argv[1] if len(sys.argv) > 1 else "runs/speed_up")

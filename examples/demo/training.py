@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, loggin
 
 from examples.demo import DATA, HERE, LLM
 from modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
-from modeling_llm2slm.files_llm2slm import atomic_write
+from modeling_llm2slm.data.files import atomic_write
 from modeling_llm2slm.training.recipe import load_recipe
 from modeling_llm2slm.training.run import train
 
@@ -20,7 +20,7 @@ def train_side_by_side(folders: dict[str, Path], threads: int) -> None:
     """
     Train models at the same time, each in a process of its own.
 
-    Two processes with one thread each use two cores as well as one process with two threads would. Beside other load
+    Two processes with one thread each use two cores as well as one process with two threads would. On a busy machine
     they are several times faster: threads of one process wait for each other at each of many small operations.
 
     Args:
@@ -53,7 +53,7 @@ def build(folder: Path, with_llm: bool) -> None:
     model, processor = slm, tokenizer
     if with_llm:
         model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(
-            LLM,
+            str(LLM),
             decoder_model=slm,
             fusion="add",
             shared_tokenizer=True,

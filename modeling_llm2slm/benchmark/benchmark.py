@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from ..data.files import atomic_write
 from ..data.records import write_json
 from ..evaluation.timing import Timing, median_timing, time_in_turns
-from ..files_llm2slm import atomic_write, weight_files
+from ..files_llm2slm import weight_files
 from ..inference.engine import BenchmarkModels
 from ..settings import BenchmarkSettings
 from ..states.fingerprints import checkpoint_fingerprint

@@ -10,7 +10,7 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedToke
 
 from ..conversion.build import preset_config
 from ..inference.engine import BenchmarkModels
-from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
+from ..inference.model import LLM2SLMForConditionalGeneration
 from ..parts_llm2slm import slm_class
 
 

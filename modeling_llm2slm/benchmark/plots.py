@@ -40,7 +40,7 @@ def _plot(
     cells = _series(cells, axis)
     if len(cells) < 2:
         return None
-    with drawn(file) as axes:
+    with drawing(file) as axes:
         for name in dict.fromkeys(name for cell in cells for name in cell["results"]):
             points = [(cell[axis], value(cell, cell["results"][name])) for cell in cells if name in cell["results"]]
             if len(points) > 1:
@@ -52,7 +52,7 @@ def _plot(
 
 
 @contextmanager
-def drawn(file: Path) -> Iterator[Any]:
+def drawing(file: Path) -> Iterator[Any]:
     """Yield axes to draw on, and write them to an SVG file. The same plot gives the same file."""
     import matplotlib
 

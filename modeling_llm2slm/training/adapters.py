@@ -73,8 +73,9 @@ def ia3_config(model: "LLM2SLMForConditionalGeneration", **overrides: Any) -> "I
     family = model.config.decoder.model_type
     defaults = _defaults(model)
     # Layer by layer: peft 0.21 cannot merge IA3 together with a saved module that has layers inside.
-    linears = [f"projector.{name}" for name in model.encoder.projector.names]
-    defaults["modules_to_save"] = [*linears, *defaults["modules_to_save"][1:]]
+    encoder: Any = model.encoder
+    linears = [f"projector.{name}" for name in encoder.projector.names]
+    defaults["modules_to_save"] = [*linears, *(name for name in encoder.new_modules() if name != "projector")]
     if "target_modules" not in overrides:
         if family not in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
             raise ValueError(
@@ -87,11 +88,10 @@ def ia3_config(model: "LLM2SLMForConditionalGeneration", **overrides: Any) -> "I
 
 
 def _defaults(model: "LLM2SLMForConditionalGeneration") -> dict[str, Any]:
-    has_embedding = model.encoder.prompt_embedding is not None
     return {
         "task_type": "SEQ_2_SEQ_LM",
         "fan_in_fan_out": any(isinstance(module, Conv1D) for module in model.decoder.modules()),  # GPT-2's
-        "modules_to_save": ["projector", "prompt_embedding"] if has_embedding else ["projector"],
+        "modules_to_save": list(model.encoder.new_modules()),
     }
 
 

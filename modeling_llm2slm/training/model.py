@@ -8,8 +8,9 @@ from typing import Any
 
 from transformers import Seq2SeqTrainer
 
-from ..checkpoint_llm2slm import describe_source, lean_source
 from ..engines.quantization import quantize_llm
+from ..inference.factory import describe_source
+from ..inference.saving import lean_source
 from ..inference.text_to_text import TextToText
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..states.store import StateStore

@@ -342,14 +342,14 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 
 def with_current_names(recipe: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return a recipe whose names are in snake_case, with the current names of renamed fields."""
+    """Return a recipe whose names are in snake_case and up to date, and whose paths are texts, as in a file."""
     current: dict[str, Any] = {}
     for name, value in recipe.items():
         key = str(name).replace("-", "_")
         key = FORMER_NAMES.get(key, key)
         if key in current:
             raise ValueError(f"The recipe sets {key} twice, under two spellings or names: leave out one of the two.")
-        current[key] = value
+        current[key] = os.fspath(value) if isinstance(value, os.PathLike) else value
     return current
 
 
@@ -424,9 +424,9 @@ def _expanded(value: Any) -> Any:
     """Return a value with environment variables expanded, in texts and lists of texts."""
     if isinstance(value, list):
         return [_expanded(entry) for entry in value]
-    if not isinstance(value, str | os.PathLike):
+    if not isinstance(value, str):
         return value
-    text = os.path.expandvars(os.fspath(value))
+    text = os.path.expandvars(value)
     if "${" in text:
         name = text.partition("${")[2].partition("}")[0]
         raise ValueError(f"The recipe uses the environment variable {name}, which is not set.")

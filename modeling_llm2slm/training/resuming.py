@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import Seq2SeqTrainingArguments
 
+from ..data.files import check_replaceable, remove_unfinished
 from ..data.records import write_json
-from ..files_llm2slm import check_replaceable, remove_unfinished
 from .batches import effective_batch_size
 from .recipe import Recipe
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers import Seq2SeqTrainingArguments, set_seed
 
-from ..checkpoint_llm2slm import check_not_replaced
+from ..data.files import atomic_write
 from ..data.records import versions, without_secrets
-from ..files_llm2slm import atomic_write
+from ..inference.saving import check_not_replaced
 from ..inference.text_to_text import TextToText
 from .callbacks import ProgressLines, progress_lines
 from .features import training_data

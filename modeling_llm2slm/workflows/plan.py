@@ -17,9 +17,9 @@ from ..conversion.build import preset_config
 from ..data.loading import load_prompts
 from ..evaluation.timing import seconds_of, time_in_turns
 from ..inference.loading import load
+from ..inference.model import LLM2SLMForConditionalGeneration
 from ..inference.parts import count_parameters, decoding_modules
 from ..inference.text_to_text import TextToText
-from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..parts_llm2slm import slm_class
 from ..settings import PlanSettings
 from ..training.memory import TrainingSetup, generation_memory, training_memory

@@ -15,14 +15,14 @@ from typing import Any
 import yaml
 from transformers import AutoConfig, AutoTokenizer
 
-from ..configuration_llm2slm import LLM2SLMConfig, check_encoder_decoder_length
+from ..configuration_llm2slm import LLM2SLMConfig, check_length
 from ..conversion.build import build, part_config
 from ..data.bad_rows import check_any_left, report_bad_rows
+from ..data.files import atomic_write, remove_unfinished
 from ..data.formats import parse_lines
 from ..data.loading import ROW, load_rows
 from ..data.records import without_secrets, write_json
 from ..evaluation.agreement import compare
-from ..files_llm2slm import atomic_write, remove_unfinished
 from ..inference.loading import load
 from ..inference.text_to_text import TextToText
 from ..settings import BuildSettings, DistillSettings, EncodeSettings, EvaluateSettings, SpeedupSettings
@@ -238,7 +238,7 @@ class Speedup:
             for number, prompt in zip(batch[ROW], ids, strict=True):
                 length = len(prompt) if longest is None else min(len(prompt), longest)
                 try:
-                    check_encoder_decoder_length(self.config.encoder, length, settings.max_new_tokens)
+                    check_length(self.config.encoder, length, settings.max_new_tokens)
                     self.config.check_length(length, settings.max_new_tokens)
                 except ValueError as error:
                     bad[number] = f"row {number}: {str(error).removesuffix('.')}"

@@ -85,7 +85,7 @@ def test_damaged_input_is_refused(conversion, damage, copy, capfd):
 
 
 @pytest.mark.parametrize("conversion", CONVERSIONS)
-def test_a_full_disk_leaves_nothing(conversion, copy, capfd):
+def test_a_full_disk_leaves_no_files(conversion, copy, capfd):
     before = set(copy.rglob("*"))
     with full_disk():
         status = convert(conversion)
@@ -93,7 +93,7 @@ def test_a_full_disk_leaves_nothing(conversion, copy, capfd):
 
 
 @pytest.mark.parametrize("conversion", CONVERSIONS)
-def test_what_is_there_is_replaced_only_on_request(conversion, copy, capfd):
+def test_existing_files_are_replaced_only_on_request(conversion, copy, capfd):
     (copy / "output").mkdir()
     (copy / "output" / "mine").touch()
     before = set(copy.rglob("*"))

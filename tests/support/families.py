@@ -185,7 +185,7 @@ SLMS = {
     ),
 }
 
-# Of these transformers' own answers are others with a static cache.
+# transformers generates other outputs for these with a static cache.
 NO_STATIC_CACHE = ("gpt_neo",)
 
 T5_SIZES: dict[str, Any] = {**T5, "num_layers": 3, "num_decoder_layers": 1, "pad_token_id": PAD}

@@ -42,7 +42,7 @@ def test_every_cell_has_every_contestant(measured: tuple[Path, dict[str, Any]]) 
 
 
 def test_a_cell_has_the_keys_of_the_published_results(measured: tuple[Path, dict[str, Any]]) -> None:
-    for name in ("benchmark.json", "benchmark-runtimes.json"):
+    for name in ("benchmark.json", "benchmark-engines.json"):
         published = json.loads((RESULTS / name).read_text())
         for cell in published["cells"].values():
             assert cell.keys() == next(iter(measured[1]["cells"].values())).keys()

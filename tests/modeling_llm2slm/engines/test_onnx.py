@@ -10,7 +10,7 @@ from tests.support.exports import KINDS, check_continuation, check_strategies, c
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("slm", "fusion"), KINDS)
-def test_onnx_runtime_gives_the_tokens_of_pytorch(tmp_path_factory, slm, fusion) -> None:
+def test_onnxruntime_gives_the_tokens_of_pytorch(tmp_path_factory, slm, fusion) -> None:
     pair = pair_of(tmp_path_factory, slm, fusion, "onnx")
     check_strategies(pair)
     assert pair.exported.details["engine"] == "onnx"

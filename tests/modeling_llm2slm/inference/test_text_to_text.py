@@ -10,7 +10,7 @@ import torch
 from transformers import DataCollatorForSeq2Seq, GPT2LMHeadModel, ViTConfig, ViTModel
 
 from modeling_llm2slm.inference.text_to_text import DecoderOnlyTextToText, LLM2SLMTextToText, TextToText
-from tests.support.checkpoints import ANSWERS, KINDS, PROMPTS
+from tests.support.checkpoints import KINDS, PROMPTS, TARGETS
 from tests.support.common import gpt2_config, slm_tokenizer
 
 
@@ -23,10 +23,10 @@ def text_to_text(request, checkpoints):
 
 
 def test_features_end_a_target_once_and_are_not_padded(text_to_text):
-    features = text_to_text.features(PROMPTS, ANSWERS)
+    features = text_to_text.features(PROMPTS, TARGETS)
     assert sorted(features) == ["attention_mask", "input_ids", "labels"]
     for ids, mask, labels, target in zip(
-        *(features[name] for name in ("input_ids", "attention_mask", "labels")), ANSWERS, strict=True
+        *(features[name] for name in ("input_ids", "attention_mask", "labels")), TARGETS, strict=True
     ):
         assert mask == [1] * len(ids)
         kept = [label for label in labels if label != -100]
@@ -92,7 +92,7 @@ def test_a_saved_model_generates_as_before(text_to_text, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_long_texts_are_truncated_with_a_warning_and_still_end(checkpoints, kind, caplog):
     limited = TextToText.from_pretrained(checkpoints[kind], prompt_max_length=3, target_max_length=3)
-    features = limited.features(PROMPTS[:1], ANSWERS[:1])
+    features = limited.features(PROMPTS[:1], TARGETS[:1])
     labels = [label for label in features["labels"][0] if label != -100]
     assert len(labels) == 3
     assert labels[-1] == END
@@ -139,7 +139,7 @@ class TestDecoderOnly:
         assert features["labels"] == [[-100, -100, -100, three, END]]
 
     def test_logits_of_targets_give_the_loss_and_gradients_of_whole_sequences(self, slm):
-        features = slm.features(PROMPTS, ANSWERS)
+        features = slm.features(PROMPTS, TARGETS)
         rows = [{name: features[name][row] for name in features} for row in range(len(PROMPTS))]
         short, whole = slm.collator(rows), DataCollatorForSeq2Seq(slm.tokenizer)(rows)
         assert short["logits_to_keep"] == 1 + 7

@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForSeq2SeqLM
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
-from modeling_llm2slm.checkpoint_llm2slm import describe_source
 from modeling_llm2slm.conversion.build import build
+from modeling_llm2slm.inference.factory import describe_source
 from modeling_llm2slm.states.encoding import encode
 from tests.support.checkpoints import write_checkpoint, write_pairs, write_parts
 from tests.support.common import PROMPTS, build_model, make_labels, pad_prompts

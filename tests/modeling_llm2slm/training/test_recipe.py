@@ -168,6 +168,10 @@ class TestRecipe:
         )
         assert (ours.model, arguments.output_dir) == ("/some where/m", "/some where/o")
 
+    def test_paths_are_taken_as_texts(self):
+        ours, arguments = parse_recipe({**NEEDED, "model": Path("a/m"), "output_dir": Path("a/o")})
+        assert (ours.model, arguments.output_dir) == ("a/m", "a/o")
+
     @pytest.mark.parametrize(
         ("capability", "settings", "expected"),
         [

@@ -13,7 +13,7 @@ from modeling_llm2slm import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.training import trainer
 from modeling_llm2slm.training.run import train
-from tests.support.checkpoints import ANSWERS, KINDS, PAIRS, PROMPTS
+from tests.support.checkpoints import KINDS, PAIRS, PROMPTS, TARGETS
 from tests.support.common import same_tensors
 from tests.support.training import weights
 
@@ -44,7 +44,7 @@ def test_every_kind_of_model_learns_its_targets(recipe, checkpoints, kind):
     trained = TextToText.from_pretrained(recipe["output_dir"])
     assert trained.model.config.use_cache
     outputs = trained.generate(PROMPTS, max_new_tokens=8)
-    assert sum(a == b for a, b in zip(outputs, ANSWERS, strict=True)) / len(PAIRS) * 100 == report["best_metric"]
+    assert sum(a == b for a, b in zip(outputs, TARGETS, strict=True)) / len(PAIRS) * 100 == report["best_metric"]
     after = weights(recipe["output_dir"])
     frozen = {name for name in before if name.startswith("encoder.llm.")} if kind == "llm2slm" else set()
     assert {name for name in before if torch.equal(before[name], after[name])} == frozen

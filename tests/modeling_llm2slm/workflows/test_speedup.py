@@ -201,7 +201,7 @@ def test_prompts_beyond_the_max_positions_of_the_llm_are_skipped(
     caplog.clear()
     encode(tmp_path / "out" / "start", both, states, EncodeSettings(skip_bad_rows=True))
     assert "long.txt: 1 bad row was skipped: 2." in caplog.text
-    with pytest.raises(ValueError, match="answer up to 70"):
+    with pytest.raises(ValueError, match="output up to 70"):
         distill(llm, prompts, tmp_path / "all.jsonl", replace(distillation, max_new_tokens=70))
 
 

@@ -1,19 +1,7 @@
-# Copyright 2026 The modeling-llm2slm authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-"""The model card: what a saved LLM-to-SLM model says of itself, from its config, its training and its evaluation."""
+"""The model card of an LLM-to-SLM model, written from its config, its training report and its evaluations."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,48 +9,59 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_fr
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..data.records import without_secrets
+from ..fusion_llm2slm import fusion_of
+from .parts import count_parameters, decoding_modules
 
 
-MARK = "<!-- Written anew on every save. Delete this line to keep your own text. -->"
-# What transformers writes where there is no card: nobody's own words.
+MARK = "<!-- Written again on every save. Delete this line to keep your own text. -->"
+# transformers writes this into the cards that it generates.
 GENERIC = "This model card has been automatically generated"
 PAPER = "https://arxiv.org/abs/2402.16844"
 METRICS = {"bleu": "BLEU", "chrf": "chrF", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
 SCORE_TYPES = {"bleu": "sacrebleu", "rouge1": "rouge", "rouge2": "rouge", "rougeL": "rouge"}
 
 
-def model_card(
-    model: Any,
-    name: str,
-    *,
-    language: str | Sequence[str] | None = None,
-    license: str | None = None,
-    datasets: Sequence[str] | None = None,
-    tags: Iterable[str] | None = None,
-    pipeline_tag: str = "text-generation",
-    training: Mapping[str, Any] | None = None,
-    evaluations: Sequence[Mapping[str, Any]] = (),
-    compared: Sequence[Mapping[str, Any]] = (),
-) -> ModelCard:
+@dataclass(frozen=True, kw_only=True)
+class CardDetails:
     """
-    The card of a model, complete enough to publish.
+    What a card says beyond the model's config.
+
+    Args:
+        language (`str` or `list[str]`, *optional*): Codes of the languages of prompts and outputs, such as `"de"`.
+        license (`str`, *optional*): Its licence. Default: that of LLM and SLM, if they have the same.
+        datasets (`list[str]`, *optional*): Its training data. Default: the data that `training` names.
+        tags (`list[str]`, *optional*): Further tags.
+        pipeline_tag (`str`, *optional*, defaults to `"text-generation"`): The task, as the Hub calls it.
+        training (`dict`, *optional*): The report of `llm2slm train` (`training.json`).
+        evaluations (`list[dict]`, *optional*): Results of `llm2slm evaluate` for this model, for the model index.
+        compared (`list[dict]`, *optional*): Results for other models, such as the LLM alone, for the table of times.
+    """
+
+    language: str | Sequence[str] | None = None
+    license: str | None = None
+    datasets: Sequence[str] | None = None
+    tags: Iterable[str] | None = None
+    pipeline_tag: str = "text-generation"
+    training: Mapping[str, Any] | None = None
+    evaluations: Sequence[Mapping[str, Any]] = ()
+    compared: Sequence[Mapping[str, Any]] = ()
+
+
+def model_card(model: Any, name: str, details: CardDetails | None = None) -> ModelCard:
+    """
+    Return the card of a model, ready to publish.
 
     Args:
         model ([`LLM2SLMForConditionalGeneration`]): The model.
-        name (`str`): Its repository, or its folder; what the snippet loads.
-        language (`str` or `list[str]`, *optional*): Codes of the languages it reads and writes, such as `"de"`.
-        license (`str`, *optional*): Its licence; defaults to that of LLM and SLM where both have the same.
-        datasets (`list[str]`, *optional*): What it was trained on; defaults to what `training` names.
-        tags (`list[str]`, *optional*): Further tags.
-        pipeline_tag (`str`, *optional*, defaults to `"text-generation"`): The task, as the Hub calls it.
-        training (`dict`, *optional*): The report that `llm2slm train` leaves in `training.json`.
-        evaluations (`list[dict]`, *optional*): Results of `llm2slm evaluate` of this model: the model index.
-        compared (`list[dict]`, *optional*): Results of others, such as the LLM alone, for the table of times.
+        name (`str`): Its repository or folder, which the snippet loads.
+        details ([`CardDetails`], *optional*): Scores, training, licence and the like.
 
     Returns:
-        [`~huggingface_hub.ModelCard`]: with `data` that the Hub understands.
+        [`~huggingface_hub.ModelCard`]: The card, with metadata for the Hub.
     """
-    recipe = dict((training or {}).get("recipe", {}))
+    details = details or CardDetails()
+    recipe = dict((details.training or {}).get("recipe", {}))
+    datasets, license, language = details.datasets, details.license, details.language
     if datasets is None:
         datasets = [recipe["train_data"]] if recipe.get("train_data") else []
     sources = {"LLM": model.config.llm_source, "SLM": model.config.slm_source}
@@ -73,13 +72,13 @@ def model_card(
         language=[language] if isinstance(language, str) else list(language or []) or None,
         license=license,
         library_name="transformers",
-        pipeline_tag=pipeline_tag,
-        tags=["llm2slm", "custom_code", *(tags or [])],
+        pipeline_tag=details.pipeline_tag,
+        tags=["llm2slm", "custom_code", *(details.tags or [])],
         base_model=[where for source in sources.values() if (where := _repository(source))] or None,
         base_model_relation="finetune",
         datasets=[dataset.partition(":")[0] for dataset in datasets if not Path(dataset).suffix] or None,
         model_name=name.rpartition("/")[2] or "llm2slm",
-        eval_results=_results(evaluations) or None,
+        eval_results=_results(details.evaluations) or None,
     )
     sections = [
         f"# {data.model_name}",
@@ -87,25 +86,25 @@ def model_card(
         _snippet(name, getattr(model.config.decoder, "max_position_embeddings", None)),
         _parts(model, sources, licenses),
         _languages(data.language),
-        _training(recipe, training, datasets),
-        _scores(evaluations),
-        _times([*evaluations, *compared]),
-        f"The method is that of [Bergner et al., arXiv 2402.16844]({PAPER}).",
+        _training(recipe, details.training, datasets),
+        _scores(details.evaluations),
+        _times([*details.evaluations, *details.compared]),
+        f"The method is by [Bergner et al., arXiv 2402.16844]({PAPER}).",
     ]
     body = "\n\n".join(section for section in sections if section)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{MARK}\n\n{body}\n")
 
 
-def write_model_card(model: Any, folder: Path, earlier: Path, **details: Any) -> None:
-    """Write the card into `folder`, unless somebody wrote one of their own into the `earlier` one."""
+def write_model_card(model: Any, folder: Path, earlier: Path, name: str, **details: Any) -> None:
+    """Write the card into `folder`, unless somebody wrote their own card into the `earlier` folder."""
     card = earlier / "README.md"
     if card.is_file() and is_by_hand(card.read_text(encoding="utf-8", errors="replace")):
         return
-    (folder / "README.md").write_text(str(model_card(model, **details)), encoding="utf-8")
+    (folder / "README.md").write_text(str(model_card(model, name, CardDetails(**details))), encoding="utf-8")
 
 
 def has_card_by_hand(repo_id: str, token: Any = None) -> bool:
-    """Whether a repository has a card that was not written here or by transformers."""
+    """Return whether somebody wrote the card of a repository by hand."""
     try:
         return is_by_hand(str(ModelCard.load(repo_id, token=token)))
     except EntryNotFoundError:
@@ -113,7 +112,7 @@ def has_card_by_hand(repo_id: str, token: Any = None) -> bool:
 
 
 def is_by_hand(text: str) -> bool:
-    """Whether somebody wrote a card themselves, or took out the mark of one that was written here."""
+    """Return whether somebody wrote a card by hand, or deleted the mark of a generated one."""
     return bool(text.strip()) and MARK not in text and GENERIC not in text
 
 
@@ -123,7 +122,7 @@ def _repository(source: Mapping[str, Any] | None) -> str | None:
 
 
 def _license_of(source: Mapping[str, Any] | None) -> str | None:
-    """What the card of a part says, if it is on this machine; a save asks no network."""
+    """Return the licence in the card of a part if the card is on this machine; saving uses no network."""
     if not source or not source.get("name_or_path"):
         return None
     repository = _repository(source)
@@ -133,7 +132,7 @@ def _license_of(source: Mapping[str, Any] | None) -> str | None:
         card = Path(cached) if isinstance(cached, str) else Path("/nowhere")
     try:
         return ModelCard.load(card).data.license if card.is_file() else None
-    except Exception:  # a card whose metadata is broken, in any of the ways of YAML
+    except Exception:  # broken metadata, for which YAML has many errors
         return None
 
 
@@ -154,20 +153,16 @@ def _results(evaluations: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
 
 def _what_it_is(model: Any) -> str:
     config = model.config
-    how = {
-        "replace": "reads the projected states of the LLM in place of the prompt",
-        "add": "reads the sum of the projected states of the LLM and an embedding of the prompt",
-    }[config.fusion]
     layer = "" if config.encoder_layer is None else f", cut after layer {config.encoder_layer},"
     return (
         f"An LLM-to-SLM model ([paper]({PAPER})). A large language model ({config.encoder.model_type}){layer} reads "
         f"the prompt once{' and is frozen' if config.freeze_llm else ''}; a small one ({config.decoder.model_type}) "
-        f'{how} (fusion "{config.fusion}") and writes the answer, token by token.'
+        f'{fusion_of(config).description} (fusion "{config.fusion}") and writes the output, token by token.'
     )
 
 
 def _snippet(name: str, positions: int | None) -> str:
-    length = min(64, (positions or 128) // 2)  # prompt and answer share the positions
+    length = min(64, (positions or 128) // 2)  # prompt and output share the positions
     return f"""## How to use
 
 ```python
@@ -182,13 +177,13 @@ tokens = model.generate(**batch, max_new_tokens={length})
 print(processor.batch_decode(tokens, skip_special_tokens=True)[0])
 ```
 
-`trust_remote_code=True` runs the `*_llm2slm.py` files beside this card. With the package `modeling-llm2slm`
-installed and imported it is not needed, and they are not run."""
+`trust_remote_code=True` runs the `*_llm2slm.py` files in this repository. It is not needed, and they are not run, if
+the package `modeling-llm2slm` is installed and imported."""
 
 
 def _parts(model: Any, sources: Mapping[str, Any], licenses: Mapping[str, str | None]) -> str:
-    llm, slm = model.encoder.llm.num_parameters(), model.decoder.num_parameters()
-    between = model.encoder.num_parameters() - llm
+    llm, slm = count_parameters(model.encoder.llm), count_parameters(model.decoder)
+    decoding, between = count_parameters(*decoding_modules(model.decoder)), count_parameters(model.encoder) - llm
     rows = [
         ("LLM", _link(sources["LLM"]), "unchanged" if model.config.freeze_llm else "trained further", llm, "once"),
         ("projector", "new", "trained", between, "once"),
@@ -196,21 +191,21 @@ def _parts(model: Any, sources: Mapping[str, Any], licenses: Mapping[str, str | 
     ]
     lines = "\n".join(f"| {part} | {base} | {how} | {size:,} | {when} |" for part, base, how, size, when in rows)
     notes = "\n".join(
-        f"- {part}: {'its card says `' + license + '`' if license else 'see the licence of the model it comes from'}."
+        f"- {part}: {'its card says `' + license + '`' if license else 'see the licence of its base model'}."
         for part, license in licenses.items()
     )
-    held = "The LLM's weights are not in this repository: they are read from where they come from, and checked.\n\n"
+    held = "The LLM's weights are not in this repository. They are read from the LLM's repository and checked.\n\n"
     return (
         "## Parts\n\n| part | base model | relation | parameters | runs |\n| --- | --- | --- | --: | --- |\n"
-        f"{lines}\n\nWhat decodes has {slm / llm:.3f} times the LLM's parameters.\n\n"
-        f"{held if model.config.lean else ''}Licences of the parts hold for the whole:\n\n{notes}"
+        f"{lines}\n\nThe modules that run for each token have {decoding / llm:.3f} times the LLM's parameters.\n\n"
+        f"{held if model.config.lean else ''}The licences of the parts apply to the whole:\n\n{notes}"
     )
 
 
 def _link(source: Mapping[str, Any] | None) -> str:
     name = _repository(source)
     if name is None:
-        return "a local one" if source else "a new one"
+        return "a local model" if source else "a new model"
     revision = (source or {}).get("revision")
     return f"[{name}](https://huggingface.co/{name})" + (f" at `{revision[:12]}`" if revision else "")
 
@@ -258,14 +253,14 @@ def _times(evaluations: Sequence[Mapping[str, Any]]) -> str:
     timed = [evaluation for evaluation in evaluations if evaluation.get("speed")]
     if not timed:
         return ""
-    lines = ["## Times", "", "| model | ms per answer | ms per token | tokens per answer | device |"]
+    lines = ["## Times", "", "| model | ms per output | ms per token | tokens per output | device |"]
     lines.append("| --- | --: | --: | --: | --- |")
     for evaluation in timed:
         speed = evaluation["speed"]
         device = f"{evaluation.get('device')}, {evaluation.get('threads')} threads, {evaluation.get('dtype')}"
         times = f"{speed['ms_per_output']:.1f} | {speed['ms_per_token']:.2f} | {speed['tokens_per_output']:.1f}"
         lines.append(f"| {Path(str(evaluation.get('model'))).name} | {times} | {device} |")
-    return "\n".join([*lines, "", "One prompt at a time, from text to text."])
+    return "\n".join([*lines, "", "Measured one prompt at a time, from text to text."])
 
 
-__all__ = ["model_card"]
+__all__ = ["CardDetails", "model_card"]

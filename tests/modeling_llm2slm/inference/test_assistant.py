@@ -1,4 +1,4 @@
-"""An LLM-to-SLM model that drafts for its own LLM: the LLM's greedy answer, from one run of its encoder."""
+"""An LLM-to-SLM model that drafts for its own LLM gives the LLM's greedy output and runs its encoder once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SLMS = ("gpt2", "t5", "deep_t5")
 
 @functools.cache
 def whole_llm(family: str = "t5", **overrides: Any) -> Any:
-    """An encoder-decoder with its decoder, whose answers are varied."""
+    """An encoder-decoder with its decoder, whose outputs vary."""
     torch.manual_seed(4)
     config = LLMS[family].config(vocab_size=LLM_VOCAB_SIZE, **overrides)
     config.decoder_start_token_id = PAD
@@ -38,7 +38,7 @@ def whole_llm(family: str = "t5", **overrides: Any) -> Any:
 
 @functools.cache
 def draft_model(llm: Any, slm: str = "t5", teach: bool = True) -> LLM2SLMForConditionalGeneration:
-    """A composite on the encoder of `llm`, with the LLM's vocabulary and start token; it knows the LLM's answers."""
+    """A composite on the encoder of `llm`, with the LLM's vocabulary and start token, trained on the LLM's outputs."""
     torch.manual_seed(6)
     if slm == "gpt2":
         small = GPT2LMHeadModel(gpt2_config(vocab_size=LLM_VOCAB_SIZE, bos_token_id=PAD, eos_token_id=1))
@@ -52,8 +52,8 @@ def draft_model(llm: Any, slm: str = "t5", teach: bool = True) -> LLM2SLMForCond
         encoder_model=encoder, decoder_model=small.eval(), shared_tokenizer=True
     )
     if teach:
-        answers = llm.generate(**pad_prompts(PROMPTS), max_new_tokens=LENGTH, do_sample=False)[:, 1:]
-        learn_by_heart(model, labels=answers.masked_fill(answers == PAD, -100))
+        sequences = llm.generate(**pad_prompts(PROMPTS), max_new_tokens=LENGTH, do_sample=False)[:, 1:]
+        learn_by_heart(model, labels=sequences.masked_fill(sequences == PAD, -100))
     return model
 
 
@@ -61,7 +61,7 @@ def draft_model(llm: Any, slm: str = "t5", teach: bool = True) -> LLM2SLMForCond
 @pytest.mark.parametrize("teach", [True, False], ids=["good", "poor"])
 @pytest.mark.parametrize("slm", SLMS)
 @pytest.mark.parametrize("family", ["t5", "bart"])
-def test_the_answer_is_the_llms_own(family: str, slm: str, teach: bool, padding: str) -> None:
+def test_assisted_output_equals_the_llms_own(family: str, slm: str, teach: bool, padding: str) -> None:
     """Whatever is drafted; and a good draft saves steps of the LLM's decoder."""
     llm = whole_llm(family)
     assistant = draft_model(llm, slm, teach).as_assistant_of(llm)
@@ -71,8 +71,8 @@ def test_the_answer_is_the_llms_own(family: str, slm: str, teach: bool, padding:
         batch = pad_prompts([prompt], padding, extra)
         wanted = llm.generate(**batch, max_new_tokens=LENGTH, do_sample=False)
         with count_calls(llm.get_encoder()) as encoded, count_calls(llm.get_decoder()) as decoded:
-            answer = llm.generate(**batch, max_new_tokens=LENGTH, do_sample=False, assistant_model=assistant)
-        assert answer.tolist() == wanted.tolist()
+            sequence = llm.generate(**batch, max_new_tokens=LENGTH, do_sample=False, assistant_model=assistant)
+        assert sequence.tolist() == wanted.tolist()
         assert len(encoded) == 1
         distinct.add(tuple(wanted[0].tolist()))
         steps, tokens = steps + len(decoded), tokens + wanted.shape[1] - 1
@@ -82,8 +82,8 @@ def test_the_answer_is_the_llms_own(family: str, slm: str, teach: bool, padding:
 
 
 @pytest.mark.parametrize("slm", SLMS)
-def test_a_draft_goes_on_from_its_cache_as_from_none(slm: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache that holds tokens twice costs no answer, only drafts: those after the first would be of no use."""
+def test_a_draft_continued_from_its_cache_equals_one_from_scratch(slm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that holds tokens twice would change no output, but would make drafts after the first useless."""
     llm = whole_llm()
     assistant = draft_model(llm, slm, teach=False).as_assistant_of(llm)
     batch, own, drafts = pad_prompts(PROMPTS[:1]), assistant.generate, []
@@ -118,7 +118,7 @@ def test_weights_are_shared_and_the_model_stays_as_it_was() -> None:
     assert assistant.generate(**batch, **kwargs).tolist() == model.generate(**batch, **kwargs).tolist()
 
 
-def test_states_of_another_prompt_are_not_taken() -> None:
+def test_hidden_states_of_another_prompt_are_never_used() -> None:
     """Only those of the very ids and mask, and only while the LLM's own `generate()` holds them."""
     llm = whole_llm()
     assistant = draft_model(llm, teach=False).as_assistant_of(llm)
@@ -145,7 +145,7 @@ def test_states_of_another_prompt_are_not_taken() -> None:
     assert recent.find(ids, mask) is None
 
 
-def test_the_callers_llm_is_left_as_it_is() -> None:
+def test_the_callers_llm_stays_unchanged() -> None:
     """Its modes and gradients, and that it can be copied."""
     llm = copy.deepcopy(whole_llm())
     assistant = draft_model(whole_llm(), teach=False).as_assistant_of(llm)
@@ -161,7 +161,7 @@ def test_the_callers_llm_is_left_as_it_is() -> None:
     assert copied.generate(**batch, max_new_tokens=4).tolist() == llm.generate(**batch, max_new_tokens=4).tolist()
 
 
-def test_the_llm_forgets_an_assistant_that_is_gone() -> None:
+def test_the_llm_forgets_a_deleted_assistant() -> None:
     llm = whole_llm()
     model = draft_model(llm, teach=False)
     assistant = model.as_assistant_of(llm)
@@ -172,7 +172,7 @@ def test_the_llm_forgets_an_assistant_that_is_gone() -> None:
     assert len(llm.get_encoder()._forward_hooks) < hooks
 
 
-def test_refusals_name_the_fix() -> None:
+def test_errors_name_the_fix() -> None:
     llm = whole_llm()
     model = draft_model(llm, teach=False)
     with pytest.raises(ValueError, match="no decoder. Pass the whole LLM"):

@@ -1,4 +1,4 @@
-"""The cache's layers that keep room: what they hold is what stock layers hold, and steps copy nothing."""
+"""Cache layers that reserve memory hold what stock layers hold, and their steps copy nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 from transformers.cache_utils import DynamicLayer
 
-from modeling_llm2slm.cache_llm2slm import ReservingLayer
+from modeling_llm2slm.inference.reserving import ReservingLayer
 from tests.support import families
 from tests.support.common import (
     PROMPTS,
@@ -27,7 +27,7 @@ def states(length: int, rows: int = 2) -> torch.Tensor:
 
 
 def both(layers: list[DynamicLayer], keys: torch.Tensor, values: torch.Tensor) -> None:
-    """The same update of a stock layer and of one with room; both return the same."""
+    """Update a stock layer and a reserving one alike; both return the same."""
     for ours, stock in zip(*(layer.update(keys, values) for layer in layers), strict=True):
         assert torch.equal(ours, stock)
 
@@ -38,7 +38,7 @@ def test_it_holds_what_a_stock_layer_holds(change: str) -> None:
     both(layers, states(5), states(5))
     both(layers, states(1), states(1))
     rows = 2
-    if change == "copy":  # and what goes on from the original leaves the copy as it was
+    if change == "copy":  # and updates of the original do not change the copy
         kept = copy.deepcopy(layers[0])
         both(layers, states(1), states(1))
         assert torch.equal(kept.keys, layers[0].keys[..., :6, :])
@@ -57,7 +57,7 @@ def test_it_holds_what_a_stock_layer_holds(change: str) -> None:
             rows = 1
         elif change == "reset":
             layer.reset()
-    for _ in range(80):  # beyond any room
+    for _ in range(80):  # beyond what is reserved
         both(layers, states(1, rows), states(1, rows))
     assert layers[0].get_seq_length() == layers[1].get_seq_length()
 
@@ -84,15 +84,15 @@ def test_gradients_pass_through() -> None:
 
 
 @pytest.mark.parametrize("slm", ["gpt2", "t5"])
-def test_generate_fits(slm: str) -> None:
+def test_generate_uses_it(slm: str) -> None:
     output = shared_family(slm).model.generate(
         **pad_prompts(PROMPTS), max_new_tokens=4, return_dict_in_generate=True, do_sample=False
     )
     assert {type(layer) for layer in output.past_key_values.self_attention_cache.layers} == {ReservingLayer}
 
 
-def test_a_static_cache_shorter_than_prompt_and_answer() -> None:
-    """Where every layer has a sliding window (Mistral), the cache is no longer than that."""
+def test_a_static_cache_shorter_than_prompt_and_output() -> None:
+    """If every layer has a sliding window (Mistral), the cache has its length."""
     torch.manual_seed(0)
     slm = MistralForCausalLM(MistralConfig(**families.GPT, **families.GROUPED, sliding_window=8)).eval()
     model = compose(families.build_llm("t5"), slm, "add").model

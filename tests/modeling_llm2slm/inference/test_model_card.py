@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
-from modeling_llm2slm.training.model_card import MARK, model_card, write_model_card
+from modeling_llm2slm.inference.model_card import MARK, CardDetails, model_card, write_model_card
 from tests.support.common import build_model, build_parts
 
 
@@ -52,10 +52,11 @@ def model() -> LLM2SLMForConditionalGeneration:
 
 @pytest.fixture
 def card(model) -> ModelCard:
-    return model_card(
-        model, "user/translator", language=["en", "de"], license="apache-2.0", pipeline_tag="translation",
-        training=TRAINING, evaluations=[EVALUATION], compared=[LLM], tags=["mine"],
+    details = CardDetails(
+        language=["en", "de"], license="apache-2.0", pipeline_tag="translation", training=TRAINING,
+        evaluations=[EVALUATION], compared=[LLM], tags=["mine"],
     )  # fmt: skip
+    return model_card(model, "user/translator", details)
 
 
 def test_the_metadata_is_what_the_hub_reads(card, tmp_path):
@@ -79,12 +80,12 @@ def test_the_model_index_comes_back(card):
     assert values == {"BLEU": 36.52, "chrF": 60.02, "ROUGE-L": 55.5, "exact_match": 3.0}
 
 
-def test_what_people_read(card):
+def test_the_text_holds_parts_training_scores_and_times(card):
     text = card.text
     for words in (
         "https://huggingface.co/google-t5/t5-large) at `0123456789ab`", 'fusion "add"', "| SLM |", "per token",
         "Languages: en, de.", "## Training", "max_steps: 9", "9 steps in 12 s", "nrefs:1|case:mixed",
-        "| model | 64.2 | 3.73 | 17.2 |", "| t5 | 80.2 |", "Licences of the parts hold for the whole",
+        "| model | 64.2 | 3.73 | 17.2 |", "| t5 | 80.2 |", "The licences of the parts apply to the whole",
         'name = "user/translator"', "arxiv.org/abs/2402.16844",
     ):  # fmt: skip
         assert words in text, words
@@ -94,18 +95,18 @@ def test_what_people_read(card):
 
 def test_no_token_is_published(model):
     recipe = {**TRAINING["recipe"], "hub_token": "hf_secret", "push_to_hub_token": "hf_secret"}  # of an old report
-    text = model_card(model, "model", training={**TRAINING, "recipe": recipe}).text
+    text = model_card(model, "model", CardDetails(training={**TRAINING, "recipe": recipe})).text
     assert "max_steps: 9" in text
     assert "token:" not in text
     assert "hf_secret" not in text
 
 
-def test_a_card_of_a_model_nothing_is_known_of():
+def test_a_card_of_a_model_of_unknown_origin_has_no_empty_sections():
     text = str(model_card(build_model(), "model"))
     assert ModelCard(text).data.base_model is None
     assert "## Scores" not in text
     assert "## Times" not in text
-    assert "a new one" in text
+    assert "a new model" in text
 
 
 def test_licences_come_from_the_cards_of_the_parts(tmp_path):
@@ -125,7 +126,7 @@ def test_licences_come_from_the_cards_of_the_parts(tmp_path):
     assert "SLM: see the licence" in model_card(model, "model").text
 
 
-def test_a_card_by_hand_stays_and_one_of_ours_is_written_anew(model, tmp_path):
+def test_a_card_by_hand_stays_and_one_of_ours_is_written_again(model, tmp_path):
     for earlier, kept in (("# Mine\n", True), (f"---\n---\n{MARK}\nold", False), ("", False)):
         (tmp_path / "README.md").write_text(earlier)
         model.save_pretrained(tmp_path)
