@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from .loading import load_text_to_text, quiet_libraries
+from .loading import check_output, load_text_to_text, quiet_libraries
 from .options import ModelArgument, ResultFile, with_settings
 from .output import number_table, one_line, out, print_line, size
 from .progress import steps
@@ -43,7 +43,7 @@ def evaluate(
 
     `llm2slm evaluate runs/model prompts.txt --against google-t5/t5-large`
     """
-    _check_writable(output)
+    check_output(output)
     text_to_text = load_text_to_text(model, loading, prompt_max_length=settings.prompt_max_length)
     quiet_libraries(data=True)
     about = {"model": model, "data": Path(data).name}
@@ -86,7 +86,7 @@ def plan(
     from modeling_llm2slm.workflows.plan import SLMS
     from modeling_llm2slm.workflows.plan import plan as make_plan
 
-    _check_writable(output)
+    check_output(output)
     with steps("Planning") as progress:
         result = make_plan(
             llm, data, settings, presets=preset or tuple(SLMS), slm_tokenizers=tokenizers, progress=progress
@@ -137,13 +137,6 @@ def benchmark(
 
         for file in plot(result, plots):
             print_line(f"Plotted {file}.")
-
-
-def _check_writable(output: Path | None) -> None:
-    if output is not None:
-        from modeling_llm2slm.inference.files import check_writable
-
-        check_writable(output)
 
 
 def _write_and_show(result: dict[str, Any], output: Path | None, show: Callable[[dict[str, Any]], None]) -> None:

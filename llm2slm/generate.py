@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .loading import load_text_to_text, local_device, quiet_libraries
+from .loading import check_output, load_text_to_text, local_device, quiet_libraries
 from .options import ModelArgument, is_given, with_settings
 from .output import one_line, out, print_line, print_note
 from .progress import counting
@@ -63,7 +63,7 @@ def generate(
         return
     if is_given(context, "batch_tokens"):
         raise typer.BadParameter("--batch-tokens belongs to --file with --output.")
-    _check_writable(output)
+    check_output(output)
     text_to_text = _load(model, settings)
     batch_size = settings.batch_size if is_given(context, "batch_size") else 1
     texts = islice(_prompts(prompts, file, settings), settings.limit)
@@ -118,13 +118,6 @@ def _generate_file(model: str, file: Path, output: Path, settings: GenerateFileS
         f"outputs were kept from an interrupted run, {report.tokens:,} tokens took {report.seconds:.1f} s "
         f"({report.tokens_per_second:,.0f} tokens/s)."
     )
-
-
-def _check_writable(output: Path | None) -> None:
-    if output is not None:
-        from modeling_llm2slm.inference.files import check_writable
-
-        check_writable(output)
 
 
 def _load(model: str, settings: GenerateFileSettings) -> TextToText:

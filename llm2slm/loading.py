@@ -1,8 +1,9 @@
-"""What commands do before their work: they quiet the libraries, load a model, and choose the device."""
+"""What commands do before their work: quiet the libraries, load a model, check the output, choose the device."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 
@@ -27,6 +28,14 @@ def quiet_libraries(data: bool = False) -> None:
         from datasets import disable_progress_bars
 
         disable_progress_bars()
+
+
+def check_output(output: Path | None) -> None:
+    """Raise `OSError` before the work if an output file cannot be written."""
+    if output is not None:
+        from modeling_llm2slm.inference.files import check_writable
+
+        check_writable(output)
 
 
 def local_device(device: str) -> str:

@@ -157,7 +157,7 @@ def test_a_wrong_argument_is_an_error_of_one_sentence(source, tmp_path, capsys) 
     assert "Choose one of: fp32, bf16, int8, int4." in capsys.readouterr().err
     T5ForConditionalGeneration(t5_config()).save_pretrained(tmp_path / "t5")
     assert run("export", tmp_path / "t5", tmp_path / "e") == 1
-    assert "is a t5 model, not a composite" in capsys.readouterr().err
+    assert "is a t5 model, not an LLM-to-SLM checkpoint" in capsys.readouterr().err
     assert run("export", source, tmp_path / "e", "--engine", "onnx", "--weights", "bf16") == 1
     assert "onnx has no 'bf16' weights. Choose one of: fp32, int8, int4." in capsys.readouterr().err
     assert not (tmp_path / "e").exists()

@@ -61,7 +61,7 @@ def test_another_llm_is_an_error(sources, tmp_path):
         full(sources / "lean", tmp_path / "full", llm=sources / "slm")
     with pytest.raises(ValueError, match="neither a folder nor"):
         lean(sources / "full", tmp_path / "lean", llm="./nowhere")
-    with pytest.raises(OSError, match="^no/where cannot be loaded: the folder does not exist"):
+    with pytest.raises(OSError, match="^no/where cannot be loaded: there is no such folder"):
         lean(sources / "full", tmp_path / "lean", llm="no/where")
     assert {path.name for path in tmp_path.iterdir()} == {"other"}
 

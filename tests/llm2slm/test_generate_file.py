@@ -45,7 +45,7 @@ def test_files_of_every_format(composite: str, prompts: Path, capsys: Any) -> No
         printed = " ".join(capsys.readouterr().out.split())
         assert "11" in printed
         assert str(folder / output) in printed
-        assert "3 prompts occurred before" in printed
+        assert "3 prompts were repeated" in printed
         assert "40 tokens" in printed
         assert "tokens/s" in printed
     assert (folder / "a.txt").read_text().splitlines() == alone

@@ -20,8 +20,8 @@ MODEL, DATA, RECIPE, OUT = "<model>", "<data>", "<recipe>", "<out>"
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
-        (["generate", "no/such/model", "hello"], 1, "no/such/model cannot be loaded: the folder does not exist"),
-        (["generate", OUT, "hello"], 1, "cannot be loaded: the folder does not exist"),
+        (["generate", "no/such/model", "hello"], 1, "no/such/model cannot be loaded: there is no such folder"),
+        (["generate", OUT, "hello"], 1, "cannot be loaded: there is no such folder"),
         (["generate", MODEL, "--file", "no.txt"], 1, "There is no file no.txt"),
         (["generate", MODEL, "hello", "--top-p", "0.5"], 2, "--sample"),
         (
@@ -62,9 +62,9 @@ MODEL, DATA, RECIPE, OUT = "<model>", "<data>", "<recipe>", "<out>"
         (["encode", MODEL, DATA, "--output", OUT, "--prompt-column", "x"], 1, "no column 'x'"),
         (["encode", MODEL, DATA], 2, "output"),
         (["distill", "no/such/model", DATA, "--output", f"{OUT}.jsonl"], 1, "no/such/model cannot be loaded"),
-        (["convert", "lean", "no/such/model", OUT], 1, "no/such/model cannot be loaded: the folder does not exist"),
+        (["convert", "lean", "no/such/model", OUT], 1, "no/such/model cannot be loaded: there is no such folder"),
         (["distill", MODEL, DATA, "--output", DATA], 1, "exists. Choose another file, or add --overwrite"),
-        (["distill", MODEL, DATA, "--output", f"{OUT}.csv"], 1, "none of .jsonl"),
+        (["distill", MODEL, DATA, "--output", f"{OUT}.csv"], 1, "must end in .jsonl or .jsonl.gz"),
         (
             ["train", RECIPE, "--llm_states", "no/store", "--output_dir", OUT],
             1,
