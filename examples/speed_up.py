@@ -23,7 +23,7 @@ from modeling_llm2slm.workflows.speedup import Speedup, SpeedupSettings
 DEMO = Path(__file__).parent / "demo"
 
 
-def main(output: str = "runs/speed_up", limit: int = 8000, epochs: float = 6) -> None:
+def main(output: str, limit: int = 8000, epochs: float = 6) -> None:
     """
     Run all stages.
 
@@ -59,4 +59,4 @@ def main(output: str = "runs/speed_up", limit: int = 8000, epochs: float = 6) ->
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main(sys.argv[1] if len(sys.argv) > 1 else "runs/speed_up")

@@ -67,7 +67,9 @@ def main() -> None:
 def compare(output: Path, threads: int, results: Path | None = None) -> None:
     """Train the SLM with and without the LLM, and compare quality and speed."""
     start = time.monotonic()
-    console.print("The demo trains two small models at once: about 5 minutes on two free CPU cores, 8 beside other work.")
+    console.print(
+        "The demo trains two small models at once: about 5 minutes on two free CPU cores, 8 beside other work."
+    )
     models = train_models(output, threads)
     rows = measure({name: TextToText.from_pretrained(path) for name, path in models.items()})
     show(rows)

@@ -52,7 +52,7 @@ def build(folder: Path, with_llm: bool) -> None:
     model, processor = slm, tokenizer
     if with_llm:
         model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(
-            LLM,
+            str(LLM),
             decoder_model=slm,
             fusion="add",
             shared_tokenizer=True,
