@@ -23,7 +23,7 @@ from modeling_llm2slm.workflows.speedup import Speedup, SpeedupSettings
 DEMO = Path(__file__).parent / "demo"
 
 
-def main(output: str = "runs/speed_up", limit: int = 8000, epochs: float = 6) -> None:
+def main(output: str, limit: int = 8000, epochs: float = 6) -> None:
     """
     Run all stages.
 
