@@ -222,8 +222,8 @@ class LLM2SLMConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` is not set and the SLM's config ({slm.model_type}) has none. {fix}")
             for token_id in value if isinstance(value, list) else [value]:
                 if not 0 <= token_id < slm.vocab_size:
-                    ids = f"ids from 0 to {slm.vocab_size - 1}"
-                    raise ValueError(f"`{name}` is {token_id}, but the SLM's vocabulary has {ids}. {fix}")
+                    limits = f"ids from 0 to {slm.vocab_size - 1}"
+                    raise ValueError(f"`{name}` is {token_id}, but the SLM's vocabulary has {limits}. {fix}")
             setattr(self, name, value)
 
     def _check_values(self) -> None:

@@ -78,8 +78,8 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
         # T5's encoder ignores unexpected "decoder" keys on load; in this model they are the SLM's.
         self.llm._keys_to_ignore_on_load_unexpected = set()
         config.encoder = self.llm.config  # one object: a change of attention implementation or dtype reaches both
-        self.projector: nn.Module | None = None
-        self.prompt_embedding: nn.Module | None = None
+        self.projector: Any = None
+        self.prompt_embedding: Any = None
         self.fusion = fusion_of(config)
         self.fusion.add_modules(self)
         self.post_init()
@@ -304,7 +304,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         """Shift targets `(B, M)` right behind the start token; -100 becomes the pad id."""
         start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
         shifted = labels.roll(1, dims=-1)
-        shifted[:, 0] = start  # type: ignore[assignment] - the config has set both
+        shifted[:, 0] = start  # type: ignore[assignment]
         return shifted.masked_fill(shifted == -100, pad)  # type: ignore[arg-type]
 
     @can_return_tuple

@@ -192,7 +192,7 @@ def test_an_llm_with_positions_answers_what_it_fits_for(
     caplog.clear()
     encode(tmp_path / "out" / "start", both, states, skip_bad_rows=True)
     assert "long.txt: 1 bad rows were skipped: 2." in caplog.text
-    with pytest.raises(ValueError, match="answer up to 70"):
+    with pytest.raises(ValueError, match="output up to 70"):
         distill(llm, prompts, tmp_path / "all.jsonl", **{**options, "max_new_tokens": 70})
 
 
