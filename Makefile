@@ -1,12 +1,12 @@
-# `make` lists what there is. Every target that needs Python makes its own environment first, so a fresh clone needs
-# only make and Python 3.11 or newer.
+# `make` lists the targets. A target that needs Python makes the environment first, so a fresh clone needs only make and
+# Python 3.11 or newer.
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
 VENV ?= .venv
 VENV_LOWEST ?= .venv-lowest
-# Test processes and the threads of each: tiny models run fastest on one thread, side by side.
+# Test processes. Each has one thread: tiny models run fastest in parallel on one thread each.
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
@@ -40,11 +40,12 @@ test-lowest: $(VENV_LOWEST)/.installed ## Run the tests on the lowest declared v
 	$(call PYTEST,$(VENV_LOWEST)) -m "not slow"
 
 .PHONY: quality
-quality: types ## Check style, types, model conventions and spelling; change nothing
+quality: types imports ## Check style, types, imports, model conventions, spelling and words; change nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python .ci/check_model_files.py $(MODEL_FILES)
 	$(BIN)/codespell
+	$(BIN)/codespell --toml .ci/words.toml
 
 .PHONY: types
 types: $(VENV)/.installed-quality ## Check types only
@@ -52,10 +53,26 @@ types: $(VENV)/.installed-quality ## Check types only
 	@ln -sfn $(addprefix $(CURDIR)/,configuration conversion) build/types/modeling_llm2slm/
 	$(BIN)/mypy
 
+.PHONY: imports
+imports: $(VENV)/.installed-quality ## Check that each folder imports only from the floors below it
+	@rm -rf build/imports
+	@mkdir -p build/imports/modeling_llm2slm
+	@ln -s $(CURDIR)/llm2slm build/imports/
+	@ln -s $(addprefix $(CURDIR)/,$(wildcard modeling_llm2slm/*) configuration conversion) build/imports/modeling_llm2slm/
+	cd build/imports && $(abspath $(BIN))/lint-imports --no-cache $(CURDIR)/pyproject.toml
+
 .PHONY: style
-style: $(VENV)/.installed-quality ## Mend what can be mended by machine
+style: $(VENV)/.installed-quality ## Fix what the tools can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+.PHONY: docs
+docs: $(VENV)/.installed-docs ## Build the documentation site into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+.PHONY: docs-serve
+docs-serve: $(VENV)/.installed-docs ## Show the documentation site at http://127.0.0.1:8001, rebuilt on each change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --dev-addr 127.0.0.1:8001 --watch modeling_llm2slm --watch llm2slm
 
 .PHONY: dev
 dev: $(VENV)/.installed-dev ## Install everything a developer needs, pre-commit hooks included

@@ -1,8 +1,8 @@
 """
-Runs transformers-mlinter on the model files, with every rule but the ones below.
+Run transformers-mlinter on the model files, with every rule except those in `EXCEPTIONS`.
 
-mlinter can switch rules on from its command line but not off, so this calls its public Python interface. It needs no
-network and no checkout of transformers.
+mlinter's command line cannot disable rules, so this script calls its public Python interface. It needs neither a
+network nor a checkout of transformers.
 """
 
 import sys
@@ -12,16 +12,16 @@ from mlinter import DEFAULT_ENABLED_TRF_RULES, analyze_file, format_violation
 from rich import print as rich_print
 
 
-# The rules that a model outside transformers' own repository cannot meet. Anything else is mended, not listed.
+# The rules that a model outside transformers' own repository cannot meet. Fix every other finding.
 EXCEPTIONS = {
-    "TRF014": "bans `trust_remote_code`, but a composite of two checkpoints has to hand the caller's choice to both",
+    "TRF014": "bans `trust_remote_code`, but a composite of two checkpoints passes the caller's choice to both",
     "TRF038": "wants tests/models/<model>/ of the transformers repository; ours mirror our own tree",
     "TRF057": "wants @auto_docstring, which finds its texts by the file's place inside transformers",
 }
 
 
 def main(paths: list[Path]) -> int:
-    """Prints every finding in the files, and returns the number of findings."""
+    """Print every finding in the files, and return the number of findings."""
     rules = DEFAULT_ENABLED_TRF_RULES - EXCEPTIONS.keys()
     findings = [
         finding

@@ -1,4 +1,4 @@
-"""Prints the lowest declared version of every direct dependency in a setup.cfg, extras included, as constraints."""
+"""Print the lowest declared version of every direct dependency in a setup.cfg, extras included, as constraints."""
 
 import re
 import sys
@@ -10,7 +10,7 @@ REQUIREMENT = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)\s*>=\s*(?P<version>[^,;\s]
 
 
 def lowest_versions(setup_cfg: Path) -> list[str]:
-    """Returns `name==version` lines, none for the project's own extras; a requirement without a lower bound raises."""
+    """Return `name==version` lines, without the project's own extras; raise where a requirement has no lower bound."""
     config = ConfigParser()
     config.read_string(setup_cfg.read_text(encoding="utf-8"))
     texts = [config["options"]["install_requires"], *config["options.extras_require"].values()]

@@ -37,7 +37,7 @@ def train(folder: str, batch: int, prompt: int, target: int) -> dict[str, Any]:
     from transformers import AutoModelForSeq2SeqLM
 
     from modeling_llm2slm import lora_config
-    from modeling_llm2slm.training.memory import training_memory
+    from modeling_llm2slm.training.memory import TrainingSetup, training_memory
 
     torch.set_num_threads(1)
     baselines, peaks, done = memory(), [0, 0], threading.Event()
@@ -62,9 +62,10 @@ def train(folder: str, batch: int, prompt: int, target: int) -> dict[str, Any]:
         optimizer.zero_grad()
     done.set()
     sampler.join()
-    counted = training_memory(
-        base.config, batch_size=batch, prompt_length=prompt, output_length=target, lora={}, gradient_checkpointing=True
+    setup = TrainingSetup(
+        batch_size=batch, prompt_length=prompt, output_length=target, lora={}, gradient_checkpointing=True
     )
+    counted = training_memory(base.config, setup)
     anonymous, every = (peak - baseline for peak, baseline in zip(peaks, baselines, strict=True))
     return {
         "llm_bytes": llm,

@@ -24,15 +24,16 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from benchmarks.tokenizer import train_tokenizer
 from modeling_llm2slm.conversion import export
 from modeling_llm2slm.conversion.build import build
+from modeling_llm2slm.data.files import atomic_write
 from modeling_llm2slm.data.loading import load_examples
 from modeling_llm2slm.data.records import write_json
-from modeling_llm2slm.files_llm2slm import atomic_write
 from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.settings import DistillSettings, EncodeSettings
 from modeling_llm2slm.states.encoding import encode
 from modeling_llm2slm.states.store import is_complete
 from modeling_llm2slm.training.distillation import distill
-from modeling_llm2slm.training.training import load_recipe, train
+from modeling_llm2slm.training.recipe import load_recipe
+from modeling_llm2slm.training.run import train
 
 
 ROOT = Path(__file__).parents[1]
@@ -266,7 +267,7 @@ class Experiment:
         if "ctranslate2" in row:
             return CTranslate2TextToText(self.model(pair, row["ctranslate2"]), folder)
         if "openvino" in row and not folder.exists():
-            export(self.model(pair, row["openvino"]), folder, runtime="openvino", weights="int8")
+            export(self.model(pair, row["openvino"]), folder, engine="openvino", weights="int8")
         return TextToText.from_pretrained(folder)
 
 

@@ -113,6 +113,14 @@ def bleu_of(counts: np.ndarray) -> float:
     ).score
 
 
+def _bleu_of_rows(own: np.ndarray, chosen: np.ndarray) -> float:
+    return bleu_of(own[chosen])
+
+
+def _relative_bleu(own: np.ndarray, baseline: np.ndarray, chosen: np.ndarray) -> float:
+    return bleu_of(own[chosen]) / bleu_of(baseline[chosen])
+
+
 def interval(statistic: Callable[[np.ndarray], float], sentences: int, samples: int = RESAMPLES) -> list[float]:
     """
     Return the 95 % interval of a statistic of sentence numbers, by bootstrap.
@@ -143,11 +151,9 @@ def bleu_intervals(
     reference, sentences = counts[baseline], len(counts[baseline])
     return {
         name: {
-            "bleu_interval": interval(lambda chosen, own=own: bleu_of(own[chosen]), sentences, samples),
+            "bleu_interval": interval(partial(_bleu_of_rows, own), sentences, samples),
             "relative": bleu_of(own) / bleu_of(reference),
-            "relative_interval": interval(
-                lambda chosen, own=own: bleu_of(own[chosen]) / bleu_of(reference[chosen]), sentences, samples
-            ),
+            "relative_interval": interval(partial(_relative_bleu, own, reference), sentences, samples),
         }
         for name, own in counts.items()
     }

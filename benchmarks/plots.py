@@ -1,5 +1,5 @@
 """
-Plots of the Multi30k experiment, drawn from its committed results.
+Plots of the Multi30k experiment, made from its committed results.
 
     python -m benchmarks.plots
 
@@ -127,7 +127,12 @@ def drawing(file: Path) -> Iterator[Any]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": "llm2slm", "axes.spines.top": False, "axes.spines.right": False}
+    style: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "llm2slm",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
     with pyplot.rc_context(style):
         figure, axes = pyplot.subplots(figsize=(8, 4.8), layout="constrained")
         yield axes

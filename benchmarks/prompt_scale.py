@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5EncoderModel
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.data.records import write_json
-from modeling_llm2slm.parts_llm2slm import rms
+from modeling_llm2slm.fusion_llm2slm import rms
 
 
 T5 = {"vocab_size": 1000, "d_model": 512, "d_ff": 1024, "num_layers": 4, "num_heads": 8}
@@ -45,10 +45,10 @@ def scale(fusion: str, states_rms: float, embedding_rms: float) -> dict[str, Any
         return rms(model.encode_prompt(prompts).last_hidden_state) / rms(model.get_input_embeddings().weight)
 
     ours = ratio()
-    trained = (*model.encoder.projector.children(), model.encoder.prompt_embedding)
-    for module in trained:
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.02)
+    for trained in model.encoder.new_modules().values():
+        for module in trained.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
     return {
         "fusion": fusion,
         "llm_states_rms": states_rms,

@@ -13,7 +13,7 @@ from typing import Any
 
 from modeling_llm2slm.conversion.build import preset_config
 from modeling_llm2slm.data.records import write_json
-from modeling_llm2slm.training.memory import training_memory
+from modeling_llm2slm.training.memory import TrainingSetup, training_memory
 
 
 PRESETS = ("t5-large_gpt2", "t5-large_t5-small", "flan-t5-xl_gpt2", "t5-3b_gpt2")
@@ -37,7 +37,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = {
         preset: {
-            name: training_memory(preset_config(preset), bf16=True, **SIZES, **setting)
+            name: training_memory(preset_config(preset), TrainingSetup(bf16=True, **SIZES, **setting))
             for name, setting in SETTINGS.items()
         }
         for preset in PRESETS

@@ -20,16 +20,17 @@ from transformers import (
     set_seed,
 )
 
-from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
+from modeling_llm2slm.configuration_llm2slm import LLM2SLMConfig
 from modeling_llm2slm.files_llm2slm import first_line
+from modeling_llm2slm.inference.factory import are_same_tokenizer
 from modeling_llm2slm.inference.loading import load
+from modeling_llm2slm.inference.model import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from modeling_llm2slm.inference.text_to_text import (
     DecoderOnlyTextToText,
     EncoderDecoderTextToText,
     LLM2SLMTextToText,
     TextToText,
 )
-from modeling_llm2slm.processing_llm2slm import are_same_tokenizer
 from modeling_llm2slm.settings import BuildSettings
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, set_seed
 
-from modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from modeling_llm2slm.checkpoint_llm2slm import LLM_PREFIX
+from modeling_llm2slm.inference.factory import are_same_tokenizer
 from modeling_llm2slm.inference.loading import load, load_model, one_sentence
+from modeling_llm2slm.inference.model import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from modeling_llm2slm.parts_llm2slm import llm_class, slm_class
-from modeling_llm2slm.processing_llm2slm import are_same_tokenizer
 from modeling_llm2slm.settings import BuildSettings
 
 from .build import check_part, new_processor, with_overrides
@@ -100,7 +100,8 @@ def _find_processor(llm: str, slm: str, settings: BuildSettings, config: dict[st
             tokenizers.append(load(AutoTokenizer, path, **hub))
         except OSError as error:
             return f"none, as a tokenizer is missing: {error}"
-    return new_processor(*tokenizers, settings)
+    reader, writer = tokenizers
+    return new_processor(reader, writer, settings)
 
 
 def _put_together(llm: str, slm: str, config: dict[str, Any]) -> LLM2SLMForConditionalGeneration:

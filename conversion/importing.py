@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, EncoderDecoderConfig
 
-from modeling_llm2slm import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.files_llm2slm import open_weights, shape_of, weight_files
 from modeling_llm2slm.inference.loading import load, load_model, one_sentence
+from modeling_llm2slm.inference.model import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.parts_llm2slm import llm_class, slm_class
 
 from .output import composite_config, copy_processor, dtype_of, output_folder, size_of

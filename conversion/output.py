@@ -18,10 +18,12 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoProcessor
 from transformers.utils.logging import tqdm
 
-from modeling_llm2slm import LLM2SLMConfig, LLM2SLMProcessor
-from modeling_llm2slm.checkpoint_llm2slm import check_not_replaced
-from modeling_llm2slm.files_llm2slm import INDEX, WEIGHTS, atomic_write, first_line
+from modeling_llm2slm.configuration_llm2slm import LLM2SLMConfig
+from modeling_llm2slm.data.files import atomic_write
+from modeling_llm2slm.files_llm2slm import INDEX, WEIGHTS, first_line
 from modeling_llm2slm.inference.loading import load
+from modeling_llm2slm.inference.model import LLM2SLMProcessor
+from modeling_llm2slm.inference.saving import check_not_replaced
 
 from .report import Report
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from modeling_llm2slm import LLM2SLMConfig
+from modeling_llm2slm.checkpoint_llm2slm import LLM_PREFIX
+from modeling_llm2slm.configuration_llm2slm import LLM2SLMConfig
 from modeling_llm2slm.files_llm2slm import open_weights, weight_files
 from modeling_llm2slm.inference.loading import load_model, one_sentence
 from modeling_llm2slm.parts_llm2slm import slm_class
@@ -17,7 +18,7 @@ from .output import composite_config, dtype_of, output_folder, processor_of, siz
 from .report import Report, check_finite, probe, slm_logits
 
 
-SLM, PROJECTOR = "decoder.", ("encoder.projector.", "encoder.prompt_embedding.")
+ENCODER, SLM = "encoder.", "decoder."  # without the LLM, the encoder is the projector
 
 
 def split(
@@ -43,7 +44,7 @@ def split(
     projector = {
         name.removeprefix("encoder."): tensor[...].clone()
         for name, tensor in weights.items()
-        if name.startswith(PROJECTOR)
+        if name.startswith(ENCODER) and not name.startswith(LLM_PREFIX)
     }
     if not projector:
         raise OSError(f"{checkpoint} is incomplete: it has no projector.")

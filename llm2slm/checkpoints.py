@@ -51,7 +51,7 @@ def build(
     from modeling_llm2slm.conversion.build import build as build_in_memory
     from modeling_llm2slm.conversion.build import is_config
     from modeling_llm2slm.conversion.compose import compose
-    from modeling_llm2slm.files_llm2slm import atomic_write
+    from modeling_llm2slm.data.files import atomic_write
 
     if llm and slm and not preset and not is_config(llm) and not is_config(slm):
         with steps("Build") as progress:
@@ -106,19 +106,19 @@ def card(
     """
     evaluations, compared = ([_read_result(file) for file in files or []] for files in (evaluation, compare))
     text_to_text = load_text_to_text(str(model))
-    from modeling_llm2slm.files_llm2slm import atomic_write
-    from modeling_llm2slm.training.model_card import is_by_hand, model_card
+    from modeling_llm2slm.data.files import atomic_write
+    from modeling_llm2slm.inference.model_card import CardDetails, is_by_hand, model_card
 
     if len(text_to_text.parts()) == 1:
         raise ValueError(f"{model} is not an LLM-to-SLM checkpoint; only these get a card.")
     file, report = model / "README.md", model / "training.json"
     if file.is_file() and is_by_hand(file.read_text(encoding="utf-8")):
         raise FileExistsError(f"{file} was written by hand. Move it away first.")
-    details = {"language": language, "datasets": dataset} if dataset else {"language": language}
-    text = model_card(
-        text_to_text.model, name or model.name, license=license, pipeline_tag=task, evaluations=evaluations,
-        compared=compared, training=_read_result(report) if report.is_file() else None, **details,
+    details = CardDetails(
+        language=language, license=license, datasets=dataset or None, pipeline_tag=task, evaluations=evaluations,
+        compared=compared, training=_read_result(report) if report.is_file() else None,
     )  # fmt: skip
+    text = model_card(text_to_text.model, name or model.name, details)
     with atomic_write(file) as temporary:
         temporary.write_text(str(text), encoding="utf-8")
     print_line(f"The card is in {file}.")

@@ -121,11 +121,12 @@ def benchmark(
     if (llm is None) != (llm2slm is None):
         raise typer.BadParameter("--llm and --llm2slm belong together.")
     quiet_libraries()
-    from modeling_llm2slm.benchmark.benchmark import Benchmark, load_sweep
-    from modeling_llm2slm.benchmark.contestants import Cell, Models
+    from modeling_llm2slm.benchmark.benchmark import Benchmark
+    from modeling_llm2slm.benchmark.cells import Cell, load_sweep
+    from modeling_llm2slm.inference.engine import BenchmarkModels
 
     default = Path(str(files("modeling_llm2slm.configuration"))) / "benchmark.yaml"
-    models = Models(work / "given", llm, llm2slm) if llm is not None and llm2slm is not None else None
+    models = BenchmarkModels(work / "given", llm, llm2slm) if llm is not None and llm2slm is not None else None
     cells = [Cell()] if models is not None and sweep is None else load_sweep(sweep or default)
     with steps("Benchmark") as progress:
         result = Benchmark(cells, output, work, settings, models, progress).run()

@@ -61,8 +61,8 @@ def size(count: float) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return generated text on one line, with its line breaks escaped."""
-    from modeling_llm2slm.inference.batching import one_line
+    """Return text on one line, with a space for each line break."""
+    from modeling_llm2slm.inference.outputs import one_line
 
     return one_line(text)
 

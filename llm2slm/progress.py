@@ -13,6 +13,7 @@ from .output import err, print_note
 
 
 INTERVAL = 30.0  # seconds between two lines
+START_AFTER = 1.0  # seconds until the first line of a task that is not counted: a short one prints none
 
 
 class Counter(Protocol):
@@ -52,10 +53,11 @@ def steps(task: str) -> Iterator[Callable[[str], None]]:
             yield lambda step: status.update(f"{task}: {step}")
     else:
         start = time.monotonic()
-        print_note(f"{task} ...")
-        with _repeating() as lines:
+        with _repeating(START_AFTER) as lines:
+            lines.update(lambda: f"{task} ...")
             yield lambda step: lines.update(lambda: f"{task}: {step} ({duration(time.monotonic() - start)})")
-        print_note(f"{task}: done in {duration(time.monotonic() - start)}")
+        if lines.are_printed:
+            print_note(f"{task}: done in {duration(time.monotonic() - start)}")
 
 
 def duration(seconds: float) -> str:
@@ -102,10 +104,11 @@ class _Bars:
 class _Lines:
     """Prints the newest of the lines that it is given, at least every [`INTERVAL`], also while none arrives."""
 
-    def __init__(self) -> None:
+    def __init__(self, start_after: float) -> None:
         self._lock = threading.Lock()
         self._line: Callable[[], str] | None = None
-        self._printed = time.monotonic()
+        self._next = time.monotonic() + start_after
+        self.are_printed = False
 
     def update(self, line: Callable[[], str], now: bool = False) -> None:
         """Replace the line; it is printed at once if `now`, or if the last one was printed long ago."""
@@ -114,19 +117,21 @@ class _Lines:
             self._print(now)
 
     def repeat(self, stop: threading.Event) -> None:
-        while not stop.wait(min(INTERVAL / 10, 1.0)):
+        """Print the line whenever it is time, until `stop` is set."""
+        while not stop.wait(min(INTERVAL / 10, 0.5)):
             with self._lock:
                 self._print()
 
     def _print(self, now: bool = False) -> None:
-        if self._line is not None and (now or time.monotonic() - self._printed >= INTERVAL):
+        if self._line is not None and (now or time.monotonic() >= self._next):
             print_note(self._line())
-            self._printed = time.monotonic()
+            self._next = time.monotonic() + INTERVAL
+            self.are_printed = True
 
 
 @contextmanager
-def _repeating() -> Iterator[_Lines]:
-    lines, stop = _Lines(), threading.Event()
+def _repeating(start_after: float = INTERVAL) -> Iterator[_Lines]:
+    lines, stop = _Lines(start_after), threading.Event()
     thread = threading.Thread(target=lines.repeat, args=(stop,), daemon=True)
     thread.start()
     try:

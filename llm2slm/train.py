@@ -1,16 +1,20 @@
-"""Commands that train: `train` and `speedup`."""
+"""Commands that train: `train` and `speedup`. The fields of a recipe are their options."""
 
 from __future__ import annotations
 
+import inspect
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from .evaluate import print_comparison
 from .loading import local_device, quiet_libraries
-from .options import extra_options, with_settings
+from .options import extra_options, load_module, with_settings
 from .output import print_line
 from .progress import counting
 
@@ -19,10 +23,73 @@ if TYPE_CHECKING:
     from modeling_llm2slm.settings import SpeedupSettings
 
 PANEL = "Training"
+# A speed-up sets these itself, or has an option of its own for them.
+NOT_IN_SPEEDUP = (
+    "model", "train_data", "train_split", "validation_data", "validation_split", "llm_states", "prompt_column",
+    "target_column",
+)  # fmt: skip
+EXTRA_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
 commands = typer.Typer()
 
 
-@commands.command(rich_help_panel=PANEL, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+class RecipeCommand(TyperCommand):
+    """A command whose help also shows the fields of a recipe, from its schema."""
+
+    left_out: tuple[str, ...] = ()
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the command's own options and those of the recipe, which are created only when they are needed."""
+        schema = load_module("modeling_llm2slm.training.recipe")
+        fields = [field for field in schema.recipe_fields() if field.name not in self.left_out]
+        return [*super().get_params(ctx), *_recipe_options(fields)]
+
+
+class SpeedupCommand(RecipeCommand):
+    """A [`RecipeCommand`] without the fields that a speed-up sets itself."""
+
+    left_out = NOT_IN_SPEEDUP
+
+
+def _recipe_options(fields: Sequence[Any]) -> list[Any]:
+    """
+    Return options that the help shows. The parser does not know them: it leaves them in `context.args`, together with
+    fields of the Trainer, and the schema of recipes validates both.
+    """
+
+    def recipe(**values: Any) -> None:
+        pass
+
+    parameters = [_parameter(field) for field in fields]
+    recipe.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    recipe.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    app = typer.Typer(add_completion=False)
+    app.command()(recipe)
+    options: list[Any] = list(typer.main.get_command(app).params)
+    for option in options:
+        option.add_to_parser = lambda parser, ctx: None
+        option.expose_value = False
+    return options
+
+
+def _parameter(field: Any) -> inspect.Parameter:
+    default = ",".join(field.default) if isinstance(field.default, list) else field.default
+    kind = field.type.replace(" ", "")
+    option = typer.Option(
+        f"--{field.name.replace('_', '-')}",
+        help=field.description.replace("`", ""),
+        metavar=f"[{kind}]" if "|" in kind else f"<{kind}>",
+        rich_help_panel=f"Recipe: {field.group.lower()}",
+    )
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=str(default).lower() if default not in (None, {}, False) else None,
+        annotation=Annotated[str | None, option],
+    )
+
+
+@commands.command(cls=RecipeCommand, rich_help_panel=PANEL, context_settings=EXTRA_OPTIONS)
 def train(
     context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="A YAML file.", show_default=False)],
@@ -32,18 +99,15 @@ def train(
 
     `llm2slm train recipe.yaml --num-train-epochs 5 --output-dir runs/five`
 
-    A recipe holds `model`, `train_data`, `output_dir`, and any of `validation_data`, `train_split`, `validation_split`
-    (of data sets on the Hub), `prompt_column`, `target_column`, `prompt_max_length`, `target_max_length`,
-    `train_samples`, `validation_samples`, `optimizer`, `metric`, `generation`, `resume`, `llm_states`,
-    `learning_rate_mapping`, `lora`, `quantize_llm`, `skip_bad_rows`, `streaming`, `shuffle_buffer`,
-    `preprocessing_num_workers`, and every field of transformers' Seq2SeqTrainingArguments. Each is an option of this
-    command as well, which overrides the recipe. A run that was interrupted resumes. On several devices:
+    A recipe must have `model`, `train_data` and `output_dir`. The options below override its fields, and so does every
+    field of transformers' Seq2SeqTrainingArguments, such as `--learning-rate 1e-3`: the reference page on recipes
+    lists them. An interrupted run resumes. On several devices:
     `accelerate launch --config_file FILE -m llm2slm train recipe.yaml`.
     """
     overrides = dict(extra_options(context.args))
     quiet_libraries(data=True)
-    from modeling_llm2slm.training.training import load_recipe
-    from modeling_llm2slm.training.training import train as train_model
+    from modeling_llm2slm.training.recipe import load_recipe
+    from modeling_llm2slm.training.run import train as train_model
 
     settings = load_recipe(recipe, overrides)
     report = train_model(settings)
@@ -53,7 +117,7 @@ def train(
     print_line(f"The model is in {os.path.expandvars(str(settings['output_dir']))}.")
 
 
-@commands.command(rich_help_panel=PANEL, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@commands.command(cls=SpeedupCommand, rich_help_panel=PANEL, context_settings=EXTRA_OPTIONS)
 @with_settings
 def speedup(
     context: typer.Context,
@@ -68,16 +132,14 @@ def speedup(
 
     `llm2slm speedup --llm google-t5/t5-large --prompts prompts.txt --output runs/fast --num-train-epochs 3`
 
-    Every field of a recipe but its paths is an option as well. A run that was interrupted resumes; each stage shows
-    the command that does the same.
+    The options of the recipe below, and every field of transformers' Seq2SeqTrainingArguments, override the recipe of
+    the training. An interrupted run resumes; each stage shows the command that does the same.
     """
-    from dataclasses import replace
-
+    recipe = dict(extra_options(context.args))
     quiet_libraries(data=True)
     from modeling_llm2slm.workflows.speedup import Speedup
 
-    settings = replace(settings, llm=llm, prompts=prompts, recipe=dict(extra_options(context.args)))
-
+    settings = replace(settings, llm=llm, prompts=prompts, recipe=recipe)
     with counting("prompts") as count:
         run = Speedup(settings, output, local_device(device), count)
         result = run.run(lambda stage, command: print_line(f"{stage}  {command}"))

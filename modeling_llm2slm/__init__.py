@@ -1,52 +1,67 @@
 """
-LLM-to-SLM for transformers: a large frozen language model reads the prompt once, a small one writes the answer.
+LLM-to-SLM for transformers: a large frozen language model reads the prompt once, a small one writes the output.
 
 Importing this package registers config, model and processor with transformers' Auto classes.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoProcessor
 
+from . import modeling_llm2slm, processing_llm2slm
+from .cache_llm2slm import PromptStates
 from .configuration_llm2slm import LLM2SLMConfig
 from .data.collator import DataCollatorForLLM2SLM
-from .modeling_llm2slm import LLM2SLMForConditionalGeneration, PromptStates
-from .processing_llm2slm import LLM2SLMProcessor
-from .training import model_card
+from .fusion_llm2slm import Fusion, register_fusion
+from .inference.model import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from .training.adapters import ia3_config, lora_config
 from .training.optimization import parameter_groups
 
 
 if TYPE_CHECKING:
     from .engines.exported import ExportedLLM2SLM
+    from .inference.text_to_text import TextToText
+    from .states.store import StateStore
+    from .states.without_llm import load_without_llm
 
 AutoConfig.register(LLM2SLMConfig.model_type, LLM2SLMConfig)
 AutoModelForSeq2SeqLM.register(LLM2SLMConfig, LLM2SLMForConditionalGeneration)
 AutoProcessor.register(LLM2SLMConfig, LLM2SLMProcessor)
-# What is saved then brings its code: the files that these classes are in, and what they import.
+# A saved model then carries its code: the files that define these classes, and the files they import.
 LLM2SLMConfig.register_for_auto_class()
-LLM2SLMForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
-LLM2SLMProcessor.register_for_auto_class()
-LLM2SLMForConditionalGeneration.model_cards = model_card
+modeling_llm2slm.LLM2SLMForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
+processing_llm2slm.LLM2SLMProcessor.register_for_auto_class()
+
+# Imported on first use, as they need more than transformers.
+_LAZY = {
+    "ExportedLLM2SLM": ".engines.exported",
+    "StateStore": ".states.store",
+    "TextToText": ".inference.text_to_text",
+    "load_without_llm": ".states.without_llm",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """What few need is imported when it is asked for."""
-    if name == "ExportedLLM2SLM":
-        from .engines.exported import ExportedLLM2SLM
-
-        return ExportedLLM2SLM
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import a name of `_LAZY` on first use."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name], __name__), name)
 
 
 __all__ = [
     "DataCollatorForLLM2SLM",
     "ExportedLLM2SLM",
+    "Fusion",
     "LLM2SLMConfig",
     "LLM2SLMForConditionalGeneration",
     "LLM2SLMProcessor",
     "PromptStates",
+    "StateStore",
+    "TextToText",
     "ia3_config",
+    "load_without_llm",
     "lora_config",
     "parameter_groups",
+    "register_fusion",
 ]

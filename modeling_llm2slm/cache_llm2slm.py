@@ -1,72 +1,96 @@
-# Copyright 2026 The modeling-llm2slm authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-"""The cache of an LLM-to-SLM model, and the masks and positions that go with it."""
+# Copyright 2026 The modeling-llm2slm authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What an LLM-to-SLM model carries between steps: the states of a prompt, the SLM's cache, masks and positions."""
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import ModelOutput
 
 
-class ReservingLayer(DynamicLayer):
+@dataclass
+class PromptStates(ModelOutput):
     """
-    A layer that writes new keys and values behind the old ones, in room reserved for more; stock copies all of them at
-    each step, and in a batch of long prompts that takes longer than the arithmetic.
+    A prompt as the SLM reads it: `encode_prompt` returns it, and `encoder_outputs=` takes it as often as wanted.
+
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(B, N, d_slm)`):
+            The prompt embeddings P, padded on the left; for an encoder-decoder SLM, its own encoder's output.
+        attention_mask (`torch.LongTensor` of shape `(B, N)`):
+            0 on padding. Within `generate()` it has a row for each beam or sample; those of a prompt are adjacent.
+        hidden_states (`tuple(torch.Tensor)`, *optional*): The LLM's, if requested, in the layout of its input.
+        attentions (`tuple(torch.Tensor)`, *optional*): The LLM's, if requested, in the layout of its input.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    # `generate()` expands tensors in the output of `get_encoder()` for beams, so the mask travels with the states.
+    last_hidden_state: torch.Tensor = None  # type: ignore[assignment]
+    attention_mask: torch.Tensor = None  # type: ignore[assignment]
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        self.room: dict[str, torch.Tensor] = {}
+    @property
+    def copies(self) -> int:
+        """`int`: Number of beams or samples of each prompt."""
+        return self.attention_mask.shape[0] // self.last_hidden_state.shape[0]
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if torch.is_grad_enabled() and key_states.requires_grad:  # a gradient needs the old ones as they were
-            return super().update(key_states, value_states, *args, **kwargs)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        length = self.get_seq_length()
-        self.keys = self._append("keys", self.keys, key_states, length)
-        self.values = self._append("values", self.values, value_states, length)
-        return self.keys, self.values
+    def one_of_each(self) -> "PromptStates":
+        """Return each prompt once, whatever the number of its beams."""
+        return replace(self, attention_mask=self.attention_mask[:: self.copies])
 
-    def _append(self, name: str, old: torch.Tensor, new: torch.Tensor, length: int) -> torch.Tensor:
-        end, room = length + new.shape[-2], self.room.get(name)
-        # Rows may have been reordered or repeated since, which makes them anew and without room.
-        if room is None or room.data_ptr() != old.data_ptr() or len(room) != len(new) or room.shape[-2] < end:
-            room = self.room[name] = new.new_empty(*new.shape[:-2], end + max(end // 2, 32), new.shape[-1])
-            if length:
-                room[..., :length, :] = old
-        room[..., length:end, :] = new
-        return room[..., :end, :]
+    def one_for_each(self) -> "PromptStates":
+        """Return the states of each prompt repeated for each of its beams."""
+        return replace(self, last_hidden_state=self.last_hidden_state.repeat_interleave(self.copies, dim=0))
 
 
-def with_room(cache: Cache) -> Cache:
-    """The same cache, still empty, with layers that keep room for more where stock ones would copy."""
-    growing = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    if type(growing) is DynamicCache and not growing.offloading:
-        growing.layers = [ReservingLayer() if type(layer) is DynamicLayer else layer for layer in growing.layers]
-    return cache
+def as_prompt_states(
+    encoder_outputs: PromptStates | ModelOutput | tuple, attention_mask: torch.Tensor | None, check: bool = False
+) -> PromptStates:
+    """Return `encode_prompt`'s output, or a bare `last_hidden_state` with its `attention_mask`, as `PromptStates`."""
+    states, own_mask = encoder_outputs[0], getattr(encoder_outputs, "attention_mask", None)
+    optional = [getattr(encoder_outputs, name, None) for name in ("hidden_states", "attentions")]
+    if own_mask is None:
+        ones = states.new_ones(states.shape[:2], dtype=torch.long)
+        return PromptStates(states, ones if attention_mask is None else attention_mask, *optional)
+    if check and attention_mask is not None:
+        given = (attention_mask != 0).sum(-1).to(own_mask.device)
+        if attention_mask.shape != own_mask.shape or not torch.equal(given, own_mask.sum(-1)):
+            raise ValueError(
+                "`attention_mask` and `encoder_outputs` belong to different prompts: their numbers of tokens differ. "
+                "Pass the mask that went into `encode_prompt`, or none."
+            )
+    return PromptStates(states, own_mask, *optional)
+
+
+def repeat_outputs(outputs: ModelOutput, copies: int) -> ModelOutput:
+    """Repeat each row of the SLM's output, its cache included, once for each beam."""
+
+    def repeat(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(repeat, value))
+        return value.repeat_interleave(copies, dim=0) if isinstance(value, torch.Tensor) else value
+
+    outputs.past_key_values.batch_repeat_interleave(copies)
+    return type(outputs)(**{name: repeat(value) for name, value in outputs.items()})
+
+
+def padding_to(side: str, mask: torch.Tensor) -> torch.Tensor:
+    """Return the order `(B, N)` that moves the padding of a mask to the `"left"` or `"right"`; tokens keep theirs."""
+    return mask.argsort(dim=-1, descending=side == "right", stable=True)
+
+
+def reorder(values: torch.Tensor, order: torch.Tensor, dim: int = 1) -> torch.Tensor:
+    """Reorder dimension `dim`, the prompt's N, of each row by its own order `(B, N)`."""
+    shape = [1] * values.dim()
+    shape[0], shape[dim] = order.shape
+    return values.gather(dim, order.to(values.device).view(shape).expand_as(values))
 
 
 class LLM2SLMCache(EncoderDecoderCache):
     """
-    The SLM's cache as `generate()` and callers see it: it counts answer tokens only. The SLM itself works on
+    The SLM's cache as `generate()` and callers see it: it counts output tokens only. The SLM itself works on
     `self_attention_cache`, which begins with the `prompt_length` positions of the prompt.
     """
 
@@ -78,7 +102,7 @@ class LLM2SLMCache(EncoderDecoderCache):
         return self.self_attention_cache.get_seq_length(layer_idx) - self.prompt_length
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """Room for answer tokens; -1 where it grows."""
+        """Return the capacity for output tokens, or -1 if the cache grows."""
         max_length = self.self_attention_cache.get_max_length(layer_idx)
         return max_length - self.prompt_length if max_length > 0 else max_length
 
@@ -88,7 +112,7 @@ class LLM2SLMCache(EncoderDecoderCache):
 
 
 def as_llm2slm_cache(cache: Cache | None) -> LLM2SLMCache | None:
-    """Any empty cache as one that tells prompt and answer apart."""
+    """Wrap an empty cache of any class in a [`LLM2SLMCache`]."""
     if cache is None or isinstance(cache, LLM2SLMCache):
         return cache
     slm_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
@@ -100,37 +124,30 @@ def as_llm2slm_cache(cache: Cache | None) -> LLM2SLMCache | None:
 
 
 def can_repeat(cache: Cache | None) -> bool:
-    """Whether each row of a cache can be repeated for beams; a static one has its size from the start."""
+    """Return whether the rows of a cache can be repeated for beams; those of a static one cannot."""
     return isinstance(cache, EncoderDecoderCache) and all(
         type(part) is DynamicCache for part in (cache.self_attention_cache, cache.cross_attention_cache)
     )
 
 
 def has_read_prompt(cache: Cache | None) -> bool:
-    """Whether the SLM has read the prompt of a cache, before the answer or in its cross-attention."""
+    """Return whether a cache holds the prompt, before the output or in the cross-attention."""
     if isinstance(cache, LLM2SLMCache):
         return cache.prompt_length > 0
     return bool(getattr(cache, "is_updated", {}).get(0))
 
 
-def check_goes_on(cached: int, given: int) -> None:
-    """Raise `ValueError` where a cache holds all of the answer so far, so that there is nothing to go on with."""
+def check_continues(cached: int, given: int) -> None:
+    """Raise `ValueError` if a cache of `cached` output tokens holds all of the `given` ones."""
     if cached >= given:
         raise ValueError(
-            f"`past_key_values` holds {cached} answer tokens and `decoder_input_ids` has no more than {given}. Pass "
-            "the answer from its start, with a token that is not cached yet."
+            f"`past_key_values` holds {cached} output tokens and `decoder_input_ids` has no more than {given}. Pass "
+            "the output from its start, with a token that is not cached yet."
         )
 
 
-def check_cross_attention(cache: Cache | None, width: int) -> None:
-    """Raise `ValueError` where the cache of an encoder-decoder SLM was made for prompts of another width."""
-    if isinstance(cache, EncoderDecoderCache) and isinstance(cache.cross_attention_cache, DynamicCache):
-        cached = cache.cross_attention_cache.get_seq_length()
-        if cached:
-            _check_width(cached, width)
-
-
-def _check_width(cached: int, width: int) -> None:
+def check_prompt_width(cached: int, width: int) -> None:
+    """Raise `ValueError` if a cache that begins with a prompt of width `cached` is used with another one."""
     if cached != width:
         raise ValueError(
             f"`past_key_values` begins with a prompt of width {cached}, but this one has {width}. Pass the prompt as "
@@ -138,8 +155,15 @@ def _check_width(cached: int, width: int) -> None:
         )
 
 
+def cross_attention_width(cache: Cache | None) -> int:
+    """Return the width of the prompts in the cross-attention of a growing cache; 0 if it holds none."""
+    if isinstance(cache, EncoderDecoderCache) and isinstance(cache.cross_attention_cache, DynamicCache):
+        return cache.cross_attention_cache.get_seq_length()
+    return 0
+
+
 def labels_mask(labels: torch.Tensor) -> torch.Tensor:
-    """1 for every place of `labels` `(B, M)` up to the last that is not -100, 0 for the padding behind."""
+    """Return 1 for each position of `labels` `(B, M)` up to the last that is not -100, and 0 for the padding after."""
     return (labels != -100).long().flip(-1).cummax(-1).values.flip(-1)
 
 
@@ -147,28 +171,28 @@ def mask_and_positions(
     prompt_mask: torch.Tensor, output_mask: torch.Tensor | None, output_length: int, cache: LLM2SLMCache | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The SLM's mask over prompt, cached answer and `output_length` new tokens (up to the end of a static cache), and the
-    positions of what it reads now: of the new tokens, and of the prompt if that is not cached yet. Padding has none.
+    Return the SLM's mask over prompt, cached output and `output_length` new tokens (up to the end of a static cache),
+    and the positions of what it reads now: the new tokens, and the prompt if it is not cached yet. Padding takes none.
     """
     cache = cache if cache is not None and cache.prompt_length > 0 else None
     if cache is not None:
-        _check_width(cache.prompt_length, prompt_mask.shape[1])
+        check_prompt_width(cache.prompt_length, prompt_mask.shape[1])
     past_length = int(cache.get_seq_length()) if cache is not None else 0
     if output_mask is None:
         output_mask = prompt_mask.new_ones(prompt_mask.shape[0], past_length + output_length)
     elif output_mask.shape[1] != past_length + output_length:
         raise ValueError(
             f"`decoder_attention_mask` has width {output_mask.shape[1]}. Pass one of width "
-            f"{past_length + output_length}, over the {past_length} answer tokens in `past_key_values` and the "
+            f"{past_length + output_length}, over the {past_length} output tokens in `past_key_values` and the "
             f"{output_length} in `decoder_input_ids`."
         )
     mask = torch.cat([prompt_mask, output_mask.to(prompt_mask)], dim=-1)
     position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
     if cache is not None:
-        # Strides of its own: with those of the mask a compiled step would be compiled anew for another length.
+        # With the strides of the mask, a compiled step would be compiled again for each length.
         position_ids = position_ids[:, -output_length:].clone(memory_format=torch.contiguous_format)
         if cache.is_compileable:
             # If all layers have a sliding window, the cache has its length, and the mask may be longer.
             rest = max(cache.self_attention_cache.get_max_length() - mask.shape[1], 0)
-            mask = nn.functional.pad(mask, (0, rest), value=1)  # causality hides what is not written yet
+            mask = nn.functional.pad(mask, (0, rest), value=1)  # causality hides positions not written yet
     return mask, position_ids

@@ -11,91 +11,85 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Configuration of an LLM-to-SLM model: the large model's, the small model's, and how the two meet."""
+"""Configuration of an LLM-to-SLM model: the LLM's, the SLM's, their fusion, and the quirks of model families."""
 
 import copy
-from typing import Any, ClassVar
+import os
+from typing import Any, ClassVar, NamedTuple
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GPT2Config, PreTrainedConfig, T5Config
 
+from .fusion_llm2slm import fusion_of
 
-FUSIONS = ("add", "replace")
-# The positions of these begin after the pad id, so that they have as many fewer than their configs say.
-POSITIONS_AFTER_PAD = frozenset(
-    (
-        "camembert",
-        "data2vec-text",
-        "ibert",
-        "longformer",
-        "mpnet",
-        "roberta",
-        "roberta-prelayernorm",
-        "xlm-roberta",
-        "xlm-roberta-xl",
-    )
-)
+
+class Quirks(NamedTuple):
+    """
+    What a family of models needs that most do not. What transformers itself declares about a class (`_is_stateful`,
+    `_can_compile_fullgraph`, `_keep_in_fp32_modules`) is read from the class.
+    """
+
+    positions_after_pad: bool = False  # positions begin after the pad id, so fewer are left than the config says
+    mask_limited_to_positions: bool = False  # an attention mask must not be wider than the max positions
+    decoder_layers: str | None = None  # the config's own name for the number of its decoder's layers
+    embedding_size: str = "hidden_size"  # the config's name for the width of its embeddings
+
+
+_AFTER_PAD = (
+    "camembert", "data2vec-text", "ibert", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
+    "xlm-roberta-xl",
+)  # fmt: skip
+_DECODER_LAYERS = ("longt5", "mt5", "pop2piano", "prophetnet", "switch_transformers", "t5", "umt5")
+# By `model_type`. A new quirk is a field above and an entry here.
+QUIRKS = {
+    **dict.fromkeys(_AFTER_PAD, Quirks(positions_after_pad=True)),
+    **dict.fromkeys(_DECODER_LAYERS, Quirks(decoder_layers="num_decoder_layers")),
+    "gpt_neo": Quirks(mask_limited_to_positions=True),
+    "opt": Quirks(embedding_size="word_embed_proj_dim"),
+}
+# A checkpoint's config must not set these: they choose other files to read, or kernels to download and run.
 FOREIGN = {"transformers_weights", "attn_implementation", "_attn_implementation", "kernel_config", "fusion_config"}
-MAX_LAYERS = 1000  # far beyond any model; each costs time and memory to build, even without its weights
+MAX_LAYERS = 1000  # far more than any model has; building one takes time and memory even without its weights
 
 
 @strict
 class LLM2SLMConfig(PreTrainedConfig):
     r"""
-    Configuration of [`LLM2SLMForConditionalGeneration`]: a large frozen LLM reads the prompt once, a projector maps
-    what it read into the embedding space of a small language model (SLM), and the SLM writes the answer
-    (Bergner et al., arXiv 2402.16844).
-
-    Token ids, `vocab_size` and `hidden_size` are those of the SLM, the side that writes. An id left out is taken from
-    the SLM's config: the start id is its `decoder_start_token_id`, else `bos_token_id`, else `eos_token_id`; the pad
-    id is its `pad_token_id`, else `eos_token_id`.
+    Configuration of [`LLM2SLMForConditionalGeneration`]: a frozen LLM reads the prompt once, a projector maps its
+    hidden states into the embedding space of a small language model (SLM), and the SLM writes the output
+    (Bergner et al., arXiv 2402.16844). Token ids, `vocab_size` and `hidden_size` are the SLM's.
 
     Args:
         encoder (`PreTrainedConfig` or `dict`, *optional*, defaults to `T5Config()`):
-            The LLM's config. Of an encoder-decoder LLM only the encoder is used.
-        decoder (`PreTrainedConfig` or `dict`, *optional*, defaults to `GPT2Config()`):
-            The SLM's config.
+            The LLM's config. Only the encoder of an encoder-decoder LLM is used.
+        decoder (`PreTrainedConfig` or `dict`, *optional*, defaults to `GPT2Config()`): The SLM's config.
         fusion (`str`, *optional*, defaults to `"add"`):
-            What the SLM reads in place of the prompt (paper section 3.2): `"replace"`, the projected LLM states;
-            `"add"`, these plus an embedding of the prompt's tokens.
+            What the SLM reads for the prompt (paper section 3.2): `"replace"`, the projected hidden states; `"add"`,
+            these plus an embedding of the prompt tokens; or another [`Fusion`] that was registered.
         shared_tokenizer (`bool`, *optional*, defaults to `False`):
-            Whether LLM and SLM have the same tokenizer. With `fusion="add"` the SLM's own embedding of the prompt is
-            then added; otherwise the LLM's (frozen) embedding followed by a trained linear map.
+            Whether LLM and SLM have the same tokenizer. `fusion="add"` then uses the SLM's embedding of the prompt,
+            and otherwise the LLM's (frozen) embedding followed by a trained linear map.
         encoder_layer (`int`, *optional*):
-            The LLM's states are `hidden_states[encoder_layer]` of the full LLM, and no layer above is built.
-            `None`: its `last_hidden_state`.
-        projector_layers (`int`, *optional*, defaults to 2):
-            Linear layers of the projector, with a ReLU between each two.
-        freeze_llm (`bool`, *optional*, defaults to `True`):
-            Whether the LLM is frozen: no gradient, no dropout, not even in `train()`.
+            Use `hidden_states[encoder_layer]` of the full LLM and build no layer above. Default: its
+            `last_hidden_state`.
+        projector_layers (`int`, *optional*, defaults to 2): Linear layers of the projector, with ReLUs between them.
+        freeze_llm (`bool`, *optional*, defaults to `True`): No gradient and no dropout in the LLM, even in `train()`.
         encoder_dtype (`str`, *optional*):
-            The LLM's own dtype where it differs from the rest, for instance `"bfloat16"`. It holds on every load,
-            whatever `dtype=` is given for the rest.
-        pad_token_id (`int`, *optional*): Pads answers.
-        decoder_start_token_id (`int`, *optional*): Stands before every answer.
-        eos_token_id (`int` or `list[int]`, *optional*): Ends an answer.
+            The LLM's own dtype, such as `"bfloat16"`. It holds on every load, whatever `dtype=` is given.
         llm_source (`dict`, *optional*):
             Where the LLM comes from, written by the factory: `name_or_path` (a repository, or a folder relative to the
-            checkpoint), `revision`, `subfolder`, and `fingerprint`, which tells its weights from others.
+            checkpoint), `revision`, `subfolder`, and the `fingerprint` of its weights.
         slm_source (`dict`, *optional*): The same for the SLM, without a fingerprint.
-        lean (`bool`, *optional*, defaults to `False`):
-            Whether the checkpoint leaves out the LLM's weights, which are then read from `llm_source`.
-        use_cache (`bool`, *optional*, defaults to `True`):
-            Whether a `forward` that does not train returns a cache; `Trainer` turns it off.
+        lean (`bool`, *optional*, defaults to `False`): The checkpoint has no LLM weights; `llm_source` has them.
+        pad_token_id (`int`, *optional*): Pads outputs. Default: the SLM's, else its end token.
+        decoder_start_token_id (`int`, *optional*):
+            Starts every output. Default: the SLM's `decoder_start_token_id`, else `bos_token_id`, else `eos_token_id`.
+        eos_token_id (`int` or `list[int]`, *optional*): Ends an output. Default: the SLM's.
+        use_cache (`bool`, *optional*, defaults to `True`): Return a cache outside training; `Trainer` turns it off.
 
     Raises:
         ValueError: If a value does not exist or does not fit; the message names the fix.
-
-    Example:
-
-    ```python
-    >>> from transformers import GPT2Config, T5Config
-    >>> from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
-
-    >>> config = LLM2SLMConfig(encoder=T5Config(d_model=512), decoder=GPT2Config(), fusion="add")
-    >>> model = LLM2SLMForConditionalGeneration(config)
-    ```
     """
 
     model_type = "llm2slm"
@@ -127,39 +121,38 @@ class LLM2SLMConfig(PreTrainedConfig):
 
     @classmethod
     def own_fields(cls) -> set[str]:
-        """Names of what is configured here, apart from the two configs and the LLM's dtype."""
-        return set(cls.__annotations__) - {
-            "sub_configs",
-            "encoder",
-            "decoder",
-            "encoder_dtype",
-            "llm_source",
-            "slm_source",
-            "lean",
-            "use_cache",
-            "is_encoder_decoder",
-        }
+        """Return the names of the fields that the factory takes: all but the parts, their origin and their dtypes."""
+        others = {"sub_configs", "encoder", "decoder", "encoder_dtype", "llm_source", "slm_source", "lean"}
+        return set(cls.__annotations__) - others - {"use_cache", "is_encoder_decoder"}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "LLM2SLMConfig":
-        """As of every config, for values that come with a checkpoint; `ValueError` if they make no config."""
-        _check_references(config_dict)
+        """Build a config from values of a checkpoint. Raise `ValueError` if they do not make one."""
+        parts = [
+            values for values in (config_dict, *map(config_dict.get, cls.sub_configs)) if isinstance(values, dict)
+        ]
+        for key in FOREIGN:
+            if any(part.get(key) is not None for part in parts):
+                raise ValueError(f"The checkpoint sets `{key}`, which is the caller's to choose. Remove it.")
         try:
             return super().from_dict(config_dict, **kwargs)
         except (AttributeError, KeyError, OverflowError, TypeError, StrictDataclassError) as error:
             raise ValueError(f"The config of the checkpoint is not sound: {' '.join(str(error).split())}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """As of every config, without the places on this machine that the parts were loaded from."""
+        """Return all values but the folders of this machine that the parts were loaded from."""
         values = super().to_dict()
         for part in ("encoder", "decoder"):
             if isinstance(values.get(part), dict):
                 values[part].pop("_name_or_path", None)
+        for part in ("llm_source", "slm_source"):
+            if os.path.isabs((values.get(part) or {}).get("name_or_path") or ""):
+                values[part] = {key: value for key, value in values[part].items() if key != "name_or_path"}
         return values
 
     @property
     def vocab_size(self) -> int:
-        """`int`: Size of the SLM's vocabulary, the one answers are written in."""
+        """`int`: Size of the SLM's vocabulary."""
         return self.decoder.vocab_size
 
     @property
@@ -168,97 +161,73 @@ class LLM2SLMConfig(PreTrainedConfig):
         return self.get_text_config(decoder=True).hidden_size
 
     @property
+    def llm_hidden_size(self) -> int:
+        """`int`: Width of the LLM's hidden states, `d_llm`."""
+        return llm_sizes(self.encoder).hidden_size
+
+    @property
     def prompt_size(self) -> int:
         """`int`: Width of the embeddings that the SLM reads: `d_slm`, but for a small OPT, which projects them."""
-        return getattr(self.decoder, "word_embed_proj_dim", None) or llm_sizes(self.decoder).hidden_size
+        return getattr(llm_sizes(self.decoder), quirks_of(self.decoder).embedding_size)
 
     @property
     def llm_positions(self) -> int | None:
-        """`int`: How many positions the LLM has, if any number limits them."""
-        return _positions(self.encoder)
+        """`int`: The LLM's max positions, or `None` if it has no limit."""
+        return max_positions(self.encoder)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """
-        The SLM's config, from which sizes of caches and vocabularies are read: with `decoder=True`, that of its own
-        decoder; with `encoder=True` the LLM's.
-        """
+        """Return the SLM's config; with `decoder=True`, that of its own decoder; with `encoder=True` the LLM's."""
         if encoder and not decoder:
             return self.encoder
         if not (decoder and self.decoder.is_encoder_decoder):
             return self.decoder
         config = self.decoder.get_text_config(decoder=True)  # a copy, where two halves share one config
-        # T5 keeps the number of its decoder's layers under a name that transformers does not look for.
-        config.num_hidden_layers = getattr(self.decoder, "num_decoder_layers", None) or config.num_hidden_layers
+        if (name := quirks_of(self.decoder).decoder_layers) is not None:  # transformers does not look for it there
+            config.num_hidden_layers = getattr(self.decoder, name)
         return config
 
     def fits(self, prompt_length: int, output_length: int) -> bool:
-        """Whether the SLM has positions for prompt and answer (with its start token, without its last)."""
-        limit = _positions(self.decoder)
-        used = prompt_length + output_length
-        if self.decoder.is_encoder_decoder:
-            used = max(prompt_length, output_length)
-        return limit is None or used <= limit
+        """Return whether the SLM has positions for a prompt and an output, with its start token, without its last."""
+        return fits(self.decoder, prompt_length, output_length)
 
-    def needs_output_mask(self, prompt_width: int, answer_width: int) -> bool:
-        """
-        Whether a batch of these widths has more places than the SLM has positions, so that answers need a mask, as
-        padding takes no positions. A GPT-Neo has no more places than positions: its own mask is as wide as they are.
-        """
-        return not self.fits(prompt_width, answer_width) and self.decoder.model_type != "gpt_neo"
+    def needs_output_mask(self, prompt_width: int, output_width: int) -> bool:
+        """Return whether a padded batch is wider than the SLM's max positions, so that outputs need a mask."""
+        return not (self.fits(prompt_width, output_width) or quirks_of(self.decoder).mask_limited_to_positions)
 
     def check_length(self, prompt_length: int, output_length: int) -> None:
-        """Raise `ValueError`, with both lengths and the fix, where [`~LLM2SLMConfig.fits`] is `False`."""
-        if self.fits(prompt_length, output_length):
-            return
-        sizes = f"The prompt has {prompt_length} tokens and the answer up to {output_length}"
-        limit = f"but the SLM has {_positions(self.decoder)} positions"
-        both = f"{sizes}, together {prompt_length + output_length}, {limit} for both."
-        raise ValueError(
-            f"{f'{sizes}, {limit} for each.' if self.decoder.is_encoder_decoder else both} Shorten the prompt "
-            "(`prompt_max_length` of the processor) or the answer (`max_new_tokens`, `target_max_length`), or use an "
-            "SLM with more positions."
-        )
+        """Raise `ValueError`, with both lengths and the fix, if [`~LLM2SLMConfig.fits`] is `False`."""
+        check_length(self.decoder, prompt_length, output_length, "SLM")
 
     def check_llm_length(self, width: int) -> None:
-        """Raise `ValueError` where prompts padded to `width` need more positions than the LLM has."""
-        limit = self.llm_positions
-        if limit is not None and width > limit:
+        """Raise `ValueError` if prompts padded to `width` need more positions than the LLM has."""
+        if self.llm_positions is not None and width > self.llm_positions:
             raise ValueError(
-                f"The prompts are {width} tokens wide, padding included, but the LLM has {limit} positions. Shorten "
-                "them (`prompt_max_length` of the processor)."
+                f"The prompts are {width} tokens wide, padding included, but the LLM has {self.llm_positions} "
+                "positions. Shorten them (`prompt_max_length` of the processor)."
             )
 
     def _take_ids_from_slm(self) -> None:
         slm = self.decoder
         eos = _first_set(self.eos_token_id, getattr(slm, "eos_token_id", None))
         first_eos = eos[0] if isinstance(eos, list) else eos
+        starts = [getattr(slm, name, None) for name in ("decoder_start_token_id", "bos_token_id")]
         ids = {
             "eos_token_id": eos,
             "pad_token_id": _first_set(self.pad_token_id, getattr(slm, "pad_token_id", None), first_eos),
-            "decoder_start_token_id": _first_set(
-                self.decoder_start_token_id,
-                getattr(slm, "decoder_start_token_id", None),
-                getattr(slm, "bos_token_id", None),
-                first_eos,
-            ),
+            "decoder_start_token_id": _first_set(self.decoder_start_token_id, *starts, first_eos),
         }
         for name, value in ids.items():
+            fix = f"Pass `{name}=...`, an id of the SLM's tokenizer."
             if value is None:
-                raise ValueError(
-                    f"`{name}` is not set and the SLM's config ({slm.model_type}) has no id to take its place. "
-                    f"Pass `{name}=...`, an id of the SLM's tokenizer."
-                )
+                raise ValueError(f"`{name}` is not set and the SLM's config ({slm.model_type}) has none. {fix}")
             for token_id in value if isinstance(value, list) else [value]:
                 if not 0 <= token_id < slm.vocab_size:
-                    raise ValueError(
-                        f"`{name}` is {token_id}, but the SLM's vocabulary has ids from 0 to {slm.vocab_size - 1}. "
-                        f"Pass an id of the SLM's tokenizer as `{name}=...`."
-                    )
+                    known = f"ids from 0 to {slm.vocab_size - 1}"
+                    raise ValueError(f"`{name}` is {token_id}, but the SLM's vocabulary has {known}. {fix}")
             setattr(self, name, value)
 
     def _check_values(self) -> None:
-        if self.fusion not in FUSIONS:
-            raise ValueError(f"`fusion` is {self.fusion!r}, but it must be one of {', '.join(map(repr, FUSIONS))}.")
+        fusion_of(self)
         for name in ("llm_source", "slm_source"):
             source = getattr(self, name) or {}
             if not all(value is None or isinstance(value, str) for value in source.values()):
@@ -273,43 +242,61 @@ class LLM2SLMConfig(PreTrainedConfig):
             )
         if not 1 <= self.projector_layers <= MAX_LAYERS:
             raise ValueError(f"`projector_layers` is {self.projector_layers}, but must be from 1 to {MAX_LAYERS}.")
-        positions = _positions(self.decoder)
+        positions = max_positions(self.decoder)
         if not self.decoder.is_encoder_decoder and positions is not None and positions < 2:
             raise ValueError(
-                f"The SLM has {positions} positions, but prompt and answer share them and need at least 2. "
+                f"The SLM has {positions} positions, but prompt and output share them and need at least 2. "
                 "Raise its `max_position_embeddings`."
             )
 
 
+def quirks_of(config: PreTrainedConfig) -> Quirks:
+    """Return the quirks of a model's family."""
+    return QUIRKS.get(config.model_type, Quirks())
+
+
 def as_reader(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The LLM's config such that its encoder is built alone: T5Gemma's class asks for a config that says so."""
+    """Prepare the LLM's config to build its encoder alone: T5Gemma's class asks for a config that says so."""
     if isinstance(getattr(config, "encoder", None), PreTrainedConfig):
         config.is_encoder_decoder = False
     return config
 
 
 def llm_sizes(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Where the sizes of what reads a prompt are: the config itself, or the encoder's in it (T5Gemma)."""
+    """Return the config that holds the sizes of what reads a prompt: `config`, or the encoder's in it (T5Gemma)."""
     encoder = getattr(config, "encoder", None)
     return encoder if isinstance(encoder, PreTrainedConfig) else config
 
 
-def check_encoder_decoder_length(config: PreTrainedConfig, prompt_length: int, output_length: int) -> None:
-    """Raise `ValueError` where a whole LLM has no positions for a prompt and an answer of these lengths."""
-    limit = _positions(config)
-    if limit is not None and max(prompt_length, output_length) > limit:
-        raise ValueError(
-            f"The prompt has {prompt_length} tokens and the answer up to {output_length}, but the LLM has {limit} "
-            "positions for each. Shorten the prompt (`prompt_max_length`) or the answer (`max_new_tokens`)."
-        )
-
-
-def _positions(config: PreTrainedConfig) -> int | None:
-    """How many positions a model has, if any number limits them."""
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """Return the max positions of a model, or `None` if it has no limit."""
     positions = getattr(llm_sizes(config), "max_position_embeddings", None)
-    if positions is not None and config.model_type in POSITIONS_AFTER_PAD:
+    if positions is not None and quirks_of(config).positions_after_pad:
         positions -= (config.pad_token_id or 0) + 1
     return positions
+
+
+def fits(config: PreTrainedConfig, prompt_length: int, output_length: int) -> bool:
+    """Return whether a model has positions for a prompt and an output of these lengths."""
+    used = prompt_length + output_length if _share_positions(config) else max(prompt_length, output_length)
+    limit = max_positions(config)
+    return limit is None or used <= limit
+
+
+def _share_positions(config: PreTrainedConfig) -> bool:
+    return not config.is_encoder_decoder and llm_sizes(config) is config
+
+
+def check_length(config: PreTrainedConfig, prompt_length: int, output_length: int, part: str = "LLM") -> None:
+    """Raise `ValueError`, with both lengths and the fix, if [`fits`] is `False` for the model, the `part`."""
+    if not fits(config, prompt_length, output_length):
+        shared = f", together {prompt_length + output_length}" if _share_positions(config) else ""
+        raise ValueError(
+            f"The prompt has {prompt_length} tokens and the output up to {output_length}{shared}, but the {part} has "
+            f"{max_positions(config)} positions for {'both' if shared else 'each'}. Shorten the prompt "
+            "(`prompt_max_length` of the processor) or the output (`max_new_tokens`, `target_max_length`), or use "
+            f"an {part} with more positions."
+        )
 
 
 def _first_set(*values: Any) -> Any:
@@ -320,24 +307,12 @@ def _as_config(config: PreTrainedConfig | dict | None, name: str, default: type[
     if config is None:
         return default()
     if isinstance(config, PreTrainedConfig):
-        return copy.deepcopy(
-            config
-        )  # models write into the config they are built from, and the caller's may serve two
+        return copy.deepcopy(config)  # a model writes into its config, and the caller may use theirs for another one
     if not isinstance(config, dict):
         raise TypeError(f"`{name}` must be a config object, a dict or None, not {type(config).__name__}.")
-    values = dict(config)
-    model_type = values.pop("model_type", None)
-    if model_type is None:
+    if config.get("model_type") is None:
         raise ValueError(f'`{name}` is a dict without "model_type". Add it, for instance "model_type": "t5".')
-    return AutoConfig.for_model(model_type, **values)
-
-
-def _check_references(values: dict[str, Any]) -> None:
-    """What a checkpoint brings may not choose other files to read, nor kernels to download and run."""
-    parts = [part for part in (values, values.get("encoder"), values.get("decoder")) if isinstance(part, dict)]
-    for key in FOREIGN:
-        if any(part.get(key) is not None for part in parts):
-            raise ValueError(f"The checkpoint sets `{key}`, which is the caller's to choose. Remove it.")
+    return AutoConfig.for_model(**config)
 
 
 def _check_sizes(config: PreTrainedConfig, name: str) -> None:
@@ -355,8 +330,8 @@ def _check_sizes(config: PreTrainedConfig, name: str) -> None:
     own_head_size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
     if heads and own_head_size is None and hidden_size % heads:
         raise ValueError(
-            f"`{name}` ({config.model_type}) has hidden size {hidden_size}, which its {heads} attention heads do not "
-            "divide. Change one of the two."
+            f"`{name}` ({config.model_type}) has hidden size {hidden_size}, which is not divisible by its {heads} "
+            "attention heads. Change one of the two."
         )
 
 

@@ -1,16 +1,5 @@
-# Copyright 2026 The modeling-llm2slm authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The modeling-llm2slm authors.
+# SPDX-License-Identifier: Apache-2.0
 """What an LLM-to-SLM model adds to stock `generate()`: the prompt in the cache, and checks before any compute."""
 
 from typing import Any
@@ -20,25 +9,25 @@ from transformers.generation import GenerationConfig, GenerationMixin, StoppingC
 
 from .cache_llm2slm import (
     LLM2SLMCache,
+    PromptStates,
     as_llm2slm_cache,
+    as_prompt_states,
     can_repeat,
-    check_goes_on,
+    check_continues,
     mask_and_positions,
-    with_room,
 )
 from .configuration_llm2slm import LLM2SLMConfig
-from .prompt_llm2slm import PromptStates, as_prompt_states
 
 
 def check_generation(config: LLM2SLMConfig, generation_config: GenerationConfig) -> None:
-    """Raise `ValueError` on what stock generation would do wrongly where two models read and write."""
+    """Raise `ValueError` for options that stock generation gets wrong when two models read and write."""
     reasons = {
-        "guidance_scale": (1, "runs the answer's side alone as if it had no prompt"),
-        "prefill_chunk_size": (None, "cuts a prompt of token ids, and this one is embedded as a whole"),
+        "guidance_scale": (1, "runs the SLM alone as if it had no prompt"),
+        "prefill_chunk_size": (None, "splits a prompt of token ids, and this one is embedded as a whole"),
     }
     # CODEPATH: two tokenizers. Stock gives these two processors the prompt's ids, which are the LLM's.
     if not config.shared_tokenizer:
-        two = "compares prompt and answer, which have different vocabularies here"
+        two = "compares prompt and output, which have different vocabularies here"
         reasons |= {"encoder_repetition_penalty": (1, two), "encoder_no_repeat_ngram_size": (0, two)}
     for name, (off, reason) in reasons.items():
         if getattr(generation_config, name, None) not in (None, off):
@@ -47,8 +36,8 @@ def check_generation(config: LLM2SLMConfig, generation_config: GenerationConfig)
 
 class StopAfterStart(StoppingCriteriaList):
     """
-    Criteria that never stop at the start token alone. Up to transformers 5.17 prompt lookup asks them about it, and of
-    a GPT-2 it is the end token as well.
+    Criteria that never stop at the start token alone. Up to transformers 5.17 prompt lookup evaluates them there, and
+    GPT-2's start token is its end token as well.
     """
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
@@ -59,9 +48,14 @@ class StopAfterStart(StoppingCriteriaList):
 class LLM2SLMGenerationMixin(GenerationMixin):
     """Hooks of stock `generate()`, in the order it calls them; the loops are transformers' own."""
 
+    @staticmethod
+    def reserve(cache: Any) -> Any:
+        """Prepare an empty cache; the installed package overrides this to make growing caches faster."""
+        return cache
+
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
-        # `generate()` infers no mask for an encoder, and looks at lengths only once the prompt is encoded: with
-        # `output_length`, which it hands on to the encoder, they are checked before any compute.
+        # `generate()` infers no mask for an encoder and checks lengths after encoding the prompt only: it hands
+        # `output_length` on to the encoder, which checks them before any compute.
         generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
         check_generation(self.config, generation_config)
         states, mask = model_kwargs.get("encoder_outputs"), model_kwargs.get("attention_mask")
@@ -78,7 +72,7 @@ class LLM2SLMGenerationMixin(GenerationMixin):
         return generation_config, model_kwargs | {"output_length": output_length}
 
     def _prepare_model_inputs(self, inputs: Any, bos_token_id: Any, model_kwargs: dict[str, Any]) -> Any:
-        # Of the LLM's states alone, stock generation would not know that they are a prompt.
+        # Stock generation does not take the LLM's hidden states for a prompt.
         given = (inputs, model_kwargs.get("input_ids"), model_kwargs.get("encoder_outputs"))
         states = model_kwargs.get("llm_hidden_states")
         if states is not None and all(prompt is None for prompt in given):
@@ -92,7 +86,7 @@ class LLM2SLMGenerationMixin(GenerationMixin):
         return StopAfterStart(super()._get_stopping_criteria(*args, **kwargs))
 
     def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, dict[str, Any]]:
-        # The mask gets a row for each beam; the states, which stock would expand in place, have one for each prompt.
+        # The mask gets a row for each beam. Stock would expand the states in place; they keep a row for each prompt.
         states = as_prompt_states(kwargs["encoder_outputs"], kwargs.get("attention_mask"))
         kwargs["encoder_outputs"] = PromptStates(attention_mask=states.attention_mask)
         input_ids, kwargs = super()._expand_inputs_for_generation(*args, **kwargs)
@@ -108,7 +102,7 @@ class LLM2SLMGenerationMixin(GenerationMixin):
         max_cache_length: int,
     ) -> None:
         for name in ("output_length", "llm_hidden_states"):
-            model_kwargs.pop(name, None)  # the encoder's alone, and it is done
+            model_kwargs.pop(name, None)  # only the encoder takes them, and it has run
         # The SLM's cache holds the prompt too, and the one that `generate()` sees must not count it.
         # CODEPATH: decoder-only SLMs (GPT-2); encoder-decoder ones (T5-small) keep the prompt in the cross-attention.
         prompt_in_cache = not self.config.decoder.is_encoder_decoder
@@ -125,11 +119,11 @@ class LLM2SLMGenerationMixin(GenerationMixin):
         cache = model_kwargs.get("past_key_values")
         if cache is not None and cache.is_compileable and not self.decoder._can_compile_fullgraph:
             raise ValueError(
-                f"A static cache is not supported: {type(self.decoder).__name__} is wrong with one in transformers. "
-                "Leave `cache_implementation` out."
+                f"A static cache is not supported: transformers computes {type(self.decoder).__name__} wrongly with "
+                "one. Leave `cache_implementation` out."
             )
         if cache is not None and given is None:
-            cache = with_room(cache)
+            cache = self.reserve(cache)
         if prompt_in_cache and cache is not None:
             model_kwargs["past_key_values"] = as_llm2slm_cache(cache)
         if not can_repeat(model_kwargs.get("past_key_values")):
@@ -137,7 +131,7 @@ class LLM2SLMGenerationMixin(GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
-        """Hook of `generate()` for static caches: the answer's mask stays 2-D, so that the prompt's can go first."""
+        """Keep the output's mask 2-D for static caches, so that `forward` can put the prompt's before it."""
         return attention_mask
 
     def prepare_inputs_for_generation(
@@ -149,18 +143,18 @@ class LLM2SLMGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """
-        Hook of `generate()`. Once the prompt is cached, a step takes positions and a mask of the cache's full length
-        in place of the prompt: the same shapes for every prompt and step, so that a compiled step is compiled once.
+        Replace the prompt, once it is cached, by positions and a mask of the cache's full length: shapes that are the
+        same for every prompt and step, so that a step is compiled once.
         """
         if next_sequence_length is None and past_key_values is not None:
-            # The first step of an answer or, of an assistant, of a draft. Stock cuts off what is cached only where a
-            # mask tells how much was given.
+            # The first step of an output or, in an assistant, of a draft. Stock removes cached tokens only if a mask
+            # tells how many were given.
             cached = int(past_key_values.get_seq_length())
             if cached >= input_ids.shape[1] and not is_first_iteration:
-                # An assistant's: up to transformers 5.15 what was rejected of its last draft is still there.
+                # In an assistant, transformers up to 5.15 leaves rejected tokens of its last draft in the cache.
                 past_key_values.crop(input_ids.shape[1] - 1 - cached)
                 cached = input_ids.shape[1] - 1
-            check_goes_on(cached, input_ids.shape[1])
+            check_continues(cached, input_ids.shape[1])
             if cached and kwargs.get("decoder_attention_mask") is None:
                 next_sequence_length = input_ids.shape[1] - cached
         model_inputs = super().prepare_inputs_for_generation(

@@ -12,12 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-LLM-to-SLM (Bergner et al., arXiv 2402.16844): a large frozen language model reads the prompt once, a small projector
-maps what it read into the embedding space of a small language model (SLM), and the SLM writes the answer.
-
-The file follows the forward pass: projector, encoder (all that turns a prompt into what the SLM reads), whole model.
-What `generate()` needs is in `generation_llm2slm.py`, what checkpoints need in `checkpoint_llm2slm.py`.
-Shapes: batch B, prompt length N, answer length M, widths d_llm and d_slm.
+LLM-to-SLM (Bergner et al., arXiv 2402.16844), in the order of the forward pass: the encoder, which turns a prompt into
+what the SLM reads (the projector is in `fusion_llm2slm.py`), then the whole model.
+Shapes: batch B, prompt length N, output length M, widths d_llm and d_slm.
 """
 
 from typing import Any
@@ -25,63 +22,36 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput, Seq2SeqLMOutput
 from transformers.utils.generic import can_return_tuple
 
-from .assistant_llm2slm import RecentStates, as_assistant_of
 from .cache_llm2slm import (
     LLM2SLMCache,
+    PromptStates,
     as_llm2slm_cache,
-    check_cross_attention,
+    as_prompt_states,
+    check_prompt_width,
+    cross_attention_width,
     has_read_prompt,
     labels_mask,
     mask_and_positions,
+    padding_to,
+    reorder,
+    repeat_outputs,
 )
-from .checkpoint_llm2slm import LLM2SLMCheckpointMixin, record_sources
-from .configuration_llm2slm import LLM2SLMConfig, llm_sizes
+from .checkpoint_llm2slm import LLM2SLMCheckpointMixin
+from .configuration_llm2slm import LLM2SLMConfig
+from .fusion_llm2slm import fusion_of, probe_ids
 from .generation_llm2slm import LLM2SLMGenerationMixin
-from .parts_llm2slm import (
-    build_llm,
-    check_parts,
-    embedding_rms,
-    keep_special_ids,
-    load_llm,
-    load_slm,
-    probe_ids,
-    reading_arguments,
-    slm_class,
-)
-from .prompt_llm2slm import PromptStates, as_prompt_states, padding_to, reorder, repeat_outputs
+from .parts_llm2slm import build_llm, check_parts, keep_special_ids, reading_arguments, slm_class
 
 
-class LLM2SLMProjector(nn.Module):
-    """Z = W2 act(W1 H + b1) + b2: from LLM states `(B, N, d_llm)` to the SLM's embedding space `(B, N, d_slm)`."""
-
-    def __init__(self, config: LLM2SLMConfig):
-        super().__init__()
-        self.names = [f"linear_{number + 1}" for number in range(config.projector_layers)]
-        sizes = [llm_sizes(config.encoder).hidden_size, *[config.prompt_size] * config.projector_layers]
-        for name, size_in, size_out in zip(self.names, sizes, sizes[1:], strict=False):
-            self.add_module(name, nn.Linear(size_in, size_out))
-        self.act = ACT2FN["relu"]
-
-    @property
-    def linears(self) -> list[nn.Linear]:
-        return [getattr(self, name) for name in self.names]  # an adapter may have put others in their places
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        first, *others = self.linears
-        hidden_states = first(hidden_states.to(first.weight.dtype))
-        for linear in others:
-            hidden_states = linear(self.act(hidden_states))
-        return hidden_states
+NO_PROMPT = "There is no prompt: pass `input_ids`, `llm_hidden_states` or `encoder_outputs`."
 
 
 class LLM2SLMPreTrainedModel(PreTrainedModel):
-    """What the encoder and the whole model share."""
+    """Base of the encoder and of the whole model."""
 
     config: LLM2SLMConfig
     config_class = LLM2SLMConfig
@@ -96,39 +66,38 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
 
 class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
     """
-    Everything that turns a prompt into what the SLM reads: the (frozen) LLM, the projector and, for `fusion="add"`
-    with two tokenizers, the linear map from the LLM's embedding to the SLM's.
-
-    A `PreTrainedModel` of its own, as transformers collects tied weights, fp32 modules and modules not to split from
-    children that are `PreTrainedModel`s.
+    Everything that turns a prompt into what the SLM reads: the (frozen) LLM and the modules of the fusion. It is a
+    `PreTrainedModel` because transformers takes tied weights, fp32 modules and modules not to split from those.
     """
 
-    recent: RecentStates | None = None  # of an assistant: what its LLM has just read is not read again
+    recent: Any = None  # in an assistant: the last output of its LLM, which is not computed a second time
 
     def __init__(self, config: LLM2SLMConfig, llm: PreTrainedModel | None = None):
         super().__init__(config)
         self.llm = llm if llm is not None else build_llm(config)
-        # T5's encoder has unexpected "decoder" keys dropped in silence on load; in this model they are the SLM's.
+        # T5's encoder ignores unexpected "decoder" keys on load; in this model they are the SLM's.
         self.llm._keys_to_ignore_on_load_unexpected = set()
         config.encoder = self.llm.config  # one object: a change of attention implementation or dtype reaches both
-        self.projector = LLM2SLMProjector(config)
-        self.prompt_embedding: nn.Linear | None = None
-        # CODEPATH: fusion "add" of two tokenizers; with a shared one the SLM's embedding serves, "replace" needs none.
-        if config.fusion == "add" and not config.shared_tokenizer:
-            embedding_size = self.llm.get_input_embeddings().embedding_dim
-            self.prompt_embedding = nn.Linear(embedding_size, config.prompt_size, bias=False)
+        self.projector: nn.Module | None = None
+        self.prompt_embedding: nn.Module | None = None
+        self.fusion = fusion_of(config)
+        self.fusion.add_modules(self)
         self.post_init()
 
+    def new_modules(self) -> dict[str, nn.Module]:
+        """Return the modules of the fusion by name."""
+        return {name: module for name, module in self.named_children() if name != "llm"}
+
     def bind(self, slm: PreTrainedModel) -> "LLM2SLMEncoder":
-        """Use the embedding (and the encoder, if it has one) of `slm`, without registering it here a second time."""
+        """Use the embedding (and the encoder, if it has one) of `slm` without registering it here a second time."""
         object.__setattr__(self, "slm", slm)
         return self
 
     def train(self, mode: bool = True) -> "LLM2SLMEncoder":
-        """As of every module, but a frozen LLM stays frozen and without dropout."""
+        """Set the mode of the fusion's modules, and of the LLM unless it is frozen."""
         llm_mode = self.llm.training
         super().train(mode)
-        if self.recent is not None:  # an assistant: the LLM is somebody else's
+        if self.recent is not None:  # in an assistant, the LLM belongs to the caller
             self.llm.train(llm_mode)
             return self
         # CODEPATH: freeze_llm=True. A load makes all parameters trainable again, but ends in `eval()`, and so here.
@@ -145,41 +114,24 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
         output_length: int | torch.Tensor = 1,
         **kwargs: Any,
     ) -> PromptStates:
-        """Prompt token ids `(B, N)`, or LLM states `(B, N, d_llm)` computed before, to what the SLM reads."""
+        """Turn prompts `(B, N)`, or the LLM's hidden states `(B, N, d_llm)` of them, into what the SLM reads."""
         attention_mask = self.prompt_mask(input_ids, attention_mask, llm_hidden_states)
         self.check_prompt(attention_mask, output_length)
-        llm_outputs: Any = {}
         if llm_hidden_states is None:
             wanted = {key: True for key in ("output_attentions", "output_hidden_states") if kwargs.get(key)}
             llm_outputs = self.run_llm(input_ids, attention_mask, **wanted)
-            llm_hidden_states = llm_outputs["last_hidden_state"]
-        prompt_embeds = self.projector(llm_hidden_states)
-        # CODEPATH: fusion "add"; "replace" reads the projected states alone.
-        if self.config.fusion == "add":
-            prompt_embeds = prompt_embeds + self.embed_prompt(input_ids).to(prompt_embeds.device)
-
-        # A decoder-only SLM reads the prompt right before the answer, so that padding is no distance between the two.
-        has_encoder = self.config.decoder.is_encoder_decoder
-        order = padding_to("right" if has_encoder else "left", attention_mask)
-        prompt_embeds, attention_mask = reorder(prompt_embeds, order), reorder(attention_mask, order)
-        if has_encoder:
-            slm_encoder = self.slm.get_encoder()
-            prompt_embeds = slm_encoder(inputs_embeds=prompt_embeds, attention_mask=attention_mask).last_hidden_state
-        return PromptStates(
-            last_hidden_state=prompt_embeds,
-            attention_mask=attention_mask,
-            hidden_states=llm_outputs.get("hidden_states"),
-            attentions=llm_outputs.get("attentions"),
-        )
+        else:
+            llm_outputs = BaseModelOutput(last_hidden_state=llm_hidden_states)
+        return self.fusion.read_prompt(self, llm_outputs, input_ids, attention_mask)
 
     def run_llm(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor, **kwargs: Any) -> ModelOutput:
-        """The LLM's output, in the layout of its input; without a gradient if it is frozen."""
+        """Return the LLM's output in the layout of its input, without a gradient if the LLM is frozen."""
         if input_ids is None:
-            raise ValueError("There is no prompt: pass `input_ids`, `llm_hidden_states` or `encoder_outputs`.")
+            raise ValueError(NO_PROMPT)
         if self.recent is not None and (known := self.recent.find(input_ids, attention_mask)) is not None:
             return BaseModelOutput(last_hidden_state=known)
         self.config.check_llm_length(input_ids.shape[1])
-        # Positions of a GPT-2 or BERT count from the first place on: padding goes behind the prompt, and back.
+        # GPT-2 and BERT count positions from the first place on, so padding moves after the prompt, and back.
         order = padding_to("right", attention_mask)
         back = order.argsort(dim=-1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_llm):
@@ -192,7 +144,9 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
             )
         states = outputs.last_hidden_state
         if states.dtype == torch.float16 and not states.isfinite().all():
-            raise ValueError("The LLM's states overflow in float16. Load it in bfloat16: `encoder_dtype='bfloat16'`.")
+            raise ValueError(
+                "The LLM's hidden states overflow in float16. Load it in bfloat16: `encoder_dtype='bfloat16'`."
+            )
         outputs.last_hidden_state = reorder(states, back)
         if kwargs.get("output_hidden_states"):
             outputs.hidden_states = tuple(reorder(layer, back) for layer in outputs.hidden_states)
@@ -200,15 +154,19 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
             outputs.attentions = tuple(reorder(reorder(layer, back, 2), back, 3) for layer in outputs.attentions)
         return outputs
 
-    def embed_prompt(self, input_ids: torch.Tensor | None) -> torch.Tensor:
-        """E(x) of `fusion="add"`, `(B, N, d_slm)`."""
+    def embed_tokens(self, input_ids: torch.Tensor | None) -> torch.Tensor | None:
+        """Return the prompt tokens `(B, N, width)` in the embedding table that the fusion reads; `None` for none."""
+        if self.fusion.table is None:
+            return None
         if input_ids is None:
-            raise ValueError('`fusion="add"` embeds the prompt: pass its `input_ids` beside `llm_hidden_states`.')
-        if self.prompt_embedding is None:
+            raise ValueError(
+                f'`fusion="{self.config.fusion}"` embeds the prompt: pass its `input_ids` with `llm_hidden_states`.'
+            )
+        # CODEPATH: a fusion reads the SLM's table if the tokenizer is shared, else the LLM's.
+        if self.fusion.table == "slm":
             return self.slm.get_input_embeddings()(input_ids)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_llm):
-            embeds = self.llm.get_input_embeddings()(input_ids)
-        return self.prompt_embedding(embeds.to(self.prompt_embedding.weight.dtype))
+            return self.llm.get_input_embeddings()(input_ids)
 
     def prompt_mask(
         self,
@@ -216,10 +174,10 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         llm_hidden_states: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The prompt's mask `(B, N)`: as given, else inferred from the LLM's pad id, as `generate()` does not."""
+        """Return the prompt's mask `(B, N)`: as given, else inferred from the LLM's pad id (`generate()` does not)."""
         prompt = input_ids if input_ids is not None else llm_hidden_states
         if prompt is None:
-            raise ValueError("There is no prompt: pass `input_ids`, `llm_hidden_states` or `encoder_outputs`.")
+            raise ValueError(NO_PROMPT)
         if attention_mask is not None:
             if attention_mask.shape != prompt.shape[:2]:
                 given, needed = tuple(attention_mask.shape), tuple(prompt.shape[:2])
@@ -236,8 +194,8 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
 
     def check_prompt(self, prompt_mask: torch.Tensor, output_length: int | torch.Tensor) -> None:
         """
-        Raise `ValueError` on an empty prompt, and where a prompt and its answer, of one length for all rows or one for
-        each, need more positions than the SLM has.
+        Raise `ValueError` for an empty prompt, and for a prompt and its output (of one length for all rows, or one for
+        each) that need more positions than the SLM has.
         """
         if torch.compiler.is_compiling():
             return  # the checks read values, which a graph cannot
@@ -245,31 +203,14 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
         if lengths.min() == 0:
             raise ValueError("A prompt is empty: every row of `input_ids` needs a token that is not padding.")
         if isinstance(output_length, torch.Tensor) and output_length.ndim:
-            for prompt, answer in zip(lengths.tolist(), output_length.tolist(), strict=True):
-                self.config.check_length(prompt, answer)
+            for prompt, output in zip(lengths.tolist(), output_length.tolist(), strict=True):
+                self.config.check_length(prompt, output)
         else:
             self.config.check_length(int(lengths.max()), int(output_length))
 
     @torch.no_grad()
-    def scale_prompt(self) -> None:
-        """Draw the projector's weights such that prompt embeddings have the root mean square of the SLM's own."""
-        # CODEPATH: fusion "add": two terms of equal variance.
-        scale = embedding_rms(self.slm) / 2**0.5 if self.config.fusion == "add" else embedding_rms(self.slm)
-        if self.prompt_embedding is not None:
-            size = self.prompt_embedding.in_features
-            init.normal_(self.prompt_embedding.weight, std=scale / (embedding_rms(self.llm) * size**0.5))
-        linears = self.projector.linears
-        gains = [1 / self.states_rms(), *[2**0.5] * (len(linears) - 1)]  # ReLU halves the mean square
-        gains[-1] *= scale
-        for linear, gain in zip(linears, gains, strict=True):
-            init.normal_(linear.weight, std=gain / linear.in_features**0.5)
-
-    @torch.no_grad()
-    def states_rms(self) -> float:
-        """
-        Root mean square of the LLM's states: the median over 64 tokens spread over its vocabulary, as a decoder-only
-        LLM gives its first token a state of hundreds of times the size of the others.
-        """
+    def hidden_states_rms(self) -> float:
+        """Return the median root mean square of the LLM's hidden states over 64 tokens; that of the first is huge."""
         input_ids = probe_ids(self.llm.get_input_embeddings().weight, 64)[None]
         states = self.run_llm(input_ids, torch.ones_like(input_ids)).last_hidden_state
         return float(states.float().square().mean(-1).sqrt().median())
@@ -277,14 +218,14 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
 
 class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedModel, LLM2SLMGenerationMixin):
     r"""
-    A large frozen LLM that reads the prompt and a small language model that writes the answer (arXiv 2402.16844). It
-    trains, generates, saves and loads as every sequence-to-sequence model of transformers. Token ids of the prompt are
-    the LLM's, those of the answer the SLM's.
+    A frozen LLM that reads the prompt and a small language model that writes the output (arXiv 2402.16844). It trains,
+    generates, saves and loads like every sequence-to-sequence model of transformers. Token ids of the prompt are the
+    LLM's, those of the output the SLM's. The installed package extends this class in `inference/model.py`.
 
     Args:
         config ([`LLM2SLMConfig`]): The configuration.
-        encoder (`PreTrainedModel`, *optional*): An LLM to use in place of one with random weights.
-        decoder (`PreTrainedModel`, *optional*): An SLM to use in place of one with random weights.
+        encoder (`PreTrainedModel`, *optional*): An LLM to use instead of one with random weights.
+        decoder (`PreTrainedModel`, *optional*): An SLM to use instead of one with random weights.
     """
 
     def __init__(
@@ -300,103 +241,48 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         self.train(self.training)  # freezes the LLM
 
     def initialize_weights(self) -> None:
-        """Initialize what was not loaded; the projector last, as its scale is that of the SLM's embeddings."""
+        """Initialize weights that were not loaded; the fusion's last, as they depend on those of LLM and SLM."""
         super().initialize_weights()
-        if not getattr(self.encoder.projector.linears[-1].weight, "_is_hf_initialized", False):
-            self.encoder.scale_prompt()
-
-    @classmethod
-    def from_encoder_decoder_pretrained(
-        cls,
-        encoder_pretrained_model_name_or_path: str | None = None,
-        decoder_pretrained_model_name_or_path: str | None = None,
-        **kwargs: Any,
-    ) -> "LLM2SLMForConditionalGeneration":
-        r"""
-        Build a model from a pretrained LLM and a pretrained SLM; the projector is new and has to be trained.
-
-        Args:
-            encoder_pretrained_model_name_or_path (`str`): Repository id or folder of the LLM.
-            decoder_pretrained_model_name_or_path (`str`): Repository id or folder of the SLM.
-            kwargs:
-                Values of [`LLM2SLMConfig`] (`fusion`, `shared_tokenizer`, `encoder_layer`, ...), and arguments of
-                `from_pretrained` with the prefix `encoder_` for the LLM or `decoder_` for the SLM: `encoder_dtype`,
-                `decoder_revision`, `encoder_attn_implementation`, `decoder_trust_remote_code`, ... A model already
-                loaded is given as `encoder_model` or `decoder_model`. `shared_tokenizer` defaults to the outcome of
-                comparing the two tokenizers, or to `False` where one of them does not load.
-
-        Raises:
-            ValueError: If a model is missing, or an argument has neither prefix nor meaning in the configuration.
-        """
-        config_fields = LLM2SLMConfig.own_fields()
-        config_kwargs = {key: kwargs.pop(key) for key in config_fields & kwargs.keys()}
-        encoder_kwargs = {key[8:]: kwargs.pop(key) for key in list(kwargs) if key.startswith("encoder_")}
-        decoder_kwargs = {key[8:]: kwargs.pop(key) for key in list(kwargs) if key.startswith("decoder_")}
-        if kwargs:
-            raise ValueError(
-                f"Unknown arguments: {', '.join(kwargs)}. Prefix an argument with `encoder_` for the LLM or "
-                f"`decoder_` for the SLM, or use one of the configuration: {', '.join(sorted(config_fields))}."
-            )
-        paths = (encoder_pretrained_model_name_or_path, decoder_pretrained_model_name_or_path)
-        hub = (dict(encoder_kwargs), dict(decoder_kwargs))
-        if "shared_tokenizer" not in config_kwargs:
-            from .processing_llm2slm import have_same_tokenizer
-
-            config_kwargs["shared_tokenizer"] = have_same_tokenizer(*paths, encoder_kwargs, decoder_kwargs)
-        layer = config_kwargs.get("encoder_layer")
-        llm = load_llm(paths[0], layer, encoder_kwargs)
-        slm = load_slm(paths[1], decoder_kwargs)
-        config = LLM2SLMConfig(encoder=llm.config, decoder=slm.config, **config_kwargs)
-        config.dtype = slm.dtype
-        if llm.dtype != slm.dtype:
-            config.encoder_dtype = str(llm.dtype).removeprefix("torch.")
-        model = cls(config, encoder=llm, decoder=slm)
-        for name, module in model.encoder.named_children():
-            if name != "llm":
-                module.to(device=llm.device, dtype=slm.dtype)
-        model.encoder.scale_prompt()
-        record_sources(model, paths, hub)
-        return model.eval()
+        weights = [weight for module in self.encoder.new_modules().values() for weight in module.parameters()]
+        if not any(getattr(weight, "_is_hf_initialized", False) for weight in weights):
+            self.encoder.fusion.initialize(self.encoder)
 
     def train(self, mode: bool = True) -> "LLM2SLMForConditionalGeneration":
-        """As of every module; and an LLM's special ids that `Trainer` wrote over the SLM's are taken back."""
+        """Set the mode of all modules but a frozen LLM, and undo `Trainer`'s change of the SLM's special ids."""
         self._special_ids = keep_special_ids(self, getattr(self, "_special_ids", {}) if mode else {})
         return super().train(mode)
 
     @property
     def dtype(self) -> torch.dtype:
-        """`torch.dtype`: The SLM's and projector's; the LLM may have one of its own (`config.encoder_dtype`)."""
+        """`torch.dtype`: The SLM's and projector's; the LLM may have its own (`config.encoder_dtype`)."""
         return self.decoder.dtype
 
     def get_encoder(self, modality: str | None = None) -> LLM2SLMEncoder:
-        """All that turns a prompt into what the SLM reads. Bound anew, as the SLM may have been replaced since."""
+        """Return everything that turns a prompt into what the SLM reads, bound to the SLM of now."""
         return self.encoder.bind(self.decoder)
 
+    # The embeddings of the whole model are the SLM's.
     def get_input_embeddings(self) -> nn.Module:
-        """The SLM's."""
         return self.decoder.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """The SLM's."""
         self.decoder.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        """The SLM's."""
         return self.decoder.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """The SLM's."""
         self.decoder.set_output_embeddings(new_embeddings)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """[`PreTrainedModel.resize_token_embeddings`] of the SLM. The LLM's embeddings stay as they are."""
+        """Resize the SLM's embeddings, see [`PreTrainedModel.resize_token_embeddings`]. The LLM's stay as they are."""
         return self.decoder.resize_token_embeddings(*args, **kwargs)
 
     @torch.no_grad()
     def encode_llm(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """
-        The LLM's states H `(B, N, d_llm)` of prompts `(B, N)`: independent of everything that trains, to be passed
-        back as `llm_hidden_states=` (with `attention_mask`, and `input_ids` for `fusion="add"`) so that no LLM runs.
+        Return the LLM's hidden states H `(B, N, d_llm)` of prompts `(B, N)`. Training does not change them: passed as
+        `llm_hidden_states=` (with `attention_mask`, and `input_ids` for `fusion="add"`), they save running the LLM.
         """
         return self.encoder.run_llm(input_ids, self.encoder.prompt_mask(input_ids, attention_mask)).last_hidden_state
 
@@ -407,36 +293,15 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         attention_mask: torch.Tensor | None = None,
         llm_hidden_states: torch.Tensor | None = None,
     ) -> PromptStates:
-        """
-        All the work that belongs to prompts `(B, N)`, done once, with the weights as they are: pass the result to
-        `generate(encoder_outputs=...)` as often as wanted; it is never changed there.
-        """
+        """Do all the work for prompts `(B, N)` once. `generate(encoder_outputs=...)` takes the result and keeps it."""
         return self.get_encoder()(input_ids, attention_mask, llm_hidden_states, return_dict=True)
 
-    def as_assistant_of(self, llm: PreTrainedModel) -> "LLM2SLMForConditionalGeneration":
-        """
-        This model as `assistant_model` of the whole LLM that it was built on: `llm.generate(..., assistant_model=...)`
-        gives the LLM's own answer, faster. Encoder weights and the states that `llm` has just computed are shared.
-
-        Args:
-            llm (`PreTrainedModel`): An encoder-decoder with its decoder, such as a `T5ForConditionalGeneration`.
-
-        Returns:
-            `LLM2SLMForConditionalGeneration`: of the same SLM and projector. How far it drafts ahead is set in its
-            `generation_config` (`num_assistant_tokens`, `assistant_confidence_threshold`).
-
-        Raises:
-            ValueError: If tokenizer, vocabulary size or start id are not the LLM's, or it is another LLM.
-        """
-        return as_assistant_of(self, llm)
-
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """Answers `(B, M)` shifted right by the start token; -100 becomes the pad id."""
-        start: Any = self.config.decoder_start_token_id  # the config has put an id where there was none
-        pad: Any = self.config.pad_token_id
+        """Shift targets `(B, M)` right behind the start token; -100 becomes the pad id."""
+        config: Any = self.config  # which has set both ids
         shifted = labels.roll(1, dims=-1)
-        shifted[:, 0] = start
-        return shifted.masked_fill(shifted == -100, pad)
+        shifted[:, 0] = config.decoder_start_token_id
+        return shifted.masked_fill(shifted == -100, config.pad_token_id)
 
     @can_return_tuple
     def forward(
@@ -450,97 +315,55 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         llm_hidden_states: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        decoder_position_ids: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(B, N)`, *optional*): Prompts, in the LLM's vocabulary.
-            attention_mask (`torch.Tensor` of shape `(B, N)`, *optional*):
-                1 on prompt tokens, 0 on padding. Inferred from the LLM's pad id if left out.
+            attention_mask (`torch.Tensor` of shape `(B, N)`, *optional*): 0 on padding. Default: by the LLM's pad id.
             decoder_input_ids (`torch.LongTensor` of shape `(B, M)`, *optional*):
-                Answers so far, in the SLM's vocabulary, from the start token on. Made from `labels` if left out.
-            decoder_attention_mask (`torch.Tensor` of shape `(B, M so far)`, *optional*): 0 on padding in the answer.
-            encoder_outputs ([`PromptStates`], *optional*): From `encode_prompt`, in place of `input_ids`.
-            past_key_values ([`LLM2SLMCache`], *optional*): Returned by an earlier call; it counts answer tokens only.
-            llm_hidden_states (`torch.Tensor` of shape `(B, N, d_llm)`, *optional*):
-                From `encode_llm`, in place of running the LLM.
-            labels (`torch.LongTensor` of shape `(B, M)`, *optional*):
-                Answers without start token; -100 is not scored.
-            use_cache (`bool`, *optional*): Whether to return `past_key_values`. Defaults to `config.use_cache`
-                without `labels`, and never in training.
-            decoder_position_ids (`torch.LongTensor` of shape `(B, M)`, *optional*):
-                Set by `generate()` once the prompt is cached, with a `decoder_attention_mask` over prompt and answer.
+                Outputs so far, in the SLM's vocabulary, start token included. Default: made from `labels`.
+            decoder_attention_mask (`torch.Tensor` of shape `(B, M so far)`, *optional*): 0 on padding in the output.
+            encoder_outputs ([`PromptStates`], *optional*): From `encode_prompt`, instead of `input_ids`.
+            past_key_values ([`LLM2SLMCache`], *optional*): From an earlier call; it counts output tokens only.
+            llm_hidden_states (`torch.Tensor` of shape `(B, N, d_llm)`, *optional*): From `encode_llm`.
+            labels (`torch.LongTensor` of shape `(B, M)`, *optional*): Targets without start token; -100 has no loss.
+            use_cache (`bool`, *optional*): Default: `config.use_cache`, but `False` in training or with `labels`.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
-                Compute logits for that many last answer positions, or for these; 0: for all.
+                Compute logits for this many last output positions, or for these positions; 0: for all.
 
         Returns:
-            `Seq2SeqLMOutput`: `decoder_hidden_states` cover answer positions only; of a decoder-only SLM,
-            `decoder_attentions` are `(B, heads, M, N + answer so far)` and `cross_attentions` is `None`.
-            `encoder_hidden_states` and `encoder_attentions` are the LLM's.
+            `Seq2SeqLMOutput`: `decoder_hidden_states` cover output positions only; a decoder-only SLM has
+            `decoder_attentions` `(B, heads, M, N + output so far)`. `encoder_hidden_states` are the LLM's.
         """
-        for name in ("inputs_embeds", "decoder_inputs_embeds"):
-            if kwargs.pop(name, None) is not None:
-                raise ValueError(f"`{name}` is not supported, as two models read the prompt. Pass token ids.")
-        if decoder_input_ids is None:
-            if labels is None:
-                raise ValueError("There is no answer to score or go on from: pass `labels` or `decoder_input_ids`.")
-            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        if labels is not None and (scored := decoder_input_ids[:, kept].shape) != labels.shape:
-            raise ValueError(
-                f"`labels` have shape {tuple(labels.shape)}, but there will be logits for {tuple(scored)}. Cut them "
-                "to what `decoder_input_ids` and `logits_to_keep` leave, or leave these out."
-            )
+        decoder_input_ids = self._output_tokens(decoder_input_ids, labels, logits_to_keep, kwargs)
         if decoder_attention_mask is None and labels is not None and labels.shape == decoder_input_ids.shape:
-            read = encoder_outputs[0] if encoder_outputs is not None else input_ids
-            read = llm_hidden_states if read is None else read
-            # CODEPATH: decoder-only SLMs that have positions for each row of a batch, and not for all of its padding.
-            if read is not None and self.config.needs_output_mask(read.shape[1], labels.shape[1]):
-                decoder_attention_mask = labels_mask(labels)
+            decoder_attention_mask = self._mask_of_labels(labels, encoder_outputs, input_ids, llm_hidden_states)
         if use_cache is None:
             use_cache = self.config.use_cache and labels is None and not self.training
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-
         check = encoder_outputs is not None and past_key_values is None
         if encoder_outputs is None and (input_ids is not None or llm_hidden_states is not None):
             width = decoder_input_ids.shape[1]
-            output_length = width if decoder_attention_mask is None else decoder_attention_mask.sum(-1)
+            length = width if decoder_attention_mask is None else decoder_attention_mask.sum(-1)
             encoder_outputs = self.get_encoder()(
-                input_ids, attention_mask, llm_hidden_states, output_length, return_dict=True, **kwargs
+                input_ids, attention_mask, llm_hidden_states, length, return_dict=True, **kwargs
             )
         prompt = as_prompt_states(encoder_outputs, attention_mask, check) if encoder_outputs is not None else None
-        # Beams and samples of a prompt begin alike: the SLM reads prompt and beginning once for all of them.
-        copies = prompt.copies if prompt is not None and not has_read_prompt(past_key_values) else 1
-        if prompt is not None and copies > 1:
-            prompt, decoder_input_ids = prompt.one_of_each(), decoder_input_ids[::copies]
-            if decoder_attention_mask is not None:
-                decoder_attention_mask = decoder_attention_mask[::copies]
-        # CODEPATH: encoder-decoder SLMs (T5-small) against decoder-only ones (GPT-2).
-        decode = self._decode_with_encoder if self.config.decoder.is_encoder_decoder else self._decode_after_prompt
-        outputs = decode(
+        outputs = self._decode(
             prompt,
-            decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
-            decoder_position_ids=decoder_position_ids,
+            decoder_input_ids,
+            decoder_attention_mask,
             past_key_values=past_key_values,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
-        if copies > 1:
-            outputs = repeat_outputs(outputs, copies)
         loss = None
-        if labels is not None:
-            # `num_items_in_batch` makes the loss under gradient accumulation that of the whole batch.
-            loss = self.loss_function(
-                outputs.logits,
-                labels,
-                vocab_size=self.config.vocab_size,
-                shift_labels=labels,
-                num_items_in_batch=num_items_in_batch,
-            )
+        if labels is not None:  # `num_items_in_batch` normalizes it over the whole effective batch
+            sizes = {"vocab_size": self.config.vocab_size, "num_items_in_batch": num_items_in_batch}
+            loss = self.loss_function(outputs.logits, labels, shift_labels=labels, **sizes)
         return Seq2SeqLMOutput(
             loss=loss,
             logits=outputs.logits,
@@ -553,37 +376,77 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
             encoder_attentions=prompt.attentions if prompt is not None else None,
         )
 
+    def _output_tokens(
+        self, decoder_input_ids: Any, labels: Any, logits_to_keep: int | torch.Tensor, kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """Return the SLM's tokens `(B, M)`, made from `labels` if left out, and check that the two agree."""
+        for name in ("inputs_embeds", "decoder_inputs_embeds"):
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"`{name}` is not supported, as two models read the prompt. Pass token ids.")
+        if decoder_input_ids is None and labels is None:
+            raise ValueError("There is no output to score or continue: pass `labels` or `decoder_input_ids`.")
+        if decoder_input_ids is None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        if labels is not None and (scored := decoder_input_ids[:, _kept(logits_to_keep)].shape) != labels.shape:
+            raise ValueError(
+                f"`labels` have shape {tuple(labels.shape)}, but there will be logits for {tuple(scored)}. Cut them "
+                "to what `decoder_input_ids` and `logits_to_keep` leave, or leave these out."
+            )
+        return decoder_input_ids
+
+    def _mask_of_labels(self, labels: torch.Tensor, encoder_outputs: Any, *prompts: Any) -> torch.Tensor | None:
+        """Return a mask over `labels` if a batch is wider, and none of its rows longer, than the SLM's positions."""
+        prompts = (encoder_outputs[0] if encoder_outputs is not None else None, *prompts)
+        widths = [prompt.shape[1] for prompt in prompts if prompt is not None]
+        # CODEPATH: decoder-only SLMs, whose positions prompt and output share.
+        needed = bool(widths) and self.config.needs_output_mask(widths[0], labels.shape[1])
+        return labels_mask(labels) if needed else None
+
+    def _decode(
+        self, prompt: PromptStates | None, tokens: torch.Tensor, mask: torch.Tensor | None, **kwargs: Any
+    ) -> Seq2SeqLMOutput:
+        """Run the SLM. Beams and samples of a prompt start alike: it reads prompt and start once for all of them."""
+        copies = 1
+        if prompt is not None and not has_read_prompt(kwargs["past_key_values"]) and (copies := prompt.copies) > 1:
+            prompt, tokens = prompt.one_of_each(), tokens[::copies]
+            mask = mask[::copies] if mask is not None else None
+        # CODEPATH: encoder-decoder SLMs (T5-small) against decoder-only ones (GPT-2).
+        decode = self._decode_with_encoder if self.config.decoder.is_encoder_decoder else self._decode_after_prompt
+        outputs = decode(prompt, tokens, mask, **kwargs)
+        return repeat_outputs(outputs, copies) if copies > 1 else outputs
+
     def _decode_after_prompt(
         self,
         prompt: PromptStates | None,
-        decoder_input_ids: torch.Tensor,
-        decoder_attention_mask: torch.Tensor | None,
-        decoder_position_ids: torch.Tensor | None,
+        tokens: torch.Tensor,
+        mask: torch.Tensor | None,
         past_key_values: Cache | None,
         use_cache: bool,
         logits_to_keep: int | torch.Tensor,
+        decoder_position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
-        """A decoder-only SLM reads `[P ; E(start, answer)]`, or goes on from a cache that begins with P."""
+        """
+        Run a decoder-only SLM on `[P ; E(start, output)]`, or on what follows a cache that begins with P. With
+        `decoder_position_ids`, which `generate()` sets once the prompt is cached, the mask covers prompt and output.
+        """
         cache = as_llm2slm_cache(past_key_values)
         if cache is None and use_cache:
             cache = LLM2SLMCache(DynamicCache(config=self.config.decoder))
-        output_length, prompt_length = decoder_input_ids.shape[1], 0
-        embeds = self.get_input_embeddings()(decoder_input_ids)
-        mask, position_ids = decoder_attention_mask, decoder_position_ids
+        output_length, prompt_length = tokens.shape[1], 0
+        embeds, position_ids = self.get_input_embeddings()(tokens), decoder_position_ids
         if position_ids is None:
             if prompt is None:
-                raise ValueError("There is no prompt: pass `input_ids`, `llm_hidden_states` or `encoder_outputs`.")
+                raise ValueError(NO_PROMPT)
+            width, given = prompt.attention_mask.shape[1], mask is not None
             mask, position_ids = mask_and_positions(prompt.attention_mask, mask, output_length, cache)
-            output_mask = mask[:, prompt.attention_mask.shape[1] :]
-            self.encoder.check_prompt(
-                prompt.attention_mask, output_mask.shape[1] if decoder_attention_mask is None else output_mask.sum(-1)
-            )
+            output_mask = mask[:, width:]
+            self.encoder.check_prompt(prompt.attention_mask, output_mask.sum(-1) if given else output_mask.shape[1])
             if cache is None or cache.prompt_length == 0:
-                prompt_length = prompt.last_hidden_state.shape[1]
-                embeds = torch.cat([prompt.last_hidden_state.to(embeds), embeds], dim=1)
+                prompt_length = width
+                embeds = self.encoder.fusion.prepend(prompt, embeds, cache)
         if isinstance(logits_to_keep, torch.Tensor):
-            logits_to_keep = logits_to_keep + prompt_length
+            logits_to_keep = logits_to_keep + (embeds.shape[1] - output_length)
 
         outputs = self.decoder(
             inputs_embeds=embeds,
@@ -606,27 +469,40 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         )
 
     def _decode_with_encoder(
-        self, prompt: PromptStates | None, decoder_position_ids: Any, logits_to_keep: int | torch.Tensor, **kwargs: Any
+        self,
+        prompt: PromptStates | None,
+        tokens: torch.Tensor,
+        mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        logits_to_keep: int | torch.Tensor,
+        decoder_position_ids: Any = None,
+        **kwargs: Any,
     ) -> Seq2SeqLMOutput:
-        """The decoder of an encoder-decoder SLM attends to what its encoder made of P."""
+        """Run the decoder of an encoder-decoder SLM, which attends to its encoder's output for P."""
         if prompt is None:
-            raise ValueError("There is no prompt: pass `input_ids`, `llm_hidden_states` or `encoder_outputs`.")
-        check_cross_attention(kwargs.get("past_key_values"), prompt.attention_mask.shape[1])
-        states = prompt.last_hidden_state
-        if not has_read_prompt(kwargs.get("past_key_values")):
-            self.encoder.check_prompt(prompt.attention_mask, kwargs["decoder_input_ids"].shape[1])
+            raise ValueError(NO_PROMPT)
+        states, width = prompt.last_hidden_state, prompt.attention_mask.shape[1]
+        check_prompt_width(cross_attention_width(past_key_values) or width, width)
+        if not has_read_prompt(past_key_values):
+            self.encoder.check_prompt(prompt.attention_mask, tokens.shape[1])
         elif prompt.copies > 1:
-            # Their keys are cached: only the shape of the states is read, which has a row for each beam.
+            # Their keys are cached: the SLM reads only the shape of the states, which has a row for each beam.
             states = states[:1].expand(prompt.attention_mask.shape[0], -1, -1)
         outputs = self.decoder(
             encoder_outputs=ModelOutput(last_hidden_state=states),
             attention_mask=prompt.attention_mask,
+            decoder_input_ids=tokens,
+            decoder_attention_mask=mask,
+            past_key_values=past_key_values,
             return_dict=True,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        outputs.logits = outputs.logits[:, kept]
+        outputs.logits = outputs.logits[:, _kept(logits_to_keep)]
         return outputs
+
+
+def _kept(logits_to_keep: int | torch.Tensor) -> slice | torch.Tensor:
+    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
 
 
 __all__ = ["LLM2SLMForConditionalGeneration", "LLM2SLMPreTrainedModel", "PromptStates"]

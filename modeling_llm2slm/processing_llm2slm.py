@@ -11,18 +11,14 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Processor of an LLM-to-SLM model: the LLM's tokenizer for prompts, the SLM's for answers."""
+"""Processor of an LLM-to-SLM model: the LLM's tokenizer for prompts, the SLM's for targets and outputs."""
 
 import copy
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, BatchEncoding, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import BatchEncoding, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
-
-from .files_llm2slm import atomic_write
 
 
 logger = logging.get_logger(__name__)
@@ -30,18 +26,18 @@ logger = logging.get_logger(__name__)
 
 class LLM2SLMProcessor(ProcessorMixin):
     r"""
-    Turns prompts into token ids of the LLM and answers into token ids of the SLM, and decodes what the SLM wrote.
+    Turns prompts into token ids of the LLM and targets into token ids of the SLM, and decodes outputs of the SLM.
 
-    A tokenizer without a pad token (GPT-2's) is given its end token as one: no id is ever compared to find padding.
+    A tokenizer without a pad token (GPT-2's) pads with its end token: padding is never found by comparing ids.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): The LLM's, for prompts, and what `AutoTokenizer` loads.
-        decoder_tokenizer (`PreTrainedTokenizerBase`): The SLM's, for answers.
+        tokenizer (`PreTrainedTokenizerBase`): The LLM's, for prompts; `AutoTokenizer` loads this one.
+        decoder_tokenizer (`PreTrainedTokenizerBase`): The SLM's, for targets and outputs.
         prompt_max_length (`int`, *optional*):
-            Longer prompts are cut to this many tokens, with a warning that says how many were. `None`: never.
-        target_max_length (`int`, *optional*):
-            The same for answers, end token included.
-        chat_template (`str`, *optional*): As for every processor of transformers.
+            Truncate longer prompts to this many tokens, with a warning that counts them. Default: never.
+        target_max_length (`int`, *optional*): The same for targets, end token included.
+        chat_template (`str`, *optional*): A chat template to use instead of the tokenizer's.
+        answer_max_length (`int`, *optional*): The former name of `target_max_length`.
 
     Example:
 
@@ -60,7 +56,9 @@ class LLM2SLMProcessor(ProcessorMixin):
         prompt_max_length: int | None = None,
         target_max_length: int | None = None,
         chat_template: str | None = None,
+        answer_max_length: int | None = None,
     ) -> None:
+        target_max_length = answer_max_length if target_max_length is None else target_max_length
         for name, length, minimum in (("prompt", prompt_max_length, 1), ("target", target_max_length, 2)):
             if length is not None and (not isinstance(length, int) or length < minimum):
                 raise ValueError(
@@ -72,32 +70,12 @@ class LLM2SLMProcessor(ProcessorMixin):
             elif part.pad_token_id is None:
                 raise ValueError(f"`{name}` has neither pad nor end token. Set one: `{name}.pad_token = ...`.")
         if decoder_tokenizer.eos_token_id is None:
-            raise ValueError("`decoder_tokenizer` has no end token, so no answer could end. Set its `eos_token`.")
+            raise ValueError("`decoder_tokenizer` has no end token, so no output could end. Set its `eos_token`.")
         if decoder_tokenizer is tokenizer:
             decoder_tokenizer = copy.deepcopy(tokenizer)  # stock `save_pretrained` cannot save one object twice
         self.prompt_max_length = prompt_max_length
         self.target_max_length = target_max_length
         super().__init__(tokenizer, decoder_tokenizer, chat_template=chat_template)
-
-    @classmethod
-    def from_encoder_decoder_pretrained(
-        cls, encoder_pretrained_model_name_or_path: str, decoder_pretrained_model_name_or_path: str, **kwargs: Any
-    ) -> "LLM2SLMProcessor":
-        """
-        Build a processor from the tokenizers of an LLM and an SLM.
-
-        Args:
-            encoder_pretrained_model_name_or_path (`str`): Repository id or folder of the LLM.
-            decoder_pretrained_model_name_or_path (`str`): Repository id or folder of the SLM.
-            kwargs:
-                `prompt_max_length`, `target_max_length`, `chat_template`, and arguments of
-                `AutoTokenizer.from_pretrained` with the prefix `encoder_` or `decoder_` (`encoder_revision`, ...).
-        """
-        encoder_kwargs = {key[8:]: kwargs.pop(key) for key in list(kwargs) if key.startswith("encoder_")}
-        decoder_kwargs = {key[8:]: kwargs.pop(key) for key in list(kwargs) if key.startswith("decoder_")}
-        tokenizer = AutoTokenizer.from_pretrained(encoder_pretrained_model_name_or_path, **encoder_kwargs)
-        decoder_tokenizer = AutoTokenizer.from_pretrained(decoder_pretrained_model_name_or_path, **decoder_kwargs)
-        return cls(tokenizer, decoder_tokenizer, **kwargs)
 
     def __call__(
         self,
@@ -109,69 +87,59 @@ class LLM2SLMProcessor(ProcessorMixin):
         pad_to_multiple_of: int | None = None,
         return_tensors: str | None = None,
         add_generation_prompt: bool = True,
+        answer_max_length: int | None = None,
     ) -> BatchFeature:
         """
         Args:
             text (`str`, `list[str]`, a conversation or a list of these, *optional*):
-                Prompts. A conversation is a list of messages, each a dict with `"role"` and `"content"`; the chat
-                template of the LLM's tokenizer turns it into a prompt, ready for the answer.
-            text_target (`str` or `list[str]`, *optional*): Answers, one for each prompt.
-            padding (`bool` or `str`, *optional*, defaults to `False`):
-                `True` pads to the longest of the batch, `"max_length"` to the maximum lengths.
-            prompt_max_length (`int`, *optional*): In place of the processor's own, for this call.
-            target_max_length (`int`, *optional*): In place of the processor's own, for this call.
+                Prompts. The chat template of the LLM's tokenizer turns a conversation (a list of dicts with `"role"`
+                and `"content"`) into one.
+            text_target (`str` or `list[str]`, *optional*): Targets, one for each prompt.
+            padding (`bool` or `str`, *optional*): `True` pads to the longest prompt, `"max_length"` to the limits.
+            prompt_max_length, target_max_length (`int`, *optional*): Override the processor's for this call.
             pad_to_multiple_of (`int`, *optional*): Pad lengths to a multiple of this.
             return_tensors (`str`, *optional*): `"pt"` for tensors.
-            add_generation_prompt (`bool`, *optional*, defaults to `True`):
-                Of conversations, see `apply_chat_template`.
+            add_generation_prompt (`bool`, *optional*, defaults to `True`): See `apply_chat_template`.
+            answer_max_length (`int`, *optional*): The former name of `target_max_length`.
 
         Returns:
-            `BatchFeature`: of prompts, `input_ids` and `attention_mask` `(B, N)`, ids of the LLM; of answers, `labels`
-            `(B, M)`, ids of the SLM, which end with its end token and have no start token; -100 on padding.
+            `BatchFeature`: For prompts, `input_ids` and `attention_mask` `(B, N)`, ids of the LLM; for targets,
+            `labels` `(B, M)`, ids of the SLM that end with its end token and have no start token; -100 on padding.
         """
         if text is None and text_target is None:
-            raise ValueError("There is nothing to process: pass `text` (prompts), `text_target` (answers) or both.")
+            raise ValueError("There is nothing to process: pass `text` (prompts), `text_target` (targets) or both.")
         pad = {"padding": padding, "pad_to_multiple_of": pad_to_multiple_of, "return_tensors": return_tensors}
         features: dict[str, Any] = {}
         if text is not None:
-            limit = prompt_max_length if prompt_max_length is not None else self.prompt_max_length
+            limit = self.prompt_max_length if prompt_max_length is None else prompt_max_length
             encoded = self._encode_prompts([text] if _is_one(text) else list(text), limit, add_generation_prompt)
             features.update(_pad(self.tokenizer, encoded, limit, **pad))
         if text_target is not None:
-            limit = target_max_length if target_max_length is not None else self.target_max_length
-            answers = self._encode_answers([text_target] if isinstance(text_target, str) else list(text_target), limit)
-            if text is not None and len(answers) != len(encoded):
+            target_max_length = answer_max_length if target_max_length is None else target_max_length
+            limit = self.target_max_length if target_max_length is None else target_max_length
+            targets = self._encode_targets([text_target] if isinstance(text_target, str) else list(text_target), limit)
+            if text is not None and len(targets) != len(encoded):
                 raise ValueError(
-                    f"`text` holds {len(encoded)} prompts and `text_target` {len(answers)} answers. Pass one answer "
+                    f"`text` holds {len(encoded)} prompts and `text_target` {len(targets)} targets. Pass one target "
                     "for each prompt."
                 )
-            features["labels"] = self.pad_labels(answers, limit, **pad)
+            features["labels"] = self.pad_labels(targets, limit, **pad)
         if return_tensors is None and _is_one(text if text is not None else text_target):
             features = {name: rows[0] for name, rows in features.items()}
         return BatchFeature(features)
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
-    ) -> list[str]:
-        """As of every processor, but either all files are written or none."""
-        with atomic_write(save_directory) as folder:
-            written = super().save_pretrained(folder, **kwargs)
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
-        return [str(Path(save_directory, Path(file).name)) for file in written]
 
     def apply_chat_template(
         self, conversation: Any, tokenize: bool = False, add_generation_prompt: bool = True, **kwargs: Any
     ) -> Any:
         """
-        A conversation, or a list of them, by the chat template of the LLM's tokenizer.
+        Apply the chat template of the LLM's tokenizer to a conversation or a list of them.
 
         Args:
             conversation (`list[dict[str, str]]` or a list of these): Messages with `"role"` and `"content"`.
-            tokenize (`bool`, *optional*, defaults to `False`): Return what `__call__` returns in place of text.
+            tokenize (`bool`, *optional*, defaults to `False`): Return the result of `__call__` instead of text.
             add_generation_prompt (`bool`, *optional*, defaults to `True`):
-                Whether the prompt ends with what stands before an answer, as the SLM writes the answer.
-            kwargs: Of the template (`tools`, `documents`, ...); with `tokenize`, of `__call__`.
+                Whether the prompt ends with the template's start of a reply, which the SLM writes.
+            kwargs: Arguments of the template (`tools`, `documents`, ...), or with `tokenize` of `__call__`.
         """
         if tokenize:
             return self(conversation, add_generation_prompt=add_generation_prompt, **kwargs)
@@ -193,24 +161,24 @@ class LLM2SLMProcessor(ProcessorMixin):
         encoded = self.tokenizer(prompts, verbose=False, **special).input_ids
         if max_length is None or max(map(len, encoded)) <= max_length:
             return encoded
-        _warn_of_cut("prompt", sum(len(row) > max_length for row in encoded), len(encoded), max_length)
+        _warn_of_truncation("prompt", sum(len(row) > max_length for row in encoded), len(encoded), max_length)
         return self.tokenizer(prompts, truncation=True, max_length=max_length, **special).input_ids
 
-    def _encode_answers(self, answers: list[str], max_length: int | None) -> list[list[int]]:
-        if not answers:
-            raise ValueError("`text_target` is an empty list. Pass at least one answer.")
-        _check_kind("text_target", answers, _is_text)
+    def _encode_targets(self, targets: list[str], max_length: int | None) -> list[list[int]]:
+        if not targets:
+            raise ValueError("`text_target` is an empty list. Pass at least one target.")
+        _check_kind("text_target", targets, _is_text)
         eos = self.decoder_tokenizer.eos_token_id
-        encoded = self.decoder_tokenizer(answers, add_special_tokens=False, verbose=False).input_ids
+        encoded = self.decoder_tokenizer(targets, add_special_tokens=False, verbose=False).input_ids
         for row in encoded:
             while row and row[-1] == eos:  # an end token in the text itself
                 row.pop()
         if max_length is not None and (cut := sum(len(row) >= max_length for row in encoded)):
-            _warn_of_cut("target", cut, len(encoded), max_length)
+            _warn_of_truncation("target", cut, len(encoded), max_length)
         return [row[: max_length - 1 if max_length is not None else None] + [eos] for row in encoded]
 
     def pad_labels(self, labels: list[list[int]], max_length: int | None = None, **pad: Any) -> Any:
-        """Answers of different lengths as one `(B, M)` with -100 after their ends, found by the mask and by no id."""
+        """Pad targets of different lengths to `(B, M)` with -100, which comes from the mask and not from ids."""
         padded = _pad(self.decoder_tokenizer, labels, max_length, padding_side="right", **pad)
         ids, mask = padded["input_ids"], padded["attention_mask"]
         if isinstance(ids, list):
@@ -218,16 +186,16 @@ class LLM2SLMProcessor(ProcessorMixin):
         return ids * mask - 100 * (1 - mask)
 
     def decode(self, *args: Any, **kwargs: Any) -> str | list[str]:
-        """`decode` of the SLM's tokenizer."""
+        """Decode with the SLM's tokenizer."""
         return self.decoder_tokenizer.decode(*args, **kwargs)
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        """`batch_decode` of the SLM's tokenizer."""
+        """Decode a batch with the SLM's tokenizer."""
         return self.decoder_tokenizer.batch_decode(*args, **kwargs)
 
     @property
     def pad_token_id(self) -> int:
-        """`int`: The SLM's. `Seq2SeqTrainer` pads generated answers with it."""
+        """`int`: The SLM's. `Seq2SeqTrainer` pads outputs with it."""
         return self.decoder_tokenizer.pad_token_id
 
     @property
@@ -237,49 +205,12 @@ class LLM2SLMProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """`list[str]`: What a model takes of a call's result."""
+        """`list[str]`: The keys of a call's result that the model takes."""
         return ["input_ids", "attention_mask", "labels"]
 
 
-def have_same_tokenizer(
-    encoder_name_or_path: str | None,
-    decoder_name_or_path: str | None,
-    encoder_kwargs: dict[str, Any],
-    decoder_kwargs: dict[str, Any],
-) -> bool:
-    """Whether two checkpoints bring the same tokenizer, by content and never by name; `False` if one is missing."""
-    if encoder_name_or_path is None or decoder_name_or_path is None:
-        return False
-    tokenizers = []
-    for path, kwargs in ((encoder_name_or_path, encoder_kwargs), (decoder_name_or_path, decoder_kwargs)):
-        hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
-        try:
-            tokenizers.append(AutoTokenizer.from_pretrained(path, **hub))
-        except (OSError, ValueError, TypeError) as error:
-            logger.info(f"`shared_tokenizer` is set to False, as no tokenizer loads from {path}: {error}")
-            return False
-    return are_same_tokenizer(*tokenizers)
-
-
-def are_same_tokenizer(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
-    """Whether two tokenizers give every text the same ids: same vocabulary, same rules, same special tokens."""
-    if first.get_vocab() != second.get_vocab():
-        return False
-    states = []
-    for tokenizer in (first, second):
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:  # no `tokenizers` backend: the ids of a text with everything in it have to do
-            states.append(tokenizer(_PROBE).input_ids)
-            continue
-        backend = type(backend).from_str(backend.to_str())
-        backend.no_padding()
-        backend.no_truncation()
-        states.append(backend.to_str())
-    return states[0] == states[1]
-
-
 def _is_one(text: Any) -> bool:
-    """Whether this is one text or one conversation, and not a list of them."""
+    """Return whether this is one text or one conversation, and not a list of them."""
     return _is_text(text) or _is_conversation(text)
 
 
@@ -298,18 +229,6 @@ def _check_kind(name: str, texts: list[Any], is_right: Callable[[Any], bool]) ->
         raise ValueError(f"`{name}` holds {wrong[0]!r:.60}, but it takes {kinds}. Join words to a text first.")
 
 
-_HUB_ARGUMENTS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "revision",
-    "subfolder",
-    "token",
-    "trust_remote_code",
-)
-_PROBE = "The quick (brown) fox's 3,14 €: Äpfel, naïve\n\tdef f(x): return x**2  # 日本語 🙂"
-
-
 def _pad(
     tokenizer: PreTrainedTokenizerBase, rows: list[list[int]], max_length: int | None, **kwargs: Any
 ) -> BatchEncoding:
@@ -321,9 +240,9 @@ def _pad(
     )
 
 
-def _warn_of_cut(what: str, number: int, total: int, max_length: int) -> None:
+def _warn_of_truncation(what: str, number: int, total: int, max_length: int) -> None:
     logger.warning(
-        f"{number} of {total} {what}s are longer than `{what}_max_length` ({max_length} tokens) and were cut."
+        f"{number} of {total} {what}s are longer than `{what}_max_length` ({max_length} tokens) and were truncated."
     )
 
 

@@ -125,7 +125,7 @@ class LoadSettings(Settings):
 class BuildSettings(Settings):
     """How an LLM and an SLM become a new LLM-to-SLM checkpoint."""
 
-    llm_tokenizer: str | None = option(None, "Tokenizer of the LLM. Default: the one beside it.", panel=MODEL)
+    llm_tokenizer: str | None = option(None, "Tokenizer of the LLM. Default: its own.", panel=MODEL)
     slm_tokenizer: str | None = option(
         None, "Tokenizer of the SLM. Default: its own; for a config file, the LLM's.", panel=MODEL
     )
@@ -221,7 +221,7 @@ class SpeedupSettings(Settings):
     slm_tokenizer: str | None = option(
         None, "Tokenizer of the SLM. Default: its own; for a config file, the LLM's.", panel=MODEL
     )
-    fusion: str = option("add", "What the SLM reads: add or replace.", panel=MODEL)
+    fusion: str = option("add", "Fusion: add, replace, or the name of a registered one.", panel=MODEL)
     encoder_dtype: str | None = option(None, "dtype of the LLM, such as bfloat16.", panel=MODEL)
     prompt_column: str = option("prompt", "Column that holds the prompts.", panel=DATA)
     limit: int | None = option(None, "Read only this many rows, from the top.", minimum=3, panel=DATA)

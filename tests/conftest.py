@@ -39,7 +39,7 @@ class OwnCall(NamedTuple):
 
 
 TRANSFORMERS_OWN_CALLS = (
-    # Assisted generation calls the assistant's generate() with a generation config and keyword arguments beside it.
+    # Assisted generation calls the assistant's generate() with a generation config and keyword arguments next to it.
     OwnCall("generation/candidate_generator.py", "_generate_candidates", "Passing `generation_config` together with"),
 )
 

@@ -1,4 +1,4 @@
-"""What is installed: the metadata, the files in the wheel, and the promises that the repository's own files make."""
+"""The distribution: its metadata, the files in the wheel, and the facts that files of the repository state."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ NAME = "modeling-llm2slm"
 
 
 def declared() -> dict[str, Requirement]:
-    """The requirements of the installed distribution, extras included, by name."""
+    """Return the requirements of the installed distribution, with those of extras, by name."""
     requirements = [Requirement(line) for line in metadata.requires(NAME) or []]
     return {requirement.name.lower(): requirement for requirement in requirements if requirement.name != NAME}
 
 
 def pinned(lines: str) -> dict[str, Version]:
-    """The versions in a text of `name==version` lines."""
+    """Return the versions in a text of `name==version` lines."""
     return {name.lower(): Version(version) for name, version in re.findall(r"^([\w.-]+)==(\S+)$", lines, re.MULTILINE)}
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """The names of the files in a wheel that is built from a copy of the source tree."""
+    """Names of the files in a wheel that is built from a copy of the source tree."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "llm2slm.py"):
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for folder in ("modeling_llm2slm", "configuration", "conversion", "tests"):
+    for folder in ("llm2slm", "modeling_llm2slm", "configuration", "conversion", "tests"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     build = f"from setuptools import build_meta; build_meta.build_wheel({str(target)!r})"
     subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
@@ -49,12 +49,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 
 def test_nothing_generic_lands_at_the_top_of_site_packages(wheel: set[str]) -> None:
-    assert {name.split("/")[0] for name in wheel if ".dist-info/" not in name} == {"modeling_llm2slm", "llm2slm.py"}
+    assert {name.split("/")[0] for name in wheel if ".dist-info/" not in name} == {"modeling_llm2slm", "llm2slm"}
 
 
 def test_the_wheel_holds_every_source_and_data_file(wheel: set[str]) -> None:
-    expected = {"llm2slm.py", "modeling_llm2slm/py.typed"}
-    expected |= {f"modeling_llm2slm/{path.name}" for path in (ROOT / "modeling_llm2slm").glob("*.py")}
+    expected = {"modeling_llm2slm/py.typed"}
+    for package in ("llm2slm", "modeling_llm2slm"):
+        expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob("*.py")}
     for folder in ("configuration", "conversion"):
         files = [path for path in (ROOT / folder).rglob("*") if path.suffix in {".py", ".json", ".yaml"}]
         expected |= {f"modeling_llm2slm/{path.relative_to(ROOT).as_posix()}" for path in files}
@@ -77,7 +78,7 @@ def test_no_top_level_configuration_is_importable(tmp_path: Path) -> None:
     assert find_spec("modeling_llm2slm.conversion") is not None
 
 
-def test_metadata() -> None:
+def test_metadata_are_those_of_setup_cfg() -> None:
     about = metadata.metadata(NAME)
     assert about["License-Expression"] == "Apache-2.0"
     assert about["Requires-Python"] == ">=3.11"
@@ -95,7 +96,7 @@ def test_every_dependency_has_a_lower_bound() -> None:
 
 
 def imported(paths: Iterable[Path]) -> set[str]:
-    """The distributions that the files import from, as `metadata` names them."""
+    """Return the distributions that the files import, as `metadata` names them."""
     distributions = metadata.packages_distributions()
     modules = set()
     for path in paths:
@@ -105,12 +106,12 @@ def imported(paths: Iterable[Path]) -> set[str]:
             elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
                 modules.add(node.module.split(".")[0])
     own = {"llm2slm", "modeling_llm2slm"} | sys.stdlib_module_names
-    # What an extra brings that is not installed here goes by the name of its module.
+    # A package that is not installed here goes by the name of its module.
     return {distributions.get(module, [module])[0].lower().replace("_", "-") for module in modules - own}
 
 
 def of_extras(*extras: str) -> set[str]:
-    """What the extras name themselves."""
+    """Return the names of the requirements that extras declare themselves."""
     markers = [f'extra == "{name}"' for name in extras]
     requirements = [Requirement(line) for line in metadata.requires(NAME) or []]
     return {need.name.lower() for need in requirements if any(marker in str(need.marker) for marker in markers)}
@@ -120,7 +121,8 @@ def test_what_is_imported_is_declared() -> None:
     base = {name for name, requirement in declared().items() if requirement.marker is None}
     train, optional = of_extras("train"), of_extras("serve", "quantization", "benchmark", "openvino", "onnx")
     uploaded = set((ROOT / "modeling_llm2slm").glob("*_llm2slm.py"))
-    files = {*(ROOT / "modeling_llm2slm").glob("*.py"), *(ROOT / "conversion").glob("*.py"), ROOT / "llm2slm.py"}
+    packages = ("llm2slm", "modeling_llm2slm", "conversion")
+    files = {path for package in packages for path in (ROOT / package).rglob("*.py")}
     assert imported(uploaded) <= base
     # Trainer imports accelerate by itself, and models are saved and loaded with safetensors.
     found = imported(files) | {"accelerate", "safetensors"}

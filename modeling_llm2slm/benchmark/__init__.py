@@ -1,1 +1,1 @@
-"""The timing harness and its contestants."""
+"""Time LLM, SLM and LLM-to-SLM on every engine."""

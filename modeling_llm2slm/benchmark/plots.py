@@ -1,4 +1,4 @@
-"""Plots of what `llm2slm benchmark` measured."""
+"""Plots of the result of `llm2slm benchmark`."""
 
 from __future__ import annotations
 
@@ -10,27 +10,21 @@ from typing import Any
 
 def plot(result: Mapping[str, Any], folder: Path) -> list[Path]:
     """
-    Writes `time.svg` (seconds against the length of the answer), `speed-up.svg` (against the length of the prompt) and
-    `throughput.svg` (tokens per second against the batch), each from the cells that differ in nothing else.
+    Write `time.svg` (seconds by output length), `speed-up.svg` (by prompt length) and `throughput.svg` (tokens per
+    second by batch size), each from the cells that differ in nothing else.
 
     Args:
-        result: What [`Benchmark.run`] returns.
-        folder: Where to write to.
+        result: The result of [`Benchmark.run`].
+        folder: The folder to write to.
 
     Returns:
-        The files. A plot that fewer than two cells can be found for is not written.
+        The files. A plot with fewer than two cells is not written.
     """
     cells = list(result["cells"].values())
     plots: list[tuple[str, str, str, str, Callable[..., float]]] = [
-        ("time.svg", "answer", "tokens of the answer", "seconds per answer", lambda cell, row: row["seconds"]),
-        ("speed-up.svg", "prompt", "tokens of the prompt", "times as fast as the LLM", _speed_up),
-        (
-            "throughput.svg",
-            "batch",
-            "prompts at once",
-            "tokens per second",
-            lambda cell, row: row["tokens_per_second"],
-        ),
+        ("time.svg", "output", "output length, tokens", "seconds per output", lambda cell, row: row["seconds"]),
+        ("speed-up.svg", "prompt", "prompt length, tokens", "times as fast as the LLM", _speed_up),
+        ("throughput.svg", "batch", "batch size", "tokens per second", lambda cell, row: row["tokens_per_second"]),
     ]
     files = [_plot(cells, folder / name, axis, x, y, value) for name, axis, x, y, value in plots]
     return [file for file in files if file is not None]
@@ -46,7 +40,7 @@ def _plot(
     cells = _series(cells, axis)
     if len(cells) < 2:
         return None
-    with drawn(file) as axes:
+    with drawing(file) as axes:
         for name in dict.fromkeys(name for cell in cells for name in cell["results"]):
             points = [(cell[axis], value(cell, cell["results"][name])) for cell in cells if name in cell["results"]]
             if len(points) > 1:
@@ -58,8 +52,8 @@ def _plot(
 
 
 @contextmanager
-def drawn(file: Path) -> Iterator[Any]:
-    """Axes to draw on, which become a file: of the same plot, the same file."""
+def drawing(file: Path) -> Iterator[Any]:
+    """Yield axes to draw on, and write them to an SVG file. The same plot gives the same file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -76,10 +70,10 @@ def drawn(file: Path) -> Iterator[Any]:
 
 
 def _series(cells: list[dict[str, Any]], axis: str) -> list[dict[str, Any]]:
-    """The largest set of cells that differ in `axis` alone, in its order; of equally large ones the first."""
+    """Return the largest set of cells that differ in `axis` only, sorted by it; the first of equally large sets."""
     groups: dict[tuple, list[dict[str, Any]]] = {(): []}
     for cell in cells:
-        key = tuple(cell[name] for name in ("preset", "prompt", "answer", "batch", "beams") if name != axis)
+        key = tuple(cell[name] for name in ("preset", "prompt", "output", "batch", "beams") if name != axis)
         groups.setdefault(key, []).append(cell)
     longest: list[dict[str, Any]] = max(list(groups.values()), key=len)
     return sorted(longest, key=lambda cell: cell[axis])

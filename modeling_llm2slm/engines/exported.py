@@ -1,6 +1,6 @@
 """
-LLM-to-SLM models as graphs of an engine other than PyTorch, written by `llm2slm export`: the fastest way to generate on
-a CPU.
+LLM-to-SLM models as graphs of an engine other than PyTorch, written by `llm2slm export`: the fastest way to generate
+on a CPU.
 
 There are up to three graphs. `prompt` turns token ids into what the SLM reads. `step` reads embeddings and returns the
 logits of the next token. `cross`, for an encoder-decoder SLM only, returns the keys and values of the prompt that each
@@ -20,14 +20,14 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 
-from ..cache_llm2slm import check_goes_on
+from ..cache_llm2slm import PromptStates, as_prompt_states, check_continues, padding_to, reorder
 from ..configuration_llm2slm import LLM2SLMConfig
+from ..fusion_llm2slm import fusion_of
 from ..generation_llm2slm import LLM2SLMGenerationMixin
 from ..inference.engine import engine
 from ..inference.parts import Part
 from ..inference.text_to_text import LLM2SLMTextToText
 from ..modeling_llm2slm import LLM2SLMEncoder
-from ..prompt_llm2slm import PromptStates, as_prompt_states, padding_to, reorder
 
 
 MANIFEST = "export.json"  # transformers' own; this package adds its details under "llm2slm"
@@ -94,8 +94,8 @@ class ExportedEncoder:
             order = padding_to("right", mask)
             input_ids, mask = reorder(input_ids, order), reorder(mask, order)
         inputs = {"input_ids": input_ids, "attention_mask": mask}
-        # CODEPATH: fusion "add" with a shared tokenizer, whose table is the SLM's and in no graph.
-        if self.config.fusion == "add" and self.config.shared_tokenizer:
+        # CODEPATH: a fusion that reads the SLM's embedding table, which is in no graph.
+        if fusion_of(self.config).table == "slm":
             inputs["inputs_embeds"] = self._embed(input_ids)
         states = self._graph.run(inputs)["last_hidden_state"]
         # CODEPATH: a decoder-only SLM reads the prompt right before the output.
@@ -365,7 +365,7 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
     ) -> dict[str, Any]:
         """Hook of `generate()`: pass the tokens that are not in the cache yet."""
         cached = past_key_values.get_seq_length()
-        check_goes_on(cached, input_ids.shape[1])
+        check_continues(cached, input_ids.shape[1])
         return {
             "decoder_input_ids": input_ids[:, cached:],
             "past_key_values": past_key_values,

@@ -20,8 +20,8 @@ from transformers import AutoProcessor
 
 from ..inference.engine import BenchmarkModels, Contestant, Engine, LoadOptions, Progress, WeightFormat
 from ..inference.loading import load, one_sentence
+from ..inference.model import LLM2SLMForConditionalGeneration
 from ..inference.parts import composite_parts, count_parameters, decoding_modules
-from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from .exported import (
     EMBEDDINGS,
     MANIFEST,

@@ -26,19 +26,17 @@ class PromptGraph(nn.Module):
     ) -> dict[str, torch.Tensor]:
         llm = self.encoder.llm
         outputs = llm(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **reading_arguments(llm))
-        prompt = self.encoder.projector(outputs.last_hidden_state)
-        if inputs_embeds is not None:  # fusion "add" with a shared tokenizer: the SLM's table is in no graph
-            prompt = prompt + inputs_embeds
-        elif self.encoder.prompt_embedding is not None:
-            prompt = prompt + self.encoder.embed_prompt(input_ids)
+        if inputs_embeds is None:  # else the fusion reads the SLM's embedding table, which is in no graph
+            inputs_embeds = self.encoder.embed_tokens(input_ids)
+        prompt = self.encoder.fusion.combine(self.encoder, outputs.last_hidden_state, inputs_embeds)
         if self.slm_encoder is not None:
             prompt = self.slm_encoder(inputs_embeds=prompt, attention_mask=attention_mask).last_hidden_state
         return {"last_hidden_state": prompt}
 
     def sample(self) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": torch.full((2, 7), 2), "attention_mask": torch.ones(2, 7).long()}
-        # CODEPATH: fusion "add" with a shared tokenizer.
-        if self.encoder.config.fusion == "add" and self.encoder.config.shared_tokenizer:
+        # CODEPATH: a fusion that reads the SLM's embedding table.
+        if self.encoder.fusion.table == "slm":
             inputs["inputs_embeds"] = torch.zeros(2, 7, self.encoder.config.prompt_size)
         return inputs
 

@@ -18,7 +18,7 @@ class ONNXEngine(GraphEngine):
     name = "onnx"
     packages = ("onnx", "onnxruntime", "onnxscript")
     extra = "onnx"
-    weights = {"fp32": FP32, "int8": INT8, "int4": INT4}  # noqa: RUF012 - read only
+    weights = {"fp32": FP32, "int8": INT8, "int4": INT4}
     benchmarked = ("fp32", "int8")
 
     def load_graphs(self, path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:

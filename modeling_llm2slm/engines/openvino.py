@@ -22,7 +22,7 @@ class OpenVINOEngine(GraphEngine):
     name = "openvino"
     packages = ("openvino",)
     extra = "openvino"
-    weights = {"fp32": FP32, "bf16": BF16, "int8": INT8, "int4": INT4}  # noqa: RUF012 - read only
+    weights = {"fp32": FP32, "bf16": BF16, "int8": INT8, "int4": INT4}
     benchmarked = ("fp32", "bf16", "int8", "int4")
 
     def load_graphs(self, path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:

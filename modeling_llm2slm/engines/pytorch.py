@@ -20,8 +20,8 @@ from transformers import (
 from ..files_llm2slm import first_line
 from ..inference.engine import DEFAULT, BenchmarkModels, Contestant, Engine, LoadOptions
 from ..inference.loading import load, load_model
+from ..inference.model import LLM2SLMForConditionalGeneration
 from ..inference.text_to_text import DecoderOnlyTextToText, EncoderDecoderTextToText, LLM2SLMTextToText, TextToText
-from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..states.without_llm import LLM2SLMWithoutLLM
 from .quantization import quantize
 

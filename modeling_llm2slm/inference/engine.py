@@ -113,7 +113,7 @@ class Engine(ABC):
     Attributes:
         name: Its name in `--engine` and in messages.
         packages: Packages that it needs, as `pip` names them.
-        extra: The extra of this package that installs them; empty if there is no such extra.
+        extra: The extra of this package that installs them; empty if no extra does.
         weights: The formats in which [`~Engine.export`] stores weights; empty if the engine exports nothing.
     """
 
@@ -194,29 +194,32 @@ def register_engine(engine: Engine) -> None:
 def engines() -> dict[str, Engine]:
     """Return all engines by name, PyTorch first."""
     found = _installed_engines() | _registered
+    if DEFAULT not in found:
+        raise ImportError("modeling-llm2slm was installed without its entry points. Install it again with pip.")
     return dict(sorted(found.items(), key=lambda item: (item[0] != DEFAULT, item[0])))
 
 
 def engine(name: str) -> Engine:
-    """Return the engine of this name; `ValueError` if there is none."""
+    """Return the engine of this name; `ValueError` if it does not exist."""
     found = engines()
     if name not in found:
-        raise ValueError(f"There is no engine {name!r}. Choose one of: {', '.join(found)}.")
+        raise ValueError(f"Engine {name!r} does not exist. Choose one of: {', '.join(found)}.")
     return found[name]
 
 
 def exporting_engine(name: str) -> Engine:
-    """Return the engine of this name; `ValueError` if there is none that exports."""
+    """Return the engine of this name; `ValueError` if it does not exist or does not export."""
     found = {name: engine for name, engine in engines().items() if engine.weights}
     if name not in found:
-        raise ValueError(f"There is no engine {name!r} to export for. Choose one of: {', '.join(found)}.")
+        raise ValueError(f"Engine {name!r} does not export. Choose one of: {', '.join(found)}.")
     return found[name]
 
 
 def engine_of(path: str | Path) -> Engine:
     """Return the engine that loads what is at `path`: the one that claims its format, else PyTorch."""
     found = engines()
-    return next((engine for engine in found.values() if engine.name != DEFAULT and engine.can_load(path)), found[DEFAULT])
+    default = found.pop(DEFAULT)
+    return next((engine for engine in found.values() if engine.can_load(path)), default)
 
 
 def is_installed(package: str) -> bool:

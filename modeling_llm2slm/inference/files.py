@@ -15,9 +15,9 @@ from typing import Any
 from datasets import Dataset
 
 from ..data.bad_rows import check_any_left
+from ..data.files import atomic_write
 from ..data.loading import ROW, is_jsonl, load_rows, report_bad_rows, whole_row
 from ..data.processes import processes
-from ..files_llm2slm import atomic_write
 from ..settings import GenerateFileSettings
 from ..states.fingerprints import checkpoint_fingerprint
 from .batching import BatchLimits, OutputId, PromptTable

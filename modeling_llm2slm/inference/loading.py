@@ -40,6 +40,6 @@ def _cause(path: str, error: Exception) -> str:
     if Path(path).exists():
         return first_line(error)
     if path.endswith(".json"):
-        return "the file does not exist"
+        return "there is no such file"
     is_folder = path.startswith((".", "/", "~")) or path.count("/") > 1 or ("/" in path and Path(path).parent.is_dir())
-    return "the folder does not exist" if is_folder else f"no such folder, and on the Hub: {first_line(error)}"
+    return "there is no such folder" if is_folder else f"there is no such folder, and on the Hub: {first_line(error)}"

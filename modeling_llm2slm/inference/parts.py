@@ -35,11 +35,9 @@ def part_of(name: str, module: torch.nn.Module, config: Any = None) -> Part:
 def composite_parts(model: Any) -> list[Part]:
     """Return the parts of an LLM-to-SLM model."""
     encoder, config = model.encoder, model.config
-    others = [part_of("prompt embedding", encoder.prompt_embedding)] if encoder.prompt_embedding is not None else []
     return [
         part_of("LLM", encoder.llm, config.encoder),
-        part_of("projector", encoder.projector),
-        *others,
+        *(part_of(name.replace("_", " "), module) for name, module in encoder.new_modules().items()),
         part_of("SLM", model.decoder, config.decoder),
     ]
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
-from ..configuration_llm2slm import check_encoder_decoder_length
+from ..configuration_llm2slm import check_length
 from ..data.collator import DataCollatorForLLM2SLM
 from ..data.order import seeded
 from ..states.fingerprints import tokenizer_fingerprint
@@ -386,7 +386,7 @@ class EncoderDecoderTextToText(TextToText):
         return {**inputs, "encoder_outputs": self._encode_prompts(inputs)}
 
     def check_positions(self, prompt_length: int, new_tokens: int) -> None:
-        check_encoder_decoder_length(self.model.config, prompt_length, new_tokens)
+        check_length(self.model.config, prompt_length, new_tokens)
 
     def _encode_prompts(self, inputs: dict[str, Any]) -> Any:
         return self.model.get_encoder()(**inputs, return_dict=True)
@@ -523,14 +523,14 @@ class DataCollatorForTargets:
     Pads batches for a decoder-only model so that it computes logits for targets only, which saves most of the work on
     short texts.
 
-    Padding goes on the left, so that all targets of a batch end together, and `logits_to_keep` counts back from there.
+    The left side is padded, so that all targets of a batch end together, and `logits_to_keep` counts back from there.
 
     Args:
         tokenizer: The tokenizer that pads.
 
     Returns:
-        Of a call: `input_ids`, `attention_mask` and `position_ids` `(B, N)`, `labels` `(B, K)`, and K as
-        `logits_to_keep`: one more than the length of the longest target, since the separator predicts its first token.
+        `input_ids`, `attention_mask` and `position_ids` `(B, N)`, `labels` `(B, K)`, and K as `logits_to_keep`: one
+        more than the length of the longest target, since the separator predicts its first token.
     """
 
     tokenizer: PreTrainedTokenizerBase

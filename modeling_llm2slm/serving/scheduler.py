@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -32,6 +32,8 @@ from .text_stream import TextStream
 
 
 logger = logging.getLogger(__name__)
+
+FinishReason = Literal["stop", "length"]  # at an end token or a stop text; at the limit of tokens
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,12 @@ class Piece:
 
     Args:
         text: The text that comes next.
-        finish_reason: `"stop"` or `"length"` in the last piece, else None.
+        finish_reason: Why the output ends, in the last piece; else None.
         tokens: The number of tokens so far, the end token included.
     """
 
     text: str
-    finish_reason: str | None = None
+    finish_reason: FinishReason | None = None
     tokens: int = 0
 
 
@@ -241,7 +243,7 @@ class _Completion:
         self.job = job
         self.decoding = job.decoding
         self.tokens: list[int] = []
-        self.finish_reason: str | None = None
+        self.finish_reason: FinishReason | None = None
         self.generator: torch.Generator | None = None
         self._text = TextStream(text_to_text.tokenizer, job.decoding.stop)
         self._end_ids = _end_ids(text_to_text)
@@ -270,7 +272,7 @@ class _Completion:
         ended = any(token in self._end_ids for token in tokens) or len(tokens) < self.decoding.max_tokens
         self._finish("stop" if ended else "length")
 
-    def _finish(self, reason: str) -> None:
+    def _finish(self, reason: FinishReason) -> None:
         self._text.finish(self.tokens)
         self.finish_reason = "stop" if self._text.stopped else reason
         self.job.send(Piece(self._text.take(finished=True), self.finish_reason, len(self.tokens)))

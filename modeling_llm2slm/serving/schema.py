@@ -11,7 +11,6 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    FailFast,
     Field,
     ValidationError,
     ValidationInfo,
@@ -21,7 +20,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 from starlette.exceptions import HTTPException
 
-from .scheduler import Decoding, Piece
+from .scheduler import Decoding, FinishReason, Piece
 
 
 HALF_A_CHARACTER = "The request contains half of a surrogate pair, which is not a character. Send whole characters."
@@ -91,9 +90,9 @@ def _sentence(message: str) -> PydanticCustomError:
 
 
 Text = Annotated[str, AfterValidator(_whole_characters)]
-Texts = Annotated[list[Text], FailFast(), BeforeValidator(_as_list)]
+Texts = Annotated[list[Text], Field(fail_fast=True), BeforeValidator(_as_list)]
 StopText = Annotated[Text, Field(min_length=1)]
-StopTexts = Annotated[list[StopText], FailFast(), BeforeValidator(_as_list), Field(max_length=4)]
+StopTexts = Annotated[list[StopText], Field(fail_fast=True), BeforeValidator(_as_list), Field(max_length=4)]
 
 
 class StreamOptions(BaseModel):
@@ -217,7 +216,7 @@ class Choice(BaseModel):
     index: int
     text: str
     logprobs: None = None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: FinishReason | None
 
 
 class Usage(BaseModel):

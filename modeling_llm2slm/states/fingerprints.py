@@ -15,6 +15,7 @@ from ..checkpoint_llm2slm import LLM_PREFIX
 
 
 WEIGHTS = (".safetensors", ".bin", ".xml", ".onnx", ".data")
+PROBE = "The quick (brown) fox's 3,14 €: Äpfel, naïve\n\tdef f(x): return x**2  # 日本語 🙂"
 
 
 def llm_fingerprint(model: str | Path) -> str:
@@ -64,15 +65,18 @@ def checkpoint_folder(model: str | Path) -> Path:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Return SHA-256 of a tokenizer's vocabulary and rules, without its padding and truncation."""
+    """
+    Return a SHA-256 over the vocabulary and rules of a tokenizer, without its padding and truncation. Tokenizers of
+    equal fingerprints give every text the same ids.
+    """
     content = json.dumps(sorted(tokenizer.get_vocab().items()))
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        backend = type(backend).from_str(backend.to_str())
-        backend.no_padding()
-        backend.no_truncation()
-        content += backend.to_str()
-    return hashlib.sha256(content.encode()).hexdigest()
+    if backend is None:  # not of the `tokenizers` library: compare the ids of a text with everything in it
+        return hashlib.sha256(f"{content}{tokenizer(PROBE).input_ids}".encode()).hexdigest()
+    backend = type(backend).from_str(backend.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    return hashlib.sha256((content + backend.to_str()).encode()).hexdigest()
 
 
 def checkpoint_fingerprint(model: str | Path) -> str:

@@ -7,9 +7,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
 from ..configuration_llm2slm import LLM2SLMConfig
+from ..fusion_llm2slm import fusion_of
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..parts_llm2slm import build_llm
 
@@ -19,7 +20,7 @@ class LLMEmbedding(PreTrainedModel):
     Replaces the LLM: holds the LLM's embedding under its own name, or nothing.
 
     Args:
-        config ([`LLM2SLMConfig`]): Only fusion `"add"` with two tokenizers needs the embedding.
+        config ([`LLM2SLMConfig`]): Its fusion reads the LLM's embedding table or not.
     """
 
     config: Any
@@ -37,7 +38,7 @@ class LLMEmbedding(PreTrainedModel):
         self.llm_class, self.llm_dtype = type(llm), llm.dtype
         embedding = llm.get_input_embeddings()
         self.path = next(name for name, module in llm.named_modules() if module is embedding)
-        if config.fusion == "add" and not config.shared_tokenizer:
+        if fusion_of(config).table == "llm":
             module: nn.Module = self
             *parents, last = self.path.split(".")
             for parent in parents:
@@ -73,6 +74,8 @@ class LLM2SLMWithoutLLM(LLM2SLMForConditionalGeneration):
 
     _keys_to_ignore_on_load_unexpected = [r"^encoder\.llm\."]  # noqa: RUF012 - as in all transformers models
 
+    _auto_class = None  # its checkpoints are for this package: they bring no code
+
     def __init__(self, config: LLM2SLMConfig):
         super().__init__(config, encoder=LLMEmbedding(config))
 
@@ -105,7 +108,7 @@ def with_llm(model: nn.Module, path: str | Path, **kwargs: Any) -> LLM2SLMForCon
     Raises:
         ValueError: If `model` was loaded from another checkpoint.
     """
-    whole = LLM2SLMForConditionalGeneration.from_pretrained(path, **kwargs)
+    whole = AutoModelForSeq2SeqLM.from_pretrained(path, **kwargs)
     trained = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("encoder.llm.")}
     # The missing keys are the LLM's, which `whole` has; each trained weight must have its place in `whole`.
     unexpected = whole.load_state_dict(trained, strict=False).unexpected_keys

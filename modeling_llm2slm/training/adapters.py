@@ -14,34 +14,31 @@ if TYPE_CHECKING:
     from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 
 
-# Everything before the SLM, whatever names a user asks for: "all-linear", or layers that LLM and SLM both have.
+# Excludes all modules before the SLM: "all-linear", and names of layers that LLM and SLM share, would match them.
 _BEFORE_SLM = r"encoder\..*"
 
 
 def lora_config(model: "LLM2SLMForConditionalGeneration", **overrides: Any) -> "LoraConfig":
     r"""
-    A `peft.LoraConfig` that adapts every linear layer of the SLM but its head, and trains the projector (and the
-    prompt embedding) in full. The LLM is never touched, whatever `target_modules` say: they are looked for in the
-    SLM only.
+    Return a `peft.LoraConfig` that adapts every linear layer of the SLM except its head, and trains the projector (and
+    the prompt embedding) in full. `target_modules` match modules of the SLM only; the LLM is never adapted.
 
     Args:
         model ([`LLM2SLMForConditionalGeneration`]): The model to adapt.
         overrides:
             Arguments of `peft.LoraConfig` that replace these defaults (`r=16`, `lora_alpha=32`, ...); `use_dora=True`
-            gives DoRA. What `exclude_modules` names is left out as well.
+            gives DoRA. `exclude_modules` leaves out more modules.
 
     Returns:
         `peft.LoraConfig`: for `peft.get_peft_model(model, config)`.
 
     Raises:
-        ValueError: If some layers alone are asked for with `layers_to_transform`, and no `target_modules` as a list.
+        ValueError: If `layers_to_transform` is set without a list of `target_modules`.
     """
     from peft import LoraConfig
 
     if overrides.get("layers_to_transform") is not None and isinstance(overrides.get("target_modules", ""), str):
-        raise ValueError(
-            '`layers_to_transform` needs the layers by name as well, such as `target_modules=["c_attn"]`.'
-        )
+        raise ValueError('`layers_to_transform` needs a list of names too, such as `target_modules=["c_attn"]`.')
     head = model.get_output_embeddings()
     names = {
         name.rsplit(".", 1)[-1]
@@ -54,8 +51,8 @@ def lora_config(model: "LLM2SLMForConditionalGeneration", **overrides: Any) -> "
 
 def ia3_config(model: "LLM2SLMForConditionalGeneration", **overrides: Any) -> "IA3Config":
     r"""
-    A `peft.IA3Config` that scales keys, values and the inner activations of the SLM's feed-forward layers, and trains
-    the projector (and the prompt embedding) in full. The LLM is never touched.
+    Return a `peft.IA3Config` that scales keys, values and the inner activations of the SLM's feed-forward layers, and
+    trains the projector (and the prompt embedding) in full. The LLM is never adapted.
 
     Args:
         model ([`LLM2SLMForConditionalGeneration`]): The model to adapt.
@@ -65,7 +62,7 @@ def ia3_config(model: "LLM2SLMForConditionalGeneration", **overrides: Any) -> "I
         `peft.IA3Config`: for `peft.get_peft_model(model, config)`.
 
     Raises:
-        ValueError: If peft does not know the layers of this family of SLM; name them then.
+        ValueError: If peft does not know the layers of this family of SLM, and `target_modules` do not name them.
     """
     from peft import IA3Config
     from peft.utils.constants import (
@@ -75,13 +72,14 @@ def ia3_config(model: "LLM2SLMForConditionalGeneration", **overrides: Any) -> "I
 
     family = model.config.decoder.model_type
     defaults = _defaults(model)
-    # Layer by layer: peft 0.21 cannot merge IA3 beside a module that was saved as a whole and has layers inside.
-    linears = [f"projector.{name}" for name in model.encoder.projector.names]
-    defaults["modules_to_save"] = [*linears, *defaults["modules_to_save"][1:]]
+    # Layer by layer: peft 0.21 cannot merge IA3 together with a saved module that has layers inside.
+    encoder: Any = model.encoder
+    linears = [f"projector.{name}" for name in encoder.projector.names]
+    defaults["modules_to_save"] = [*linears, *(name for name in encoder.new_modules() if name != "projector")]
     if "target_modules" not in overrides:
         if family not in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
             raise ValueError(
-                f"Which layers of a {family} SLM IA3 scales is not known: pass `target_modules` and "
+                f"peft does not know which layers of a {family} SLM IA3 scales: pass `target_modules` and "
                 "`feedforward_modules`, regular expressions that begin with `decoder`."
             )
         defaults["target_modules"] = _in_slm(TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING[family])
@@ -90,16 +88,15 @@ def ia3_config(model: "LLM2SLMForConditionalGeneration", **overrides: Any) -> "I
 
 
 def _defaults(model: "LLM2SLMForConditionalGeneration") -> dict[str, Any]:
-    has_embedding = model.encoder.prompt_embedding is not None
     return {
         "task_type": "SEQ_2_SEQ_LM",
         "fan_in_fan_out": any(isinstance(module, Conv1D) for module in model.decoder.modules()),  # GPT-2's
-        "modules_to_save": ["projector", "prompt_embedding"] if has_embedding else ["projector"],
+        "modules_to_save": list(model.encoder.new_modules()),
     }
 
 
 def _in_slm(names: Iterable[str]) -> str:
-    """A pattern for the SLM's modules whose names end like this."""
+    """Return a pattern for the SLM's modules whose names end in one of these."""
     return rf"decoder\..*\.({_any_of(names)})"
 
 

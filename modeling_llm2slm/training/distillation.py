@@ -1,67 +1,63 @@
-"""Sequence-level distillation: the LLM writes the answers that the small model is trained on (Kim and Rush, 2016)."""
+"""Sequence-level distillation (Kim and Rush, 2016): the LLM generates the targets that a small model trains on."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
-from ..data.loading import is_jsonl
-from ..inference.batching import BatchLimits
+from ..data.formats import is_jsonl
 from ..inference.files import generate_file
 from ..inference.loading import load
-
-
-OUTPUT_COLUMN = "llm_output"
+from ..settings import DistillSettings, GenerateFileSettings
 
 
 def distill(
     llm: str | Path,
     data: str | Path,
     output: str | Path,
-    prompt_column: str = "prompt",
+    settings: DistillSettings = DistillSettings(),  # noqa: B008 - immutable
     *,
-    column: str = OUTPUT_COLUMN,
-    batch_size: int = 32,
-    overwrite: bool = False,
-    **kwargs: Any,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    **generate_kwargs: Any,
 ) -> int:
     """
-    Has an LLM answer every prompt of some data, and writes the data with these answers in a column of their own: what
-    [`generate_file`] does, for rows to train on.
+    Generate the LLM's output for every prompt of a data set, and write it as one more column.
+
+    This is [`generate_file`] for rows to train on: a run that was interrupted resumes, and processes that `torchrun`
+    started share the prompts.
 
     Args:
         llm: The checkpoint of an encoder-decoder, a folder or a name on the Hub.
-        data: See [`load_rows`].
+        data: Prompts, see [`load_rows`].
         output: A file of JSON lines, `.jsonl` or `.jsonl.gz`.
-        prompt_column: The column that holds what the model reads.
-        column: The column for the answers, in the place of one of that name; all others are kept as they are.
-        batch_size: How many prompts are answered at once.
-        overwrite: Replace an output, or what another run has left of one.
-        kwargs: Of [`generate_file`], or of `generate()`, such as `num_beams` and `max_new_tokens`; without `do_sample`
-            nothing is sampled, whatever the LLM's own default.
+        settings: Which rows to read, how to generate, and the column for the outputs, which replaces one of the same
+            name; all other columns are kept.
+        progress: Called with the number of prompts that are done, and of all.
+        generate_kwargs: More arguments of `generate()`; sampling needs `do_sample=True`, whatever the LLM's default.
 
     Returns:
         The number of rows.
 
     Raises:
-        FileExistsError: If the output exists.
-        ValueError: If the output is no `.jsonl`, the answers were to go where the prompts are, the LLM is
-            decoder-only, or what is left of a run was made by another LLM or other settings.
+        FileExistsError: If the output exists and `settings.overwrite` is not set.
+        ValueError: If the output is not a `.jsonl`, the outputs would replace the prompts, the LLM is decoder-only, or
+            an unfinished output comes from another LLM or other settings.
     """
     output = Path(output)
     if not is_jsonl(output):
-        raise ValueError(f"{output} is none of .jsonl and .jsonl.gz, which answers are written as.")
-    if output.exists() and not overwrite:
+        raise ValueError(f"{output} must end in .jsonl or .jsonl.gz.")
+    if output.exists() and not settings.overwrite:
         raise FileExistsError(f"{output} exists. Choose another file, or add --overwrite.")
     if not getattr(load(AutoConfig, llm), "is_encoder_decoder", False):
         raise ValueError(
-            f"{llm} is decoder-only, and nothing says where its prompts end and its answers begin: take an "
-            "encoder-decoder, or write its answers to a column of the data with the tools that it comes with."
+            f"{llm} is decoder-only, so nothing marks where a prompt ends and its output begins: take an "
+            "encoder-decoder, or write the outputs to a column of the data with the LLM's own tools."
         )
-    report = generate_file(
-        llm, data, output, prompt_column, column=column, limits=BatchLimits(batch_size), overwrite=overwrite,
-        **{"do_sample": False, **kwargs},
-    )  # fmt: skip
+    shared = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    file_settings = GenerateFileSettings(**shared, batch_tokens=None)
+    report = generate_file(llm, data, output, file_settings, progress=progress, **generate_kwargs)
     return report.rows

@@ -1,9 +1,10 @@
-"""The memory that training and answering take, counted on tensors that have shapes and no storage."""
+"""Memory of training and of generation, counted on tensors that have shapes but no storage."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,57 +18,63 @@ from ..states.without_llm import LLM2SLMWithoutLLM
 from .adapters import lora_config
 
 
-def training_memory(
-    config: LLM2SLMConfig,
-    *,
-    batch_size: int,
-    prompt_length: int,
-    output_length: int,
-    llm_states: bool = False,
-    lora: Mapping[str, Any] | None = None,
-    bf16: bool = False,
-    gradient_checkpointing: bool = False,
-    optimizer: str = "adamw",
-    shards: int = 1,
-) -> dict[str, int]:
+@dataclass(frozen=True, kw_only=True)
+class TrainingSetup:
     """
-    Bytes that one device needs to train a composite, without what torch and its libraries need themselves.
-
-    Weights, gradients and optimizer states follow from the parameters. Activations are the tensors that a forward
-    pass saves for its backward pass, counted on fake tensors, and the logits with their gradients beside them. The
-    frozen LLM saves none; the widest of its layers needs a working memory, which counts as `llm_activations`.
+    How a model trains on one device.
 
     Args:
-        config: The composite.
-        batch_size: Pairs on one device at once.
-        prompt_length: Tokens of a prompt, padding included.
-        output_length: Tokens of an answer, padding included.
+        batch_size: Examples per device and step.
+        prompt_length: Tokens per prompt, padding included.
+        output_length: Tokens per target, padding included.
         llm_states: Train on a store of `llm2slm encode`, without the LLM.
-        lora: Arguments of [`lora_config`] for training an adapter; None trains the whole SLM.
+        lora: Arguments of [`lora_config`] to train an adapter; `None` trains the whole SLM.
         bf16: Compute in bfloat16 by autocast; weights, gradients and optimizer states stay in float32.
         gradient_checkpointing: Keep only the input of each layer of the SLM, and compute the rest again.
-        optimizer: `"adamw"`, two numbers a parameter; or `"adafactor"`, one for each row and column.
-        shards: Devices that weights, gradients and optimizer states are spread over (FSDP); 1 keeps all on each (DDP).
+        optimizer: `"adamw"`, two numbers per parameter; or `"adafactor"`, one per row and column of a matrix.
+        shards: Devices that share weights, gradients and optimizer states (FSDP); 1 keeps all on each device (DDP).
+    """
+
+    batch_size: int
+    prompt_length: int
+    output_length: int
+    llm_states: bool = False
+    lora: Mapping[str, Any] | None = None
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    optimizer: str = "adamw"
+    shards: int = 1
+
+
+def training_memory(config: LLM2SLMConfig, setup: TrainingSetup) -> dict[str, int]:
+    """
+    Return the bytes that one device needs to train an LLM-to-SLM model, without what torch and its libraries need.
+
+    Weights, gradients and optimizer states follow from the parameters. Activations are the tensors that a forward
+    pass saves for its backward pass, counted on fake tensors, and the logits with their gradients. The frozen LLM
+    saves none; the working memory of its widest layer counts as `llm_activations`.
+
+    Args:
+        config: The model.
+        setup: How it trains.
 
     Returns:
-        `llm`, `trained`, `frozen` (of the SLM, with LoRA), `gradients`, `optimizer`, `activations`,
+        Bytes of `llm`, `trained`, `frozen` (SLM weights under LoRA), `gradients`, `optimizer`, `activations`,
         `llm_activations` and `total`.
     """
-    model = without_storage(config, llm_states, lora)
+    model = without_storage(config, setup.llm_states, setup.lora)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     llm = sum(parameter.nbytes for name, parameter in model.named_parameters() if ".llm." in name)
     every = sum(parameter.nbytes for parameter in model.parameters())
-    sizes = {"batch": batch_size, "prompt": prompt_length, "target": output_length}
-    activations = _activations(config, lora, bf16, gradient_checkpointing, **sizes)
     weights = sum(parameter.nbytes for parameter in trained)
     memory = {
-        "llm": llm // shards,
-        "trained": weights // shards,
-        "frozen": (every - llm - weights) // shards,
-        "gradients": weights // shards,
-        "optimizer": _optimizer_bytes(trained, optimizer) // shards,
-        "activations": activations,
-        "llm_activations": 0 if llm_states else _llm_activations(config, batch_size, prompt_length),
+        "llm": llm // setup.shards,
+        "trained": weights // setup.shards,
+        "frozen": (every - llm - weights) // setup.shards,
+        "gradients": weights // setup.shards,
+        "optimizer": _optimizer_bytes(trained, setup.optimizer) // setup.shards,
+        "activations": _activations(config, setup),
+        "llm_activations": 0 if setup.llm_states else _llm_activations(config, setup.batch_size, setup.prompt_length),
     }
     return {**memory, "total": sum(memory.values())}
 
@@ -76,16 +83,16 @@ def generation_memory(
     config: LLM2SLMConfig, *, batch_size: int, prompt_length: int, output_length: int
 ) -> dict[str, int]:
     """
-    Bytes of all weights and of the SLM's cache that it takes to answer.
+    Return the bytes of all weights and of the SLM's KV cache that generation needs.
 
     Args:
-        config: The composite.
-        batch_size: Prompts at once, times beams.
-        prompt_length: Tokens of a prompt.
-        output_length: Tokens of an answer.
+        config: The model.
+        batch_size: Prompts per batch, times beams.
+        prompt_length: Tokens per prompt.
+        output_length: Tokens per output.
 
     Returns:
-        `weights`, `cache` and `total`.
+        Bytes of `weights`, `cache` and `total`.
     """
     model = without_storage(config, llm_states=False, lora=None)
     weights = sum(parameter.nbytes for parameter in model.parameters())
@@ -93,20 +100,20 @@ def generation_memory(
     heads = getattr(slm, "num_key_value_heads", None) or slm.num_attention_heads
     width = getattr(slm, "head_dim", None) or getattr(slm, "d_kv", None) or slm.hidden_size // slm.num_attention_heads
     positions = prompt_length + output_length
-    # An encoder-decoder SLM caches the prompt in its cross-attention, a decoder-only one before the answer.
+    # An encoder-decoder SLM caches the prompt in its cross-attention, a decoder-only one before the output.
     layers = getattr(slm, "num_decoder_layers", None) or slm.num_hidden_layers
     cache = 2 * layers * batch_size * positions * heads * width * (2 if slm.dtype == torch.bfloat16 else 4)
     return {"weights": weights, "cache": cache, "total": weights + cache}
 
 
 def without_storage(config: LLM2SLMConfig, llm_states: bool = False, lora: Mapping[str, Any] | None = None) -> Any:
-    """The model as it trains, on the meta device."""
+    """Return the model as it trains, on the meta device."""
     config = copy.deepcopy(config)
     with torch.device("meta"), no_init_weights():
         model = (LLM2SLMWithoutLLM if llm_states else LLM2SLMForConditionalGeneration)(config).train()
         for part in (model.encoder.llm, model.decoder):
-            part.tie_weights()  # else done with the initialization
-        object.__setattr__(model.encoder, "check_prompt", lambda *_: None)  # it reads values, and there are none
+            part.tie_weights()  # which the skipped initialization would do
+        object.__setattr__(model.encoder, "check_prompt", lambda *_: None)  # it would read values
         if lora is None:
             return model
         from peft import get_peft_model
@@ -114,15 +121,13 @@ def without_storage(config: LLM2SLMConfig, llm_states: bool = False, lora: Mappi
         return get_peft_model(model, lora_config(model, **lora)).train()
 
 
-def _activations(
-    config: LLM2SLMConfig, lora: Mapping[str, Any] | None, bf16: bool, checkpointing: bool, **sizes: int
-) -> int:
-    if not checkpointing:
-        return _saved_bytes(config, lora, bf16, **sizes)
-    # What lies outside the layers, one layer that is computed again, and the input of each.
-    layers, width = config.decoder.num_hidden_layers, config.hidden_size * (2 if bf16 else 4)
-    inputs = layers * sizes["batch"] * (sizes["prompt"] + sizes["target"]) * width
-    return _saved_bytes(_with_one_layer(config), lora, bf16, **sizes) + inputs
+def _activations(config: LLM2SLMConfig, setup: TrainingSetup) -> int:
+    if not setup.gradient_checkpointing:
+        return _saved_bytes(config, setup)
+    # All but the layers, one layer that is computed again, and the input of each layer.
+    layers, width = config.decoder.num_hidden_layers, config.hidden_size * (2 if setup.bf16 else 4)
+    inputs = layers * setup.batch_size * (setup.prompt_length + setup.output_length) * width
+    return _saved_bytes(_with_one_layer(config), setup) + inputs
 
 
 def _with_one_layer(config: LLM2SLMConfig) -> LLM2SLMConfig:
@@ -133,11 +138,10 @@ def _with_one_layer(config: LLM2SLMConfig) -> LLM2SLMConfig:
     return config
 
 
-def _saved_bytes(
-    config: LLM2SLMConfig, lora: Mapping[str, Any] | None, bf16: bool, batch: int, prompt: int, answer: int
-) -> int:
-    """Bytes of all tensors but the weights that a forward pass saves, and of the logits with their gradients."""
-    model, fake = without_storage(config, llm_states=True, lora=lora), FakeTensorMode()
+def _saved_bytes(config: LLM2SLMConfig, setup: TrainingSetup) -> int:
+    """Return the bytes of the tensors that a forward pass saves, without weights, and of the logits' gradients."""
+    batch, prompt = setup.batch_size, setup.prompt_length
+    model, fake = without_storage(config, llm_states=True, lora=setup.lora), FakeTensorMode()
     make_fake(model, fake)
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     saved: dict[int, Any] = {}
@@ -145,27 +149,27 @@ def _saved_bytes(
     def save(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
-            saved[storage._cdata] = storage  # kept, so that no other gets its number
+            saved[storage._cdata] = storage  # kept alive, so that no other storage gets its id
         return tensor
 
     with (
         fake,
         torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+        torch.autocast("cpu", torch.bfloat16, enabled=setup.bf16),
     ):
         outputs = model(
             input_ids=torch.zeros(batch, prompt, dtype=torch.long),
             attention_mask=torch.ones(batch, prompt, dtype=torch.long),
             llm_hidden_states=torch.zeros(batch, prompt, llm_sizes(config.encoder).hidden_size, dtype=torch.bfloat16),
-            labels=torch.zeros(batch, answer, dtype=torch.long),
+            labels=torch.zeros(batch, setup.output_length, dtype=torch.long),
         )
-    # The output holds its logits while the loss, computed in float32, passes back two gradients of their size.
+    # The output keeps its logits while the loss, computed in float32, passes back two gradients of their size.
     logits = outputs.logits.nbytes + 2 * 4 * outputs.logits.numel()
     return sum(storage.nbytes() for storage in saved.values()) + logits
 
 
 def make_fake(model: nn.Module, fake: FakeTensorMode) -> None:
-    """Gives every tensor of a model on the meta device a device to compute on, and no storage; ties stay ties."""
+    """Replace the tensors of a model on the meta device by fake ones on the CPU, without storage; ties stay ties."""
     made: dict[int, Any] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -179,7 +183,7 @@ def make_fake(model: nn.Module, fake: FakeTensorMode) -> None:
 
 
 def _llm_activations(config: LLM2SLMConfig, batch: int, prompt: int) -> int:
-    """The widest layer of a frozen LLM: its states, what the feed-forward layer makes of them, and its attention."""
+    """Return the bytes of the widest layer of a frozen LLM: hidden states, feed-forward layer and attention."""
     llm = llm_sizes(config.encoder)
     width = getattr(llm, "intermediate_size", None) or getattr(llm, "d_ff", None) or 4 * llm.hidden_size
     numbers = 4 * llm.hidden_size + 2 * width + llm.num_attention_heads * prompt

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
 from transformers.trainer_pt_utils import get_parameter_names
 
 
-# As `Trainer` has it: weight decay is for matrices, not for biases and norms.
+# As in `Trainer`: weight decay applies to matrices, not to biases and norms.
 _WITHOUT_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 
@@ -24,21 +24,22 @@ def parameter_groups(
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
     """
-    Groups of everything that trains, for any optimizer of torch or transformers.
+    Return groups of all trained parameters, for any optimizer of torch or transformers.
 
     Args:
-        model: The model; of an [`LLM2SLMForConditionalGeneration`] the names of parameters begin with
+        model: The model. In an [`LLM2SLMForConditionalGeneration`] the names of parameters begin with
             `encoder.projector`, `encoder.prompt_embedding`, `decoder` (the SLM) and, if it trains, `encoder.llm`.
-        learning_rate: The rate of all parameters that no pattern matches.
-        learning_rate_mapping: Regular expressions that are searched for in the names of parameters, each with a rate;
+        learning_rate: Learning rate of all parameters that no pattern matches.
+        learning_rate_mapping: Regular expressions, searched for in the names of parameters, each with a learning rate;
             the first that matches counts.
-        weight_decay: Of matrices; biases and norms have none.
+        weight_decay: Weight decay of matrices; biases and norms have none.
 
     Returns:
         Groups with `params`, `lr` and `weight_decay`.
 
     Raises:
-        ValueError: If a rate is no number, or a pattern is no regular expression or matches nothing that trains.
+        ValueError: If a learning rate is not a number, or a pattern is not a regular expression or matches no trained
+            parameter.
 
     Example:
 
@@ -55,19 +56,19 @@ def parameter_groups(
         if parameter.requires_grad:
             pattern = next((pattern for pattern in mapping if pattern.search(name)), None)
             matched.add(pattern)
-            rate = mapping[pattern] if pattern is not None else learning_rate
-            groups.setdefault((rate, weight_decay if name in decaying else 0.0), []).append(parameter)
+            own_rate = mapping[pattern] if pattern is not None else learning_rate
+            groups.setdefault((own_rate, weight_decay if name in decaying else 0.0), []).append(parameter)
     for pattern in mapping:
         if pattern not in matched:
             raise ValueError(
                 f"learning_rate_mapping has {pattern.pattern!r}, which matches no parameter that trains and that no "
-                "pattern before it matches. Parts are called projector, prompt_embedding and decoder."
+                "pattern before it matches. The parts are named projector, prompt_embedding and decoder."
             )
     return [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
 
 
 def learning_rates(mapping: Mapping[str, Any]) -> dict[str, float]:
-    """The rates as numbers: YAML has `1e-3` as a text. `ValueError` if one is none."""
+    """Return the learning rates as numbers, since YAML 1.1 reads `1e-3` as text; raise `ValueError` for others."""
     rates = {}
     for pattern, value in mapping.items():
         try:
@@ -76,7 +77,7 @@ def learning_rates(mapping: Mapping[str, Any]) -> dict[str, float]:
             rates[pattern] = math.nan
         if not math.isfinite(rates[pattern]):
             raise ValueError(
-                f"learning_rate_mapping has {value!r} for {pattern!r}, which is no number such as 1.0e-3."
+                f"learning_rate_mapping has {value!r} for {pattern!r}, but it must be a number such as 1.0e-3."
             )
     return rates
 
@@ -85,14 +86,16 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"learning_rate_mapping has {pattern!r}, which is no regular expression: {error}.") from error
+        raise ValueError(
+            f"learning_rate_mapping has {pattern!r}, which is not a regular expression: {error}."
+        ) from error
 
 
 def relative_adafactor(groups: list[dict[str, Any]]) -> Adafactor:
     """
-    Adafactor with steps relative to the size of each parameter, which a T5 needs from scratch.
+    Return Adafactor with steps relative to the size of each parameter, which training a T5 from scratch needs.
 
-    `optim="adafactor"` of `Trainer` sets `scale_parameter=False`: steps that are the same for an embedding and a
-    matrix, which a T5 does not learn from.
+    `optim="adafactor"` of `Trainer` sets `scale_parameter=False`: embeddings and matrices then get steps of the same
+    size, with which a T5 does not learn.
     """
     return Adafactor(groups, lr=groups[0]["lr"], scale_parameter=True, relative_step=False)

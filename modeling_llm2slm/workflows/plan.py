@@ -1,9 +1,8 @@
-"""What LLM-to-SLM would bring and cost, measured on this machine before anything is trained."""
+"""What LLM-to-SLM would bring and cost on this machine, measured before anything is trained."""
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,39 +15,42 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set
 from ..configuration_llm2slm import LLM2SLMConfig, llm_sizes
 from ..conversion.build import preset_config
 from ..data.loading import load_prompts
+from ..evaluation.timing import seconds_of, time_in_turns
 from ..inference.loading import load
+from ..inference.model import LLM2SLMForConditionalGeneration
 from ..inference.parts import count_parameters, decoding_modules
 from ..inference.text_to_text import TextToText
-from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..parts_llm2slm import slm_class
-from ..training.memory import generation_memory, training_memory
+from ..settings import PlanSettings
+from ..training.memory import TrainingSetup, generation_memory, training_memory
 
 
-# The presets with different SLMs, each with the checkpoint its SLM is trained from, whose tokenizer counts tokens.
+# Presets with different SLMs, each with the checkpoint that its SLM starts from, whose tokenizer counts tokens.
 SLMS = {"t5-large_gpt2": "openai-community/gpt2", "t5-large_t5-small": "google-t5/t5-small"}
-ENOUGH = 2.0  # a speed-up that is worth training for, whatever the size of the SLM
-LITTLE = 1.2
+WORTHWHILE_SPEED_UP = 2.0  # enough to train for, whatever the size of the SLM
+SMALLEST_SPEED_UP = 1.2
 
 
 @dataclass
 class Candidate:
     """
-    What is expected of the LLM with one SLM.
+    The estimate for the LLM with one SLM.
 
     Args:
         name: The preset.
-        slm_parameters: Parameters that every answer token goes through.
-        ms_per_output: Time per answer with random SLM weights and as many tokens as the LLM's answer has for the SLM.
-        llm_ms_per_output: Time per answer of the LLM, in turns with the above.
-        speed_up: The second by the first.
-        output_tokens: Tokens of an answer for the SLM.
-        tokens_assumed: The SLM's tokenizer could not be loaded, so that the LLM's count stands for it.
-        inference_bytes: Weights and cache at batch 1.
-        training_bytes: Memory of training on stored states.
-        encode_hours: For all prompts, once.
-        distill_hours: For all prompts, once, with the LLM's answers searched for as asked.
-        train_hours: For all epochs, on stored states.
-        too_long: The number of prompts that the SLM has no positions for, the longest answer included.
+        slm_parameters: Number of parameters that decode each token.
+        ms_per_output: Milliseconds per output, with random SLM weights and as many tokens as the LLM's output has in
+            the SLM's tokenizer.
+        llm_ms_per_output: Milliseconds per output of the LLM, timed in turns with the above.
+        speed_up: `llm_ms_per_output / ms_per_output`.
+        output_tokens: Mean tokens per output in the SLM's tokenizer.
+        tokens_assumed: Whether the SLM's tokenizer could not be loaded, so that the LLM's count is used.
+        inference_bytes: Memory of weights and KV cache at batch size 1.
+        training_bytes: Memory of training on stored hidden states.
+        encode_hours: Time to encode all prompts, once.
+        distill_hours: Time for the LLM to generate targets for all prompts, once.
+        train_hours: Time of all epochs, on stored hidden states.
+        too_long: Number of prompts that, with the longest output, exceed the max positions of the LLM or the SLM.
     """
 
     name: str
@@ -69,170 +71,190 @@ class Candidate:
 def plan(
     llm: str | Path,
     data: str | Path,
-    prompt_column: str = "prompt",
+    settings: PlanSettings = PlanSettings(),  # noqa: B008 - immutable
     *,
     presets: Sequence[str] = tuple(SLMS),
     slm_tokenizers: Mapping[str, str] | None = None,
-    timed_prompts: int = 4,
-    epochs: float = 5,
-    batch_size: int = 32,
-    num_beams: int = 4,
-    max_new_tokens: int = 128,
-    prompt_max_length: int | None = None,
-    skip_bad_rows: bool = False,
-    device: str = "cpu",
     progress: Callable[[str], None] = lambda step: None,
 ) -> dict[str, Any]:
     """
-    Measures what LLM-to-SLM would bring for an LLM and some prompts: nothing is trained, the SLMs have random weights.
+    Measure what LLM-to-SLM would bring for an LLM and some prompts. Nothing is trained: the SLMs have random weights.
 
     Args:
         llm: The LLM with its decoder, a folder or a name on the Hub.
         data: Prompts, see [`load_prompts`].
-        prompt_column: The column that holds what the model reads.
-        presets: Names of presets (or config files) whose SLMs are tried.
-        slm_tokenizers: A tokenizer for a preset, in place of the one on the Hub.
-        timed_prompts: The number of prompts that are answered for an SLM, spread over those that it has positions for.
-        epochs: How long training is to be, for the estimate.
-        batch_size: Pairs in a batch of training, for the estimate.
-        num_beams: Of the distillation, for the estimate.
-        max_new_tokens: The longest answer.
-        prompt_max_length: Prompts are cut to this many tokens (default: never).
-        skip_bad_rows: See [`load_examples`].
-        device: Where to compute.
+        settings: What is measured, and the training whose cost is estimated.
+        presets: Names of presets, or config files, whose SLMs are tried.
+        slm_tokenizers: Tokenizers by preset, which replace those on the Hub.
         progress: Called with a few words at every step.
 
     Returns:
         `prompts`, `prompt_tokens` (mean), `output_tokens` (the LLM's, mean), `store_bytes`, `candidates` (a list of
-        [`Candidate`] as mappings), `recommended` (a name or None) and `recommendation`, a sentence.
+        [`Candidate`] as mappings), `recommended` (a name or `None`), `recommendation` (a sentence), `epochs`,
+        `batch_size`, `device` and `threads`.
 
     Raises:
-        ValueError: If the LLM is no encoder-decoder, an SLM has no positions for any prompt, or a tokenizer is for a
-            preset that is not tried.
-        OSError: If the LLM or a tokenizer that is named cannot be loaded.
+        ValueError: If the LLM is not an encoder-decoder, no prompt fits an SLM, or a tokenizer is named for a preset
+            that is not tried.
+        OSError: If the LLM or a named tokenizer cannot be loaded.
     """
     set_seed(0)
-    given = dict(slm_tokenizers or {})
-    for preset in given:
+    named = dict(slm_tokenizers or {})
+    for preset in named:
         if preset not in presets:
-            raise ValueError(f"There is a tokenizer for {preset}, which is none of the presets {', '.join(presets)}.")
-    tokenizers = {preset: _tokenizer(given.get(preset), SLMS.get(preset)) for preset in presets}
+            raise ValueError(f"{preset} has a tokenizer, but it is not one of the presets {', '.join(presets)}.")
+    tokenizers = {preset: _tokenizer(named.get(preset), SLMS.get(preset)) for preset in presets}
     configs = {preset: preset_config(preset) for preset in presets}
     _check_llm(llm)
-    prompts = load_prompts(data, prompt_column, skip_bad_rows=skip_bad_rows)["prompt"][:]
+    prompts = load_prompts(data, settings.prompt_column, skip_bad_rows=settings.skip_bad_rows)["prompt"][:]
     progress("loading the LLM")
-    large = TextToText.from_pretrained(llm, device=device, prompt_max_length=prompt_max_length)
-    lengths = [len(ids) for ids in large.features(prompts)["input_ids"]]
-    usable = {
-        preset: [
-            row
-            for row, length in enumerate(lengths)
-            if config.fits(length, max_new_tokens) and not large.position_problem(length, max_new_tokens)
-        ]
-        for preset, config in configs.items()
-    }
-    for preset, rows in usable.items():
-        if not rows:
-            raise ValueError(
-                f"{data}: {preset} has positions for none of the prompts with answers of {max_new_tokens} tokens. Cut "
-                "the prompts with prompt_max_length, allow shorter answers with max_new_tokens, or try other presets."
-            )
-    samples: dict[tuple[int, ...], _Sample] = {}
-    candidates = []
-    for preset in presets:
-        rows, tokenizer = usable[preset], tokenizers[preset]
-        chosen = tuple(rows[:: max(len(rows) // timed_prompts, 1)][:timed_prompts])
-        if chosen not in samples:
-            progress("answering with the LLM")
-            samples[chosen] = _Sample(large, [prompts[row] for row in chosen], max_new_tokens, num_beams)
-        sample = samples[chosen]
-        progress(f"measuring {preset}")
-        counts = [
-            min(len(ids) if tokenizer is None else _count(tokenizer, answer), max_new_tokens)
-            for ids, answer in zip(sample.tokens, sample.answers, strict=True)
-        ]
-        usual_length, hours = statistics.mean(lengths[row] for row in rows), len(set(prompts)) / len(chosen) / 3600
-        costs = _measure(llm, configs[preset], sample, counts, usual_length, batch_size, device)
-        seconds = costs.pop("step_seconds")
-        encode_seconds = costs.pop("encode_seconds")
-        candidates.append(
-            Candidate(
-                name=preset,
-                output_tokens=statistics.mean(counts),
-                tokens_assumed=tokenizer is None,
-                encode_hours=hours * encode_seconds,
-                distill_hours=hours * sample.beam_seconds,
-                train_hours=epochs * len(prompts) / batch_size * seconds / 3600,
-                too_long=len(prompts) - len(rows),
-                **costs,
-            )
-        )
+    large = TextToText.from_pretrained(llm, device=settings.device, prompt_max_length=settings.prompt_max_length)
+    planner = _Planner(str(llm), large, prompts, settings, progress)
+    fitting = {preset: planner.fitting_prompts(preset, config, str(data)) for preset, config in configs.items()}
+    candidates = [
+        planner.candidate(preset, configs[preset], tokenizers[preset], fitting[preset]) for preset in presets
+    ]
     recommended, recommendation = recommend(candidates, len(prompts))
-    widest = max(samples, key=lambda chosen: max(lengths[row] for row in chosen))
-    stored = sum(dict(zip(prompts, lengths, strict=True)).values())  # equal prompts once
     return {
-        "prompts": len(prompts),
-        "prompt_tokens": statistics.mean(lengths),
-        "output_tokens": statistics.mean(map(len, samples[widest].tokens)),
-        "store_bytes": stored * llm_sizes(large.model.config).hidden_size * 2,
+        **planner.summary(),
         "candidates": [asdict(candidate) for candidate in candidates],
         "recommended": recommended,
         "recommendation": recommendation,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "device": device,
+        "epochs": settings.epochs,
+        "batch_size": settings.batch_size,
+        "device": settings.device,
         "threads": torch.get_num_threads(),
     }
 
 
+class _Planner:
+    """An LLM with its prompts: measures one SLM after the other on prompts that fit it."""
+
+    def __init__(
+        self,
+        llm: str,
+        large: TextToText,
+        prompts: list[str],
+        settings: PlanSettings,
+        progress: Callable[[str], None],
+    ):
+        self.llm = llm
+        self.large = large
+        self.prompts = prompts
+        self.settings = settings
+        self.progress = progress
+        self.lengths = [len(ids) for ids in large.features(prompts)["input_ids"]]
+        self._samples: dict[tuple[int, ...], _Sample] = {}
+
+    def fitting_prompts(self, preset: str, config: LLM2SLMConfig, data: str) -> list[int]:
+        """Return the numbers of the prompts that fit an SLM and the LLM, the longest output included."""
+        longest = self.settings.max_new_tokens
+        fitting = [
+            row
+            for row, length in enumerate(self.lengths)
+            if config.fits(length, longest) and not self.large.position_problem(length, longest)
+        ]
+        if not fitting:
+            raise ValueError(
+                f"{data}: no prompt fits the max positions of {preset} with outputs of {longest} tokens. Truncate the "
+                "prompts with prompt_max_length, shorten the outputs with max_new_tokens, or try other presets."
+            )
+        return fitting
+
+    def candidate(
+        self, preset: str, config: LLM2SLMConfig, tokenizer: PreTrainedTokenizerBase | None, fitting: Sequence[int]
+    ) -> Candidate:
+        """Measure one SLM on some of its fitting prompts, and estimate its costs for all prompts."""
+        settings, sample = self.settings, self._sample(fitting)
+        self.progress(f"measuring {preset}")
+        counts = [
+            min(len(ids) if tokenizer is None else _count(tokenizer, output), settings.max_new_tokens)
+            for ids, output in zip(sample.tokens, sample.outputs, strict=True)
+        ]
+        usual_length = statistics.mean(self.lengths[row] for row in fitting)
+        costs = _measure(self.llm, config, sample, counts, usual_length, settings)
+        step_seconds, encode_seconds = costs.pop("step_seconds"), costs.pop("encode_seconds")
+        hours = len(set(self.prompts)) / len(sample.prompts) / 3600  # of all prompts, per second of the sample
+        return Candidate(
+            name=preset,
+            output_tokens=statistics.mean(counts),
+            tokens_assumed=tokenizer is None,
+            encode_hours=hours * encode_seconds,
+            distill_hours=hours * sample.beam_seconds,
+            train_hours=settings.epochs * len(self.prompts) / settings.batch_size * step_seconds / 3600,
+            too_long=len(self.prompts) - len(fitting),
+            **costs,
+        )
+
+    def _sample(self, fitting: Sequence[int]) -> _Sample:
+        """Return a few of the fitting prompts, spread over all of them, with the LLM's outputs."""
+        count = self.settings.timed_prompts
+        chosen = tuple(fitting[:: max(len(fitting) // count, 1)][:count])
+        if chosen not in self._samples:
+            self.progress("timing the LLM")
+            self._samples[chosen] = _Sample(self.large, [self.prompts[row] for row in chosen], self.settings)
+        return self._samples[chosen]
+
+    def summary(self) -> dict[str, Any]:
+        """Return what all SLMs have in common; the outputs are those of the sample with the longest prompt."""
+        widest = max(self._samples, key=lambda chosen: max(self.lengths[row] for row in chosen))
+        stored = sum(dict(zip(self.prompts, self.lengths, strict=True)).values())  # equal prompts are stored once
+        return {
+            "prompts": len(self.prompts),
+            "prompt_tokens": statistics.mean(self.lengths),
+            "output_tokens": statistics.mean(map(len, self._samples[widest].tokens)),
+            "store_bytes": stored * llm_sizes(self.large.model.config).hidden_size * 2,
+        }
+
+
 def recommend(candidates: Sequence[Candidate], prompts: int) -> tuple[str | None, str]:
     """
-    The name of an SLM or `None`, and a sentence that says why. SLMs without positions for more than a twentieth of
-    the prompts are left out, unless there are no others.
+    Return the name of an SLM, or `None`, and a sentence with the reason. SLMs that over 5 % of the prompts do not fit
+    are left out, unless this leaves out all of them.
     """
-    roomy = [candidate for candidate in candidates if candidate.too_long <= prompts / 20]
-    name, sentence = _fast_enough(roomy or candidates)
-    if not roomy:
+    fitting = [candidate for candidate in candidates if candidate.too_long <= prompts / 20]
+    name, sentence = _fast_enough(fitting or candidates)
+    if not fitting:
         share = min(candidate.too_long for candidate in candidates) / prompts
-        sentence += f" But {share:.0%} of the prompts or more are too long: cut them with prompt_max_length."
+        sentence += f" But {share:.0%} of the prompts or more are too long: truncate them with prompt_max_length."
     return name, sentence
 
 
 def _fast_enough(candidates: Sequence[Candidate]) -> tuple[str | None, str]:
-    """The largest SLM that is fast enough, as a larger one writes better; else the fastest; else none."""
-    fast = [candidate for candidate in candidates if candidate.speed_up >= ENOUGH]
+    """Return the largest SLM that is fast enough, since a larger one writes better; else the fastest; else none."""
+    fast = [candidate for candidate in candidates if candidate.speed_up >= WORTHWHILE_SPEED_UP]
     if fast:
         best = max(fast, key=lambda candidate: candidate.slm_parameters)
         return best.name, (
             f"Take {best.name}: {best.speed_up:.1f} times as fast as the LLM, with the largest SLM that is at least "
-            f"{ENOUGH:g} times as fast."
+            f"{WORTHWHILE_SPEED_UP:g} times as fast."
         )
     best = max(candidates, key=lambda candidate: candidate.speed_up)
-    if best.speed_up >= LITTLE:
+    if best.speed_up >= SMALLEST_SPEED_UP:
         return best.name, (
-            f"{best.name} is the fastest, {best.speed_up:.1f} times as fast as the LLM; a smaller SLM brings more."
+            f"{best.name} is the fastest, {best.speed_up:.1f} times as fast as the LLM; a smaller SLM may be faster."
         )
     return None, (
         f"Do not train: {best.name}, the fastest, is {best.speed_up:.1f} times as fast as the LLM. A smaller SLM, or "
-        "one with the LLM's tokenizer, may bring more."
+        "one with the LLM's tokenizer, may be faster."
     )
 
 
 class _Sample:
-    """Some prompts, the LLM's greedy answers, and the seconds that it searches for all of them with beams."""
+    """Some prompts with the LLM's greedy outputs, and the seconds that its beam search takes for all of them."""
 
-    def __init__(self, large: TextToText, prompts: list[str], max_new_tokens: int, num_beams: int):
+    def __init__(self, large: TextToText, prompts: list[str], settings: PlanSettings):
         self.large = large
         self.prompts = prompts
-        # A checkpoint may say how it is decoded, as BART's with beams. The SLM is timed greedily, and so is the LLM.
-        self.options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
-        self.tokens = [self.answer(index) for index in range(len(prompts))]
-        self.answers = large.tokenizer.batch_decode(self.tokens, skip_special_tokens=True)
-        self.beam_seconds = _seconds(
-            lambda: large.generate(prompts, len(prompts), num_beams=num_beams, **self.options)
+        # A checkpoint may ask for beams, as BART's do. The SLM is timed with greedy decoding, and so is the LLM.
+        self.options: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "do_sample": False}
+        self.tokens = [self.generate(index) for index in range(len(prompts))]
+        self.outputs = large.tokenizer.batch_decode(self.tokens, skip_special_tokens=True)
+        self.beam_seconds = seconds_of(
+            lambda: large.generate(prompts, len(prompts), num_beams=settings.num_beams, **self.options)
         )
 
-    def answer(self, index: int) -> list[int]:
+    def generate(self, index: int) -> list[int]:
         return self.large.generate_tokens([self.prompts[index]], num_beams=1, **self.options)[0]
 
     def inputs(self, index: int) -> dict[str, torch.Tensor]:
@@ -241,34 +263,23 @@ class _Sample:
 
 
 def _measure(
-    llm: str | Path,
+    llm: str,
     config: LLM2SLMConfig,
     sample: _Sample,
     tokens: Sequence[int],
     prompt_length: float,
-    batch_size: int,
-    device: str,
+    settings: PlanSettings,
 ) -> dict[str, Any]:
-    """Times and memory of one composite."""
+    """Return times and memory of the LLM with one SLM, whose outputs have as many `tokens` as given."""
     slm = slm_class(config.decoder).from_config(config.decoder)
     model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(
-        str(llm), decoder_model=slm, encoder_dtype=torch.float32,
-        shared_tokenizer=False,
-    ).to(device).eval()  # fmt: skip
-    model.generation_config.eos_token_id = None  # random weights end nowhere, and an answer has as many tokens as said
-    times = []
-    for index, count in enumerate(tokens):
-        inputs, options = sample.inputs(index), {"max_new_tokens": count, "do_sample": False}
-        model.generate(**inputs, **options | {"max_new_tokens": 1})
-        times.append(
-            (
-                _seconds(lambda: sample.answer(index)),  # noqa: B023 - called at once
-                _seconds(lambda: model.generate(**inputs, **options)),  # noqa: B023
-            )
-        )
-    large, small = (1000 * statistics.mean(row) for row in zip(*times, strict=True))
+        llm, decoder_model=slm, encoder_dtype=torch.float32, shared_tokenizer=False
+    )
+    model = model.to(settings.device).eval()
+    model.generation_config.eos_token_id = None  # random weights end nowhere: each output has the tokens it is given
+    large, small = _times_in_turns(model, sample, tokens)
     sizes: dict[str, Any] = {"prompt_length": round(prompt_length), "output_length": round(statistics.mean(tokens))}
-    encode = _seconds(lambda: [model.encode_llm(**sample.inputs(index)) for index in range(len(tokens))])
+    batch_size = settings.batch_size
     return {
         "slm_parameters": count_parameters(*decoding_modules(model.decoder)),
         "ms_per_output": small,
@@ -276,13 +287,27 @@ def _measure(
         "speed_up": large / small,
         "inference_bytes": generation_memory(model.config, batch_size=1, **sizes)["total"],
         "training_bytes": _training_bytes(model, batch_size, sizes),
-        "encode_seconds": encode,
+        "encode_seconds": seconds_of(lambda: [model.encode_llm(**sample.inputs(row)) for row in range(len(tokens))]),
         "step_seconds": _step_seconds(model, batch_size, **sizes),
     }
 
 
+def _times_in_turns(model: Any, sample: _Sample, tokens: Sequence[int]) -> list[float]:
+    """Return the mean milliseconds per output of the LLM and of the LLM with the SLM."""
+
+    def time_slm(index: int) -> float:
+        inputs = sample.inputs(index)
+        return seconds_of(lambda: model.generate(**inputs, max_new_tokens=tokens[index], do_sample=False))
+
+    contestants: dict[str, Callable[[int], float]] = {
+        "llm": lambda index: seconds_of(lambda: sample.generate(index)),
+        "llm2slm": time_slm,
+    }
+    return [1000 * statistics.mean(times) for times in time_in_turns(contestants, range(len(tokens))).values()]
+
+
 def _training_bytes(model: Any, batch_size: int, sizes: Mapping[str, Any]) -> int:
-    return training_memory(model.config, batch_size=batch_size, llm_states=True, **sizes)["total"]
+    return training_memory(model.config, TrainingSetup(batch_size=batch_size, llm_states=True, **sizes))["total"]
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -293,8 +318,8 @@ def _free_bytes(device: torch.device) -> int:
 
 def _step_seconds(model: Any, batch_size: int, prompt_length: int, output_length: int) -> float:
     """
-    Seconds of one step of training on stored states, the second of two. Where there is no memory for the batch, they
-    are estimated from a smaller one.
+    Return the seconds of a training step on stored hidden states: of the second of two, and estimated from a smaller
+    batch where memory is too small.
     """
     asked, sizes = batch_size, {"prompt_length": prompt_length, "output_length": output_length}
     while batch_size > 1 and _training_bytes(model, batch_size, sizes) > _free_bytes(model.device):
@@ -307,28 +332,13 @@ def _step_seconds(model: Any, batch_size: int, prompt_length: int, output_length
     labels = torch.ones(batch_size, output_length, dtype=torch.long, device=model.device)
 
     def step() -> None:
-        model(
-            input_ids=ids, attention_mask=torch.ones_like(ids), llm_hidden_states=states, labels=labels
-        ).loss.backward()
+        mask = torch.ones_like(ids)
+        model(input_ids=ids, attention_mask=mask, llm_hidden_states=states, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     step()
-    return _seconds(step) * asked / batch_size
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    _wait()
-    start = time.perf_counter()
-    work()
-    _wait()
-    return time.perf_counter() - start
-
-
-def _wait() -> None:
-    """Waits for what an accelerator was told to do."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+    return seconds_of(step) * asked / batch_size
 
 
 def _check_llm(llm: str | Path) -> None:
@@ -336,11 +346,11 @@ def _check_llm(llm: str | Path) -> None:
     if config.model_type == "llm2slm":
         raise ValueError(f"{llm} is an LLM-to-SLM model. Name the LLM that it was built from.")
     if not config.is_encoder_decoder:
-        raise ValueError(f"{llm} is decoder-only, and has no encoder whose answers a small model could learn.")
+        raise ValueError(f"{llm} is decoder-only; an encoder-decoder LLM is required.")
 
 
 def _tokenizer(given: str | None, default: str | None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that is named; else, where it can be reached, the default one."""
+    """Return the named tokenizer, or else the default one; `None` if that cannot be reached."""
     if given is not None:
         return load(AutoTokenizer, given)
     try:
@@ -350,5 +360,5 @@ def _tokenizer(given: str | None, default: str | None) -> PreTrainedTokenizerBas
 
 
 def _count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
-    """Tokens of an answer, its end token included."""
+    """Return the number of tokens of an output, its end token included."""
     return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) + 1

@@ -18,9 +18,9 @@ from transformers import AutoConfig, T5ForConditionalGeneration
 from benchmarks import multi30k, multi30k_report
 from benchmarks.multi30k_experiment import EXPERIMENT, REFERENCES, Experiment, Job, choose_layers
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
-from modeling_llm2slm.engines.graphs import is_exported
+from modeling_llm2slm.engines.exported import is_exported
 from modeling_llm2slm.states.encoding import encode
-from modeling_llm2slm.training.training import parse_recipe
+from modeling_llm2slm.training.recipe import parse_recipe
 from tests.support.checkpoints import PAIRS, write_checkpoint, write_pairs
 from tests.support.common import t5_config
 

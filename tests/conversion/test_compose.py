@@ -1,4 +1,4 @@
-"""Two checkpoints become one: the same weights, whatever their files, dtypes and sizes."""
+"""Composing: the weights of both checkpoints are unchanged, whatever their files, dtypes and sizes."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def test_hidden_states_and_weights_are_those_of_the_sources(sources, tmp_path):
     assert "# new" in (tmp_path / "new" / "README.md").read_text()
 
 
-def test_no_tokenizer_is_made_up(sources, tmp_path):
+def test_a_missing_tokenizer_is_not_invented(sources, tmp_path):
     shutil.copytree(sources / "llm", tmp_path / "llm", ignore=shutil.ignore_patterns("tokenizer*"))
     report = compose(tmp_path / "llm", sources / "slm", tmp_path / "new")
     assert dict(report.rows)["processor"] == f"none, as {tmp_path / 'llm'} has no tokenizer"
     assert not (tmp_path / "new" / "tokenizer.json").exists()
 
 
-def test_parts_in_subfolders(sources, tmp_path):
+def test_parts_are_read_from_subfolders(sources, tmp_path):
     """One tokenizer for both, in folders that hold nothing else."""
     for part in ("llm", "slm"):
         shutil.copytree(sources / part, tmp_path / part / "inner")
@@ -57,7 +57,7 @@ def test_parts_in_subfolders(sources, tmp_path):
     assert LLM2SLMConfig.from_pretrained(tmp_path / "new").shared_tokenizer
 
 
-def test_it_is_what_the_factory_makes(sources, tmp_path):
+def test_the_result_equals_that_of_the_factory(sources, tmp_path):
     torch.manual_seed(0)
     compose(sources / "llm", sources / "slm", tmp_path / "new", fusion="replace", encoder_layer=2)
     torch.manual_seed(0)
@@ -96,7 +96,7 @@ def test_one_shard_at_a_time_is_in_memory(sources, tmp_path, monkeypatch):
     monkeypatch.setattr(output, "save_file", record)
     compose(sources / "llm", sources / "slm", tmp_path / "new", max_shard_size="20KB", fusion="add")
     new = 4 * (24 * 32 + 32 * 32 + 2 * 32 + 24 * 32)  # projector and prompt embedding
-    assert sum(sizes) <= new, "what keeps its dtype is mapped, not copied"
+    assert sum(sizes) <= new, "tensors that keep their dtype are mapped, not copied"
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_one_shard_at_a_time_is_in_memory(sources, tmp_path, monkeypatch):
         ({"encoder_layer": 9}, "`encoder_layer` is 9"),
     ],
 )
-def test_wrong_choices(kwargs, message, sources, tmp_path):
+def test_wrong_settings_are_errors(kwargs, message, sources, tmp_path):
     if message is None:
         compose(sources / "llm", sources / "slm", tmp_path / "new", **kwargs)  # torch.half is float16
         return
@@ -117,15 +117,15 @@ def test_wrong_choices(kwargs, message, sources, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_parts_of_the_wrong_kind(sources, tmp_path):
+def test_parts_of_the_wrong_kind_are_errors(sources, tmp_path):
     with pytest.raises(OSError, match="a t5 model cannot be|cannot be loaded"):
         compose(sources / "full", sources / "slm", tmp_path / "new")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_disk_is_asked_before_the_work(sources, tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_before_the_work(sources, tmp_path, monkeypatch):
     monkeypatch.setattr(output.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    with pytest.raises(OSError, match=r"needs 0\.0 GB, but 0\.0 GB are free"):
+    with pytest.raises(OSError, match=r"needs 216\.1 kB, but 1\.0 kB are free"):
         compose(sources / "llm", sources / "slm", tmp_path / "new")
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""Exporting: complete folders, compared before they are put in place, and one sentence for what is wrong."""
+"""Exports: complete folders that are compared before they are put in place, and errors of one sentence."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ import pytest
 import torch
 from transformers import T5ForConditionalGeneration
 
-import llm2slm
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.conversion import export
-from modeling_llm2slm.engines.exported import ExportedLLM2SLM
-from modeling_llm2slm.engines.graphs import exported_model_class
+from modeling_llm2slm.engines import graph_engine
+from modeling_llm2slm.engines.exported import ExportedLLM2SLM, ExportedTextToText
+from modeling_llm2slm.engines.graph_engine import GraphEngine, exported_model_class
 from modeling_llm2slm.evaluation.evaluate import evaluate
-from modeling_llm2slm.inference.text_to_text import ExportedTextToText, TextToText
+from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.settings import EvaluateSettings
-from tests.llm2slm.test_cli import run
+from tests.support.commands import run, widen_terminal
 from tests.support.common import t5_config
 from tests.support.exports import checkpoint, exported_folder, needs
 
 
 KIND = ("gpt2", "add_shared")
-MODULE = sys.modules[export.__module__]
 TEXTS = ["out11 out52 out7 out93", "out85 out29"]
 
 
@@ -54,7 +53,7 @@ def test_a_folder_is_complete_in_itself(source, folder, tmp_path) -> None:
     assert [part.name for part in exported.parts()] == [part.name for part in whole.parts()]
 
 
-def test_the_commands_take_it(folder, tmp_path, capsys) -> None:
+def test_commands_take_an_exported_model(folder, tmp_path, capsys) -> None:
     assert run("info", folder) == 0
     assert "fp32" in capsys.readouterr().out
     assert run("generate", folder, TEXTS[0], "--max-new-tokens", 4) == 0
@@ -78,13 +77,17 @@ def test_weights_are_stored_once(source, folder) -> None:
 
 @pytest.fixture
 def traced(folder, monkeypatch) -> None:
-    """Graphs are those of the exported folder: to make them anew takes seconds."""
+    """Use the graphs of the exported folder: tracing them again takes seconds."""
     components = exported_model_class().from_pretrained(folder).components
-    monkeypatch.setattr(MODULE, "component", lambda graph, *_, is_step: components["step" if is_step else "prompt"])
+
+    def component(self: GraphEngine, graph: Any, sample: Any, weights: str, is_step: bool) -> Any:
+        return components["step" if is_step else "prompt"]
+
+    monkeypatch.setattr(GraphEngine, "component", component)
 
 
 @pytest.mark.usefixtures("traced")
-def test_the_command_does_not_overwrite(source, tmp_path, capsys) -> None:
+def test_the_command_replaces_a_folder_only_if_asked(source, tmp_path, capsys) -> None:
     written = tmp_path / "exported"
     written.mkdir()
     (written / "precious").write_text("")
@@ -92,7 +95,7 @@ def test_the_command_does_not_overwrite(source, tmp_path, capsys) -> None:
     assert "add --overwrite" in capsys.readouterr().err
     assert [file.name for file in written.iterdir()] == ["precious"]
     assert run("export", source, written, "--overwrite") == 0
-    assert "answers, largest difference" in capsys.readouterr().out
+    assert "outputs, largest difference" in capsys.readouterr().out
     assert TextToText.from_pretrained(written).generate(TEXTS, max_new_tokens=4)
     assert not (written / "precious").exists()
 
@@ -102,35 +105,37 @@ def test_an_llm_with_a_dtype_of_its_own_becomes_float32(source, tmp_path, monkey
     model = LLM2SLMForConditionalGeneration.from_pretrained(source, encoder_dtype="bfloat16")
     model.save_pretrained(tmp_path / "source")
     dtypes = set()
-    graphs_of = MODULE.graphs_of
+    graphs_of = graph_engine.graphs_of
 
     def look(model: LLM2SLMForConditionalGeneration) -> dict[str, Any]:
         dtypes.update(parameter.dtype for parameter in model.parameters())
         return graphs_of(model)
 
-    monkeypatch.setattr(MODULE, "graphs_of", look)
-    with pytest.raises(ValueError, match="answers differ"):  # the graphs are of weights that were never rounded
+    monkeypatch.setattr(graph_engine, "graphs_of", look)
+    with pytest.raises(ValueError, match="outputs differ"):  # the graphs hold weights that were never rounded
         export(tmp_path / "source", tmp_path / "exported")
     assert dtypes == {torch.float32}
 
 
 @pytest.mark.usefixtures("traced")
 def test_a_result_that_differs_is_not_put_in_place(source, tmp_path, monkeypatch) -> None:
-    table = MODULE.embeddings_of
-    monkeypatch.setattr(MODULE, "embeddings_of", lambda *args: table(*args).roll(1, 0).contiguous())
-    with pytest.raises(ValueError, match="answers differ"):
+    table = graph_engine.embedding_table
+    monkeypatch.setattr(graph_engine, "embedding_table", lambda *args: table(*args).roll(1, 0).contiguous())
+    with pytest.raises(ValueError, match="outputs differ"):
         export(source, tmp_path / "exported")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("runtime", "weights", "part"),
+    ("engine", "weights", "part"),
     [("openvino", "bf16", 0.75), ("openvino", "int8", 0.5), ("openvino", "int4", 0.5), ("onnx", "int8", 0.7)],
 )
-def test_smaller_weights(source, folder, tmp_path_factory, runtime, weights, part, capsys) -> None:
-    needs(runtime)
-    small = exported_folder(tmp_path_factory, *KIND, weights, runtime)
+def test_quantized_weights_are_smaller_and_generate_the_same(
+    source, folder, tmp_path_factory, engine, weights, part, capsys
+) -> None:
+    needs(engine)
+    small = exported_folder(tmp_path_factory, *KIND, weights, engine)
     assert not capsys.readouterr().out
     sizes = [
         sum(file.stat().st_size for file in place.glob("*") if file.suffix in (".bin", ".data"))
@@ -139,22 +144,22 @@ def test_smaller_weights(source, folder, tmp_path_factory, runtime, weights, par
     assert sizes[0] < part * sizes[1]
     text_to_text = TextToText.from_pretrained(small)
     assert {part.dtype for part in text_to_text.parts()} == {weights}
-    # Few bits of so narrow a model are enough for the beginning of what it learned.
-    length = {"openvino-int4": 2, "onnx-int8": 4}.get(f"{runtime}-{weights}", 8)
+    # With few bits, so narrow a model reproduces only the first tokens that it learned.
+    length = {"openvino-int4": 2, "onnx-int8": 4}.get(f"{engine}-{weights}", 8)
     expected = TextToText.from_pretrained(source).generate(TEXTS, max_new_tokens=length)
     assert text_to_text.generate(TEXTS, max_new_tokens=length) == expected
 
 
-def test_what_is_wrong_takes_one_sentence(source, tmp_path, capsys) -> None:
-    assert run("export", source, tmp_path / "e", "--runtime", "tpu") == 1
-    assert "Choose one of: openvino, onnx." in capsys.readouterr().err
+def test_a_wrong_argument_is_an_error_of_one_sentence(source, tmp_path, capsys) -> None:
+    assert run("export", source, tmp_path / "e", "--engine", "tpu") == 1
+    assert "Choose one of: onnx, openvino." in capsys.readouterr().err
     assert run("export", source, tmp_path / "e", "--weights", "int2") == 1
     assert "Choose one of: fp32, bf16, int8, int4." in capsys.readouterr().err
     T5ForConditionalGeneration(t5_config()).save_pretrained(tmp_path / "t5")
     assert run("export", tmp_path / "t5", tmp_path / "e") == 1
     assert "is a t5 model, not a composite" in capsys.readouterr().err
-    assert run("export", source, tmp_path / "e", "--runtime", "onnx", "--weights", "bf16") == 1
-    assert "has no bf16" in capsys.readouterr().err
+    assert run("export", source, tmp_path / "e", "--engine", "onnx", "--weights", "bf16") == 1
+    assert "onnx has no 'bf16' weights. Choose one of: fp32, int8, int4." in capsys.readouterr().err
     assert not (tmp_path / "e").exists()
 
 
@@ -166,7 +171,7 @@ def test_a_missing_package_names_its_extra(tmp_path, monkeypatch, capsys) -> Non
             raise importlib.metadata.PackageNotFoundError(package)
         return version(package)
 
-    monkeypatch.setattr("modeling_llm2slm.engines.graphs.version", without)
+    monkeypatch.setattr("modeling_llm2slm.inference.engine.version", without)
     assert run("export", tmp_path, tmp_path / "e") == 1
     assert "Error: openvino is not installed. Try: pip install 'modeling-llm2slm[openvino]'" in capsys.readouterr().err
 
@@ -177,13 +182,13 @@ def test_an_older_transformers_names_the_version(source, tmp_path, monkeypatch, 
     assert "needs transformers 5.23 or newer" in capsys.readouterr().err
 
 
-def test_an_exported_model_stays_what_it_is(folder, tmp_path) -> None:
+def test_an_exported_model_cannot_be_changed(folder, tmp_path) -> None:
     exported = TextToText.from_pretrained(folder)
     with pytest.raises(ValueError, match="copy its folder"):
         exported.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="runs on the CPU"):
+    with pytest.raises(ValueError, match="runs on the CPU, not on cuda"):
         TextToText.from_pretrained(folder, device="cuda")
-    with pytest.raises(ValueError, match="with all of its weights as they are"):
+    with pytest.raises(ValueError, match="its LLM and its dtype cannot be changed"):
         TextToText.from_pretrained(folder, dtype=torch.bfloat16)
     with pytest.raises(OSError, match="is not an exported model"):
         ExportedLLM2SLM.from_pretrained(tmp_path)
@@ -198,5 +203,4 @@ def test_an_exported_model_stays_what_it_is(folder, tmp_path) -> None:
 
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(llm2slm, "out", llm2slm.Console(width=200))
-    monkeypatch.setattr(llm2slm, "err", llm2slm.Console(stderr=True, width=200))
+    widen_terminal(monkeypatch)

@@ -1,4 +1,4 @@
-"""From full to lean and back: the same bytes."""
+"""From full to lean and back: the weights are the same bytes."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def sources(tmp_path_factory) -> Path:
     return write_sources(tmp_path_factory.mktemp("sources"))
 
 
-def test_there_and_back(sources, tmp_path):
+def test_full_to_lean_and_back_keeps_every_byte(sources, tmp_path):
     report = lean(sources / "full", tmp_path / "lean")
-    assert ("answers, largest difference", "none") in report.rows
+    assert ("outputs, largest difference", "none") in report.rows
     same_bytes(weights_of(tmp_path / "lean"), weights_of(sources / "lean"))
     full(tmp_path / "lean", tmp_path / "full")
     same_bytes(weights_of(tmp_path / "full"), weights_of(sources / "full"))
-    lean(tmp_path / "full", tmp_path / "lean", force=True)
+    lean(tmp_path / "full", tmp_path / "lean", overwrite=True)
     same_bytes(weights_of(tmp_path / "lean"), weights_of(sources / "lean"))
     assert (tmp_path / "lean" / "decoder_tokenizer").is_dir()
 
 
-def test_there_and_back_in_shards_and_half_precision(sources, tmp_path):
+def test_full_to_lean_and_back_in_shards_and_half_precision(sources, tmp_path):
     model = LLM2SLMForConditionalGeneration.from_pretrained(sources / "full", encoder_dtype="bfloat16")
     model.save_pretrained(tmp_path / "half", max_shard_size="30KB")
     lean(tmp_path / "half", tmp_path / "lean", max_shard_size="30KB")
@@ -45,15 +45,15 @@ def test_the_llm_can_be_named(sources, tmp_path):
     same_bytes(weights_of(tmp_path / "full"), weights_of(sources / "full"))
 
 
-def test_an_llm_in_what_is_replaced_is_not_lost(sources, tmp_path):
+def test_an_llm_inside_the_replaced_folder_is_kept(sources, tmp_path):
     shutil.copytree(sources / "full", tmp_path / "full")
     shutil.copytree(sources / "llm", tmp_path / "full" / "llm")
     with pytest.raises(ValueError, match="which a lean checkpoint in .*full would replace"):
-        lean(tmp_path / "full", tmp_path / "full", llm=tmp_path / "full" / "llm", force=True)
+        lean(tmp_path / "full", tmp_path / "full", llm=tmp_path / "full" / "llm", overwrite=True)
     assert (tmp_path / "full" / "llm" / "model.safetensors").is_file()
 
 
-def test_another_llm_is_refused(sources, tmp_path):
+def test_another_llm_is_an_error(sources, tmp_path):
     shutil.copytree(sources / "two", tmp_path / "other")
     with pytest.raises(ValueError, match="could not read this LLM from .*slm, as it has no"):
         lean(sources / "full", tmp_path / "lean", llm=sources / "slm")
@@ -61,12 +61,12 @@ def test_another_llm_is_refused(sources, tmp_path):
         full(sources / "lean", tmp_path / "full", llm=sources / "slm")
     with pytest.raises(ValueError, match="neither a folder nor"):
         lean(sources / "full", tmp_path / "lean", llm="./nowhere")
-    with pytest.raises(OSError, match="^no/where cannot be loaded: there is no such folder"):
+    with pytest.raises(OSError, match="^no/where cannot be loaded: the folder does not exist"):
         lean(sources / "full", tmp_path / "lean", llm="no/where")
     assert {path.name for path in tmp_path.iterdir()} == {"other"}
 
 
-def test_what_is_lean_or_full_already(sources, tmp_path):
+def test_a_checkpoint_that_has_the_form_already_is_an_error(sources, tmp_path):
     with pytest.raises(ValueError, match="is lean already"):
         lean(sources / "lean", tmp_path / "new")
     with pytest.raises(ValueError, match="is full already"):

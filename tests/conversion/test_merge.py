@@ -1,4 +1,4 @@
-"""A composite and its adapter become a plain composite."""
+"""Merging: a LoRA adapter becomes part of the checkpoint that it adapts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sources(tmp_path_factory) -> Path:
     return write_sources(tmp_path_factory.mktemp("sources"))
 
 
-def test_it_answers_as_base_and_adapter_do(sources, tmp_path):
+def test_the_result_has_the_logits_of_base_and_adapter(sources, tmp_path):
     merge(sources / "adapter", tmp_path / "new")
     load = LLM2SLMForConditionalGeneration.from_pretrained
     merged, base = load(tmp_path / "new"), load(sources / "full")
@@ -40,7 +40,7 @@ def test_it_answers_as_base_and_adapter_do(sources, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_base_in_half_precision(dtype, sources, tmp_path):
+def test_a_base_in_half_precision_keeps_its_dtype(dtype, sources, tmp_path):
     LLM2SLMForConditionalGeneration.from_pretrained(sources / "full", dtype=dtype).save_pretrained(tmp_path / "base")
     adapter = Path(shutil.copytree(sources / "adapter", tmp_path / "adapter"))
     change_weights(lambda tensors: [tensor.mul_(0.1) for name, tensor in tensors.items() if "lora_B" in name])(adapter)
@@ -48,16 +48,16 @@ def test_a_base_in_half_precision(dtype, sources, tmp_path):
     assert LLM2SLMForConditionalGeneration.from_pretrained(tmp_path / "new").dtype == dtype
 
 
-def test_an_llm_in_what_is_replaced_is_not_lost(sources, tmp_path):
+def test_an_llm_inside_the_replaced_folder_is_kept(sources, tmp_path):
     for name in ("full", "llm"):
         shutil.copytree(sources / name, tmp_path / "model" / {"full": "", "llm": "llm"}[name], dirs_exist_ok=True)
     edit(tmp_path / "model", llm_source={"name_or_path": "./llm"})
     with pytest.raises(ValueError, match="which a lean checkpoint in .*model would replace"):
-        merge(sources / "adapter", tmp_path / "model", base=tmp_path / "model", include_llm=False, force=True)
+        merge(sources / "adapter", tmp_path / "model", base=tmp_path / "model", include_llm=False, overwrite=True)
     assert (tmp_path / "model" / "llm" / "model.safetensors").is_file()
 
 
-def test_lean_in_lean_out(sources, tmp_path):
+def test_a_lean_result_loads_as_the_full_one(sources, tmp_path):
     merge(sources / "adapter", tmp_path / "lean", base=sources / "lean", include_llm=False)
     merge(sources / "adapter", tmp_path / "full")
     load = LLM2SLMForConditionalGeneration.from_pretrained
@@ -66,7 +66,7 @@ def test_lean_in_lean_out(sources, tmp_path):
     assert not any(name.startswith("encoder.llm.") for name in weights_of(tmp_path / "lean"))
 
 
-def test_an_adapter_in_pickle_is_not_read(sources, tmp_path):
+def test_a_pickled_adapter_is_not_read(sources, tmp_path):
     adapter = Path(shutil.copytree(sources / "adapter", tmp_path / "adapter"))
     (adapter / "adapter_model.safetensors").unlink()
     torch.save({}, adapter / "adapter_model.bin")

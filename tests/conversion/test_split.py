@@ -1,4 +1,4 @@
-"""The SLM alone and the projector alone."""
+"""Splitting: the SLM and the projector alone, unchanged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def sources(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["full", "lean"])
-def test_both_are_what_they_were(kind, sources, tmp_path):
+def test_slm_and_projector_are_unchanged(kind, sources, tmp_path):
     shutil.copytree(sources / kind, tmp_path / kind)  # alone: of a lean one, the LLM is not needed
     split(tmp_path / kind, tmp_path / "parts")
     slm = AutoModelForCausalLM.from_pretrained(tmp_path / "parts" / "slm")

@@ -7,16 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llm2slm import output
 from tests.support.checkpoints import write_checkpoint, write_pairs
+from tests.support.commands import widen_terminal
 
 
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that a command prints is wrapped."""
-    monkeypatch.setenv("COLUMNS", "200")
-    for console in (output.out, output.err):
-        monkeypatch.setattr(console, "width", 200)
+    widen_terminal(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -66,10 +66,20 @@ def test_a_resumed_run_is_timed_from_its_own_start(
     ]
 
 
-def test_steps_are_printed_at_start_and_end(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_step_and_the_end_of_a_task_are_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "START_AFTER", 0.1)
     with steps("Planning") as report:
         report("timing the LLM")
-    assert lines(capsys) == ["Planning ...", "Planning: done in 0 s"]
+        time.sleep(1)
+    assert lines(capsys) == ["Planning: timing the LLM (1 s)", "Planning: done in 1 s"]
+
+
+def test_a_short_task_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with steps("Planning") as report:
+        report("timing the LLM")
+    assert lines(capsys) == []
 
 
 def test_only_the_first_of_several_processes_reports(

@@ -24,6 +24,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, checkpoint_llm2slm, files_llm2slm
+from modeling_llm2slm.data import files
+from modeling_llm2slm.inference import model_card, saving
 from modeling_llm2slm.states.without_llm import load_without_llm
 from tests.support import families
 from tests.support.common import (
@@ -44,7 +46,7 @@ LLM = "encoder.llm."
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A composite of two models on disk, saved full and lean beside them."""
+    """A composite of two models on disk, saved full and lean next to them."""
     folder = tmp_path_factory.mktemp("models")
     parts = build_parts()
     parts.llm.save_pretrained(folder / "llm")
@@ -71,7 +73,7 @@ def names_in(path: Path) -> set[str]:
 
 
 class TestLean:
-    def test_the_llm_is_left_out_and_found_again(self, folder):
+    def test_a_lean_checkpoint_leaves_out_the_llm_and_loads_it_again(self, folder):
         assert not any(name.startswith(LLM) for name in names_in(folder / "lean"))
         assert any(name.startswith(LLM) for name in names_in(folder / "full"))
         full, lean = load(folder / "full"), load(folder / "lean")
@@ -80,7 +82,7 @@ class TestLean:
         assert torch.equal(lean.generate(**batch, max_new_tokens=8), full.generate(**batch, max_new_tokens=8))
         assert not lean.encoder.llm.shared.weight.requires_grad
 
-    def test_the_config_says_where_it_is(self, folder):
+    def test_the_config_names_the_source_of_the_llm(self, folder):
         config = json.loads((folder / "lean" / "config.json").read_text())
         assert config["lean"] is True
         assert config["llm_source"]["name_or_path"] == "../llm"
@@ -92,13 +94,16 @@ class TestLean:
             _, info = AutoModelForSeq2SeqLM.from_pretrained(folder / kind, output_loading_info=True)
             assert not any(info.values()), info
 
-    def test_where_it_comes_from_is_logged(self, folder, caplog):
+    def test_the_source_of_the_llm_is_logged(self, folder, caplog):
         load(folder / "lean")
         assert f"the LLM's weights are read from {folder / 'llm'}" in caplog.text
 
-    def test_the_folders_move_together(self, copy, tmp_path):
+    def test_a_lean_checkpoint_and_its_llm_can_move_together(self, copy, tmp_path):
+        before = load(copy / "full").state_dict()
         shutil.move(copy, tmp_path / "elsewhere")
-        load(tmp_path / "elsewhere" / "lean")
+        model = load(tmp_path / "elsewhere" / "lean")
+        assert model.config.llm_source["name_or_path"] == str(tmp_path / "elsewhere" / "llm")
+        same_tensors(model.state_dict(), before)
 
     def test_a_checkpoint_in_a_subfolder(self, copy):
         load(copy / "full").save_pretrained(copy / "many" / "lean", include_llm=False)
@@ -108,7 +113,7 @@ class TestLean:
         with pytest.raises(ValueError, match="encoder_pretrained_model_name_or_path"):
             load(copy / "lean")
 
-    def test_the_llm_moves_alone(self, copy):
+    def test_an_llm_that_moved_alone_is_named_by_the_caller(self, copy):
         (copy / "llm").rename(copy / "other")
         with pytest.raises(OSError, match=r"llm has no model\.safetensors"):
             load(copy / "lean")
@@ -147,7 +152,7 @@ class TestLean:
         assert not any(info.values()), info
         same_tensors(loaded.state_dict(), model.state_dict())
 
-    def test_an_llm_in_a_file_of_other_names(self, tmp_path):
+    def test_an_llm_with_old_tensor_names_is_never_left_out(self, tmp_path):
         """As of old BERTs: transformers renames what it loads, and a lean checkpoint would not find it again."""
         families.build_llm("bert").save_pretrained(tmp_path / "llm")
         build_parts().slm.save_pretrained(tmp_path / "slm")
@@ -162,14 +167,14 @@ class TestLean:
         model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(tmp_path / "llm", tmp_path / "slm")
         assert model.config.llm_source is None
         model.config.llm_source = {"name_or_path": str(tmp_path / "llm")}
-        with pytest.raises(ValueError, match=r"it has no embeddings\.LayerNorm\.weight by this name: .* anew"):
+        with pytest.raises(ValueError, match=r"it has no embeddings\.LayerNorm\.weight by this name: .* again"):
             model.save_pretrained(tmp_path / "lean", include_llm=False)
-        model.encoder.llm.save_pretrained(tmp_path / "anew", save_original_format=False)
-        model.config.llm_source = {"name_or_path": str(tmp_path / "anew")}
+        model.encoder.llm.save_pretrained(tmp_path / "again", save_original_format=False)
+        model.config.llm_source = {"name_or_path": str(tmp_path / "again")}
         model.save_pretrained(tmp_path / "lean", include_llm=False)
         same_tensors(load(tmp_path / "lean").state_dict(), model.state_dict())
 
-    def test_an_llm_named_by_its_folder_where_one_stands(self, folder, tmp_path, monkeypatch):
+    def test_a_relative_folder_is_never_taken_for_a_repository(self, folder, tmp_path, monkeypatch):
         """`runs/llm` could be the id of a repository."""
         shutil.copytree(folder / "llm", tmp_path / "runs" / "llm")
         monkeypatch.chdir(tmp_path)
@@ -184,7 +189,7 @@ class TestLean:
             with pytest.raises(ValueError, match=f"could not read the LLM from {name}: there is no such folder"):
                 model.save_pretrained("other", include_llm=False)
 
-    def test_a_repository_is_no_folder_of_its_name(self, folder, tmp_path, monkeypatch):
+    def test_a_repository_is_never_taken_for_a_folder_of_its_name(self, folder, tmp_path, monkeypatch):
         (tmp_path / "google" / "t5").mkdir(parents=True)
         monkeypatch.chdir(tmp_path)
         model = load(folder / "lean")
@@ -193,16 +198,16 @@ class TestLean:
         config = json.loads(Path("lean", "config.json").read_text())
         assert config["llm_source"]["name_or_path"] == "google/t5"
 
-    def test_a_training_goes_on_where_its_llm_is_out_of_reach(self, folder, tmp_path):
+    def test_training_continues_while_its_llm_is_out_of_reach(self, folder, tmp_path):
         shutil.copytree(folder / "llm", tmp_path / "llm")
         model = load(folder / "lean", encoder_pretrained_model_name_or_path=tmp_path / "llm")
         model.config.llm_source["fingerprint"] = load(folder / "lean").config.llm_source["fingerprint"]
         shutil.rmtree(tmp_path / "llm")
         model.save_pretrained(tmp_path / "checkpoint", include_llm=False)
         with pytest.raises(ValueError, match="there is no such folder"):
-            checkpoint_llm2slm.lean_source(model)
+            saving.lean_source(model)
 
-    def test_a_link_to_a_checkpoint(self, folder, tmp_path):
+    def test_a_checkpoint_behind_a_symbolic_link_finds_its_llm(self, folder, tmp_path):
         model = load(folder / "full")
         (tmp_path / "2026").mkdir()
         shutil.copytree(folder / "llm", tmp_path / "llm")
@@ -213,7 +218,7 @@ class TestLean:
         same_tensors(loaded.state_dict(), model.state_dict())
         assert loaded.config.llm_source["name_or_path"] == str(tmp_path / "llm")
 
-    def test_it_never_replaces_its_llm(self, folder, tmp_path):
+    def test_a_lean_checkpoint_never_replaces_its_llm(self, folder, tmp_path):
         shutil.copytree(folder / "full", tmp_path / "full")
         model = load(tmp_path / "full")
         model.config.llm_source = {"name_or_path": str(tmp_path / "full")}
@@ -222,8 +227,8 @@ class TestLean:
         model.save_pretrained(tmp_path / "full" / "lean", include_llm=False)
         same_tensors(load(tmp_path / "full" / "lean").state_dict(), load(tmp_path / "full").state_dict())
 
-    def test_a_named_llm_in_half_precision_is_known_again(self, folder, tmp_path):
-        """What is in memory is no longer what the files have, so that they are asked."""
+    def test_a_named_llm_in_half_precision_is_recognized(self, folder, tmp_path):
+        """The values in memory are no longer those of the files, so the fingerprint comes from the files."""
         shutil.copytree(folder / "llm", tmp_path / "llm")
         model = load(folder / "full", dtype="float16")
         model.config.llm_source = {"name_or_path": str(tmp_path / "llm")}
@@ -235,12 +240,12 @@ class TestLean:
         with pytest.raises(ValueError, match="was trained with"):
             load(tmp_path / "lean")
 
-    def test_the_llm_of_another_composite(self, folder):
+    def test_the_llm_can_come_from_a_full_composite(self, folder):
         model = load(folder / "lean", encoder_pretrained_model_name_or_path=folder / "full")
         same_tensors(model.state_dict(), load(folder / "full").state_dict())
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-    def test_dtypes(self, folder, dtype):
+    def test_full_and_lean_checkpoints_load_alike_in_half_precision(self, folder, dtype):
         full, lean = load(folder / "full", dtype=dtype), load(folder / "lean", dtype=dtype)
         assert lean.encoder.llm.dtype == lean.decoder.dtype == getattr(torch, dtype)
         same_tensors(lean.state_dict(), full.state_dict())
@@ -262,13 +267,13 @@ class TestLean:
             assert model.encoder.llm.shared.weight.is_meta == ("disk" in device_map.values())
             assert torch.allclose(model(**batch, labels=make_labels()).logits, expected, atol=1e-5)
 
-    def test_quantization_meets_the_llm_too(self, folder):
+    def test_quantization_applies_to_the_llm_of_a_lean_checkpoint(self, folder):
         model = load(folder / "lean", quantization_config=RoundingConfig())
         full = load(folder / "full", quantization_config=RoundingConfig())
         assert model.encoder.llm.encoder.block[0].layer[0].SelfAttention.q.weight.frac().abs().sum() == 0
         same_tensors(model.state_dict(), full.state_dict())
 
-    def test_hub_arguments_are_handed_on(self, copy, monkeypatch):
+    def test_hub_arguments_reach_the_source_of_the_llm(self, copy, monkeypatch):
         asked = {}
 
         def download(repo_id: str, name: str, **kwargs: Any) -> str:
@@ -285,7 +290,7 @@ class TestLean:
         load(copy / "lean", encoder_pretrained_model_name_or_path="other/t5", encoder_revision="main")
         assert (asked["repo_id"], asked["revision"]) == ("other/t5", "main")
 
-    def test_trainer_saves_lean_checkpoints_where_the_model_is_told_to(self, folder, tmp_path):
+    def test_trainer_saves_lean_checkpoints_if_include_llm_is_false(self, folder, tmp_path):
         from transformers import Trainer
 
         model = load(folder / "full")
@@ -309,7 +314,7 @@ class TestAnotherLLM:
         with pytest.raises(ValueError, match=f"has fingerprint [0-9a-f]{{32}}, but .* was trained with {expected}"):
             load(folder / "lean", encoder_pretrained_model_name_or_path=tmp_path / "other")
 
-    def test_one_of_other_sizes_is_told_by_its_weights(self, folder, tmp_path):
+    def test_one_of_other_sizes_is_recognized_by_its_missing_weights(self, folder, tmp_path):
         T5ForConditionalGeneration(t5_config(num_layers=1)).save_pretrained(tmp_path / "other")
         with pytest.raises(OSError, match="other is another LLM: it lacks"):
             load(folder / "lean", encoder_pretrained_model_name_or_path=tmp_path / "other")
@@ -334,13 +339,13 @@ class TestAnotherLLM:
 
 class TestSaving:
     @pytest.mark.parametrize("how", ["is_main_process", "rank"])
-    def test_one_process_of_several_uploads(self, how, folder, tmp_path, monkeypatch):
+    def test_only_one_of_several_processes_uploads(self, how, folder, tmp_path, monkeypatch):
         """The others have no weights, and would delete those that are there."""
         uploads = []
-        monkeypatch.setattr(checkpoint_llm2slm, "_upload", lambda *_, **__: uploads.append(1))
+        monkeypatch.setattr(saving, "upload", lambda *_, **__: uploads.append(1))
         model = load(folder / "full")
         if how == "rank":
-            monkeypatch.setattr(checkpoint_llm2slm, "_is_first", lambda: False)
+            monkeypatch.setattr(saving, "_is_first", lambda: False)
             assert model.push_to_hub("somebody/model") == ""
         else:
             model.save_pretrained(tmp_path / "new", push_to_hub=True, is_main_process=False)
@@ -397,7 +402,7 @@ class TestSaving:
         for step in ("write_model_card", "_exchange"):  # all but the card is written; all is
             child = os.fork()
             if child == 0:
-                module: Any = checkpoint_llm2slm if step == "write_model_card" else files_llm2slm
+                module: Any = model_card if step == "write_model_card" else files
                 setattr(module, step, die)
                 changed.save_pretrained(copy / "full")
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
@@ -406,21 +411,21 @@ class TestSaving:
     def test_a_failed_save_leaves_the_model_as_it_was(self, folder, monkeypatch, tmp_path):
         model = load(folder / "lean")
         config = model.config.to_dict()
-        monkeypatch.setattr(checkpoint_llm2slm, "write_model_card", lambda *_, **__: 1 / 0)
+        monkeypatch.setattr(model_card, "write_model_card", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model.save_pretrained(tmp_path / "new", include_llm=False)
         assert model.config.to_dict() == {**config, "auto_map": model.config.auto_map, "encoder_dtype": None}
         assert list(tmp_path.iterdir()) == []
 
 
-class TestWhatACheckpointMayNotDo:
+class TestUntrustedCheckpoints:
     @pytest.mark.parametrize("name", ["/etc", "~/llm", "C:\\llm", "a/b/c", "", 7, None])
-    def test_the_llm_is_a_repository_or_relative(self, name, copy):
+    def test_the_llm_must_be_a_repository_or_a_relative_folder(self, name, copy):
         edit(copy / "lean", llm_source={"name_or_path": name})
         with pytest.raises(ValueError, match="encoder_pretrained_model_name_or_path|its values must be text"):
             load(copy / "lean")
 
-    def test_a_checkpoint_of_the_hub_names_no_folder(self, copy, monkeypatch):
+    def test_a_checkpoint_of_the_hub_cannot_name_a_folder(self, copy, monkeypatch):
         # What is not a folder comes from the Hub, also where a folder of the LLM's name is at hand.
         monkeypatch.chdir(copy)
         model = load(copy / "full")
@@ -431,7 +436,7 @@ class TestWhatACheckpointMayNotDo:
         with pytest.raises(OSError, match="nor in the cache"):
             checkpoint_llm2slm._llm_weights(model, {"name_or_path": "llm"}, request)
 
-    def test_code_beside_the_llm_is_never_run(self, copy, tmp_path):
+    def test_code_of_the_llms_source_is_never_run(self, copy, tmp_path):
         code = f"open({str(tmp_path / 'run')!r}, 'w')\n"
         for part in ("llm", "lean"):
             (copy / part / "evil.py").write_text(code)
@@ -449,16 +454,16 @@ class TestWhatACheckpointMayNotDo:
             {"encoder": {"_attn_implementation": "somebody/kernel"}},
         ],
     )
-    def test_other_files_and_kernels_are_the_callers_to_choose(self, changes, copy):
+    def test_a_checkpoint_cannot_choose_other_files_or_kernels(self, changes, copy):
         edit(copy / "full", **changes)
         with pytest.raises(ValueError, match="the caller's to choose"):
             load(copy / "full")
 
-    def test_shards_are_in_the_folder(self, copy):
+    def test_shards_must_be_in_the_folder(self, copy):
         index = {"metadata": {}, "weight_map": dict.fromkeys(names_in(copy / "full"), "../full/secret.safetensors")}
         (copy / "full" / "model.safetensors").rename(copy / "full" / "secret.safetensors")
         (copy / "full" / "model.safetensors.index.json").write_text(json.dumps(index))
-        with pytest.raises(ValueError, match="only safetensors files beside it are read"):
+        with pytest.raises(ValueError, match="only safetensors files in its folder are read"):
             load(copy / "full")
 
     @pytest.mark.parametrize(
@@ -476,13 +481,13 @@ class TestWhatACheckpointMayNotDo:
         with pytest.raises(ValueError, match=r"Correct the sizes in config\.json|a number up to 1000 is needed"):
             load(copy / "full")
 
-    def test_a_checkpoint_without_llm_that_does_not_say_so(self, copy):
+    def test_a_checkpoint_that_lacks_its_llm_is_an_error(self, copy):
         edit(copy / "lean", lean=False)
         with pytest.raises(OSError, match="lacks the LLM"):
             load(copy / "lean")
 
     @pytest.mark.parametrize("kind", ["embedding alone", "one layer short"])
-    def test_a_checkpoint_with_a_part_of_the_llm(self, kind, copy):
+    def test_a_checkpoint_that_lacks_a_part_of_its_llm_is_an_error(self, kind, copy):
         if kind == "embedding alone":
             load_without_llm(copy / "full").save_pretrained(copy / "full")
             load_without_llm(copy / "full")

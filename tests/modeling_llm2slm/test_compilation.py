@@ -31,15 +31,15 @@ def compiled(slm: str, backend: str) -> dict[str, Any]:
 
 
 def check_one_graph(slm: str, backend: str) -> None:
-    """The same answers as without compiling, from as many graphs as `GRAPHS` says, whatever the prompts' lengths."""
+    """Compiled generation gives the eager outputs, from as many graphs as `GRAPHS` says, for prompts of any length."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model, graphs = build_family(slm).model, []
     kwargs = {"max_new_tokens": 8, "do_sample": False}
     for length in PROMPT_LENGTHS:
         ids = torch.arange(3, 3 + length)[None]
-        answer = model.generate(ids, **kwargs, **compiled(slm, backend))
-        assert answer.tolist() == model.generate(ids, **kwargs).tolist()
+        sequence = model.generate(ids, **kwargs, **compiled(slm, backend))
+        assert sequence.tolist() == model.generate(ids, **kwargs).tolist()
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs == [GRAPHS[slm]] * len(PROMPT_LENGTHS)
     assert not torch._dynamo.utils.counters["graph_break"]
@@ -53,7 +53,7 @@ def test_one_graph_serves_prompts_of_all_lengths(slm: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("slm", KINDS)
-def test_the_compiler_gives_the_same_answers(slm: str) -> None:
+def test_compiled_and_eager_generation_agree(slm: str) -> None:
     check_one_graph(slm, "inductor")
 
 
@@ -63,13 +63,13 @@ def test_compiled_beams_and_padding(slm: str) -> None:
     model = shared_family(slm).model
     for side in ("left", "right"):
         batch, kwargs = pad_prompts(PROMPTS, side), {"num_beams": 2, "max_new_tokens": 6, "do_sample": False}
-        answer = model.generate(**batch, **kwargs, **compiled(slm, "eager"))
-        assert answer.tolist() == model.generate(**batch, **kwargs).tolist()
+        sequence = model.generate(**batch, **kwargs, **compiled(slm, "eager"))
+        assert sequence.tolist() == model.generate(**batch, **kwargs).tolist()
 
 
 @pytest.mark.parametrize("slm", KINDS)
-def test_the_parts_export(slm: str) -> None:
-    """`torch.export` of what reads the prompt and of a forward over the answer, for prompts of any length."""
+def test_the_parts_can_be_exported(slm: str) -> None:
+    """`torch.export` takes the encoder and a forward over the output, for prompts of any length."""
     parts = build_family(slm)
     model = parts.model.eval()
     batch = pad_prompts(PROMPTS, "left")
@@ -83,9 +83,9 @@ def test_the_parts_export(slm: str) -> None:
         torch.testing.assert_close(states.last_hidden_state, wanted.last_hidden_state)
         assert torch.equal(states.attention_mask, wanted.attention_mask)
 
-        answer = {"decoder_input_ids": torch.tensor([[END, 5, 6, 7]] * len(PROMPTS)), "use_cache": False}
-        whole = torch.export.export(model, (), {**batch, **answer}, strict=False)
-        torch.testing.assert_close(whole.module()(**batch, **answer).logits, model(**batch, **answer).logits)
+        sequence = {"decoder_input_ids": torch.tensor([[END, 5, 6, 7]] * len(PROMPTS)), "use_cache": False}
+        whole = torch.export.export(model, (), {**batch, **sequence}, strict=False)
+        torch.testing.assert_close(whole.module()(**batch, **sequence).logits, model(**batch, **sequence).logits)
         projector = torch.export.export(model.encoder.projector, (model.encode_llm(**batch),))
         assert projector is not None
 

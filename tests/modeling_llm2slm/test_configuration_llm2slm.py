@@ -30,7 +30,7 @@ def test_defaults() -> None:
 
 
 @pytest.mark.parametrize("as_dict", [False, True], ids=["objects", "dicts"])
-def test_composes_any_two_configs(as_dict: bool) -> None:
+def test_any_two_configs_can_be_composed(as_dict: bool) -> None:
     encoder, decoder = t5_config(), gpt2_config()
     parts = (encoder.to_dict(), decoder.to_dict()) if as_dict else (encoder, decoder)
     config = LLM2SLMConfig(encoder=parts[0], decoder=parts[1])
@@ -39,7 +39,7 @@ def test_composes_any_two_configs(as_dict: bool) -> None:
     assert LLM2SLMConfig(encoder={"model_type": "t5", "d_model": 640}).encoder.d_model == 640
 
 
-def test_the_given_configs_are_left_alone() -> None:
+def test_the_given_configs_stay_unchanged() -> None:
     encoder, decoder = t5_config(), gpt2_config()
     before = (encoder.to_dict(), decoder.to_dict())
     config = LLM2SLMConfig(encoder=encoder, decoder=decoder)
@@ -101,12 +101,12 @@ def test_the_start_id_of_an_encoder_decoder_slm() -> None:
         ({"encoder": {"d_model": 32}}, "model_type"),
     ],
 )
-def test_values_that_do_not_fit(values: dict[str, Any], message: str) -> None:
+def test_values_that_do_not_fit_are_errors(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LLM2SLMConfig(**({"encoder": t5_config(), "decoder": gpt2_config()} | values))
 
 
-def test_a_part_of_another_type() -> None:
+def test_a_part_of_a_wrong_type_is_an_error() -> None:
     with pytest.raises(TypeError, match="encoder.*str"):
         LLM2SLMConfig(encoder="google-t5/t5-large")
 

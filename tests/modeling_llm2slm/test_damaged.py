@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import llm2slm
+from tests.support.commands import widen_terminal
 from tests.support.conversions import DAMAGES, full_disk, write_sources
 
 
@@ -18,8 +19,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 # An LLM's own config is not read again, and of its tensors the largest is one of the decoder, which is not needed.
 NO_CONFIG = {"other type", "no config", "config no JSON"}
 CONVERSIONS = {
-    "compose llm": ("llm", set(), ["compose", "llm", "slm"]),
-    "compose slm": ("slm", set(), ["compose", "llm", "slm"]),
+    "build llm": ("llm", set(), ["build", "--llm", "llm", "--slm", "slm"]),
+    "build slm": ("slm", set(), ["build", "--llm", "llm", "--slm", "slm"]),
     "lean": ("full", set(), ["lean", "full"]),
     "lean without LLM": ("llm", NO_CONFIG | {"missing tensor"}, ["lean", "full"]),
     "full": ("lean", set(), ["full", "lean"]),
@@ -48,8 +49,7 @@ def sources(tmp_path_factory) -> Path:
 def copy(sources, tmp_path, monkeypatch) -> Path:
     folder = Path(shutil.copytree(sources, tmp_path / "copy"))
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(llm2slm, "out", llm2slm.Console(width=200))
-    monkeypatch.setattr(llm2slm, "err", llm2slm.Console(stderr=True, width=200))
+    widen_terminal(monkeypatch)
     return folder
 
 
@@ -60,7 +60,7 @@ def convert(conversion: str) -> int:
     elif words[1].startswith("llava"):
         words += ["--into", "full"]
     try:
-        llm2slm.main(["convert", *words])
+        llm2slm.main(words if words[0] == "build" else ["convert", *words])
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0
@@ -85,7 +85,7 @@ def test_damaged_input_is_refused(conversion, damage, copy, capfd):
 
 
 @pytest.mark.parametrize("conversion", CONVERSIONS)
-def test_a_full_disk_leaves_nothing(conversion, copy, capfd):
+def test_a_full_disk_leaves_no_files(conversion, copy, capfd):
     before = set(copy.rglob("*"))
     with full_disk():
         status = convert(conversion)
@@ -93,7 +93,7 @@ def test_a_full_disk_leaves_nothing(conversion, copy, capfd):
 
 
 @pytest.mark.parametrize("conversion", CONVERSIONS)
-def test_what_is_there_is_replaced_only_on_request(conversion, copy, capfd):
+def test_existing_files_are_replaced_only_on_request(conversion, copy, capfd):
     (copy / "output").mkdir()
     (copy / "output" / "mine").touch()
     before = set(copy.rglob("*"))

@@ -64,11 +64,11 @@ def caches(slm: str) -> list[str]:
 
 @functools.cache
 def expected(pair: tuple[str, str, str], strategy: str, row: int | None = None) -> Any:
-    """What the slow reference answers to all prompts, or to one."""
+    """What the slow reference generates for all prompts, or for one."""
     torch.manual_seed(SEED)
     reference = SlowReference(shared_family(*pair), PROMPTS if row is None else [PROMPTS[row]])
     kwargs = {"max_new_tokens": LENGTH, "return_dict_in_generate": True, "output_logits": True}
-    return reference.answer(**STRATEGIES[strategy], **kwargs)
+    return reference.run(**STRATEGIES[strategy], **kwargs)
 
 
 def prompt_of(parts: Parts, prompts: list[list[int]], padding: str, passed: bool) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def check(actual: Any, wanted: Any) -> None:
 
 
 @pytest.mark.parametrize(("slm", "llm", "fusion"), GRID)
-def test_answers_are_varied_and_differ_between_prompts(slm: str, llm: str, fusion: str) -> None:
+def test_outputs_vary_and_differ_between_prompts(slm: str, llm: str, fusion: str) -> None:
     """Without this, equality below would prove nothing."""
     check_outputs_vary(strip_padding(expected((slm, llm, fusion), "greedy").sequences))
 
@@ -119,7 +119,7 @@ def assistants(parts: Parts, kind: str, pair: tuple[str, str, str]) -> dict[str,
 @pytest.mark.parametrize("kind", ASSISTED)
 @pytest.mark.parametrize(("slm", "llm", "fusion"), GRID)
 def test_assisted(slm: str, llm: str, fusion: str, kind: str) -> None:
-    """Prompt lookup, and an assistant that is another composite or a plain encoder-decoder: the greedy answer."""
+    """Prompt lookup and an assistant (another composite or a plain encoder-decoder) give the greedy output."""
     if (slm, kind) == ("gemma3", "composite") and OLD_SLIDING_CACHE:
         pytest.skip("before 5.18 a sliding cache gives more keys than its mask covers while an assistant drafts")
     pair = (slm, llm, fusion)
@@ -151,27 +151,27 @@ def test_each_encoder_runs_once(slm: str, strategy: str) -> None:
 
 
 @pytest.mark.parametrize("slm", [name for name, slm in families.SLMS.items() if not slm.config().is_encoder_decoder])
-def test_a_batch_of_more_padding_than_positions(slm: str) -> None:
-    """A long prompt beside a long answer: each row fits, all of them padded together do not."""
+def test_a_batch_wider_than_the_positions_generates(slm: str) -> None:
+    """A long prompt and a long output in other rows: each row fits, all of them padded together do not."""
     model = build_family(slm).model
-    prompts, answers = [[3] * 40, [4, 5]], [[6, 7], list(range(2, 42))]
+    prompts, sequences = [[3] * 40, [4, 5]], [[6, 7], list(range(2, 42))]
     labels = torch.full((2, 40), -100)
-    for row, answer in zip(labels, answers, strict=True):
-        row[: len(answer)] = torch.tensor(answer)
+    for row, sequence in zip(labels, sequences, strict=True):
+        row[: len(sequence)] = torch.tensor(sequence)
     if slm == "gpt_neo":  # whose own mask is as wide as its positions
         with pytest.raises(ValueError, match="together 80, but the SLM has 64 positions"):
             model(**pad_prompts(prompts), labels=labels)
         return
     apart = [
-        model(**pad_prompts([prompt]), labels=torch.tensor([answer])).loss * len(answer)
-        for prompt, answer in zip(prompts, answers, strict=True)
+        model(**pad_prompts([prompt]), labels=torch.tensor([sequence])).loss * len(sequence)
+        for prompt, sequence in zip(prompts, sequences, strict=True)
     ]
     together = model(**pad_prompts(prompts), labels=labels).loss
-    torch.testing.assert_close(together, sum(apart) / sum(map(len, answers)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together, sum(apart) / sum(map(len, sequences)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("slm", families.NO_STATIC_CACHE)
-def test_a_static_cache_that_transformers_gets_wrong_is_refused(slm: str) -> None:
+def test_a_static_cache_that_transformers_computes_wrongly_is_refused(slm: str) -> None:
     model = shared_family(slm).model
     cache = StaticCache(config=model.config.decoder, max_cache_len=40)
     for kwargs in (CACHES["static"], {"past_key_values": cache}):
@@ -180,8 +180,8 @@ def test_a_static_cache_that_transformers_gets_wrong_is_refused(slm: str) -> Non
 
 
 @pytest.mark.parametrize("slm", families.SLMS)
-def test_a_forced_beginning(slm: str) -> None:
-    """`decoder_input_ids` are kept, and the answer goes on from them."""
+def test_a_forced_start_of_the_output(slm: str) -> None:
+    """`decoder_input_ids` are kept, and the output continues them."""
     parts, forced = shared_family(slm), [42, 17, 63]
     begin = torch.tensor([[END, *forced]] * len(PROMPTS))
     for cache in caches(slm):
@@ -189,15 +189,15 @@ def test_a_forced_beginning(slm: str) -> None:
             **pad_prompts(PROMPTS, "left"), decoder_input_ids=begin, max_new_tokens=6, do_sample=False, **CACHES[cache]
         )
         for row, prompt in enumerate(PROMPTS):
-            answer = strip_padding(output)[row]
-            assert answer[:3] == forced
-            assert answer[3:] == reference_logits(parts, prompt, answer)[3:-1].argmax(-1).tolist()
+            sequence = strip_padding(output)[row]
+            assert sequence[:3] == forced
+            assert sequence[3:] == reference_logits(parts, prompt, sequence)[3:-1].argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("mask", [False, True], ids=["no_mask", "mask"])
 @pytest.mark.parametrize("passed", [False, True], ids=["computed", "passed"])
 @pytest.mark.parametrize("slm", families.SLMS)
-def test_an_answer_is_continued_from_its_cache(slm: str, passed: bool, mask: bool) -> None:
+def test_an_output_is_continued_from_its_cache(slm: str, passed: bool, mask: bool) -> None:
     parts = shared_family(slm)
     whole = expected((slm, "t5", "add"), "greedy").sequences
     batch = prompt_of(parts, PROMPTS, "right", passed)
@@ -212,18 +212,18 @@ def test_an_answer_is_continued_from_its_cache(slm: str, passed: bool, mask: boo
 
 
 @pytest.mark.parametrize("slm", ["gpt2", "gemma3", "t5"])
-def test_a_cache_that_holds_the_whole_answer_is_an_error(slm: str) -> None:
-    """There would be nothing to go on from, and the answers of silence were wrong."""
+def test_a_cache_that_holds_the_whole_output_is_an_error(slm: str) -> None:
+    """Nothing is left to continue from; without an error, outputs would be wrong."""
     model, batch = shared_family(slm).model, pad_prompts(PROMPTS)
     first = model.generate(**batch, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
     for begin in (first.sequences[:, :-1], first.sequences[:, :3]):
-        with pytest.raises(ValueError, match="holds 5 answer tokens"):
+        with pytest.raises(ValueError, match="holds 5 output tokens"):
             model.generate(**batch, decoder_input_ids=begin, past_key_values=first.past_key_values, max_new_tokens=3)
 
 
 @pytest.mark.parametrize("slm", families.SLMS)
 def test_prefix_allowed_tokens_fn(slm: str) -> None:
-    """Called with the row of the prompt and the answer so far; what is not allowed is not written."""
+    """It gets the row of the prompt and the output so far; tokens it does not allow are never generated."""
     parts, allowed = shared_family(slm), [[11, 12, 13], [21, 22, 23], [31, 32, 33]]
     output = parts.model.generate(
         **pad_prompts(PROMPTS, "left"),
@@ -231,8 +231,8 @@ def test_prefix_allowed_tokens_fn(slm: str) -> None:
         num_beams=2,
         max_new_tokens=5,
     )
-    for row, answer in enumerate(output[:, 1:].tolist()):
-        assert set(answer) <= set(allowed[row])
+    for row, sequence in enumerate(output[:, 1:].tolist()):
+        assert set(sequence) <= set(allowed[row])
 
 
 @pytest.mark.parametrize("strategy", ["greedy", "beam"])
@@ -256,10 +256,10 @@ def test_compute_transition_scores(slm: str, strategy: str) -> None:
         torch.testing.assert_close(scores.sum(-1) / 6, output.sequences_scores, rtol=1e-3, atol=1e-3)
         return
     for row, prompt in enumerate(PROMPTS):
-        answer = output.sequences[row, 1:].tolist()
-        logits = reference_logits(parts, prompt, answer)[:-1]
+        sequence = output.sequences[row, 1:].tolist()
+        logits = reference_logits(parts, prompt, sequence)[:-1]
         logits[:, END] = -torch.inf  # by `min_new_tokens`
-        wanted = logits.log_softmax(-1)[range(6), answer]
+        wanted = logits.log_softmax(-1)[range(6), sequence]
         torch.testing.assert_close(scores[row], wanted, rtol=1e-3, atol=1e-3)
 
 
@@ -268,14 +268,14 @@ def test_a_streamer_gets_every_token(slm: str) -> None:
     parts, tokenizer = shared_family(slm), slm_tokenizer()
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=30)
     parts.model.generate(**pad_prompts(PROMPTS[:1]), streamer=streamer, max_new_tokens=LENGTH, do_sample=False)
-    answer = strip_padding(expected((slm, "t5", "add"), "greedy", 0).sequences)[0]
-    assert "".join(streamer) == tokenizer.decode(answer, skip_special_tokens=True)
+    sequence = strip_padding(expected((slm, "t5", "add"), "greedy", 0).sequences)[0]
+    assert "".join(streamer) == tokenizer.decode(sequence, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "off"])
 @pytest.mark.parametrize("slm", families.SLMS)
 def test_lengths_of_what_is_returned(slm: str, cache: str) -> None:
-    """Hidden states cover answer positions; a decoder-only SLM attends to N + answer so far (or to its window)."""
+    """Hidden states cover output positions; a decoder-only SLM attends to N + output so far (or to its window)."""
     parts = build_family(slm)
     model, steps = parts.model, 4
     model.set_attn_implementation("eager")
@@ -319,14 +319,14 @@ def test_logits_to_keep(slm: str) -> None:
 
 @pytest.mark.parametrize("slm", families.SLMS)
 def test_batches_of_1_to_17(slm: str) -> None:
-    """A row's answer does not depend on how many others there are, or on their order."""
+    """A row's output does not depend on the number or order of the other rows."""
     parts = shared_family(slm)
-    answers = strip_padding(expected((slm, "t5", "add"), "greedy").sequences)
+    sequences = strip_padding(expected((slm, "t5", "add"), "greedy").sequences)
     for size in (1, 2, 5, 17):
         rows = [(7 * index + size) % 3 for index in range(size)]
         batch = pad_prompts([PROMPTS[row] for row in rows], "left" if size % 2 else "right")
         output = parts.model.generate(**batch, max_new_tokens=LENGTH, do_sample=False)
-        assert strip_padding(output) == [answers[row] for row in rows]
+        assert strip_padding(output) == [sequences[row] for row in rows]
 
 
 @pytest.mark.parametrize("slm", families.SLMS)
@@ -351,10 +351,10 @@ def test_the_shortest_and_the_longest_prompt(slm: str, length: int) -> None:
     prompt = [(13 * index + 5) % 90 + 3 for index in range(length)]
     limit = 64 - length if length > 1 and not parts.slm.config.is_encoder_decoder else 14
     output = parts.model.generate(torch.tensor([prompt]), max_new_tokens=limit, min_new_tokens=limit, do_sample=False)
-    answer = output[0, 1:].tolist()
-    logits = reference_logits(parts, prompt, answer[:-1])
+    sequence = output[0, 1:].tolist()
+    logits = reference_logits(parts, prompt, sequence[:-1])
     logits[:, END] = -torch.inf  # by `min_new_tokens`
-    assert answer == logits.argmax(-1).tolist()
+    assert sequence == logits.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("slm", families.SLMS)
@@ -372,8 +372,8 @@ def test_too_long_and_empty_prompts_are_errors(slm: str) -> None:
 
 
 @pytest.mark.parametrize("slm", ["gpt2", "bart"])
-def test_too_long_by_hand_is_an_error(slm: str) -> None:
-    """`forward` checks an answer beside states and beside a cache too."""
+def test_a_too_long_output_in_forward_is_an_error(slm: str) -> None:
+    """`forward` checks lengths also if states or a cache are given."""
     model = shared_family(slm).model
     states = model.encode_prompt(**pad_prompts(PROMPTS))
     with torch.no_grad(), pytest.raises(ValueError, match="64 positions"):
@@ -456,7 +456,7 @@ def take_states_of_another_row(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_planted_fault_breaks_parity(slm: str, plant: Any, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = shared_family(slm)
     if plant is shift_positions and parts.slm.config.is_encoder_decoder:
-        pytest.skip("the answer's positions are the SLM's own affair")
+        pytest.skip("an encoder-decoder SLM computes the output's positions itself")
     wanted = expected((slm, "t5", "add"), strategy)
     kwargs = {"max_new_tokens": LENGTH, "return_dict_in_generate": True, "output_logits": True, **STRATEGIES[strategy]}
     for planted in (False, True):
@@ -471,7 +471,7 @@ def test_a_planted_fault_breaks_parity(slm: str, plant: Any, strategy: str, monk
             check(actual, wanted)
 
 
-def test_the_readme_lists_these_families() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    listed = readme.partition("<!-- families -->\n")[2].partition("\n<!-- end of families -->")[0]
-    assert listed == families.tables(), f"README.md should list:\n{families.tables()}"
+def test_reference_page_lists_these_families() -> None:
+    page = (Path(__file__).parents[2] / "docs/reference/models.md").read_text(encoding="utf-8")
+    listed = page.partition("<!-- families -->\n")[2].partition("\n<!-- end of families -->")[0]
+    assert listed == families.tables(), f"docs/reference/models.md should list:\n{families.tables()}"

@@ -35,7 +35,7 @@ def outcome(load: Callable[[Path], Any], path: Path) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
-def test_a_spoilt_checkpoint_loads_or_says_why_not(chunk, sources, tmp_path):
+def test_a_damaged_checkpoint_loads_or_raises_an_error_with_its_reason(chunk, sources, tmp_path):
     outcomes: dict[str, int] = {}
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for seed in range(chunk, CASES, CHUNKS):

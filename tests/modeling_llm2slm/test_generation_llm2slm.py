@@ -1,4 +1,4 @@
-"""Stock `generate()`: each strategy gives the answers of the plain sub-models, whatever padding and cache."""
+"""Stock `generate()`: each strategy gives the outputs of the plain sub-models, whatever padding and cache."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def check_parity(parts: Parts, strategy: str, cache: str, padding: str, passed: 
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_answers_are_varied_and_differ_between_prompts(fusion: str) -> None:
+def test_outputs_vary_and_differ_between_prompts(fusion: str) -> None:
     """Without this, equality below would prove nothing."""
     check_outputs_vary([reference_greedy(shared_parts(fusion), prompt, LENGTH)[0] for prompt in PROMPTS])
 
@@ -122,9 +122,9 @@ def test_greedy_equals_the_slow_reference(fusion: str, padding: str) -> None:
     parts = shared_parts(fusion)
     output = generate(parts, padding, do_sample=False)
     for row, prompt in enumerate(prompts_of(padding)):
-        answer, logits = reference_greedy(parts, prompt, LENGTH)
-        assert strip_padding(output.sequences)[row] == answer
-        torch.testing.assert_close(torch.stack(output.logits)[: len(answer), row], logits, **TOLERANCE)
+        sequence, logits = reference_greedy(parts, prompt, LENGTH)
+        assert strip_padding(output.sequences)[row] == sequence
+        torch.testing.assert_close(torch.stack(output.logits)[: len(sequence), row], logits, **TOLERANCE)
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -155,14 +155,14 @@ def test_beams_equal_the_slow_reference(fusion: str, padding: str) -> None:
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_rows_that_end_early_leave_the_others_alone(fusion: str, padding: str, cache: str) -> None:
+def test_rows_that_end_early_do_not_change_the_others(fusion: str, padding: str, cache: str) -> None:
     parts = shared_parts(fusion)
-    answers = [reference_greedy(parts, prompt, LENGTH)[0] for prompt in PROMPTS]
-    ends = [END, answers[1][4]]
+    sequences = [reference_greedy(parts, prompt, LENGTH)[0] for prompt in PROMPTS]
+    ends = [END, sequences[1][4]]
     output = generate(parts, padding, do_sample=False, eos_token_id=ends, **CACHES[cache]).sequences[:, 1:].tolist()
-    for row, answer in zip(output, answers, strict=True):
-        length = min(answer.index(end) + 1 if end in answer else LENGTH for end in ends)
-        assert row[:length] == answer[:length]
+    for row, sequence in zip(output, sequences, strict=True):
+        length = min(sequence.index(end) + 1 if end in sequence else LENGTH for end in ends)
+        assert row[:length] == sequence[:length]
         assert set(row[length:]) <= {END}
     assert END in output[1][4:]
 
@@ -171,7 +171,7 @@ def test_rows_that_end_early_leave_the_others_alone(fusion: str, padding: str, c
 @pytest.mark.parametrize("side", ["alone", "left", "right"])
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_prompt_lookup(fusion: str, side: str, passed: bool) -> None:
-    """Stock prompt lookup takes one prompt and a dynamic cache; the answer is the greedy one."""
+    """Stock prompt lookup takes one prompt and a dynamic cache, and gives the greedy output."""
     parts, length = shared_parts(fusion), 30
     expected, logits = reference_greedy(parts, PROMPTS[0], length)
     batch = pad_prompts(PROMPTS[:1], side, extra=0 if side == "alone" else 4)
@@ -194,7 +194,7 @@ def test_prompt_lookup(fusion: str, side: str, passed: bool) -> None:
 
 @contextmanager
 def count_widths(parts: Parts) -> Iterator[list[int]]:
-    """How many answer tokens each call of the composite is given."""
+    """Number of output tokens that each call of the composite gets."""
     widths: list[int] = []
     handle = parts.model.register_forward_pre_hook(
         lambda _module, _args, kwargs: widths.append(kwargs["decoder_input_ids"].shape[1]), with_kwargs=True
@@ -320,7 +320,7 @@ def test_the_slm_reads_a_prompt_once_for_all_its_beams(slm: str, strategy: str) 
 
 
 @pytest.mark.parametrize("kwargs", [*STRATEGIES.values(), {"prompt_lookup_num_tokens": 3}])
-def test_the_llm_does_not_run_beside_encoder_outputs(kwargs: dict[str, Any]) -> None:
+def test_the_llm_does_not_run_if_encoder_outputs_are_given(kwargs: dict[str, Any]) -> None:
     parts = shared_parts("add")
     padding = "alone" if "prompt_lookup_num_tokens" in kwargs else "right"
     batch = pad_prompts(prompts_of(padding), side=padding)
@@ -340,13 +340,13 @@ def test_encoder_outputs_are_never_changed(strategy: str) -> None:
     batch = pad_prompts(PROMPTS)
     states = parts.model.encode_prompt(**batch)
     before = {name: (tensor, tensor.clone()) for name, tensor in states.items()}
-    answers = []
+    sequences = []
     for _ in range(2):
         torch.manual_seed(SEED)
-        answers.append(
+        sequences.append(
             parts.model.generate(encoder_outputs=states, max_new_tokens=LENGTH, **STRATEGIES[strategy]).tolist()
         )
-    assert answers[0] == answers[1]
+    assert sequences[0] == sequences[1]
     assert states.keys() == before.keys()
     for name, (tensor, copied) in before.items():
         assert states[name] is tensor
@@ -358,21 +358,21 @@ def test_encoder_outputs_are_never_changed(strategy: str) -> None:
 def test_an_omitted_mask_is_inferred_from_the_llms_pad_id(strategy: str, side: str) -> None:
     parts = shared_parts("add")
     input_ids = pad_prompts(PROMPTS, side)["input_ids"]
-    answers = parts.model.generate(input_ids, max_new_tokens=LENGTH, **STRATEGIES[strategy])
-    assert answers.tolist() == generate(parts, side, **STRATEGIES[strategy]).sequences.tolist()
+    sequences = parts.model.generate(input_ids, max_new_tokens=LENGTH, **STRATEGIES[strategy])
+    assert sequences.tolist() == generate(parts, side, **STRATEGIES[strategy]).sequences.tolist()
 
 
-def test_the_mask_decides_and_no_id() -> None:
+def test_padding_comes_from_the_mask_and_not_from_ids() -> None:
     """A pad id inside a prompt is a token if the mask says so, and any id is padding if it says that."""
     parts = shared_parts("add")
     prompts = [[11, PAD, 7, 93], [85, 29, 1, PAD, 40, 6]]
     batch = pad_prompts(prompts)
     batch["input_ids"][0, 4:] = 33
-    answers = parts.model.generate(**batch, max_new_tokens=LENGTH, do_sample=False)
-    assert strip_padding(answers) == [reference_greedy(parts, prompt, LENGTH)[0] for prompt in prompts]
+    sequences = parts.model.generate(**batch, max_new_tokens=LENGTH, do_sample=False)
+    assert strip_padding(sequences) == [reference_greedy(parts, prompt, LENGTH)[0] for prompt in prompts]
 
 
-def test_a_mask_of_another_prompt_beside_states_is_an_error() -> None:
+def test_a_mask_of_another_prompt_than_the_states_is_an_error() -> None:
     parts = shared_parts("add")
     batch = pad_prompts(PROMPTS)
     states = parts.model.encode_prompt(**batch)
@@ -407,7 +407,7 @@ def test_too_long_is_an_error_before_any_compute(kwargs: dict[str, int], cache: 
     assert not slm_calls
 
 
-def test_too_long_is_an_error_beside_encoder_outputs() -> None:
+def test_too_long_is_an_error_if_encoder_outputs_are_given() -> None:
     model = shared_parts("add").model
     states = model.encode_prompt(**pad_prompts(PROMPTS))
     with count_calls(model.decoder) as calls, pytest.raises(ValueError, match="64 positions"):
@@ -415,17 +415,17 @@ def test_too_long_is_an_error_beside_encoder_outputs() -> None:
     assert not calls
 
 
-def test_padding_needs_no_positions() -> None:
-    """The longest answer that fits is written, also where padding makes the batch wider than the SLM."""
+def test_padding_takes_no_positions() -> None:
+    """The longest output that fits is generated, also if padding makes the batch wider than the SLM's positions."""
     parts = shared_parts("add")
     batch = pad_prompts(PROMPTS, extra=60)
     longest = 64 - 12
-    answers = parts.model.generate(
+    sequences = parts.model.generate(
         **batch, max_new_tokens=longest, min_new_tokens=longest, do_sample=False, return_dict_in_generate=True
     )
-    assert answers.sequences.shape == (3, longest + 1)
+    assert sequences.sequences.shape == (3, longest + 1)
     expected = stock_slm_generate(parts, PROMPTS, max_new_tokens=longest, min_new_tokens=longest, do_sample=False)
-    assert answers.sequences[:, 1:].tolist() == expected.tolist()
+    assert sequences.sequences[:, 1:].tolist() == expected.tolist()
 
 
 def test_a_prompt_longer_than_the_slm_is_an_error() -> None:
@@ -453,8 +453,8 @@ def test_an_llm_without_pad_id() -> None:
     batch = pad_prompts(PROMPTS)
     with pytest.raises(ValueError, match="attention_mask"):
         parts.model.generate(batch["input_ids"], max_new_tokens=2)
-    answers = parts.model.generate(**batch, max_new_tokens=LENGTH, do_sample=False)
-    assert strip_padding(answers) == [reference_greedy(parts, prompt, LENGTH)[0] for prompt in PROMPTS]
+    sequences = parts.model.generate(**batch, max_new_tokens=LENGTH, do_sample=False)
+    assert strip_padding(sequences) == [reference_greedy(parts, prompt, LENGTH)[0] for prompt in PROMPTS]
 
 
 # What goes in and comes out of the loop.
@@ -474,13 +474,13 @@ class Forbid(LogitsProcessor):
 
 @pytest.mark.parametrize("strategy", ["greedy", "beam"])
 def test_logits_processors(strategy: str) -> None:
-    """They see answers only, and what they forbid is not written."""
+    """They see outputs only, and tokens they forbid are never generated."""
     parts = shared_parts("add")
     forbidden = sorted(set(reference_greedy(parts, PROMPTS[0], LENGTH)[0]))
     processor = Forbid(forbidden)
     kwargs = {"logits_processor": LogitsProcessorList([processor]), **STRATEGIES[strategy]}
-    answers = generate(parts, "right", **kwargs).sequences[:, 1:]
-    assert not set(answers.flatten().tolist()) & set(forbidden) - {END}
+    sequences = generate(parts, "right", **kwargs).sequences[:, 1:]
+    assert not set(sequences.flatten().tolist()) & set(forbidden) - {END}
     assert processor.lengths == list(range(1, len(processor.lengths) + 1))
     expected = stock_slm_generate(
         parts,
@@ -489,7 +489,7 @@ def test_logits_processors(strategy: str) -> None:
         logits_processor=LogitsProcessorList([Forbid(forbidden)]),
         **STRATEGIES[strategy],
     )
-    assert answers.tolist() == expected.tolist()
+    assert sequences.tolist() == expected.tolist()
 
 
 class StopOn(StoppingCriteria):
@@ -502,19 +502,19 @@ class StopOn(StoppingCriteria):
 
 def test_stopping_criteria() -> None:
     parts = shared_parts("add")
-    answer = reference_greedy(parts, PROMPTS[0], LENGTH)[0]
-    stop = StoppingCriteriaList([StopOn(answer[3])])
+    sequence = reference_greedy(parts, PROMPTS[0], LENGTH)[0]
+    stop = StoppingCriteriaList([StopOn(sequence[3])])
     output = generate(parts, do_sample=False, stopping_criteria=stop).sequences[0, 1:].tolist()
-    assert output == answer[: answer.index(answer[3]) + 1]
+    assert output == sequence[: sequence.index(sequence[3]) + 1]
     output = generate(parts, do_sample=False, stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(6)]))
-    assert output.sequences[0, 1:].tolist() == answer[:5]
+    assert output.sequences[0, 1:].tolist() == sequence[:5]
 
 
 @pytest.mark.parametrize("kwargs", [{"max_length": 8}, {"max_new_tokens": 7}], ids=["max_length", "max_new_tokens"])
 def test_lengths_count_output_tokens(kwargs: dict[str, int]) -> None:
     parts = shared_parts("add")
-    answers = parts.model.generate(**pad_prompts(PROMPTS), **kwargs, min_new_tokens=7, do_sample=False)
-    assert answers.shape == (3, 8)
+    sequences = parts.model.generate(**pad_prompts(PROMPTS), **kwargs, min_new_tokens=7, do_sample=False)
+    assert sequences.shape == (3, 8)
 
 
 class Collect(BaseStreamer):
@@ -553,7 +553,7 @@ def test_text_iterator_streamer() -> None:
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("strategy", ["greedy", "beam"])
 def test_lengths_of_what_is_returned(strategy: str, cache: str) -> None:
-    """States cover answer positions; attentions N + answer so far, or a static cache's whole length."""
+    """Hidden states cover output positions; attentions N + output so far, or a static cache's whole length."""
     model = build_model("add")
     model.set_attn_implementation("eager")
     batch, steps = pad_prompts(PROMPTS), 5
@@ -592,7 +592,7 @@ def test_lengths_of_what_is_returned(strategy: str, cache: str) -> None:
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("strategy", ["greedy", "beam"])
-def test_decoder_input_ids_force_the_beginning(strategy: str, padding: str, cache: str) -> None:
+def test_decoder_input_ids_force_the_start_of_the_output(strategy: str, padding: str, cache: str) -> None:
     parts, forced = shared_parts("add"), [42, 17, 63]
     rows = len(prompts_of(padding))
     begin = torch.tensor([[END, *forced]] * rows)
@@ -603,12 +603,12 @@ def test_decoder_input_ids_force_the_beginning(strategy: str, padding: str, cach
     if strategy == "beam":
         return
     for row, prompt in enumerate(prompts_of(padding)):
-        answer = output.sequences[row, 1:].tolist()
-        logits = reference_logits(parts, prompt, answer)[len(forced) : -1]
-        assert answer[len(forced) :] == logits.argmax(-1).tolist()
+        sequence = output.sequences[row, 1:].tolist()
+        logits = reference_logits(parts, prompt, sequence)[len(forced) : -1]
+        assert sequence[len(forced) :] == logits.argmax(-1).tolist()
 
 
-def test_a_forced_beginning_without_the_start_token_gets_it() -> None:
+def test_a_forced_start_without_the_start_token_gets_it() -> None:
     """As in every seq2seq model of transformers."""
     parts = shared_parts("add")
     output = parts.model.generate(
@@ -620,8 +620,8 @@ def test_a_forced_beginning_without_the_start_token_gets_it() -> None:
 @pytest.mark.parametrize("mask", [False, True], ids=["no_mask", "mask"])
 @pytest.mark.parametrize("passed", [False, True], ids=["computed", "passed"])
 @pytest.mark.parametrize("padding", PADDINGS)
-def test_an_answer_is_continued_from_its_cache(padding: str, passed: bool, mask: bool) -> None:
-    """Half the answer, then the rest from the returned cache, is the whole answer."""
+def test_an_output_is_continued_from_its_cache(padding: str, passed: bool, mask: bool) -> None:
+    """Half the output, then the rest from the returned cache, give the whole output."""
     parts = shared_parts("add")
     whole = generate(parts, padding, do_sample=False).sequences
     first = generate(parts, padding, passed, do_sample=False, max_new_tokens=5)
@@ -638,7 +638,7 @@ def test_an_answer_is_continued_from_its_cache(padding: str, passed: bool, mask:
     )
 
 
-def test_an_answer_is_continued_with_more_tokens() -> None:
+def test_an_output_is_continued_with_more_tokens() -> None:
     """The user adds tokens of their own to a returned cache."""
     parts = shared_parts("add")
     first = generate(parts, do_sample=False, max_new_tokens=5)
@@ -671,8 +671,8 @@ def test_a_cache_of_another_model_is_an_error() -> None:
         generate(parts, past_key_values=cache)
 
 
-def test_answers_of_unequal_beginnings() -> None:
-    """Padding inside the answer, told by `decoder_attention_mask`, takes no position."""
+def test_outputs_with_forced_starts_of_unequal_lengths() -> None:
+    """Padding inside the output, marked by `decoder_attention_mask`, takes no position."""
     parts, beginnings = shared_parts("add"), [[END, 42], [END, 17, 63, 8], [END]]
     width = max(map(len, beginnings))
     ids = torch.tensor([[END] * (width - len(row)) + row for row in beginnings])
@@ -688,9 +688,9 @@ def test_answers_of_unequal_beginnings() -> None:
             **cache,
         )
         for row, (prompt, beginning) in enumerate(zip(PROMPTS, beginnings, strict=True)):
-            answer = output.sequences[row, width - len(beginning) + 1 :].tolist()
-            expected = reference_logits(parts, prompt, answer)[len(beginning) - 1 : -1].argmax(-1).tolist()
-            assert answer[len(beginning) - 1 :] == expected
+            sequence = output.sequences[row, width - len(beginning) + 1 :].tolist()
+            expected = reference_logits(parts, prompt, sequence)[len(beginning) - 1 : -1].argmax(-1).tolist()
+            assert sequence[len(beginning) - 1 :] == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int32])
@@ -705,33 +705,33 @@ def test_masks_of_any_type(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("strategy", ["greedy", "beam"])
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_states_of_the_llm_in_place_of_running_it(fusion: str, strategy: str) -> None:
+def test_hidden_states_of_the_llm_replace_running_it(fusion: str, strategy: str) -> None:
     parts, batch = shared_parts(fusion), pad_prompts(PROMPTS)
     states = parts.model.encode_llm(**batch)
     kwargs = {"max_new_tokens": LENGTH, **STRATEGIES[strategy]}
     with count_calls(parts.model.encoder.llm) as calls:
-        answers = parts.model.generate(**batch, llm_hidden_states=states, **kwargs)
+        sequences = parts.model.generate(**batch, llm_hidden_states=states, **kwargs)
     assert not calls
-    assert answers.tolist() == parts.model.generate(**batch, **kwargs).tolist()
+    assert sequences.tolist() == parts.model.generate(**batch, **kwargs).tolist()
 
 
 @pytest.mark.parametrize("strategy", ["greedy", "beam"])
-def test_states_of_the_llm_are_a_prompt(strategy: str) -> None:
-    """Where the tokens are not embedded: states in, and the answers of the prompts out."""
+def test_hidden_states_of_the_llm_alone_are_a_prompt(strategy: str) -> None:
+    """A fusion that embeds no tokens generates from hidden states alone."""
     model, batch = shared_parts("replace").model, pad_prompts(PROMPTS)
     states, kwargs = model.encode_llm(**batch), {**STRATEGIES[strategy], "max_new_tokens": LENGTH}
     with count_calls(model.encoder.llm) as calls:
-        answers = model.generate(llm_hidden_states=states, attention_mask=batch["attention_mask"], **kwargs)
+        sequences = model.generate(llm_hidden_states=states, attention_mask=batch["attention_mask"], **kwargs)
     assert not calls
-    assert answers.tolist() == model.generate(**batch, **kwargs).tolist()
+    assert sequences.tolist() == model.generate(**batch, **kwargs).tolist()
     with pytest.raises(ValueError, match="Pass the `attention_mask`"):
         model.generate(llm_hidden_states=states, **kwargs)
-    with pytest.raises(ValueError, match="pass its `input_ids` beside `llm_hidden_states`"):
+    with pytest.raises(ValueError, match="pass its `input_ids` with `llm_hidden_states`"):
         shared_parts("add").model.generate(llm_hidden_states=states, attention_mask=batch["attention_mask"], **kwargs)
 
 
 def test_an_encoder_decoder_slm() -> None:
-    """The SLM's own encoder reads P; its decoder's answers do not depend on padding, cache or passed states."""
+    """The SLM's own encoder reads P; outputs do not depend on padding, cache or passed states."""
     torch.manual_seed(1)
     slm = T5ForConditionalGeneration(t5_config("untied", vocab_size=SLM_VOCAB_SIZE, d_model=32, num_layers=1)).eval()
     for parameter in slm.parameters():
@@ -744,7 +744,7 @@ def test_an_encoder_decoder_slm() -> None:
     expected = [
         slm.generate(inputs_embeds=reference_prompt(parts, prompt), **kwargs)[0].tolist() for prompt in PROMPTS
     ]
-    assert len({tuple(answer) for answer in expected}) == len(PROMPTS)
+    assert len({tuple(sequence) for sequence in expected}) == len(PROMPTS)
     for side, cache in itertools.product(("left", "right"), CACHES.values()):
         batch = pad_prompts(PROMPTS, side)
         states = {"encoder_outputs": model.encode_prompt(**batch), "attention_mask": batch["attention_mask"]}
@@ -753,7 +753,7 @@ def test_an_encoder_decoder_slm() -> None:
 
 
 @pytest.mark.parametrize("given", ["states", "tokens"])
-def test_a_loop_by_hand(given: str) -> None:
+def test_a_hand_written_decoding_loop_agrees_with_generate(given: str) -> None:
     """`forward` with its returned cache, one token at a time, as `generate()` does it."""
     parts, batch = shared_parts("add"), pad_prompts(PROMPTS)
     prompt = {"encoder_outputs": parts.model.encode_prompt(**batch)} if given == "states" else batch
@@ -787,10 +787,10 @@ def test_two_threads_generate_at_once() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert results == [[answer] * 4 for answer in expected]
+    assert results == [[sequence] * 4 for sequence in expected]
 
 
-def test_encode_prompt_is_what_generate_computes() -> None:
+def test_encode_prompt_returns_what_generate_computes() -> None:
     """P packed to the right for a decoder-only SLM, with its mask, without gradient."""
     parts = shared_parts("add")
     for side in ("left", "right"):
@@ -804,7 +804,7 @@ def test_encode_prompt_is_what_generate_computes() -> None:
 
 
 def test_states_without_their_mask() -> None:
-    """A bare tensor or tuple of states is taken whole, or as the mask beside it says."""
+    """A bare tensor or tuple of states counts as a whole prompt, unless a mask is given with it."""
     parts = shared_parts("add")
     states = parts.model.encode_prompt(**pad_prompts(PROMPTS[:1]))
     expected = strip_padding(parts.model.generate(encoder_outputs=states, max_new_tokens=LENGTH, do_sample=False))

@@ -83,7 +83,7 @@ def pushed(hub, tmp_path_factory) -> Any:
     return fresh_process.run(code, **client(hub, home, HF_TOKEN=hub_server.TOKEN))
 
 
-def test_what_is_pushed_is_whole(hub, pushed):
+def test_an_upload_is_complete(hub, pushed):
     model = hub.repositories["tester/model"]
     _, files = model.at("main")
     assert {"README.md", "config.json", "modeling_llm2slm.py", "tokenizer.json", "processor_config.json"} <= set(files)
@@ -107,7 +107,7 @@ def test_a_lean_upload_names_a_repository_at_a_commit(hub, pushed):
     assert "tester/no" not in hub.repositories
 
 
-def test_strangers_load_what_they_may(hub, pushed, tmp_path):
+def test_other_users_can_load_an_upload(hub, pushed, tmp_path):
     code = (
         SETUP
         + MODEL

@@ -84,25 +84,25 @@ def test_logits_are_those_of_the_plain_parts(fusion: str, side: str) -> None:
         logits = parts.model(**pad_prompts(PROMPTS, side), labels=labels).logits
     assert logits.shape == (*labels.shape, SLM_VOCAB_SIZE)
     for row, prompt in enumerate(PROMPTS):
-        answer = labels[row][labels[row] != -100].tolist()
-        expected = reference_logits(parts, prompt, answer[:-1])
-        torch.testing.assert_close(logits[row, : len(answer)], expected, rtol=1e-3, atol=1e-3)
+        sequence = labels[row][labels[row] != -100].tolist()
+        expected = reference_logits(parts, prompt, sequence[:-1])
+        torch.testing.assert_close(logits[row, : len(sequence)], expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_loss_is_the_cross_entropy_of_the_answers(fusion: str) -> None:
+def test_loss_is_the_cross_entropy_of_the_targets(fusion: str) -> None:
     parts, labels = shared_parts(fusion), make_labels()
     loss = parts.model(**pad_prompts(PROMPTS), labels=labels).loss
     terms = []
     for prompt, row in zip(PROMPTS, labels, strict=True):
-        answer = row[row != -100]
-        scores = reference_logits(parts, prompt, answer[:-1].tolist()).log_softmax(-1)
-        terms += (-scores.gather(1, answer[:, None])[:, 0]).tolist()
+        sequence = row[row != -100]
+        scores = reference_logits(parts, prompt, sequence[:-1].tolist()).log_softmax(-1)
+        terms += (-scores.gather(1, sequence[:, None])[:, 0]).tolist()
     assert loss.item() == pytest.approx(sum(terms) / len(terms), rel=1e-4)
 
 
-def test_a_mask_of_the_answers_padding_changes_nothing() -> None:
-    """Padding at the end of an answer is hidden by causality, masked or not."""
+def test_a_mask_over_the_padding_of_targets_changes_nothing() -> None:
+    """Causality hides padding at the end of a target, masked or not."""
     model, batch = shared_parts("add").model, training_batch()
     mask = (batch["labels"] != -100).long()
     torch.testing.assert_close(model(**batch, decoder_attention_mask=mask).loss, model(**batch).loss)
@@ -145,7 +145,7 @@ def test_tuple_output() -> None:
     torch.testing.assert_close(output[1], expected.logits)
 
 
-def test_outputs_cover_answer_positions() -> None:
+def test_hidden_states_and_attentions_cover_output_positions() -> None:
     model = build_model("add")
     model.set_attn_implementation("eager")
     batch = training_batch()
@@ -205,7 +205,7 @@ def test_attention_implementation_on_load(implementation: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_encode_llm_stands_in_for_the_llm(fusion: str, side: str) -> None:
+def test_encode_llm_replaces_running_the_llm(fusion: str, side: str) -> None:
     parts, batch, labels = shared_parts(fusion), pad_prompts(PROMPTS, side), make_labels()
     states = parts.model.encode_llm(**batch)
     assert states.shape == (*batch["input_ids"].shape, parts.llm.config.d_model)
@@ -240,7 +240,7 @@ def test_encode_prompt_gives_prompt_states() -> None:
         torch.testing.assert_close(model(encoder_outputs=states, labels=labels, **mask).loss, expected)
 
 
-def test_states_of_the_llm_train_the_rest() -> None:
+def test_projector_and_slm_train_on_hidden_states_of_the_llm() -> None:
     """Training from stored states gives the gradients of training from tokens."""
     gradients = []
     for stored in (False, True):
@@ -385,8 +385,8 @@ def test_every_kind_of_t5(variant: str, tmp_path: Path) -> None:
     )
     model.save_pretrained(tmp_path / "saved")
     check_reload(model, tmp_path / "saved")
-    answer = parts.model.generate(**pad_prompts(PROMPTS), max_new_tokens=6, do_sample=False)
-    assert strip_padding(answer) == [reference_greedy(parts, prompt, 6)[0] for prompt in PROMPTS]
+    sequence = parts.model.generate(**pad_prompts(PROMPTS), max_new_tokens=6, do_sample=False)
+    assert strip_padding(sequence) == [reference_greedy(parts, prompt, 6)[0] for prompt in PROMPTS]
 
 
 def test_factory_arguments_reach_their_part(sources: dict[str, Any]) -> None:
@@ -406,7 +406,7 @@ def test_factory_takes_configs(sources: dict[str, Any]) -> None:
     assert model.decoder.config.resid_pdrop == 0.3
 
 
-def test_factory_leaves_its_sources_alone(sources: dict[str, Any]) -> None:
+def test_factory_does_not_change_its_sources(sources: dict[str, Any]) -> None:
     """Configs and models given as objects may serve elsewhere, too."""
     llm, slm = T5EncoderModel(t5_config()), GPT2LMHeadModel(gpt2_config())
     configs = [llm.config.to_dict(), slm.config.to_dict()]
@@ -614,7 +614,7 @@ def test_encoder_dtype_of_the_factory(sources: dict[str, Any], tmp_path: Path) -
     assert {p.dtype for p in Model.from_pretrained(tmp_path / "half").parameters()} == {torch.bfloat16}
 
 
-def test_states_that_overflow_in_float16_are_an_error() -> None:
+def test_hidden_states_that_overflow_in_float16_are_an_error() -> None:
     model = build_model("add")
     with torch.no_grad():
         model.encoder.llm.encoder.final_layer_norm.weight.fill_(6e4)
@@ -718,8 +718,8 @@ def test_the_slm_can_be_replaced() -> None:
     other = GPT2LMHeadModel(gpt2_config()).eval()
     model.decoder = other
     parts = Parts(model, build_parts("add_shared").llm, other)
-    answers = model.generate(**pad_prompts(PROMPTS), max_new_tokens=5, do_sample=False)
-    assert strip_padding(answers) == [reference_greedy(parts, prompt, 5)[0] for prompt in PROMPTS]
+    sequences = model.generate(**pad_prompts(PROMPTS), max_new_tokens=5, do_sample=False)
+    assert strip_padding(sequences) == [reference_greedy(parts, prompt, 5)[0] for prompt in PROMPTS]
 
 
 IDS = torch.tensor(PROMPTS[:1])
@@ -748,7 +748,7 @@ LABELS = torch.tensor([[4, END]])
         ),
     ],
 )
-def test_wrong_inputs(inputs: dict[str, torch.Tensor], message: str) -> None:
+def test_wrong_inputs_are_errors(inputs: dict[str, torch.Tensor], message: str) -> None:
     model = shared_parts("add").model
     with count_calls(model.encoder.llm) as calls, pytest.raises(ValueError, match=message):
         model(**inputs)
@@ -759,17 +759,17 @@ def test_a_mask_covers_cached_and_new_output_tokens() -> None:
     model, tokens = shared_parts("add").model, torch.tensor([[END, 4, 7, 9]])
     first = model(input_ids=IDS, decoder_input_ids=tokens[:, :3])
     rest = {"input_ids": IDS, "decoder_input_ids": tokens[:, 3:], "past_key_values": first.past_key_values}
-    with pytest.raises(ValueError, match=r"has width 1\. Pass one of width 4, over the 3 answer tokens"):
+    with pytest.raises(ValueError, match=r"has width 1\. Pass one of width 4, over the 3 output tokens"):
         model(**rest, decoder_attention_mask=torch.ones(1, 1))
     expected = model(input_ids=IDS, decoder_input_ids=tokens).logits[:, -1:]
     torch.testing.assert_close(model(**rest, decoder_attention_mask=torch.ones(1, 4)).logits, expected)
 
 
-def test_the_longest_answer_that_fits_is_scored() -> None:
+def test_the_longest_target_that_fits_is_scored() -> None:
     output = shared_parts("add").model(input_ids=IDS, labels=torch.full((1, 64 - 8), 4))
     assert torch.isfinite(output.loss)
 
 
-def test_batch_encoding_is_taken() -> None:
+def test_a_batch_encoding_is_accepted() -> None:
     model, batch = shared_parts("add").model, training_batch()
     torch.testing.assert_close(model(**BatchEncoding(batch)).loss, model(**batch).loss)

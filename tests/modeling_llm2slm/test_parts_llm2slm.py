@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
-from modeling_llm2slm.parts_llm2slm import embedding_rms, keep_layers, rms
+from modeling_llm2slm.fusion_llm2slm import embedding_rms, rms
+from modeling_llm2slm.parts_llm2slm import keep_layers
 from tests.support import families
 from tests.support.common import (
     PROMPTS,
@@ -55,7 +56,7 @@ def whole_checkpoint(family: str, folder: Path) -> str:
 
 @pytest.mark.parametrize("fusion", ["add", "replace"])
 @pytest.mark.parametrize("family", LLMS)
-def test_states_are_those_of_the_whole_llm(family: str, fusion: str) -> None:
+def test_hidden_states_equal_those_of_the_whole_llm(family: str, fusion: str) -> None:
     """One prompt at a time, without padding, is the truth for every padding; through save and load as well."""
     parts = compose(build_llm(family), build_slm("gpt2"), fusion, encoder_layer=LLMS[family].layer)
     for side in ("left", "right"):
@@ -70,10 +71,12 @@ def test_states_are_those_of_the_whole_llm(family: str, fusion: str) -> None:
 def test_hidden_states_and_attentions_are_in_the_layout_of_the_input(family: str) -> None:
     parts = compose(build_llm(family), build_slm("gpt2"), "add", encoder_layer=LLMS[family].layer)
     parts.model.set_attn_implementation("eager")
-    answers = {"decoder_input_ids": torch.tensor([[families.END]] * len(PROMPTS))}
+    sequences = {"decoder_input_ids": torch.tensor([[families.END]] * len(PROMPTS))}
     wanted = {"output_hidden_states": True, "output_attentions": True}
     with torch.no_grad():
-        outputs = {side: parts.model(**pad_prompts(PROMPTS, side), **answers, **wanted) for side in ("left", "right")}
+        outputs = {
+            side: parts.model(**pad_prompts(PROMPTS, side), **sequences, **wanted) for side in ("left", "right")
+        }
     masks = {side: pad_prompts(PROMPTS, side)["attention_mask"].bool() for side in outputs}
     for row in range(len(PROMPTS)):
         left, right = masks["left"][row], masks["right"][row]
@@ -84,8 +87,8 @@ def test_hidden_states_and_attentions_are_in_the_layout_of_the_input(family: str
 
 
 @pytest.mark.parametrize("family", LLMS)
-def test_a_pair_from_folders_saves_and_loads(family: str, tmp_path: Path) -> None:
-    """The factory takes the whole LLM's folder; what it made comes back with the same weights and answers."""
+def test_an_llm_and_an_slm_from_folders_save_and_load(family: str, tmp_path: Path) -> None:
+    """The factory takes the whole LLM's folder; its model is saved and loaded with the same weights and outputs."""
     build_slm("gpt2").save_pretrained(tmp_path / "slm")
     layer = LLMS[family].layer
     model = Model.from_encoder_decoder_pretrained(
@@ -135,7 +138,7 @@ def test_the_callers_llm_keeps_its_layers() -> None:
     assert llm(torch.tensor([[5, 6]]), output_hidden_states=True).hidden_states[3] is not None
 
 
-def test_layers_that_are_not_found() -> None:
+def test_an_llm_without_one_list_of_layers_is_refused() -> None:
     llm = build_llm("t5")
     llm.config.num_layers = 7
     with pytest.raises(ValueError, match="7 layers are not in one list. Leave it out"):
@@ -148,20 +151,19 @@ def test_layers_that_are_not_found() -> None:
     [*itertools.product(SLMS, ["t5", "llama", "bert"], [2]), ("gpt2", "t5", 1), ("gpt2", "t5", 3)],
 )
 def test_a_new_projector_keeps_the_scale_of_the_slms_embeddings(slm: str, llm: str, layers: int, fusion: str) -> None:
-    """As the SLM reads them: Gemma's embedding is scaled inside, a small OPT's is narrower than its layers."""
+    """It is the scale of what the SLM reads: Gemma scales embeddings, and those of a small OPT are narrower."""
     config = {"encoder_layer": LLMS[llm].layer, "projector_layers": layers}
     parts = compose(build_llm(llm), build_slm(slm), fusion, **config)
     for linear in parts.model.encoder.projector.linears:
         nn.init.zeros_(linear.bias)
     prompts = [[(17 * row + 7 * place) % 110 + 5 for place in range(20)] for row in range(8)]
     batch = pad_prompts(prompts)
-    embeds = parts.model.encoder.projector(parts.model.encode_llm(**batch))
-    if fusion == "add":
-        embeds = embeds + parts.model.encoder.embed_prompt(batch["input_ids"])
+    encoder = parts.model.encoder
+    embeds = encoder.fusion.combine(encoder, parts.model.encode_llm(**batch), encoder.embed_tokens(batch["input_ids"]))
     assert rms(embeds) / embedding_rms(parts.slm) == pytest.approx(1, rel=0.5)
 
 
-# Refusals: each with its reason, when the pair is built.
+# Models that cannot work are refused, with the reason, when the composite is built.
 
 DECODER: dict[str, Any] = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "eos_token_id": 98}
 REFUSED_SLMS = {
@@ -170,13 +172,13 @@ REFUSED_SLMS = {
         BertGenerationConfig(**DECODER, num_attention_heads=4, intermediate_size=64),
         "an encoder, which sees the tokens",
     ),
-    "mamba": (MambaConfig(**DECODER, state_size=4), "a state that cannot go back"),
+    "mamba": (MambaConfig(**DECODER, state_size=4), "its state cannot return"),
     "bloom": (BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4, eos_token_id=98), "position_ids"),
 }
 
 
 @pytest.mark.parametrize(("config", "reason"), REFUSED_SLMS.values(), ids=REFUSED_SLMS)
-def test_slms_that_are_refused(config: Any, reason: str, tmp_path: Path) -> None:
+def test_slms_that_cannot_work_are_refused(config: Any, reason: str, tmp_path: Path) -> None:
     slm = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match=rf"A {config.model_type} model cannot be the SLM: .*{reason}"):
         Model.from_encoder_decoder_pretrained(encoder_model=build_llm("t5"), decoder_model=slm)
@@ -184,10 +186,12 @@ def test_slms_that_are_refused(config: Any, reason: str, tmp_path: Path) -> None
         Model(LLM2SLMConfig(encoder=LLMS["t5"].config(vocab_size=120), decoder=config))
 
 
-def test_an_llm_whose_states_have_another_size_is_refused() -> None:
+def test_an_llm_whose_hidden_states_have_another_size_is_refused() -> None:
     sizes = {"hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 64, "num_attention_heads": 4}
     config = OPTConfig(vocab_size=120, num_hidden_layers=2, do_layer_norm_before=False, **sizes)
-    with pytest.raises(ValueError, match="A opt model cannot be the LLM: its states do not have its hidden size"):
+    with pytest.raises(
+        ValueError, match="A opt model cannot be the LLM: the width of its hidden states is not its hidden size"
+    ):
         Model.from_encoder_decoder_pretrained(encoder_model=OPTModel(config), decoder_model=build_slm("gpt2"))
 
 
@@ -217,6 +221,6 @@ def test_positions_of_mpnet_begin_after_its_pad_id() -> None:
         model.encode_llm(torch.full((1, 79), 5))
 
 
-def test_a_cut_llm_cannot_be_asked_for_more() -> None:
+def test_an_llm_cannot_have_fewer_layers_than_encoder_layer() -> None:
     with pytest.raises(ValueError, match="`encoder_layer` is 4"):
         build_parts(encoder_layer=4)

@@ -1,4 +1,4 @@
-"""The processor: prompts to ids of the LLM, answers to labels of the SLM, and back to text."""
+"""The processor turns prompts into ids of the LLM, targets into labels of the SLM, and outputs into text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
-from modeling_llm2slm.processing_llm2slm import have_same_tokenizer
+from modeling_llm2slm.inference.factory import have_same_tokenizer
 from tests.support.common import build_model, llm_tokenizer, slm_tokenizer, tiny_tokenizer
 
 
@@ -53,7 +53,7 @@ def prompts(kind: str) -> list[str]:
 
 
 @pytest.fixture
-def answers(kind: str) -> list[str]:
+def targets(kind: str) -> list[str]:
     return TEXTS[kind][1]
 
 
@@ -77,27 +77,27 @@ def warnings_logged() -> Iterator[list[str]]:
 
 
 def test_a_batch(
-    processor: LLM2SLMProcessor, folders: tuple[str, str], prompts: list[str], answers: list[str]
+    processor: LLM2SLMProcessor, folders: tuple[str, str], prompts: list[str], targets: list[str]
 ) -> None:
-    batch = processor(text=prompts, text_target=answers, padding=True, return_tensors="pt")
+    batch = processor(text=prompts, text_target=targets, padding=True, return_tensors="pt")
     assert sorted(batch) == ["attention_mask", "input_ids", "labels"]
     expected = AutoTokenizer.from_pretrained(folders[0])(prompts, padding=True, return_tensors="pt")
     assert torch.equal(batch["input_ids"], expected["input_ids"])
     assert torch.equal(batch["attention_mask"], expected["attention_mask"])
     plain = AutoTokenizer.from_pretrained(folders[1])
-    for row, answer in zip(batch["labels"], answers, strict=True):
-        assert row[is_kept(row)].tolist() == [*plain(answer).input_ids, plain.eos_token_id]
-    widths = [len(plain(answer).input_ids) + 1 for answer in answers]
-    assert batch["labels"].shape == (len(answers), max(widths))
+    for row, target in zip(batch["labels"], targets, strict=True):
+        assert row[is_kept(row)].tolist() == [*plain(target).input_ids, plain.eos_token_id]
+    widths = [len(plain(target).input_ids) + 1 for target in targets]
+    assert batch["labels"].shape == (len(targets), max(widths))
     assert is_kept(batch["labels"]).sum(-1).tolist() == widths
     assert batch["labels"].dtype == torch.long
 
 
-def test_labels_end_exactly_once(processor: LLM2SLMProcessor, answers: list[str]) -> None:
+def test_labels_end_with_exactly_one_end_token(processor: LLM2SLMProcessor, targets: list[str]) -> None:
     """The pad token is the end token: -100 comes from the mask, so the one real end token stays."""
     tokenizer, end = processor.decoder_tokenizer, processor.eos_token_id
     assert processor.pad_token_id == end
-    with_end = [answers[0] + tokenizer.eos_token, answers[1], answers[0] + tokenizer.eos_token * 2]
+    with_end = [targets[0] + tokenizer.eos_token, targets[1], targets[0] + tokenizer.eos_token * 2]
     labels = processor(text_target=with_end, padding=True, return_tensors="pt")["labels"]
     for row in labels:
         kept = row[is_kept(row)].tolist()
@@ -109,10 +109,10 @@ def test_labels_end_exactly_once(processor: LLM2SLMProcessor, answers: list[str]
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_labels_are_padded_right_whatever_the_tokenizers_side(
-    side: str, processor: LLM2SLMProcessor, prompts: list[str], answers: list[str]
+    side: str, processor: LLM2SLMProcessor, prompts: list[str], targets: list[str]
 ) -> None:
     processor.decoder_tokenizer.padding_side = processor.tokenizer.padding_side = side
-    batch = processor(text=prompts, text_target=answers, padding=True, return_tensors="pt")
+    batch = processor(text=prompts, text_target=targets, padding=True, return_tensors="pt")
     for row in is_kept(batch["labels"]).long():
         assert row.tolist() == sorted(row.tolist(), reverse=True)
     first = batch["attention_mask"][:, 0].tolist()
@@ -137,42 +137,42 @@ def test_a_tokenizer_that_adds_start_and_end_tokens() -> None:
     assert processor(text_target=["a b", "a"], padding=True)["labels"] == [ids, [ids[0], ids[2], -100]]
 
 
-def test_one_string_or_a_list(processor: LLM2SLMProcessor, prompts: list[str], answers: list[str]) -> None:
+def test_one_string_or_a_list(processor: LLM2SLMProcessor, prompts: list[str], targets: list[str]) -> None:
     """Without tensors a string gives flat lists, which are features; a tensor always has a batch dimension."""
-    one = processor(text=prompts[0], text_target=answers[0])
+    one = processor(text=prompts[0], text_target=targets[0])
     assert all(isinstance(ids[0], int) for ids in one.values())
-    many = processor(text=prompts[:1], text_target=answers[:1])
+    many = processor(text=prompts[:1], text_target=targets[:1])
     assert {name: [ids] for name, ids in one.items()} == dict(many)
-    tensors = processor(text=prompts[0], text_target=answers[0], return_tensors="pt")
+    tensors = processor(text=prompts[0], text_target=targets[0], return_tensors="pt")
     assert {name: value.tolist() for name, value in tensors.items()} == dict(many)
 
 
-def test_prompts_or_answers_alone(processor: LLM2SLMProcessor, prompts: list[str], answers: list[str]) -> None:
+def test_prompts_or_targets_alone(processor: LLM2SLMProcessor, prompts: list[str], targets: list[str]) -> None:
     assert sorted(processor(text=prompts)) == ["attention_mask", "input_ids"]
-    assert sorted(processor(text_target=answers)) == ["labels"]
+    assert sorted(processor(text_target=targets)) == ["labels"]
     with pytest.raises(ValueError, match="text_target"):
         processor()
 
 
-def test_an_empty_answer_is_its_end(processor: LLM2SLMProcessor, answers: list[str]) -> None:
-    labels = processor(text_target=["", answers[0]], padding=True, return_tensors="pt")["labels"]
+def test_an_empty_target_is_its_end_token(processor: LLM2SLMProcessor, targets: list[str]) -> None:
+    labels = processor(text_target=["", targets[0]], padding=True, return_tensors="pt")["labels"]
     assert labels[0].tolist() == [processor.eos_token_id] + [-100] * (labels.shape[1] - 1)
 
 
-def test_padding_to_a_multiple(processor: LLM2SLMProcessor, prompts: list[str], answers: list[str]) -> None:
-    batch = processor(text=prompts, text_target=answers, padding=True, pad_to_multiple_of=16, return_tensors="pt")
+def test_padding_to_a_multiple(processor: LLM2SLMProcessor, prompts: list[str], targets: list[str]) -> None:
+    batch = processor(text=prompts, text_target=targets, padding=True, pad_to_multiple_of=16, return_tensors="pt")
     assert all(value.shape[1] % 16 == 0 for value in batch.values())
 
 
-def test_padding_to_the_maximum(processor: LLM2SLMProcessor, prompts: list[str], answers: list[str]) -> None:
-    kwargs: dict[str, Any] = {"text": prompts, "text_target": answers, "padding": "max_length", "return_tensors": "pt"}
+def test_padding_to_the_maximum(processor: LLM2SLMProcessor, prompts: list[str], targets: list[str]) -> None:
+    kwargs: dict[str, Any] = {"text": prompts, "text_target": targets, "padding": "max_length", "return_tensors": "pt"}
     batch = processor(**kwargs, prompt_max_length=30, target_max_length=25)
     assert {name: value.shape[1] for name, value in batch.items()} == {
         "input_ids": 30,
         "attention_mask": 30,
         "labels": 25,
     }
-    short = processor(text=prompts, text_target=answers, padding=True, return_tensors="pt")
+    short = processor(text=prompts, text_target=targets, padding=True, return_tensors="pt")
     assert is_kept(batch["labels"]).sum() == is_kept(short["labels"]).sum()
     assert batch["attention_mask"].sum() == short["attention_mask"].sum()
     with pytest.raises(ValueError, match="max_length"):
@@ -180,11 +180,11 @@ def test_padding_to_the_maximum(processor: LLM2SLMProcessor, prompts: list[str],
 
 
 def test_truncation_is_never_silent(
-    processor: LLM2SLMProcessor, prompts: list[str], answers: list[str], warnings_logged: list[str]
+    processor: LLM2SLMProcessor, prompts: list[str], targets: list[str], warnings_logged: list[str]
 ) -> None:
-    whole = processor(text=prompts, text_target=answers)
+    whole = processor(text=prompts, text_target=targets)
     processor.prompt_max_length, processor.target_max_length = 4, 3
-    batch = processor(text=prompts, text_target=answers)
+    batch = processor(text=prompts, text_target=targets)
     lengths = [len(row) > 4 for row in whole["input_ids"]], [len(row) > 3 for row in whole["labels"]]
     assert max(map(len, batch["input_ids"])) <= 4
     assert max(map(len, batch["labels"])) <= 3
@@ -197,27 +197,27 @@ def test_truncation_is_never_silent(
         assert f"{sum(cut)} of 2" in message
 
 
-def test_nothing_is_cut_that_fits(
-    processor: LLM2SLMProcessor, prompts: list[str], answers: list[str], warnings_logged: list[str]
+def test_texts_that_fit_are_not_truncated(
+    processor: LLM2SLMProcessor, prompts: list[str], targets: list[str], warnings_logged: list[str]
 ) -> None:
-    whole = processor(text=prompts, text_target=answers)
+    whole = processor(text=prompts, text_target=targets)
     exact = {
         "prompt_max_length": max(map(len, whole["input_ids"])),
         "target_max_length": max(map(len, whole["labels"])),
     }
-    assert dict(processor(text=prompts, text_target=answers, **exact)) == dict(whole)
-    long = processor(text=" ".join(prompts * 200), text_target=" ".join(answers * 200))
+    assert dict(processor(text=prompts, text_target=targets, **exact)) == dict(whole)
+    long = processor(text=" ".join(prompts * 200), text_target=" ".join(targets * 200))
     assert min(len(long["input_ids"]), len(long["labels"])) > 512
     assert not warnings_logged
 
 
 @pytest.mark.parametrize("values", [{"prompt_max_length": 0}, {"target_max_length": 1}, {"prompt_max_length": "long"}])
-def test_impossible_lengths(values: dict[str, Any]) -> None:
+def test_impossible_lengths_are_errors(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(values))):
         LLM2SLMProcessor(llm_tokenizer(), slm_tokenizer(), **values)
 
 
-def test_tokenizers_without_needed_tokens() -> None:
+def test_tokenizers_without_needed_tokens_are_errors() -> None:
     bare = tiny_tokenizer(["a"], {"unk_token": "<unk>"})
     with pytest.raises(ValueError, match="tokenizer.*pad"):
         LLM2SLMProcessor(bare, slm_tokenizer())
@@ -226,17 +226,17 @@ def test_tokenizers_without_needed_tokens() -> None:
         LLM2SLMProcessor(llm_tokenizer(), padded)
 
 
-def test_decoding_is_the_slms(processor: LLM2SLMProcessor, answers: list[str]) -> None:
-    ids = processor(text_target=answers)["labels"]
-    assert processor.batch_decode(ids, skip_special_tokens=True) == answers
-    assert processor.decode(ids[0], skip_special_tokens=True) == answers[0]
+def test_decoding_uses_the_slms_tokenizer(processor: LLM2SLMProcessor, targets: list[str]) -> None:
+    ids = processor(text_target=targets)["labels"]
+    assert processor.batch_decode(ids, skip_special_tokens=True) == targets
+    assert processor.decode(ids[0], skip_special_tokens=True) == targets[0]
     assert processor.decode(ids[0]) == processor.decoder_tokenizer.decode(ids[0])
     assert processor.eos_token_id == processor.decoder_tokenizer.eos_token_id
     assert processor.pad_token_id == processor.decoder_tokenizer.pad_token_id
     assert set(processor.model_input_names) == {"input_ids", "attention_mask", "labels"}
 
 
-def test_save_and_load(processor: LLM2SLMProcessor, prompts: list[str], answers: list[str], tmp_path: Path) -> None:
+def test_save_and_load(processor: LLM2SLMProcessor, prompts: list[str], targets: list[str], tmp_path: Path) -> None:
     processor.prompt_max_length, processor.target_max_length = 50, 40
     processor.save_pretrained(tmp_path)
     loaded = LLM2SLMProcessor.from_pretrained(tmp_path)
@@ -245,21 +245,21 @@ def test_save_and_load(processor: LLM2SLMProcessor, prompts: list[str], answers:
     assert loaded.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
     assert loaded.decoder_tokenizer.get_vocab() == processor.decoder_tokenizer.get_vocab()
     assert loaded.pad_token_id == processor.pad_token_id
-    kwargs = {"text": prompts, "text_target": answers, "padding": True}
+    kwargs = {"text": prompts, "text_target": targets, "padding": True}
     assert dict(loaded(**kwargs)) == dict(processor(**kwargs))
     llms = AutoTokenizer.from_pretrained(tmp_path)
     assert llms.get_vocab() == processor.tokenizer.get_vocab()
     assert llms(prompts).input_ids == processor(text=prompts)["input_ids"]
 
 
-def test_auto_processor_beside_a_model(
-    processor: LLM2SLMProcessor, prompts: list[str], answers: list[str], tmp_path: Path
+def test_auto_processor_loads_from_the_folder_of_a_model(
+    processor: LLM2SLMProcessor, prompts: list[str], targets: list[str], tmp_path: Path
 ) -> None:
     build_model("replace").save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     loaded = AutoProcessor.from_pretrained(tmp_path)
     assert type(loaded) is LLM2SLMProcessor
-    assert dict(loaded(text=prompts, text_target=answers)) == dict(processor(text=prompts, text_target=answers))
+    assert dict(loaded(text=prompts, text_target=targets)) == dict(processor(text=prompts, text_target=targets))
 
 
 def test_arguments_of_the_tokenizers(folders: tuple[str, str]) -> None:
@@ -279,7 +279,7 @@ def save(tokenizer: PreTrainedTokenizerFast, path: Path) -> str:
     return str(path)
 
 
-def test_the_same_tokenizer_by_content(tmp_path: Path) -> None:
+def test_tokenizers_are_compared_by_content(tmp_path: Path) -> None:
     first = save(slm_tokenizer(), tmp_path / "a")
     same = save(slm_tokenizer(), tmp_path / "b")
     used = slm_tokenizer()
@@ -303,7 +303,7 @@ def test_the_same_tokenizer_by_content(tmp_path: Path) -> None:
     assert not have_same_tokenizer(first, None, {}, {})
 
 
-def test_real_tokenizers_are_told_apart(data_folder: Path, tmp_path: Path) -> None:
+def test_real_tokenizers_are_compared_by_content(data_folder: Path, tmp_path: Path) -> None:
     t5, gpt2 = str(data_folder / "tokenizer_t5"), str(data_folder / "tokenizer_gpt2")
     assert not have_same_tokenizer(t5, gpt2, {}, {})
     assert have_same_tokenizer(t5, t5, {}, {})
@@ -375,14 +375,14 @@ def test_empty_lists_are_errors() -> None:
         processor(text=["src1"], text_target=[])
 
 
-def test_each_prompt_has_one_answer() -> None:
+def test_numbers_of_prompts_and_targets_must_agree() -> None:
     processor = LLM2SLMProcessor(llm_tokenizer(), slm_tokenizer())
-    for prompts, answers in (("src1", ["out1", "out2"]), (["src1", "src2"], "out1"), (["src1"], ["out1", "out2"])):
-        with pytest.raises(ValueError, match="prompts and `text_target` . answers. Pass one answer for each prompt"):
-            processor(text=prompts, text_target=answers)
+    for prompts, targets in (("src1", ["out1", "out2"]), (["src1", "src2"], "out1"), (["src1"], ["out1", "out2"])):
+        with pytest.raises(ValueError, match="prompts and `text_target` . targets. Pass one target for each prompt"):
+            processor(text=prompts, text_target=targets)
 
 
-def test_what_is_no_text_is_an_error() -> None:
+def test_values_that_are_not_text_are_errors() -> None:
     processor = LLM2SLMProcessor(llm_tokenizer(), slm_tokenizer())
     conversation = [{"role": "user", "content": "src1"}]
     for texts in ([["src1", "src2"]], ["src1", ["src2"]], ["src1", None], [None], ["src1", conversation], [3]):

@@ -1,4 +1,4 @@
-"""Invariants over drawn models, prompts and padding: what may not change whatever the sizes are."""
+"""Invariants over random models, prompts and padding: what may not change whatever the sizes are."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def slm_config(draw: Any, vocab_size: int) -> Any:
 
 @st.composite
 def cases(draw: Any) -> Case:
-    """A pair of drawn kinds, sizes, vocabularies, tying, fusion and layer; prompts of drawn lengths and padding."""
+    """A pair of random kinds, sizes, vocabularies, tying, fusion and layer; prompts of random lengths and padding."""
     shared = draw(st.booleans())
     vocab_size = draw(st.integers(20, 60))
     llm = llm_config(draw, vocab_size)
@@ -150,7 +150,7 @@ def same(first: Any, second: Any) -> None:
             if first.sequences[row, step + 1] != second.sequences[row, step + 1]:
                 best = theirs[row].topk(2).values
                 assert best[0] - best[1] < 1e-3, "a token changed that was better than every other"
-                return  # from here on the two go on from different answers
+                return  # from here on the two continue different outputs
 
 
 def check_invariants(case: Case) -> None:
@@ -204,7 +204,7 @@ COMMON = {"deadline": None, "database": None, "suppress_health_check": list(Heal
 @seed(0)
 @settings(max_examples=8, phases=[Phase.generate], **COMMON)
 @given(case=cases())
-def test_invariants_of_a_handful(case: Case) -> None:
+def test_invariants_of_a_few_models(case: Case) -> None:
     check_invariants(case)
 
 

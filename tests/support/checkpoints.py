@@ -1,4 +1,4 @@
-"""Tiny checkpoints on disk, of the three kinds that are trained and scored by the same code, and a task for them."""
+"""Tiny checkpoints on disk, of the three kinds that the same code trains and scores, and a task for them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pytest
 from transformers import BartConfig, BartForConditionalGeneration
 
 from modeling_llm2slm.conversion.build import build
-from modeling_llm2slm.training.training import TextToTextTrainer
+from modeling_llm2slm.training.trainer import TextToTextTrainer
 from tests.support.common import gpt2_config, llm_tokenizer, t5_config
 
 
 KINDS = ("llm", "slm", "llm2slm")
-# Answers are prompts said backwards, so that no position can be copied blindly.
+# Targets are prompts said backwards, so no position can be copied blindly.
 WORDS = (
     ["src1", "src2", "src3", "src4", "src5", "src6"],
     ["src9", "src8"],
@@ -30,17 +30,17 @@ WORDS = (
 )
 PAIRS = [{"prompt": " ".join(words), "target": " ".join(reversed(words))} for words in WORDS]
 PROMPTS = [pair["prompt"] for pair in PAIRS]
-ANSWERS = [pair["target"] for pair in PAIRS]
+TARGETS = [pair["target"] for pair in PAIRS]
 
 
 def write_pairs(path: Path, pairs: Sequence[dict[str, Any]] = PAIRS) -> str:
-    """Writes pairs as JSON lines."""
+    """Write examples as JSON lines."""
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
     return str(path)
 
 
 def write_parts(folder: Path) -> tuple[str, str, str]:
-    """Writes the configs of an LLM and an SLM and the tokenizer of both; returns the three paths."""
+    """Write the configs of an LLM and an SLM and the tokenizer of both. Return the three paths."""
     tokenizer = llm_tokenizer()
     tokenizer.save_pretrained(folder / "tokenizer")
     configs = {
@@ -53,7 +53,7 @@ def write_parts(folder: Path) -> tuple[str, str, str]:
 
 
 def write_checkpoint(kind: str, folder: Path) -> str:
-    """Writes a checkpoint with random weights."""
+    """Write a checkpoint with random weights."""
     folder.mkdir(parents=True, exist_ok=True)
     llm, slm, tokenizer = write_parts(folder)
     parts = {
@@ -66,7 +66,7 @@ def write_checkpoint(kind: str, folder: Path) -> str:
 
 
 def write_bart(folder: Path, **generation: Any) -> str:
-    """Writes an LLM that has 64 positions, random weights and defaults for how it is decoded."""
+    """Write an LLM with 64 positions, random weights and generation defaults."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = llm_tokenizer()
     tokenizer.save_pretrained(folder)
@@ -83,7 +83,7 @@ def write_bart(folder: Path, **generation: Any) -> str:
 
 
 def sample_by_default(path: str | Path) -> None:
-    """Makes a checkpoint one that samples unless told otherwise, as Qwen's and Llama's."""
+    """Make a checkpoint sample by default, as Qwen's and Llama's do."""
     file = Path(path) / "generation_config.json"
     values = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps({**values, "do_sample": True, "temperature": 9.0, "top_p": 0.99}), encoding="utf-8")
@@ -95,7 +95,7 @@ class StoppedError(Exception):
 
 @contextmanager
 def stopped_at(step: int) -> Iterator[None]:
-    """Within, a run ends at this step, as if its process had died."""
+    """End a run at this step, as if its process had died."""
     training_step = TextToTextTrainer.training_step
 
     def stopping(self: TextToTextTrainer, *args: Any, **kwargs: Any) -> Any:

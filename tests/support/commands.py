@@ -11,10 +11,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import llm2slm
+from llm2slm import output
 
 
 ROOT = Path(__file__).parents[2]
+
+
+def widen_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the command a terminal so wide that it wraps nothing it prints."""
+    monkeypatch.setenv("COLUMNS", "200")
+    for console in (output.out, output.err):
+        monkeypatch.setattr(console, "width", 200)
 
 
 def run(*arguments: Any) -> int:
@@ -26,9 +36,7 @@ def run(*arguments: Any) -> int:
     return 0
 
 
-def run_in_new_process(
-    *arguments: str, code: str | None = None, **kwargs: Any
-) -> subprocess.CompletedProcess[str]:
+def run_in_new_process(*arguments: str, code: str | None = None, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     """Run the command, or Python code, in a process of its own, and capture what it prints."""
     command = [sys.executable, *(["-c", code] if code else ["-m", "llm2slm", *arguments])]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, **kwargs)

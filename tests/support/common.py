@@ -31,7 +31,7 @@ from tests.support import families
 from tests.support.families import END, LLM_VOCAB_SIZE, PAD, SLM_VOCAB_SIZE
 
 
-# Three prompts of unequal lengths, so that a batch of them is padded; ids exist in both vocabularies.
+# Three prompts of unequal lengths, so a batch of them is padded; ids exist in both vocabularies.
 PROMPTS = [[11, 52, 7, 93, 34, 60, 2, 1], [85, 29, 1], [5, 77, 41, 41, 66, 18, 90, 3, 27, 50, 12, 1]]
 
 FUSIONS = {
@@ -47,7 +47,7 @@ T5_VARIANTS = {
 
 
 class Parts(NamedTuple):
-    """A composite beside copies of the two plain models it was made from."""
+    """A composite with copies of the two plain models it was made from."""
 
     model: LLM2SLMForConditionalGeneration
     llm: Any
@@ -120,7 +120,7 @@ def shared_family(slm: str, llm: str = "t5", fusion: str = "add") -> Parts:
 
 def learn_by_heart(model: Any, loss: float = 0.05, labels: torch.Tensor | None = None) -> None:
     """
-    Train a tiny model to answer each of `PROMPTS` with `labels`, or with random tokens of its own: a random tiny model
+    Train a tiny model to generate `labels` for each of `PROMPTS`, or random tokens of its own: a random tiny model
     with a tied head repeats one token, whatever the prompt.
     """
     generator = torch.Generator().manual_seed(0)
@@ -137,11 +137,11 @@ def learn_by_heart(model: Any, loss: float = 0.05, labels: torch.Tensor | None =
         now.backward()
         optimizer.step()
         optimizer.zero_grad()
-    raise AssertionError(f"the answers were not learned: the loss is still {float(now.detach())}")
+    raise AssertionError(f"the targets were not learned: the loss is still {float(now.detach())}")
 
 
 def compose(llm_model: Any, slm_model: Any, fusion: str, **config: Any) -> Parts:
-    """A composite of two models, beside copies of them."""
+    """A composite of two models, with copies of them."""
     plain = copy.deepcopy((llm_model, slm_model))
     values = {"shared_tokenizer": False} | FUSIONS[fusion] | config
     model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(
@@ -177,7 +177,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]], side: str = "right", extra: in
 
 
 def make_labels(rows: int = 3, length: int = 6, seed: int = 0) -> torch.Tensor:
-    """Answers of unequal lengths that end with the end token, -100 after it."""
+    """Targets of unequal lengths that end with the end token, and -100 after it."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(2, END, (rows, length), generator=generator)
     for row, kept in enumerate(range(length, length - 2 * rows, -2)):
@@ -224,9 +224,9 @@ def reference_prompt(parts: Parts, prompt: Sequence[int]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def reference_logits(parts: Parts, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
-    """Logits `(M + 1, vocabulary)` for each next token after the start token and `answer`."""
-    embeds, tokens = reference_prompt(parts, prompt), torch.tensor([[END, *answer]])
+def reference_logits(parts: Parts, prompt: Sequence[int], sequence: Sequence[int]) -> torch.Tensor:
+    """Logits `(M + 1, vocabulary)` for each next token after the start token and `output`."""
+    embeds, tokens = reference_prompt(parts, prompt), torch.tensor([[END, *sequence]])
     if parts.slm.config.is_encoder_decoder:
         return parts.slm(inputs_embeds=embeds, decoder_input_ids=tokens, use_cache=False).logits[0]
     embeds = torch.cat([embeds, parts.slm.get_input_embeddings()(tokens)], dim=1)
@@ -283,49 +283,49 @@ class SlowReference(PreTrainedModel, GenerationMixin):
                 self.known[key] = reference_logits(self.parts, self.prompts[key[0]], key[2:])[-1:]
         return Seq2SeqLMOutput(logits=torch.stack([self.known[key] for key in keys]))
 
-    def answer(self, **kwargs: Any) -> Any:
+    def run(self, **kwargs: Any) -> Any:
         """`generate()` for all prompts."""
         rows = torch.arange(len(self.prompts))[:, None]
         return self.generate(rows, attention_mask=torch.ones_like(rows), use_cache=False, **kwargs)
 
 
 def reference_greedy(parts: Parts, prompt: Sequence[int], length: int) -> tuple[list[int], torch.Tensor]:
-    """The greedy answer, end token included, and the logits `(M, vocabulary)` it was read from."""
-    answer: list[int] = []
-    while len(answer) < length and answer[-1:] != [END]:
-        answer.append(int(reference_logits(parts, prompt, answer)[-1].argmax()))
-    return answer, reference_logits(parts, prompt, answer[:-1])
+    """The greedy output, end token included, and the logits `(M, vocabulary)` it was read from."""
+    sequence: list[int] = []
+    while len(sequence) < length and sequence[-1:] != [END]:
+        sequence.append(int(reference_logits(parts, prompt, sequence)[-1].argmax()))
+    return sequence, reference_logits(parts, prompt, sequence[:-1])
 
 
 def reference_sample(parts: Parts, prompts: Sequence[Sequence[int]], length: int, seed: int) -> list[list[int]]:
-    """Sampled answers: logits one prompt at a time, one draw per step for all prompts, as `generate()` draws."""
+    """Sampled outputs: logits one prompt at a time, one sample per step for all prompts, as `generate()` samples."""
     torch.manual_seed(seed)
-    answers: list[list[int]] = [[] for _ in prompts]
+    sequences: list[list[int]] = [[] for _ in prompts]
     for _ in range(length):
-        logits = [reference_logits(parts, *row)[-1] for row in zip(prompts, answers, strict=True)]
-        drawn = torch.multinomial(torch.stack(logits).softmax(-1), 1)[:, 0].tolist()
-        for answer, token in zip(answers, drawn, strict=True):
-            answer.append(END if answer[-1:] == [END] else token)  # the end token pads, too
-        if all(answer[-1] == END for answer in answers):
+        logits = [reference_logits(parts, *row)[-1] for row in zip(prompts, sequences, strict=True)]
+        sampled = torch.multinomial(torch.stack(logits).softmax(-1), 1)[:, 0].tolist()
+        for sequence, token in zip(sequences, sampled, strict=True):
+            sequence.append(END if sequence[-1:] == [END] else token)  # the end token pads, too
+        if all(sequence[-1] == END for sequence in sequences):
             break
-    return answers
+    return sequences
 
 
 def reference_beams(parts: Parts, prompt: Sequence[int], length: int, beams: int) -> list[list[int]]:
-    """Beam search for answers of exactly `length` tokens, without an end token; the best first."""
+    """Beam search for outputs of exactly `length` tokens, without an end token; the best first."""
     hypotheses: list[tuple[float, list[int]]] = [(0.0, [])]
     for _ in range(length):
         candidates = []
-        for score, answer in hypotheses:
-            scores = reference_logits(parts, prompt, answer)[-1].log_softmax(-1)
+        for score, sequence in hypotheses:
+            scores = reference_logits(parts, prompt, sequence)[-1].log_softmax(-1)
             scores[END] = -torch.inf
             top = scores.topk(beams)
             candidates += [
-                (score + value, [*answer, token])
+                (score + value, [*sequence, token])
                 for value, token in zip(top.values.tolist(), top.indices.tolist(), strict=True)
             ]
         hypotheses = sorted(candidates, reverse=True)[:beams]
-    return [answer for _, answer in hypotheses]
+    return [sequence for _, sequence in hypotheses]
 
 
 def stock_slm_generate(parts: Parts, prompts: Sequence[Sequence[int]], **kwargs: Any) -> Any:
@@ -338,20 +338,20 @@ def stock_slm_generate(parts: Parts, prompts: Sequence[Sequence[int]], **kwargs:
     return parts.slm.generate(inputs_embeds=embeds.detach(), attention_mask=mask, pad_token_id=END, **kwargs)
 
 
-def strip_padding(answers: torch.Tensor) -> list[list[int]]:
+def strip_padding(sequences: torch.Tensor) -> list[list[int]]:
     """Rows of `generate()` as lists that end with the end token, without the start token before and padding after."""
     rows = []
-    for row in answers[:, 1:].tolist():
+    for row in sequences[:, 1:].tolist():
         rows.append(row[: row.index(END) + 1] if END in row else row)
     return rows
 
 
-def check_outputs_vary(answers: Sequence[Sequence[int]]) -> None:
-    """Equal answers prove something only if they are varied and differ between prompts."""
-    for answer in answers:
-        assert len(answer) >= 10
-        assert len(set(answer[:10])) >= 5, f"an answer repeats itself: {answer}"
-    assert len({tuple(answer[:10]) for answer in answers}) == len(answers), "prompts share an answer"
+def check_outputs_vary(sequences: Sequence[Sequence[int]]) -> None:
+    """Equal outputs prove something only if they vary and differ between prompts."""
+    for sequence in sequences:
+        assert len(sequence) >= 10
+        assert len(set(sequence[:10])) >= 5, f"an output repeats itself: {sequence}"
+    assert len({tuple(sequence[:10]) for sequence in sequences}) == len(sequences), "prompts share an output"
 
 
 def same_tensors(first: Any, second: Any, path: str = "") -> None:
@@ -395,7 +395,7 @@ def slm_tokenizer() -> PreTrainedTokenizerFast:
 def apart(function: Callable[..., Any], *args: Any) -> Any:
     """
     Calls a function of a test module in a process of its own. Workers of a DataLoader are forks, and a test process
-    with the threads of several runtimes does not always survive them.
+    with the threads of several engines does not always survive them.
     """
     with tempfile.TemporaryDirectory() as folder:
         call, outcome = Path(folder, "call"), Path(folder, "outcome")
@@ -407,7 +407,7 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
     return found
 
 
-def _answer(call: Path, outcome: Path) -> None:
+def _run_call(call: Path, outcome: Path) -> None:
     function, args = pickle.loads(call.read_bytes())
     try:
         found = function(*args)
@@ -417,4 +417,4 @@ def _answer(call: Path, outcome: Path) -> None:
 
 
 if __name__ == "__main__":
-    _answer(*map(Path, sys.argv[1:]))
+    _run_call(*map(Path, sys.argv[1:]))

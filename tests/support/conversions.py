@@ -1,4 +1,4 @@
-"""Checkpoints to convert, and what every conversion has in common: what damaged input comes to."""
+"""Checkpoints to convert, and damages that every conversion must refuse."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.common import build_parts, gpt2_config, llm_tokenizer, slm_to
 
 
 def write_sources(folder: Path) -> Path:
-    """An LLM and an SLM with their tokenizers, a full and a lean composite of them, an adapter, and two to import."""
+    """Write an LLM and an SLM with tokenizers, a full and a lean checkpoint, an adapter, and two to import."""
     torch.manual_seed(1)
     T5ForConditionalGeneration(t5_config()).save_pretrained(folder / "llm")
     build_parts().slm.save_pretrained(folder / "slm")
@@ -51,12 +51,12 @@ def write_sources(folder: Path) -> Path:
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, in shards or not."""
+    """Return all tensors of a checkpoint, in one file or in shards."""
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def edit(path: Path, **changes: Any) -> None:
-    """Change values of a config; a dictionary changes values of a part."""
+    """Change values of a config; a dictionary changes values of one part."""
     file = path / "config.json"
     config = json.loads(file.read_text())
     for name, value in changes.items():
@@ -129,7 +129,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 @contextmanager
 def full_disk(size: int = 60_000) -> Iterator[None]:
-    """No file can grow beyond `size` bytes: writing fails in the middle, as on a full disk."""
+    """Let no file grow beyond `size` bytes, so that writing fails in the middle, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:

@@ -1,10 +1,11 @@
-"""Tiny composites and what `llm2slm export` makes of them: each is exported once for all tests and workers."""
+"""Tiny LLM-to-SLM models and their exports: each is exported once for all tests and workers."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +14,48 @@ import torch
 from filelock import FileLock
 from transformers import GPT2LMHeadModel, T5EncoderModel, T5ForConditionalGeneration
 
-from modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
+from modeling_llm2slm import ExportedLLM2SLM, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from modeling_llm2slm.conversion import export
-from modeling_llm2slm.engines.graphs import PACKAGES
+from modeling_llm2slm.inference.engine import engine as engine_named
 from tests.support import families
 from tests.support.common import (
     LLM_VOCAB_SIZE,
+    PROMPTS,
     SLM_VOCAB_SIZE,
+    check_outputs_vary,
     compose,
     gpt2_config,
     learn_by_heart,
     llm_tokenizer,
+    pad_prompts,
     slm_tokenizer,
+    strip_padding,
     t5_config,
 )
 
 
-def needs(runtime: str) -> None:
-    """Skip where the packages of a runtime, or transformers' exported models, are missing."""
-    for package in (*PACKAGES[runtime], "nncf"):
+KINDS = (("gpt2", "add_shared"), ("t5", "replace"))
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "several beams": {"num_beams": 4, "num_return_sequences": 2},
+    "penalties": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    "sampled": {"do_sample": True, "num_return_sequences": 3, "top_p": 0.9},
+}
+
+
+def needs(name: str) -> None:
+    """Skip the test if the packages of an engine, or transformers' exported models, are missing."""
+    for package in (*engine_named(name).packages, "nncf"):
         if importlib.util.find_spec(package) is None:
-            pytest.skip(f"needs {package}: pip install 'modeling-llm2slm[{runtime}]'")
+            pytest.skip(f"needs {package}: pip install 'modeling-llm2slm[{name}]'")
     if importlib.util.find_spec("transformers.exporters.metadata") is None:
         pytest.skip("needs transformers 5.23, the first with exported models")
 
 
 @functools.cache
 def learned(slm: str, fusion: str) -> LLM2SLMForConditionalGeneration:
-    """A composite of one layer on each side that answers each of `PROMPTS` with varied tokens of its own."""
+    """A model of one layer on each side whose outputs for `PROMPTS` all differ and vary."""
     torch.manual_seed(0)
     vocab_size = SLM_VOCAB_SIZE if fusion == "add_shared" else LLM_VOCAB_SIZE
     llm = T5EncoderModel(t5_config(num_layers=1, vocab_size=vocab_size)).eval()
@@ -54,7 +69,7 @@ def learned(slm: str, fusion: str) -> LLM2SLMForConditionalGeneration:
 
 
 def checkpoint(slm: str, fusion: str, folder: Path) -> Path:
-    """`learned` on disk, with a processor."""
+    """Write `learned` to disk, with a processor."""
     learned(slm, fusion).save_pretrained(folder)
     tokenizers = (slm_tokenizer(), slm_tokenizer()) if fusion == "add_shared" else (llm_tokenizer(), slm_tokenizer())
     LLM2SLMProcessor(*tokenizers).save_pretrained(folder)
@@ -62,16 +77,70 @@ def checkpoint(slm: str, fusion: str, folder: Path) -> Path:
 
 
 def exported_folder(
-    tmp_path_factory: Any, slm: str, fusion: str, weights: str = "fp32", runtime: str = "openvino"
+    tmp_path_factory: Any, slm: str, fusion: str, weights: str = "fp32", engine: str = "openvino"
 ) -> Path:
-    """What the exported composite is in, not to be changed."""
+    """The folder of an exported model, not to be changed."""
     shared = tmp_path_factory.getbasetemp().parent if _in_worker() else tmp_path_factory.getbasetemp()
-    folder = shared / f"{runtime}-{slm}-{fusion}-{weights}"
+    folder = shared / f"{engine}-{slm}-{fusion}-{weights}"
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             source = checkpoint(slm, fusion, tmp_path_factory.mktemp("source"))
-            export(source, folder, runtime=runtime, weights=weights)
+            export(source, folder, engine=engine, weights=weights)
     return folder
+
+
+class Pair:
+    """A model on PyTorch, and its export."""
+
+    def __init__(self, model: LLM2SLMForConditionalGeneration, exported: ExportedLLM2SLM):
+        self.model, self.exported = model, exported
+
+    def outputs(self, **kwargs: Any) -> list[Any]:
+        """Generate with both, from the same seed."""
+        both = []
+        for model in (self.model, self.exported):
+            torch.manual_seed(0)
+            both.append(model.generate(**{"max_new_tokens": 12, **kwargs}))
+        return both
+
+
+def pair_of(tmp_path_factory: Any, slm: str, fusion: str, engine: str = "openvino") -> Pair:
+    """Load a model on PyTorch and on an engine."""
+    needs(engine)
+    folder = exported_folder(tmp_path_factory, slm, fusion, engine=engine)
+    return Pair(learned(slm, fusion), ExportedLLM2SLM.from_pretrained(folder))
+
+
+def check_strategies(pair: Pair) -> None:
+    """Check that all generation strategies give the tokens of PyTorch."""
+    for side in ("right", "left"):
+        batch = pad_prompts(PROMPTS, side, extra=2)
+        for name, strategy in STRATEGIES.items():
+            expected, found = pair.outputs(**batch, **strategy)
+            assert torch.equal(expected, found), (side, name)
+    check_outputs_vary(strip_padding(pair.outputs(**batch)[1]))
+
+
+def check_continuation(pair: Pair) -> None:
+    """Check that an output continues from the cache of an earlier call."""
+    batch = pad_prompts(PROMPTS)
+    whole = pair.outputs(**batch, max_new_tokens=10)[1]
+    first = pair.exported.generate(**batch, max_new_tokens=4, return_dict_in_generate=True)
+    continued = pair.exported.generate(
+        **batch, decoder_input_ids=first.sequences, past_key_values=first.past_key_values, max_new_tokens=6
+    )
+    assert torch.equal(continued, whole)
+    with pytest.raises(ValueError, match="not cached yet"):
+        pair.exported.generate(**batch, past_key_values=first.past_key_values, max_new_tokens=6)
+
+
+def check_threads(pair: Pair) -> None:
+    """Check that threads that generate at once get their own outputs."""
+    batches = [{"input_ids": torch.tensor([prompt])} for prompt in PROMPTS] * 4
+    expected = [pair.exported.generate(**batch, max_new_tokens=12).tolist() for batch in batches]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda batch: pair.exported.generate(**batch, max_new_tokens=12).tolist(), batches))
+    assert found == expected
 
 
 def _in_worker() -> bool:

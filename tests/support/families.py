@@ -185,7 +185,7 @@ SLMS = {
     ),
 }
 
-# Of these transformers' own answers are others with a static cache.
+# transformers generates other outputs for these with a static cache.
 NO_STATIC_CACHE = ("gpt_neo",)
 
 T5_SIZES: dict[str, Any] = {**T5, "num_layers": 3, "num_decoder_layers": 1, "pad_token_id": PAD}
@@ -258,13 +258,13 @@ def move_vectors(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def tables() -> str:
-    """The families as the README lists them."""
-    lines = ["| small model | for instance | reads the prompt with | static cache |", "| --- | --- | --- | --- |"]
+    """The families as `docs/reference/models.md` lists them."""
+    lines = ["| SLM | for example | reads the prompt with | static cache |", "| --- | --- | --- | --- |"]
     for key, slm in SLMS.items():
-        reads = "its own encoder" if slm.config().is_encoder_decoder else "the positions before the answer"
+        reads = "its own encoder" if slm.config().is_encoder_decoder else "the positions before the output"
         lines.append(f"| {slm.name} | `{slm.example}` | {reads} | {'refused' if key in NO_STATIC_CACHE else 'yes'} |")
-    lines += ["", "| large model | for instance | states taken from |", "| --- | --- | --- |"]
+    lines += ["", "| LLM | for example | hidden states come from |", "| --- | --- | --- |"]
     for llm in LLMS.values():
-        taken = "any layer (`encoder_layer`); none above it is loaded" if llm.layer else "its encoder"
+        taken = "any layer (`encoder_layer`); upper layers are never loaded" if llm.layer else "its encoder"
         lines.append(f"| {llm.name.split(',')[0]} | `{llm.example}` | {taken} |")
     return "\n".join(lines)

@@ -7,7 +7,7 @@ from torch import nn
 
 
 def nbytes(module: nn.Module) -> int:
-    """Bytes of the weights of a module, also of quantized ones."""
+    """Return the bytes of a module's weights, quantized or not."""
     return sum(_tensor_bytes(parameter.data) for parameter in module.parameters())
 
 

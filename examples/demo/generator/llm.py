@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, T5ForConditionalGeneration, set_seed
 
-from modeling_llm2slm.files_llm2slm import atomic_write
-from modeling_llm2slm.training.training import load_recipe, train
+from modeling_llm2slm.data.files import atomic_write
+from modeling_llm2slm.training.recipe import load_recipe
+from modeling_llm2slm.training.run import train
 
 from .__main__ import write_corpus
 from .corpus import splits

@@ -12,7 +12,7 @@ from examples.demo.generator.__main__ import write_corpus
 from modeling_llm2slm.data.loading import load_examples
 
 
-CORPUS = "4959e76d00494145d5d6f3ae647dda5ce38e5e053972f76c79cf4b8c6212181d"  # SHA-256
+CORPUS = "1f452f79e970b322a91745626d5813f88d26754eb847e1e5d6cf0197f34a1f55"  # SHA-256
 
 
 @pytest.fixture(scope="module")

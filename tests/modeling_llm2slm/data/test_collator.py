@@ -77,7 +77,7 @@ def test_padding_beyond_the_positions_is_masked(processor: LLM2SLMProcessor) -> 
     prompt = model.encode_prompt(stock["input_ids"], stock["attention_mask"])
     torch.testing.assert_close(model(encoder_outputs=prompt, labels=stock["labels"]).loss, together.loss)
     rows[1]["input_ids"], rows[1]["attention_mask"] = rows[0]["input_ids"], rows[0]["attention_mask"]
-    with pytest.raises(ValueError, match="51 tokens and the answer up to 51, together 102"):
+    with pytest.raises(ValueError, match="51 tokens and the output up to 51, together 102"):
         model(**DataCollatorForLLM2SLM(processor)(rows))
 
 

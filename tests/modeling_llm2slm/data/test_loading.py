@@ -162,8 +162,8 @@ def test_an_empty_text_is_text(tmp_path):
 
 
 def test_a_missing_column_is_named_with_the_existing_ones(tmp_path):
-    with pytest.raises(ValueError, match=r"no column 'answer'; it has 'prompt', 'target'"):
-        load_examples(write(tmp_path / "pairs.jsonl"), "prompt", "answer")
+    with pytest.raises(ValueError, match=r"no column 'reply'; it has 'prompt', 'target'"):
+        load_examples(write(tmp_path / "pairs.jsonl"), "prompt", "reply")
 
 
 @pytest.mark.parametrize("name", ["no.jsonl", "no/such/folder", "no.parquet"])

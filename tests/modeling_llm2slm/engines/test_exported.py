@@ -1,50 +1,29 @@
-"""Exported models: the tokens of PyTorch, by stock `generate()`."""
+"""Exported models generate the tokens of PyTorch with transformers' `generate()`."""
 
 from __future__ import annotations
 
-import os
-import shutil
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
-from modeling_llm2slm import ExportedLLM2SLM, LLM2SLMForConditionalGeneration
+from modeling_llm2slm import ExportedLLM2SLM
 from modeling_llm2slm.conversion import export
-from tests.support.common import END, PROMPTS, check_outputs_vary, pad_prompts, strip_padding
-from tests.support.exports import checkpoint, exported_folder, learned, needs
+from tests.support.common import END, PROMPTS, pad_prompts, strip_padding
+from tests.support.exports import (
+    KINDS,
+    Pair,
+    check_continuation,
+    check_strategies,
+    check_threads,
+    checkpoint,
+    needs,
+    pair_of,
+)
 
 
-KINDS = (("gpt2", "add_shared"), ("t5", "replace"))
 SLOW_KINDS = (("gpt2", "add"), ("llama", "add"), ("gemma3", "add"), ("opt_projected", "replace"), ("bart", "add"))
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "greedy": {},
-    "beams": {"num_beams": 3},
-    "several beams": {"num_beams": 4, "num_return_sequences": 2},
-    "penalties": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
-    "sampled": {"do_sample": True, "num_return_sequences": 3, "top_p": 0.9},
-}
-
-
-class Pair:
-    def __init__(self, model: LLM2SLMForConditionalGeneration, exported: ExportedLLM2SLM):
-        self.model, self.exported = model, exported
-
-    def answers(self, **kwargs: Any) -> list[Any]:
-        """The answers of both, with the same draws."""
-        both = []
-        for model in (self.model, self.exported):
-            torch.manual_seed(0)
-            both.append(model.generate(**{"max_new_tokens": 12, **kwargs}))
-        return both
-
-
-def pair_of(tmp_path_factory: Any, slm: str, fusion: str, runtime: str = "openvino") -> Pair:
-    needs(runtime)
-    folder = exported_folder(tmp_path_factory, slm, fusion, runtime=runtime)
-    return Pair(learned(slm, fusion), ExportedLLM2SLM.from_pretrained(folder))
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind[0])
@@ -62,15 +41,6 @@ def t5(tmp_path_factory) -> Pair:
     return pair_of(tmp_path_factory, *KINDS[1])
 
 
-def check_strategies(pair: Pair) -> None:
-    for side in ("right", "left"):
-        batch = pad_prompts(PROMPTS, side, extra=2)
-        for name, strategy in STRATEGIES.items():
-            expected, found = pair.answers(**batch, **strategy)
-            assert torch.equal(expected, found), (side, name)
-    check_outputs_vary(strip_padding(pair.answers(**batch)[1]))
-
-
 def test_all_strategies_give_the_tokens_of_pytorch(pair) -> None:
     check_strategies(pair)
 
@@ -81,49 +51,37 @@ def test_other_families(tmp_path_factory, slm, fusion) -> None:
     check_strategies(pair_of(tmp_path_factory, slm, fusion))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("slm", "fusion"), KINDS)
-def test_onnx_runtime(tmp_path_factory, slm, fusion) -> None:
-    pair = pair_of(tmp_path_factory, slm, fusion, "onnx")
-    check_strategies(pair)
-    assert pair.exported.details["runtime"] == "onnx"
-    for graph in pair.exported._graphs.values():
-        assert graph._runner.session.get_session_options().intra_op_num_threads == torch.get_num_threads()
-    test_an_answer_goes_on_from_its_cache(pair)
-    test_two_threads_get_their_own_answers(pair)
-
-
 def test_a_prompt_alone_and_in_a_batch_and_without_a_mask(pair) -> None:
-    together = strip_padding(pair.answers(**pad_prompts(PROMPTS, "left", extra=1))[1])
-    for prompt, answer in zip(PROMPTS, together, strict=True):
+    together = strip_padding(pair.outputs(**pad_prompts(PROMPTS, "left", extra=1))[1])
+    for prompt, output in zip(PROMPTS, together, strict=True):
         ids = torch.tensor([prompt])
         alone = pair.exported.generate(input_ids=ids, max_new_tokens=12)
-        assert strip_padding(alone) == [answer]
+        assert strip_padding(alone) == [output]
     inferred = pair.exported.generate(input_ids=pad_prompts(PROMPTS)["input_ids"], max_new_tokens=12)
     assert strip_padding(inferred) == together
 
 
 def test_scores_are_those_of_pytorch(pair) -> None:
     wanted = {"return_dict_in_generate": True, "output_scores": True}
-    expected, found = pair.answers(**pad_prompts(PROMPTS), **wanted)
+    expected, found = pair.outputs(**pad_prompts(PROMPTS), **wanted)
     torch.testing.assert_close(torch.stack(found.scores), torch.stack(expected.scores), rtol=1e-4, atol=1e-4)
 
 
-def test_states_of_a_prompt_are_those_of_pytorch_and_serve_often(pair) -> None:
+def test_prompt_states_are_those_of_pytorch_and_can_be_reused(pair) -> None:
     batch = pad_prompts(PROMPTS, "left", extra=1)
     states, expected = pair.exported.encode_prompt(**batch), pair.model.encode_prompt(**batch)
     assert torch.equal(states.attention_mask, expected.attention_mask)
     kept = states.attention_mask.bool()
     torch.testing.assert_close(states.last_hidden_state[kept], expected.last_hidden_state[kept], rtol=1e-4, atol=1e-4)
     before = states.last_hidden_state.clone()
-    direct = pair.answers(**batch, num_beams=2)[1]
+    direct = pair.outputs(**batch, num_beams=2)[1]
     for _ in range(2):
         assert torch.equal(pair.exported.generate(encoder_outputs=states, num_beams=2, max_new_tokens=12), direct)
     assert torch.equal(states.last_hidden_state, before)
 
 
 class Collector:
-    """A streamer that keeps what it is given."""
+    """A streamer that collects tokens."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -135,48 +93,28 @@ class Collector:
         self.tokens.append(-1)
 
 
-def test_streams(pair) -> None:
+def test_a_streamer_gets_each_token(pair) -> None:
     streamer = Collector()
-    answer = pair.exported.generate(input_ids=torch.tensor(PROMPTS[:1]), max_new_tokens=8, streamer=streamer)
-    assert streamer.tokens == [*answer[0].tolist(), -1]
+    output = pair.exported.generate(input_ids=torch.tensor(PROMPTS[:1]), max_new_tokens=8, streamer=streamer)
+    assert streamer.tokens == [*output[0].tolist(), -1]
 
 
-def test_an_answer_goes_on_from_its_cache(pair) -> None:
-    batch = pad_prompts(PROMPTS)
-    whole = pair.answers(**batch, max_new_tokens=10)[1]
-    first = pair.exported.generate(**batch, max_new_tokens=4, return_dict_in_generate=True)
-    on = pair.exported.generate(
-        **batch, decoder_input_ids=first.sequences, past_key_values=first.past_key_values, max_new_tokens=6
-    )
-    assert torch.equal(on, whole)
-    with pytest.raises(ValueError, match="not cached yet"):
-        pair.exported.generate(**batch, past_key_values=first.past_key_values, max_new_tokens=6)
+def test_an_output_continues_from_its_cache(pair) -> None:
+    check_continuation(pair)
 
 
-def test_a_given_beginning_of_an_answer(pair) -> None:
-    whole = pair.answers(**pad_prompts(PROMPTS), max_new_tokens=8)[1]
-    expected, found = pair.answers(**pad_prompts(PROMPTS), decoder_input_ids=whole[:, :4], num_beams=2)
+def test_threads_get_their_own_outputs(pair) -> None:
+    check_threads(pair)
+
+
+def test_a_decoder_prefix_is_continued(pair) -> None:
+    whole = pair.outputs(**pad_prompts(PROMPTS), max_new_tokens=8)[1]
+    expected, found = pair.outputs(**pad_prompts(PROMPTS), decoder_input_ids=whole[:, :4], num_beams=2)
     assert torch.equal(expected, found)
 
 
-def test_two_threads_get_their_own_answers(pair) -> None:
-    batches = [{"input_ids": torch.tensor([prompt])} for prompt in PROMPTS] * 4
-    expected = [pair.exported.generate(**batch, max_new_tokens=12).tolist() for batch in batches]
-    with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(lambda batch: pair.exported.generate(**batch, max_new_tokens=12).tolist(), batches))
-    assert found == expected
-
-
-def test_a_damaged_graph_is_named(tmp_path_factory, tmp_path) -> None:
-    needs("openvino")
-    folder = shutil.copytree(exported_folder(tmp_path_factory, *KINDS[0]), tmp_path / "cut")
-    os.truncate(folder / "openvino_step.bin", 100)
-    with pytest.raises(OSError, match="openvino_step is damaged"):
-        ExportedLLM2SLM.from_pretrained(folder)
-
-
 def rows_read(graph: Any, monkeypatch: Any) -> list[int]:
-    """The number of rows of every run of a graph's states."""
+    """Return a list that fills with the number of rows of every run of a graph's states."""
     rows: list[int] = []
     new_state = graph.new_state
 
@@ -210,53 +148,41 @@ def test_an_encoder_decoder_slm_projects_its_prompt_once(t5, monkeypatch) -> Non
     assert runs == [3]
 
 
-def test_it_computes_on_torch_s_threads(gpt2, tmp_path_factory) -> None:
-    for graph in gpt2.exported._graphs.values():
-        assert graph._model.get_property("INFERENCE_NUM_THREADS") == torch.get_num_threads()
-    folder, threads = exported_folder(tmp_path_factory, *KINDS[0]), torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        again = ExportedLLM2SLM.from_pretrained(folder)
-    finally:
-        torch.set_num_threads(threads)
-    assert {graph._model.get_property("INFERENCE_NUM_THREADS") for graph in again._graphs.values()} == {2}
-
-
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"prompt_lookup_num_tokens": 2}, "takes no drafts"),
-        ({"output_attentions": True, "return_dict_in_generate": True}, "attentions stay in the graph"),
-        ({"output_hidden_states": True, "return_dict_in_generate": True}, "hidden states stay in the graph"),
-        ({"cache_implementation": "static"}, "the runtime holds keys and values"),
+        ({"prompt_lookup_num_tokens": 2}, "supports no assisted generation"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "does not return attentions"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "does not return hidden states"),
+        ({"cache_implementation": "static"}, "the engine holds keys and values"),
         ({"use_cache": False}, "`use_cache=False` is not supported"),
-        ({"decoder_attention_mask": torch.tensor([[1, 0]])}, "all answers of a batch have one length"),
+        ({"decoder_attention_mask": torch.tensor([[1, 0]])}, "all outputs of a batch have one length"),
         ({"guidance_scale": 2.0}, "`guidance_scale` is not supported"),
         ({"max_new_tokens": 100}, "positions"),
     ],
 )
-def test_what_cannot_work_is_refused(gpt2, kwargs, message) -> None:
+def test_unsupported_arguments_are_refused(gpt2, kwargs, message) -> None:
     if "decoder_attention_mask" in kwargs:
         kwargs = {**kwargs, "decoder_input_ids": torch.tensor([[END, 3]])}
     with pytest.raises(ValueError, match=message):
         gpt2.exported.generate(input_ids=torch.tensor(PROMPTS[:1]), **{"max_new_tokens": 4, **kwargs})
 
 
-def test_defaults_that_it_cannot_follow_are_not_its_own(tmp_path) -> None:
+def test_unsupported_defaults_of_the_checkpoint_are_left_out(tmp_path) -> None:
     needs("openvino")
     source = checkpoint("gpt2", "add", tmp_path / "source")
     defaults = GenerationConfig.from_pretrained(source)
     defaults.update(cache_implementation="static", max_cache_len=64, prompt_lookup_num_tokens=2, num_beams=3)
     defaults.save_pretrained(source)
-    export(source, tmp_path / "fast", runtime="openvino")
+    export(source, tmp_path / "fast", engine="openvino")
     exported = ExportedLLM2SLM.from_pretrained(tmp_path / "fast")
     assert exported.generation_config.num_beams == 3
     assert exported.generate(input_ids=torch.tensor(PROMPTS[:1]), max_new_tokens=4).shape[0] == 1
 
 
-def test_it_drafts_for_nobody_and_nobody_drafts_for_it(gpt2) -> None:
+def test_assisted_generation_is_refused_on_both_sides(gpt2) -> None:
     ids = torch.tensor(PROMPTS[:1])
-    with pytest.raises(ValueError, match="takes no drafts"):
+    with pytest.raises(ValueError, match="supports no assisted generation"):
         gpt2.exported.generate(input_ids=ids, assistant_model=gpt2.model, max_new_tokens=4)
     with pytest.raises(ValueError, match="is_assistant"):
         gpt2.exported.generate(ids, generation_config=GenerationConfig(is_assistant=True, max_new_tokens=4))
@@ -281,5 +207,5 @@ def test_a_cache_of_another_model_is_refused(gpt2) -> None:
     other = gpt2.model.generate(
         input_ids=torch.tensor(PROMPTS[:1]), max_new_tokens=2, return_dict_in_generate=True
     ).past_key_values
-    with pytest.raises(ValueError, match="of another model"):
+    with pytest.raises(ValueError, match="belongs to another model"):
         gpt2.exported.generate(input_ids=torch.tensor(PROMPTS[:1]), past_key_values=other, max_new_tokens=4)

@@ -1,4 +1,4 @@
-"""A frozen LLM in 8 or 4 bits: nearly the same states in a part of the memory, and all else as it was."""
+"""Quantized models: nearly the same hidden states in less memory, and everything else unchanged."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, LLM2SLMProcessor, quantization
+from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
+from modeling_llm2slm.engines import quantization
 from modeling_llm2slm.engines.quantization import QUANTIZATIONS, quantize, quantize_llm, with_linear_layers
 from modeling_llm2slm.states.fingerprints import llm_fingerprint
-from modeling_llm2slm.training.training import train
+from modeling_llm2slm.training.run import train
 from tests.support.checkpoints import write_pairs
 from tests.support.common import (
     PROMPTS,
@@ -42,8 +43,8 @@ def make_model(**overrides: Any) -> LLM2SLMForConditionalGeneration:
     return LLM2SLMForConditionalGeneration(LLM2SLMConfig(encoder=llm, decoder=slm, **overrides)).eval()
 
 
-def test_rows_that_are_no_whole_blocks_stay_as_they_are() -> None:
-    """The kernel of a CPU is wrong there by a multiple of what NF4 rounds."""
+def test_rows_that_are_not_whole_blocks_are_not_quantized() -> None:
+    """There the error of the CPU kernel is a multiple of NF4's rounding."""
     needs("nf4")
     model = make_model()
     model.decoder.narrow = nn.Sequential(nn.Linear(32, 96), nn.Linear(96, 64), nn.Linear(64, 32))
@@ -53,7 +54,7 @@ def test_rows_that_are_no_whole_blocks_stay_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(("to", "error", "part"), [("int8", 0.03, 0.5), ("nf4", 0.25, 0.7)])
-def test_states_are_near_and_memory_is_saved(to: str, error: float, part: float) -> None:
+def test_hidden_states_are_near_and_memory_is_saved(to: str, error: float, part: float) -> None:
     needs(to)
     model, whole = make_model(), make_model()
     quantize_llm(model, to)
@@ -67,7 +68,7 @@ def test_states_are_near_and_memory_is_saved(to: str, error: float, part: float)
             assert torch.equal(parameter, whole.get_parameter(name))
 
 
-def test_a_gpt2_of_linear_layers_is_the_same() -> None:
+def test_linear_layers_do_not_change_a_gpt2() -> None:
     model, whole = make_model(), make_model()
     with_linear_layers(model.decoder)
     assert not any(type(module).__name__ == "Conv1D" for module in model.modules())
@@ -75,7 +76,7 @@ def test_a_gpt2_of_linear_layers_is_the_same() -> None:
     torch.testing.assert_close(model(**batch).logits, whole(**batch).logits)
 
 
-def test_a_gpt2_that_reads_has_matrices_to_quantize(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpt2_as_the_llm_is_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
     model = LLM2SLMForConditionalGeneration(LLM2SLMConfig(encoder=gpt2_config(n_embd=64), decoder=gpt2_config()))
     found: list[nn.Module] = []
     monkeypatch.setattr(quantization, "_to_int8", lambda llm: found.extend(llm.modules()))
@@ -84,7 +85,7 @@ def test_a_gpt2_that_reads_has_matrices_to_quantize(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("to", "error", "part"), [("int8", 0.05, 0.5), ("nf4", 0.5, 0.5)])
-def test_a_model_that_answers_is_quantized_as_a_whole(to: str, error: float, part: float) -> None:
+def test_a_model_that_generates_is_quantized_as_a_whole(to: str, error: float, part: float) -> None:
     needs(to)
     model, whole = make_model(), make_model()
     quantize(model, to)
@@ -95,12 +96,12 @@ def test_a_model_that_answers_is_quantized_as_a_whole(to: str, error: float, par
     blocks, before = model.decoder.transformer.h, whole.decoder.transformer.h
     assert nbytes(blocks) < part * nbytes(before)
     assert torch.equal(model.get_input_embeddings().weight, whole.get_input_embeddings().weight)
-    answers = model.generate(**pad_prompts(PROMPTS), max_new_tokens=4)
-    assert answers.shape[0] == len(PROMPTS)
+    outputs = model.generate(**pad_prompts(PROMPTS), max_new_tokens=4)
+    assert outputs.shape[0] == len(PROMPTS)
 
 
 @pytest.mark.parametrize("to", QUANTIZATIONS)
-def test_the_rest_trains(to: str) -> None:
+def test_everything_but_the_llm_trains(to: str) -> None:
     needs(to)
     model = make_model()
     quantize_llm(model, to)
@@ -113,7 +114,7 @@ def test_the_rest_trains(to: str) -> None:
 @pytest.mark.parametrize("lora", [None, {"r": 2}])
 @pytest.mark.parametrize("to", QUANTIZATIONS)
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_a_recipe_trains_behind_it_and_saves_the_llm_as_it_was(to: str, lora: Any, tmp_path: Path) -> None:
+def test_a_recipe_with_a_quantized_llm_saves_the_llm_unchanged(to: str, lora: Any, tmp_path: Path) -> None:
     needs(to)
     make_model().save_pretrained(tmp_path / "model")
     LLM2SLMProcessor(llm_tokenizer(), slm_tokenizer()).save_pretrained(tmp_path / "model")
@@ -139,7 +140,7 @@ def _config_of(to: str) -> Any:
 
 
 @pytest.mark.parametrize("to", QUANTIZATIONS)
-def test_an_llm_that_transformers_quantizes_while_it_loads_it(to: str, tmp_path: Path) -> None:
+def test_transformers_can_quantize_the_llm_while_loading(to: str, tmp_path: Path) -> None:
     needs(to)
     whole = make_model()
     whole.encoder.llm.save_pretrained(tmp_path)
@@ -158,7 +159,7 @@ def test_an_llm_that_transformers_quantizes_while_it_loads_it(to: str, tmp_path:
     assert model.encoder.projector.linear_1.weight.grad is not None
 
 
-def test_what_is_wrong_is_said() -> None:
+def test_unknown_quantizations_and_trained_llms_are_refused() -> None:
     with pytest.raises(ValueError, match="not to 'int3'"):
         quantize_llm(make_model(), "int3")
     with pytest.raises(ValueError, match="not to 'int3'"):
@@ -168,7 +169,7 @@ def test_what_is_wrong_is_said() -> None:
 
 
 @pytest.mark.parametrize("to", QUANTIZATIONS)
-def test_a_library_that_is_missing_is_named(to: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named(to: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import builtins
 
     original = builtins.__import__

@@ -1,4 +1,4 @@
-"""Three kinds of checkpoint behind one interface: features, answers, streams, sizes, errors that say what is wrong."""
+"""Every kind of checkpoint behind one interface: features, outputs, streams, sizes, errors of one sentence."""
 
 from __future__ import annotations
 
@@ -9,18 +9,12 @@ import pytest
 import torch
 from transformers import DataCollatorForSeq2Seq, GPT2LMHeadModel, ViTConfig, ViTModel
 
-from modeling_llm2slm.inference.text_to_text import DecoderOnlyTextToText, TextToText
-from tests.support.checkpoints import ANSWERS, KINDS, PROMPTS, write_checkpoint
+from modeling_llm2slm.inference.text_to_text import DecoderOnlyTextToText, LLM2SLMTextToText, TextToText
+from tests.support.checkpoints import KINDS, PROMPTS, TARGETS
 from tests.support.common import gpt2_config, slm_tokenizer
 
 
 END = 1
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoints")
-    return {kind: write_checkpoint(kind, folder / kind) for kind in KINDS}
 
 
 @pytest.fixture(params=KINDS)
@@ -28,26 +22,26 @@ def text_to_text(request, checkpoints):
     return TextToText.from_pretrained(checkpoints[request.param])
 
 
-def test_features_end_an_answer_once_and_are_not_padded(text_to_text):
-    features = text_to_text.features(PROMPTS, ANSWERS)
+def test_features_end_a_target_once_and_are_not_padded(text_to_text):
+    features = text_to_text.features(PROMPTS, TARGETS)
     assert sorted(features) == ["attention_mask", "input_ids", "labels"]
-    for ids, mask, labels, answer in zip(
-        *(features[name] for name in ("input_ids", "attention_mask", "labels")), ANSWERS, strict=True
+    for ids, mask, labels, target in zip(
+        *(features[name] for name in ("input_ids", "attention_mask", "labels")), TARGETS, strict=True
     ):
         assert mask == [1] * len(ids)
         kept = [label for label in labels if label != -100]
         assert kept[-1] == END
-        assert text_to_text.tokenizer.decode(kept[:-1]) == answer
+        assert text_to_text.tokenizer.decode(kept[:-1]) == target
 
 
-def test_answers_do_not_depend_on_the_batch(text_to_text):
+def test_outputs_do_not_depend_on_the_batch(text_to_text):
     alone = text_to_text.generate_tokens(PROMPTS, batch_size=1, max_new_tokens=6)
     together = text_to_text.generate_tokens(PROMPTS, batch_size=5, max_new_tokens=6)
     assert alone == together
-    assert len({tuple(answer) for answer in alone}) > 2  # a model that always says the same would prove nothing
+    assert len({tuple(output) for output in alone}) > 2  # a model with one output for all would prove nothing
 
 
-def test_what_streams_is_what_is_generated(text_to_text):
+def test_a_stream_is_the_generated_text_in_pieces(text_to_text):
     for prompt in PROMPTS[:3]:
         pieces = list(text_to_text.stream(prompt, max_new_tokens=6))
         assert "".join(pieces).strip() == text_to_text.generate([prompt], max_new_tokens=6)[0].strip()
@@ -59,12 +53,12 @@ def test_an_error_while_streaming_reaches_the_caller(text_to_text):
         list(text_to_text.stream("src1", num_beams=2))
 
 
-def test_no_prompts_have_no_answers(text_to_text):
+def test_no_prompts_give_no_outputs(text_to_text):
     assert text_to_text.generate([]) == []
 
 
 def test_an_empty_prompt_is_found_before_any_compute(checkpoints, monkeypatch):
-    """Tokenizers that add no end make one of an empty text."""
+    """A tokenizer without an end token makes an empty prompt of an empty text."""
     text_to_text = TextToText.from_pretrained(checkpoints["llm2slm"])
     assert text_to_text.position_problem(0, 4) == "The prompt is empty"
     monkeypatch.setattr(text_to_text, "features", lambda prompts: {"input_ids": [[3, 4], []]})
@@ -73,14 +67,14 @@ def test_an_empty_prompt_is_found_before_any_compute(checkpoints, monkeypatch):
         text_to_text.generate(["src1", ""])
 
 
-def test_answers_are_limited_by_target_max_length(text_to_text, monkeypatch):
+def test_target_max_length_limits_outputs(text_to_text, monkeypatch):
     text_to_text.target_max_length = 3
     suppressed = text_to_text.generate_tokens(["src1"], suppress_tokens=[END])
     assert len(suppressed[0]) == 3
     assert len(text_to_text.generate_tokens(["src1"], suppress_tokens=[END], max_new_tokens=4)[0]) == 4
 
 
-def test_answers_are_as_long_as_the_checkpoint_says(text_to_text):
+def test_the_limit_of_the_checkpoint_applies(text_to_text):
     text_to_text.model.generation_config.max_new_tokens = 3
     assert len(text_to_text.generate_tokens(["src1"], suppress_tokens=[END])[0]) == 3
     assert len(text_to_text.generate_tokens(["src1"], suppress_tokens=[END], max_new_tokens=4)[0]) == 4
@@ -88,7 +82,7 @@ def test_answers_are_as_long_as_the_checkpoint_says(text_to_text):
     assert len(text_to_text.generate_tokens(["src1"], suppress_tokens=[END])[0]) == 2
 
 
-def test_a_saved_model_answers_as_before(text_to_text, tmp_path):
+def test_a_saved_model_generates_as_before(text_to_text, tmp_path):
     text_to_text.save_pretrained(tmp_path)
     reloaded = TextToText.from_pretrained(tmp_path)
     assert type(reloaded) is type(text_to_text)
@@ -96,15 +90,24 @@ def test_a_saved_model_answers_as_before(text_to_text, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_long_texts_are_cut_to_the_maximum_and_still_end(checkpoints, kind, caplog):
+def test_long_texts_are_truncated_with_a_warning_and_still_end(checkpoints, kind, caplog):
     limited = TextToText.from_pretrained(checkpoints[kind], prompt_max_length=3, target_max_length=3)
-    features = limited.features(PROMPTS[:1], ANSWERS[:1])
+    features = limited.features(PROMPTS[:1], TARGETS[:1])
     labels = [label for label in features["labels"][0] if label != -100]
     assert len(labels) == 3
     assert labels[-1] == END
     prompt = features["input_ids"][0]
-    assert caplog.text.count("1 of 1") == 2  # nothing is cut in silence
-    assert len(prompt) == (3 if kind != "slm" else 3 + 1 + 3)  # a decoder-only model has all in one, with a separator
+    assert caplog.text.count("1 of 1") == 2  # nothing is truncated in silence
+    assert len(prompt) == (
+        3 if kind != "slm" else 3 + 1 + 3
+    )  # a decoder-only model has one sequence, with a separator
+
+
+def test_each_kind_has_its_class(checkpoints):
+    names = {kind: type(TextToText.from_pretrained(path)).__name__ for kind, path in checkpoints.items()}
+    assert names == {
+        "llm": "EncoderDecoderTextToText", "slm": "DecoderOnlyTextToText", "llm2slm": LLM2SLMTextToText.__name__
+    }  # fmt: skip
 
 
 def test_parameters_are_counted_once(checkpoints):
@@ -115,7 +118,7 @@ def test_parameters_are_counted_once(checkpoints):
     assert counts["llm"]["decode"] < counts["llm"]["total"]
 
 
-def test_parts_of_a_composite_are_all_of_it(checkpoints):
+def test_parts_of_an_llm2slm_model_are_complete(checkpoints):
     composite = TextToText.from_pretrained(checkpoints["llm2slm"])
     parts = {part.name: part for part in composite.parts()}
     assert list(parts) == ["LLM", "projector", "SLM"]
@@ -129,14 +132,14 @@ class TestDecoderOnly:
     def slm(self, checkpoints):
         return TextToText.from_pretrained(checkpoints["slm"])
 
-    def test_only_the_answer_counts_in_the_loss(self, slm):
+    def test_only_the_target_counts_in_the_loss(self, slm):
         features = slm.features(["src1 src2"], ["src3"])
         one, two, three = slm.tokenizer.convert_tokens_to_ids(["src1", "src2", "src3"])
         assert features["input_ids"] == [[one, two, END, three, END]]
         assert features["labels"] == [[-100, -100, -100, three, END]]
 
-    def test_batches_of_answers_give_the_loss_and_gradients_of_whole_sequences(self, slm):
-        features = slm.features(PROMPTS, ANSWERS)
+    def test_logits_of_targets_give_the_loss_and_gradients_of_whole_sequences(self, slm):
+        features = slm.features(PROMPTS, TARGETS)
         rows = [{name: features[name][row] for name in features} for row in range(len(PROMPTS))]
         short, whole = slm.collator(rows), DataCollatorForSeq2Seq(slm.tokenizer)(rows)
         assert short["logits_to_keep"] == 1 + 7
@@ -148,8 +151,8 @@ class TestDecoderOnly:
         torch.testing.assert_close(*losses)
         torch.testing.assert_close(*gradients)
 
-    def test_a_tokenizer_without_pad_and_end_ids_of_its_own_will_do(self):
-        # As GPT-2's: one token starts and ends, none pads.
+    def test_one_token_may_start_end_and_pad(self):
+        # GPT-2 has one token to start and end, and none to pad.
         slm = DecoderOnlyTextToText(GPT2LMHeadModel(gpt2_config()).eval(), slm_tokenizer())
         end = slm.tokenizer.eos_token_id
         assert slm.tokenizer.pad_token_id == end
@@ -198,11 +201,11 @@ def test_a_damaged_checkpoint_is_an_error_of_one_line(checkpoints, tmp_path, kin
 def test_a_model_of_another_type_is_an_error(tmp_path):
     config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=16)
     ViTModel(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="vit model, which does not turn a prompt into an answer"):
+    with pytest.raises(ValueError, match="vit model, which does not generate text"):
         TextToText.from_pretrained(tmp_path)
 
 
-def test_a_type_nobody_knows_is_an_error(tmp_path):
+def test_an_unknown_model_type_is_an_error(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard-of"}))
     with pytest.raises(OSError, match="cannot be loaded"):
         TextToText.from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""LoRA for the SLM: nothing of the LLM trains, and an adapter holds what was trained and nothing else."""
+"""Adapters for the SLM: the LLM never trains, and a saved adapter holds exactly the trained tensors."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def logits_of(model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_what_trains(fusion: str) -> None:
+def test_lora_and_the_projector_train_and_the_llm_does_not(fusion: str) -> None:
     model = build_model(fusion)
     linears = [n for n, m in model.decoder.named_modules() if isinstance(m, nn.Linear | Conv1D) and n != "lm_head"]
     adapted = peft.get_peft_model(model, lora_config(model))
@@ -74,7 +74,7 @@ def test_what_trains(fusion: str) -> None:
 @pytest.mark.parametrize("layers", [2, 3])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_an_adapter_loads_on_a_fresh_base(fusion: str, method: str, layers: int, tmp_path: Path) -> None:
+def test_adapter_loads_on_a_fresh_base(fusion: str, method: str, layers: int, tmp_path: Path) -> None:
     base = build_model(fusion, projector_layers=layers)
     base.save_pretrained(tmp_path / "base")
     before = copy.deepcopy(base.state_dict())
@@ -89,8 +89,8 @@ def test_an_adapter_loads_on_a_fresh_base(fusion: str, method: str, layers: int,
     loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
     assert torch.equal(logits_of(loaded), expected)
     kwargs = {**pad_prompts(PROMPTS), "max_new_tokens": 6, "do_sample": False}
-    answers = adapted.generate(**kwargs).tolist()
-    assert loaded.generate(**kwargs).tolist() == answers
+    outputs = adapted.generate(**kwargs).tolist()
+    assert loaded.generate(**kwargs).tolist() == outputs
     for name, parameter in loaded.named_parameters():
         if ".llm." in name:
             assert not parameter.requires_grad
@@ -98,7 +98,7 @@ def test_an_adapter_loads_on_a_fresh_base(fusion: str, method: str, layers: int,
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_the_adapter_file_holds_what_was_trained(fusion: str, method: str, tmp_path: Path) -> None:
+def test_adapter_file_holds_exactly_the_trained_tensors(fusion: str, method: str, tmp_path: Path) -> None:
     adapted = adapt(build_model(fusion), method=method)
     adapted.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -109,7 +109,7 @@ def test_the_adapter_file_holds_what_was_trained(fusion: str, method: str, tmp_p
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_merging_gives_the_same_logits(method: str, tmp_path: Path) -> None:
+def test_merged_model_has_the_logits_of_the_adapted_one(method: str, tmp_path: Path) -> None:
     adapted = adapt(build_model("add"), method=method)
     expected = logits_of(adapted)
     merged = adapted.merge_and_unload()
@@ -121,21 +121,21 @@ def test_merging_gives_the_same_logits(method: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits_of(reloaded), logits_of(merged))
 
 
-def test_without_its_adapter_the_model_is_the_base() -> None:
+def test_model_with_its_adapter_disabled_is_the_base() -> None:
     base = build_model("add")
     expected = logits_of(base)
     with adapt(base).disable_adapter():
         torch.testing.assert_close(logits_of(base), expected)
 
 
-def test_defaults_can_be_replaced() -> None:
+def test_overrides_replace_the_defaults_of_lora_config() -> None:
     config = lora_config(build_model("add"), r=3, lora_alpha=5, modules_to_save=["projector"])
     assert (config.r, config.lora_alpha, config.modules_to_save) == (3, 5, ["projector"])
 
 
-def test_some_layers_alone() -> None:
+def test_layers_to_transform_adapts_only_these_layers() -> None:
     model = build_model("add")
-    with pytest.raises(ValueError, match="`layers_to_transform` needs the layers by name"):
+    with pytest.raises(ValueError, match="`layers_to_transform` needs a list of names too"):
         lora_config(model, layers_to_transform=[0])
     adapted = peft.get_peft_model(model, lora_config(model, layers_to_transform=[0], target_modules=["c_attn"]))
     lora = [name for name, p in adapted.named_parameters() if p.requires_grad and ".lora_" in name]
@@ -143,7 +143,7 @@ def test_some_layers_alone() -> None:
     assert all(".decoder." in name and ".h.0." in name for name in lora)
 
 
-def test_an_encoder_decoder_slm_is_matched_too() -> None:
+def test_lora_matches_an_encoder_decoder_slm() -> None:
     """The pattern is anchored at the SLM: a T5 has a `decoder` and `q`, `v` layers inside, whichever part it is."""
     model = LLM2SLMForConditionalGeneration(LLM2SLMConfig(encoder=t5_config(), decoder=t5_config()))
     adapted = peft.get_peft_model(model, lora_config(model))
@@ -153,7 +153,7 @@ def test_an_encoder_decoder_slm_is_matched_too() -> None:
 
 
 @pytest.mark.parametrize("method", ["dora", "ia3"])
-def test_other_methods_train_nothing_of_the_llm(method: str) -> None:
+def test_dora_and_ia3_leave_the_llm_untrained(method: str) -> None:
     before = build_model("add").state_dict()
     adapted = adapt(build_model("add"), method=method)
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
@@ -166,7 +166,7 @@ def test_other_methods_train_nothing_of_the_llm(method: str) -> None:
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q", "v"], ["q", "v", "c_attn"], r".*\.(q|k|v|c_attn)"])
 @pytest.mark.parametrize("excluded", [None, ["mlp.c_fc"], r".*\.c_fc"])
-def test_no_choice_of_targets_reaches_the_llm(targets: Any, excluded: Any) -> None:
+def test_target_modules_never_match_the_llm(targets: Any, excluded: Any) -> None:
     """LLM and SLM share layer names, and peft's "all-linear" means the whole model."""
     t5_slm = LLM2SLMForConditionalGeneration(LLM2SLMConfig(encoder=t5_config(), decoder=t5_config()))
     for model in (build_model("add"), t5_slm):
@@ -181,7 +181,7 @@ def test_no_choice_of_targets_reaches_the_llm(targets: Any, excluded: Any) -> No
         assert not [name for name in lora if excluded is not None and ".c_fc." in name]
 
 
-def test_an_slm_that_ia3_does_not_know_is_an_error_that_names_the_fix() -> None:
+def test_ia3_for_an_unknown_slm_is_an_error_that_names_the_fix() -> None:
     model = build_model("add")
     model.config.decoder.model_type = "nobodys"
     with pytest.raises(ValueError, match="pass `target_modules`"):

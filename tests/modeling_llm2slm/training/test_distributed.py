@@ -1,4 +1,4 @@
-"""Two processes on one machine: the losses of a single one, with the model copied (DDP) or sharded (FSDP2)."""
+"""Training in two processes, with the model copied (DDP) or sharded (FSDP2): the losses are those of one process."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForSeq2SeqLM
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
-from modeling_llm2slm.checkpoint_llm2slm import describe_source
 from modeling_llm2slm.conversion.build import build
+from modeling_llm2slm.inference.factory import describe_source
 from modeling_llm2slm.states.encoding import encode
 from tests.support.checkpoints import write_checkpoint, write_pairs, write_parts
 from tests.support.common import PROMPTS, build_model, make_labels, pad_prompts
@@ -44,7 +44,7 @@ def free_port() -> int:
 
 
 def batch_of(rows: slice) -> dict[str, torch.Tensor]:
-    """Prompts of unequal lengths, and answers without padding: as many tokens for every process."""
+    """Return prompts of unequal lengths, and targets without padding: every process has the same number of tokens."""
     batch = {**pad_prompts([*PROMPTS, PROMPTS[1]]), "labels": make_labels(4, 6).clamp(min=2)}
     return {name: tensor[rows] for name, tensor in batch.items()}
 
@@ -114,7 +114,7 @@ def saving_worker(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_a_sharded_model_encodes_and_saves_lean_checkpoints(tmp_path: Path) -> None:
+def test_sharded_model_encodes_and_saves_lean_checkpoints(tmp_path: Path) -> None:
     model = build_model("add").eval()
     model.save_pretrained(tmp_path / "start")
     mp.spawn(saving_worker, (free_port(), str(tmp_path)), nprocs=2)
@@ -142,7 +142,7 @@ def make_model(fusion: str, dtype: str | None) -> LLM2SLMForConditionalGeneratio
     ("fusion", "dtype", "stored"),
     [("add", None, False), ("replace", None, False), ("add_shared", "bfloat16", False), ("add", "bfloat16", True)],
 )
-def test_a_sharded_model_has_the_losses_of_a_whole_one(
+def test_sharded_model_has_the_losses_of_a_whole_one(
     fusion: str, dtype: str | None, stored: bool, tmp_path: Path
 ) -> None:
     alone = make_model(fusion, dtype)
@@ -170,7 +170,7 @@ def recipe(tmp_path: Path) -> dict[str, Any]:
 
 
 def launch(recipe: dict[str, Any], folder: Path, processes: int, **overrides: Any) -> dict[str, Any]:
-    """Trains by `accelerate launch` with two processes, or without it, four pairs a step; returns the report."""
+    """Train by `accelerate launch`, or alone in one process, four examples a step; return the report."""
     path = folder.with_suffix(".yaml")
     batch = {"per_device_train_batch_size": 4 // processes, "output_dir": str(folder)}
     path.write_text(yaml.safe_dump({**recipe, **batch, **overrides}))
@@ -182,7 +182,7 @@ def launch(recipe: dict[str, Any], folder: Path, processes: int, **overrides: An
         command = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", *command[2:]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
-        command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=250,
+        command, cwd=Path(__file__).parents[3], env=environment, capture_output=True, text=True, timeout=250,
         check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
@@ -194,7 +194,7 @@ def losses_of(report: dict[str, Any]) -> list[float]:
 
 
 @pytest.mark.parametrize("how", ["running LLM", "stored states", "adapter", "streamed"])
-def test_copies_have_the_losses_of_one(recipe: dict[str, Any], tmp_path: Path, how: str) -> None:
+def test_copied_models_have_the_losses_of_one(recipe: dict[str, Any], tmp_path: Path, how: str) -> None:
     if how == "stored states":
         encode(recipe["model"], [recipe["train_data"]], tmp_path / "states")
         recipe["llm_states"] = str(tmp_path / "states")
@@ -212,8 +212,8 @@ def test_copies_have_the_losses_of_one(recipe: dict[str, Any], tmp_path: Path, h
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-2, atol=1e-3)
 
 
-def test_a_resumed_run_of_copies_has_the_same_losses(recipe: dict[str, Any], tmp_path: Path) -> None:
-    """In the middle of an epoch, where accelerate does not tell a wrapped sampler the epoch."""
+def test_resumed_run_of_copies_has_the_same_losses(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """In the middle of an epoch, where accelerate does not set the epoch of a wrapped sampler."""
     recipe |= {"metric": "loss", "save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
     recipe |= {"num_train_epochs": 4, "save_total_limit": 10}
     whole = launch(recipe, tmp_path / "whole", 2)
@@ -227,7 +227,7 @@ def test_a_resumed_run_of_copies_has_the_same_losses(recipe: dict[str, Any], tmp
     assert losses_of(again) == losses_of(whole)
 
 
-def test_a_checkpoint_of_every_kind_starts_on_two_processes(tmp_path: Path) -> None:
+def test_slm_alone_trains_in_two_processes(tmp_path: Path) -> None:
     data = write_pairs(tmp_path / "pairs.jsonl")
     recipe = {"train_data": data, "max_steps": 1, "model": write_checkpoint("slm", tmp_path), "logging_steps": 1}
     assert launch(recipe, tmp_path / "out", 2)["steps"] == 1

@@ -1,4 +1,4 @@
-"""What is promised before training: measured, counted, and one of three recommendations."""
+"""Plans: what is measured and counted before training, and which SLM is recommended."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, planning
+from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
 from modeling_llm2slm.inference.text_to_text import TextToText
+from modeling_llm2slm.settings import PlanSettings
+from modeling_llm2slm.workflows import plan as planning
 from modeling_llm2slm.workflows.plan import Candidate, plan, recommend
 from tests.support.checkpoints import PAIRS, PROMPTS, write_bart, write_checkpoint, write_pairs
 from tests.support.common import gpt2_config, slm_tokenizer, t5_config
@@ -21,17 +23,19 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_checkpoint("llm", tmp_path_factory.mktemp("llm"))
 
 
-def test_a_plan_has_everything_a_user_asks_for(llm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_reports_speed_memory_and_hours_of_each_slm(
+    llm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("modeling_llm2slm.configuration", reason="presets are found in an installed package only")
     (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS, PROMPTS[0]]) + "\n")
     slm_tokenizer().save_pretrained(tmp_path / "tokenizer")
     large = TextToText.from_pretrained(llm)
-    answer = large.features([PROMPTS[0]], ["src1 src2 src3 src4"])["labels"][0]
-    monkeypatch.setattr(TextToText, "generate_tokens", lambda self, prompts, *_, **__: [answer] * len(prompts))
+    output = large.features([PROMPTS[0]], ["src1 src2 src3 src4"])["labels"][0]
+    monkeypatch.setattr(TextToText, "generate_tokens", lambda self, prompts, *_, **__: [output] * len(prompts))
     steps: list[str] = []
     result = plan(
-        llm, tmp_path / "prompts.txt", presets=["tiny"], slm_tokenizers={"tiny": str(tmp_path / "tokenizer")},
-        timed_prompts=2, batch_size=2, max_new_tokens=8, progress=steps.append,
+        llm, tmp_path / "prompts.txt", PlanSettings(timed_prompts=2, batch_size=2, max_new_tokens=8),
+        presets=["tiny"], slm_tokenizers={"tiny": str(tmp_path / "tokenizer")}, progress=steps.append,
     )  # fmt: skip
     large = TextToText.from_pretrained(llm)
     lengths = [len(ids) for ids in large.features(PROMPTS)["input_ids"]]
@@ -48,60 +52,61 @@ def test_a_plan_has_everything_a_user_asks_for(llm: str, tmp_path: Path, monkeyp
     assert json.loads(json.dumps(result)) == result
 
 
-def test_without_the_slms_tokenizer_the_llms_count_stands_for_it(llm: str, tmp_path: Path) -> None:
+def test_tokens_of_the_llm_are_assumed_without_the_tokenizer_of_the_slm(llm: str, tmp_path: Path) -> None:
     pytest.importorskip("modeling_llm2slm.configuration", reason="presets are found in an installed package only")
     (tmp_path / "prompts.txt").write_text(PROMPTS[0] + "\n")
-    result = plan(llm, tmp_path / "prompts.txt", presets=["tiny"], batch_size=1, max_new_tokens=4)
+    result = plan(llm, tmp_path / "prompts.txt", PlanSettings(batch_size=1, max_new_tokens=4), presets=["tiny"])
     assert result["candidates"][0]["tokens_assumed"]
     assert result["candidates"][0]["output_tokens"] == result["output_tokens"]
     assert result["output_tokens"] <= 4
     with pytest.raises(ValueError, match="no preset 'huge'"):
-        plan(llm, tmp_path / "prompts.txt", presets=["huge"], max_new_tokens=4)
+        plan(llm, tmp_path / "prompts.txt", PlanSettings(max_new_tokens=4), presets=["huge"])
 
 
-def test_an_answer_is_timed_no_longer_than_it_may_be(
+def test_timed_outputs_are_at_most_max_new_tokens_long(
     llm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the SLM's tokenizer needs more tokens than the LLM's, also for a prompt that leaves no room for them."""
+    """The SLM's tokenizer may need more tokens than the LLM's."""
     pytest.importorskip("modeling_llm2slm.configuration", reason="presets are found in an installed package only")
     (tmp_path / "prompts.txt").write_text("src5 src6\n")
     slm_tokenizer().save_pretrained(tmp_path / "tokenizer")
     monkeypatch.setattr("modeling_llm2slm.workflows.plan._count", lambda *_: 1000)
-    options = {"slm_tokenizers": {"tiny": str(tmp_path / "tokenizer")}, "max_new_tokens": 4, "batch_size": 1}
-    assert plan(llm, tmp_path / "prompts.txt", presets=["tiny"], **options)["candidates"][0]["output_tokens"] == 4
+    settings, tokenizers = PlanSettings(max_new_tokens=4, batch_size=1), {"tiny": str(tmp_path / "tokenizer")}
+    result = plan(llm, tmp_path / "prompts.txt", settings, presets=["tiny"], slm_tokenizers=tokenizers)
+    assert result["candidates"][0]["output_tokens"] == 4
 
 
-def test_prompts_that_are_too_long_are_counted_and_not_timed(llm: str, tmp_path: Path) -> None:
+def test_prompts_beyond_the_max_positions_are_counted_but_not_timed(llm: str, tmp_path: Path) -> None:
     pytest.importorskip("modeling_llm2slm.configuration", reason="presets are found in an installed package only")
     long = " ".join(PROMPTS * 40)
-    data, options = tmp_path / "p.jsonl", {"presets": ["tiny"], "batch_size": 1, "max_new_tokens": 4}
+    data, settings = tmp_path / "p.jsonl", PlanSettings(batch_size=1, max_new_tokens=4)
     write_pairs(data, [{"prompt": long}, {"prompt": PROMPTS[0]}, {"prompt": 7}])
     with pytest.raises(ValueError, match="prompt of row 2 is 7.*skip_bad_rows"):
-        plan(llm, data, **options)
-    result = plan(llm, data, skip_bad_rows=True, timed_prompts=2, **options)
+        plan(llm, data, settings, presets=["tiny"])
+    settings = replace(settings, skip_bad_rows=True)
+    result = plan(llm, data, replace(settings, timed_prompts=2), presets=["tiny"])
     assert (result["prompts"], result["candidates"][0]["too_long"]) == (2, 1)
-    assert plan(llm, data, skip_bad_rows=True, prompt_max_length=9, **options)["candidates"][0]["too_long"] == 0
+    truncated = plan(llm, data, replace(settings, prompt_max_length=9), presets=["tiny"])
+    assert truncated["candidates"][0]["too_long"] == 0
     (tmp_path / "long.txt").write_text(long + "\n")
-    with pytest.raises(ValueError, match="tiny has positions for none of the prompts.*prompt_max_length"):
-        plan(llm, tmp_path / "long.txt", **options)
+    with pytest.raises(ValueError, match="no prompt fits the max positions of tiny.*prompt_max_length"):
+        plan(llm, tmp_path / "long.txt", settings, presets=["tiny"])
 
 
-def test_what_cannot_be_planned_is_refused(llm: str, tmp_path: Path) -> None:
+def test_unsuitable_llms_and_tokenizers_are_refused(llm: str, tmp_path: Path) -> None:
     pytest.importorskip("modeling_llm2slm.configuration", reason="presets are found in an installed package only")
     data = write_pairs(tmp_path / "p.jsonl")
     with pytest.raises(ValueError, match="is an LLM-to-SLM model"):
         plan(write_checkpoint("llm2slm", tmp_path / "composite"), data, presets=["tiny"])
     with pytest.raises(ValueError, match="is decoder-only"):
         plan(write_checkpoint("slm", tmp_path / "slm"), data, presets=["tiny"])
-    with pytest.raises(ValueError, match="a tokenizer for tyni, which is none of the presets tiny"):
+    with pytest.raises(ValueError, match="tyni has a tokenizer, but it is not one of the presets tiny"):
         plan(llm, data, presets=["tiny"], slm_tokenizers={"tyni": "x"})
     with pytest.raises(OSError, match="no/such/folder cannot be loaded"):
         plan(llm, data, presets=["tiny"], slm_tokenizers={"tiny": "no/such/folder"})
 
 
-def test_every_slm_is_timed_on_prompts_that_it_fits_for(
-    llm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_slm_is_timed_on_prompts_that_fit_it(llm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("modeling_llm2slm.configuration", reason="presets are found in an installed package only")
     long = [" ".join([*PROMPTS * 20, f"src{row}"]) for row in range(3)]
     data = write_pairs(tmp_path / "p.jsonl", [{"prompt": text} for text in (*long, PROMPTS[0])])
@@ -115,14 +120,14 @@ def test_every_slm_is_timed_on_prompts_that_it_fits_for(
         return measure(*args)
 
     monkeypatch.setattr(planning, "_measure", measuring)
-    result = plan(llm, data, presets=["tiny", wide], timed_prompts=4, batch_size=1, max_new_tokens=4)
+    result = plan(llm, data, PlanSettings(timed_prompts=4, batch_size=1, max_new_tokens=4), presets=["tiny", wide])
     tiny, other = (Candidate(**candidate) for candidate in result["candidates"])
     assert (tiny.too_long, other.too_long) == (3, 0)
     assert timed == [[PROMPTS[0]], [*long, PROMPTS[0]]]
     assert result["recommended"] != "tiny"
 
 
-def test_an_llm_is_timed_greedily_and_within_its_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_llm_is_timed_greedily_and_within_its_max_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("modeling_llm2slm.configuration", reason="presets are found in an installed package only")
     bart = write_bart(tmp_path / "bart", num_beams=3)
     data = write_pairs(tmp_path / "p.jsonl", [{"prompt": " ".join(PROMPTS * 4)}, *PAIRS[:2]])
@@ -134,16 +139,19 @@ def test_an_llm_is_timed_greedily_and_within_its_positions(tmp_path: Path, monke
         return generate_tokens(self, prompts, *args, **kwargs)
 
     monkeypatch.setattr(TextToText, "generate_tokens", asking)
-    result = plan(bart, data, presets=["tiny"], timed_prompts=2, batch_size=1, max_new_tokens=4, num_beams=5)
+    settings = PlanSettings(timed_prompts=2, batch_size=1, max_new_tokens=4, num_beams=5)
+    result = plan(bart, data, settings, presets=["tiny"])
     assert result["candidates"][0]["too_long"] == 1
     assert len(asked) >= 4
     assert {options["num_beams"] for options in asked} <= {1, 5}
     assert sum(options["num_beams"] == 1 for options in asked) >= 4
 
 
-def test_a_step_that_has_no_memory_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_step_is_estimated_from_a_smaller_batch_where_memory_is_too_small(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = LLM2SLMForConditionalGeneration(LLM2SLMConfig(encoder=t5_config(), decoder=gpt2_config()))
-    monkeypatch.setattr(planning, "_seconds", lambda work: work() or 1.0)
+    monkeypatch.setattr(planning, "seconds_of", lambda work: work() or 1.0)
     batches: list[int] = []
     model.register_forward_pre_hook(lambda _, args, kwargs: batches.append(len(kwargs["labels"])), with_kwargs=True)
     sizes = {"prompt_length": 5, "output_length": 4}
@@ -157,13 +165,13 @@ def test_a_step_that_has_no_memory_is_estimated(monkeypatch: pytest.MonkeyPatch)
     assert planning._step_seconds(model, 8, **sizes) == 8
 
 
-def test_an_slm_without_room_is_not_recommended() -> None:
+def test_slm_with_too_few_positions_is_not_recommended() -> None:
     row = Candidate("narrow", 100, 1.0, 1.0, 4.0, 1, False, 1, 1, 1.0, 1.0, 1.0, 6)
     other = replace(row, name="wide", speed_up=2.5, slm_parameters=10, too_long=5)
     assert recommend([row, other], 100)[0] == "wide"
     name, sentence = recommend([row, replace(other, too_long=50)], 100)
     assert name == "narrow"
-    assert "But 6% of the prompts or more are too long: cut them with prompt_max_length" in sentence
+    assert "But 6% of the prompts or more are too long: truncate them with prompt_max_length" in sentence
 
 
 @pytest.mark.parametrize(
@@ -175,7 +183,7 @@ def test_an_slm_without_room_is_not_recommended() -> None:
         ((0.7, 1.1), None, "Do not train"),
     ],
 )
-def test_the_largest_slm_that_is_fast_enough(
+def test_recommendation_is_the_largest_slm_that_is_fast_enough(
     speed_ups: tuple[float, float], recommended: str | None, words: str
 ) -> None:
     row = Candidate("large", 100, 1.0, 1.0, speed_ups[0], 1, False, 1, 1, 1.0, 1.0, 1.0, 0)

@@ -1,4 +1,4 @@
-"""From prompts to a model in one go: every stage once, whatever stops it, and wrong input found before the first."""
+"""Speed-ups: every stage runs once, also in interrupted runs, and wrong input is found before the first."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ import typer
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import llm2slm
-from modeling_llm2slm import speedup
 from modeling_llm2slm.inference.text_to_text import TextToText
-from modeling_llm2slm.settings import EncodeSettings
+from modeling_llm2slm.settings import DistillSettings, EncodeSettings, SpeedupSettings
 from modeling_llm2slm.states.encoding import encode
 from modeling_llm2slm.training.distillation import distill
-from modeling_llm2slm.training.training import load_recipe, train
-from modeling_llm2slm.workflows.speedup import Speedup, SpeedupSettings
+from modeling_llm2slm.training.recipe import load_recipe
+from modeling_llm2slm.training.run import train
+from modeling_llm2slm.workflows import speedup
+from modeling_llm2slm.workflows.speedup import Speedup
 from tests.support.checkpoints import WORDS, write_bart, write_checkpoint
 
 
@@ -35,14 +36,19 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> SpeedupSettings:
     (folder / "prompts.txt").write_text("\n".join([*prompts, prompts[0]]) + "\n")
     recipe = {"num_train_epochs": 1, "per_device_train_batch_size": 4}
     return SpeedupSettings(
-        llm, str(folder / "prompts.txt"), str(folder / "gpt2.json"), num_beams=1, max_new_tokens=5, recipe=recipe
+        llm=llm,
+        prompts=str(folder / "prompts.txt"),
+        slm=str(folder / "gpt2.json"),
+        num_beams=1,
+        max_new_tokens=5,
+        recipe=recipe,
     )
 
 
 STAGES = ["distill", "build", "encode", "train", "evaluate"]
 
 
-def test_prompts_become_a_model_and_nothing_is_done_twice(
+def test_prompts_become_a_model_and_no_stage_runs_twice(
     settings: SpeedupSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
@@ -60,7 +66,7 @@ def test_prompts_become_a_model_and_nothing_is_done_twice(
 
 
 @pytest.mark.parametrize("stage", ["build", "encode", "train", "compare"])
-def test_a_run_that_was_stopped_goes_on(
+def test_interrupted_run_resumes(
     settings: SpeedupSettings, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: Any, **__: Any) -> None:
@@ -80,14 +86,14 @@ def test_a_run_that_was_stopped_goes_on(
         ({"slm": "no/such/model"}, "no/such/model cannot be loaded"),
         ({"llm": "no/such/model"}, "no/such/model cannot be loaded"),
         ({"recipe": {"learning_rat": 1}}, "Did you mean learning_rate"),
-        ({"recipe": {"prompt_column": "source"}}, "name it with --prompt-column"),
+        ({"recipe": {"prompt_column": "source"}}, "set it with --prompt-column"),
         *(
-            ({"recipe": {name: "x"}}, f"{name} is what a speed-up fills in itself")
+            ({"recipe": {name: "x"}}, f"{name} is set by the speed-up itself")
             for name in ("model", "output_dir", "train_data", "validation_data", "llm_states")
         ),
     ],
 )
-def test_what_is_wrong_is_found_before_any_work(
+def test_wrong_settings_are_refused_before_any_work(
     settings: SpeedupSettings, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises((ValueError, OSError), match=message):
@@ -95,7 +101,9 @@ def test_what_is_wrong_is_found_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_every_stage_reads_the_same_data(settings: SpeedupSettings, tmp_path: Path) -> None:
+def test_every_stage_truncates_prompts_alike_and_no_record_holds_a_token(
+    settings: SpeedupSettings, tmp_path: Path
+) -> None:
     recipe = {**settings.recipe, "prompt_max_length": "2", "hub_token": "hf_secret"}
     Speedup(replace(settings, recipe=recipe), tmp_path).run()
     assert TextToText.from_pretrained(tmp_path / "model").prompt_max_length == 2
@@ -105,7 +113,7 @@ def test_every_stage_reads_the_same_data(settings: SpeedupSettings, tmp_path: Pa
         assert "hf_secret" not in text
 
 
-def test_the_commands_do_what_the_stages_do(settings: SpeedupSettings, tmp_path: Path) -> None:
+def test_shown_commands_have_the_settings_of_their_stages(settings: SpeedupSettings, tmp_path: Path) -> None:
     recipe = {**settings.recipe, "prompt_max_length": 4, "skip_bad_rows": True}
     changed = replace(
         settings, slm_tokenizer=settings.llm, prompt_column="source", limit=9, batch_size=5, fusion="replace",
@@ -117,9 +125,9 @@ def test_the_commands_do_what_the_stages_do(settings: SpeedupSettings, tmp_path:
         assert words[:2] == ["llm2slm", stage]
         given[stage] = app.commands[stage].make_context(stage, words[2:]).params  # type: ignore[attr-defined]
     data = {"prompt_max_length": 4, "skip_bad_rows": True, "device": "cuda"}
-    answers = {"num_beams": 1, "max_new_tokens": 5}
+    generation = {"num_beams": 1, "max_new_tokens": 5}
     expected: dict[str, dict[str, Any]] = {
-        "distill": {**data, **answers, "prompt_column": "source", "limit": 9, "batch_size": 5},
+        "distill": {**data, **generation, "prompt_column": "source", "limit": 9, "batch_size": 5},
         "build": {
             "slm_tokenizer": settings.llm,
             "fusion": "replace",
@@ -127,13 +135,13 @@ def test_the_commands_do_what_the_stages_do(settings: SpeedupSettings, tmp_path:
             "max_new_tokens": 5,
         },
         "encode": {**data, "batch_size": 5, "prompt_column": "prompt"},
-        "evaluate": {**data, **answers, "against": settings.llm},
+        "evaluate": {**data, **generation, "against": settings.llm},
     }
     for stage, options in expected.items():
         assert {name: given[stage][name] for name in options} == options
 
 
-def test_other_settings_want_another_folder(settings: SpeedupSettings, tmp_path: Path) -> None:
+def test_settings_of_finished_stages_may_not_change(settings: SpeedupSettings, tmp_path: Path) -> None:
     Speedup(settings, tmp_path).distill()
     with pytest.raises(ValueError, match=r"begun with another num_beams \(1\)"):
         Speedup(replace(settings, num_beams=3), tmp_path)
@@ -156,7 +164,7 @@ def test_other_settings_want_another_folder(settings: SpeedupSettings, tmp_path:
     Speedup(replace(changed.settings, recipe={**recipe, "skip_bad_rows": True}), tmp_path).run()
 
 
-def test_prompts_without_room_are_found_before_any_work(
+def test_prompts_beyond_the_max_positions_are_refused_before_any_work(
     settings: SpeedupSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = [" ".join(words) for words in WORDS]
@@ -174,7 +182,7 @@ def test_prompts_without_room_are_found_before_any_work(
         assert result["prompts"] > 0
 
 
-def test_an_llm_with_positions_answers_what_it_fits_for(
+def test_prompts_beyond_the_max_positions_of_the_llm_are_skipped(
     settings: SpeedupSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     llm, texts = write_bart(tmp_path / "bart"), [" ".join(words) for words in WORDS]
@@ -184,20 +192,20 @@ def test_an_llm_with_positions_answers_what_it_fits_for(
     bart = replace(settings, llm=llm, prompts=str(prompts), recipe=recipe)
     assert Speedup(bart, tmp_path / "out").run()["prompts"] > 0
     assert len((tmp_path / "out" / "distilled.jsonl").read_text().splitlines()) == len(texts)
-    options = {"max_new_tokens": 5, "num_beams": 1}
+    distillation = DistillSettings(max_new_tokens=5, num_beams=1)
     with pytest.raises(ValueError, match=r"row 2: .*the LLM has 64 positions.*skip_bad_rows"):
-        distill(llm, prompts, tmp_path / "all.jsonl", **options)
+        distill(llm, prompts, tmp_path / "all.jsonl", distillation)
     both, states = [tmp_path / "out" / "train.jsonl", prompts], tmp_path / "states"
     with pytest.raises(ValueError, match=r"long\.txt: row 2 has a prompt of .* LLM has 64.*skip_bad_rows"):
         encode(tmp_path / "out" / "start", both, states)
     caplog.clear()
     encode(tmp_path / "out" / "start", both, states, EncodeSettings(skip_bad_rows=True))
     assert "long.txt: 1 bad row was skipped: 2." in caplog.text
-    with pytest.raises(ValueError, match="answer up to 70"):
-        distill(llm, prompts, tmp_path / "all.jsonl", **{**options, "max_new_tokens": 70})
+    with pytest.raises(ValueError, match="output up to 70"):
+        distill(llm, prompts, tmp_path / "all.jsonl", replace(distillation, max_new_tokens=70))
 
 
-def test_prompts_that_have_changed_want_another_folder(settings: SpeedupSettings, tmp_path: Path) -> None:
+def test_changed_prompts_need_another_folder(settings: SpeedupSettings, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(Path(settings.prompts).read_text())
     own = replace(settings, prompts=str(prompts))
@@ -209,13 +217,13 @@ def test_prompts_that_have_changed_want_another_folder(settings: SpeedupSettings
         Speedup(own, tmp_path / "out")
 
 
-def test_a_cut_record_of_a_run_is_named(settings: SpeedupSettings, tmp_path: Path) -> None:
+def test_truncated_record_is_named(settings: SpeedupSettings, tmp_path: Path) -> None:
     (tmp_path / "speedup.json").write_text('{"llm": ')
     with pytest.raises(ValueError, match=r"speedup.json is cut or broken .*--output"):
         Speedup(settings, tmp_path)
 
 
-def test_an_llm_that_was_trained_further_wants_another_folder(settings: SpeedupSettings, tmp_path: Path) -> None:
+def test_changed_llm_needs_another_folder(settings: SpeedupSettings, tmp_path: Path) -> None:
     shutil.copytree(settings.llm, tmp_path / "llm")
     own = replace(settings, llm=str(tmp_path / "llm"))
     Speedup(own, tmp_path / "out").distill()
@@ -227,34 +235,33 @@ def test_an_llm_that_was_trained_further_wants_another_folder(settings: SpeedupS
         Speedup(own, tmp_path / "out")
 
 
-def test_the_limit_of_answers_stays_with_the_model(settings: SpeedupSettings, tmp_path: Path) -> None:
+def test_max_new_tokens_is_saved_with_the_model(settings: SpeedupSettings, tmp_path: Path) -> None:
     Speedup(settings, tmp_path).build()
     assert TextToText.from_pretrained(tmp_path / "start").with_limit({}) == {"max_new_tokens": 5}
 
 
-def test_references_of_some_prompts_do_no_harm(settings: SpeedupSettings, tmp_path: Path) -> None:
+def test_references_of_some_prompts_are_ignored(settings: SpeedupSettings, tmp_path: Path) -> None:
     rows = [{"prompt": " ".join(words), "target": None if len(words) % 2 else "x"} for words in WORDS]
     (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = Speedup(replace(settings, prompts=str(tmp_path / "some.jsonl")), tmp_path / "out").run()
     assert result["agreement"]
 
 
-def test_two_prompts_cannot_be_split(settings: SpeedupSettings, tmp_path: Path) -> None:
+def test_two_different_prompts_are_too_few_to_split(settings: SpeedupSettings, tmp_path: Path) -> None:
+    (tmp_path / "two.txt").write_text("src1\nsrc2\nsrc1\n")
     with pytest.raises(ValueError, match="has 2 different prompts"):
-        Speedup(replace(settings, limit=2), tmp_path).distill()
+        Speedup(replace(settings, prompts=str(tmp_path / "two.txt")), tmp_path / "out").distill()
 
 
-def test_results_of_something_else_are_not_taken_for_its_own(settings: SpeedupSettings, tmp_path: Path) -> None:
+def test_results_of_another_program_are_refused(settings: SpeedupSettings, tmp_path: Path) -> None:
     for name in ("train.jsonl", "start"):
         folder = tmp_path / name.partition(".")[0]
         (folder / name).mkdir(parents=True)
-        with pytest.raises(ValueError, match=rf"{folder} has {name}, which no speed-up made .*--output"):
+        with pytest.raises(ValueError, match=rf"{folder} has {name}, which no speed-up wrote .*--output"):
             Speedup(settings, folder)
 
 
-def test_results_without_the_answers_they_came_from_are_still_of_one_run(
-    settings: SpeedupSettings, tmp_path: Path
-) -> None:
+def test_settings_stay_fixed_when_the_distilled_file_is_removed(settings: SpeedupSettings, tmp_path: Path) -> None:
     Speedup(settings, tmp_path / "built").build()
     Speedup(replace(settings, num_beams=2), tmp_path / "built")
     with pytest.raises(ValueError, match=r"begun with another max_new_tokens \(5\)"):
@@ -265,7 +272,7 @@ def test_results_without_the_answers_they_came_from_are_still_of_one_run(
         Speedup(replace(settings, num_beams=2), tmp_path / "split")
 
 
-def test_before_the_first_answer_everything_may_change(
+def test_settings_may_change_before_the_first_output(
     settings: SpeedupSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: Any, **__: Any) -> None:
@@ -281,7 +288,7 @@ def test_before_the_first_answer_everything_may_change(
         Speedup(settings, tmp_path)
 
 
-def test_a_model_that_was_trained_anew_is_evaluated_anew(settings: SpeedupSettings, tmp_path: Path) -> None:
+def test_retrained_model_is_evaluated_again(settings: SpeedupSettings, tmp_path: Path) -> None:
     Speedup(settings, tmp_path).run()
     evaluation = tmp_path / "evaluation.json"
     evaluation.write_text("{}")
@@ -290,7 +297,7 @@ def test_a_model_that_was_trained_anew_is_evaluated_anew(settings: SpeedupSettin
     assert Speedup(settings, tmp_path).run()["prompts"] > 0
 
 
-def test_a_config_file_gets_the_special_tokens_of_its_tokenizer(settings: SpeedupSettings, tmp_path: Path) -> None:
+def test_config_file_gets_the_special_tokens_of_its_tokenizer(settings: SpeedupSettings, tmp_path: Path) -> None:
     config = json.loads(Path(settings.slm).read_text())
     own = {name: value for name, value in config.items() if not name.endswith("_token_id")}
     (tmp_path / "slm.json").write_text(json.dumps(own))
@@ -301,7 +308,7 @@ def test_a_config_file_gets_the_special_tokens_of_its_tokenizer(settings: Speedu
         Speedup(replace(settings, slm=str(tmp_path / "slm.json")), tmp_path / "out")
 
 
-def test_half_a_letter_in_another_column_does_no_harm(settings: SpeedupSettings, tmp_path: Path) -> None:
+def test_lone_surrogate_in_another_column_is_kept(settings: SpeedupSettings, tmp_path: Path) -> None:
     rows = [{"prompt": " ".join(words), "note": "\ud83d"} for words in WORDS]
     (tmp_path / "cut.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Speedup(replace(settings, prompts=str(tmp_path / "cut.jsonl")), tmp_path / "out").distill()

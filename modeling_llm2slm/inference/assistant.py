@@ -1,0 +1,90 @@
+"""An LLM-to-SLM model as the assistant model of its own LLM, under stock assisted generation."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import weakref
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..fusion_llm2slm import probe_ids
+
+
+class RecentStates:
+    """The last output of the LLM's encoder in each thread, for as long as the LLM's `generate()` holds it."""
+
+    def __init__(self, reader: PreTrainedModel, owner: Any):
+        self.local = threading.local()
+        hook = reader.register_forward_hook(self.remember, with_kwargs=True)
+        weakref.finalize(owner, hook.remove)
+
+    def remember(self, reader: Any, args: tuple, kwargs: dict[str, Any], outputs: Any) -> None:
+        """Keep a weak reference to an output, with copies of its prompts. With dropout no two outputs are equal."""
+        input_ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
+        if input_ids is not None and not reader.training:
+            mask = torch.ones_like(input_ids) if mask is None else mask.clone()
+            self.local.last = (input_ids.clone(), mask, weakref.ref(outputs[0]))
+
+    def find(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor | None:
+        """Return, once, the hidden states `(B, N, d_llm)` of exactly these prompts, if the encoder read them last."""
+        known_ids, known_mask, states = self.local.__dict__.pop("last", (None, None, lambda: None))
+        for known, given in ((known_ids, input_ids), (known_mask, attention_mask)):
+            if known is None or known.shape != given.shape or not torch.equal(known.to(given), given):
+                return None
+        return states()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # a copy of the LLM has read nothing yet
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.local = threading.local()
+
+
+def as_assistant_of(model: Any, llm: PreTrainedModel) -> Any:
+    """See [`LLM2SLMForConditionalGeneration.as_assistant_of`]."""
+    check_assistant(model, llm)
+    encoder, assistant = _shallow(model.encoder), _shallow(model)
+    encoder.llm, assistant.encoder = llm.get_encoder(), encoder
+    encoder.recent = RecentStates(encoder.llm, owner=encoder)
+    assistant.generation_config = copy.deepcopy(model.generation_config)
+    return assistant
+
+
+def check_assistant(model: Any, llm: PreTrainedModel) -> None:
+    """Raise `ValueError` if drafts of `model` would not be tokens of `llm`, or if it was built on another LLM."""
+    config = model.config
+    if not llm.config.is_encoder_decoder:
+        raise ValueError(
+            f"A {type(llm).__name__} has no decoder. Pass the whole LLM, such as a T5ForConditionalGeneration."
+        )
+    if not config.shared_tokenizer:
+        raise ValueError("SLM and LLM have different tokenizers. Build the model with an SLM that shares the LLM's.")
+    if config.encoder_layer is not None:
+        raise ValueError("The SLM was built on a middle layer of the LLM (`encoder_layer`). Build one without.")
+    for name, ours, wanted in (
+        ("vocab_size", config.vocab_size, llm.config.get_text_config(decoder=True).vocab_size),
+        ("decoder_start_token_id", config.decoder_start_token_id, llm.generation_config.decoder_start_token_id),
+    ):
+        if ours != wanted:
+            raise ValueError(
+                f"The SLM's `{name}` is {ours}, but the LLM's is {wanted}. Build the model with an SLM that has the "
+                "LLM's."
+            )
+    first, second = (part.get_input_embeddings().weight for part in (model.encoder.llm, llm.get_encoder()))
+    if first.shape != second.shape or not _are_close(first, second):
+        raise ValueError(f"{type(llm).__name__} is another LLM than the one in the model: its embeddings differ.")
+
+
+def _are_close(first: torch.Tensor, second: torch.Tensor) -> bool:
+    rows = probe_ids(first, 64)
+    return torch.allclose(first[rows].float(), second[rows.to(second.device)].to(first.device).float(), rtol=1e-2)
+
+
+def _shallow(module: Any) -> Any:
+    """Return a module of its own over the same children."""
+    copied = object.__new__(type(module))
+    copied.__dict__ = module.__dict__ | {"_modules": dict(module._modules)}
+    return copied

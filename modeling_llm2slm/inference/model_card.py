@@ -1,0 +1,266 @@
+"""The model card of an LLM-to-SLM model, written from its config, its training report and its evaluations."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError
+
+from ..data.records import without_secrets
+from ..fusion_llm2slm import fusion_of
+from .parts import count_parameters, decoding_modules
+
+
+MARK = "<!-- Written again on every save. Delete this line to keep your own text. -->"
+# transformers writes this into the cards that it generates.
+GENERIC = "This model card has been automatically generated"
+PAPER = "https://arxiv.org/abs/2402.16844"
+METRICS = {"bleu": "BLEU", "chrf": "chrF", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
+SCORE_TYPES = {"bleu": "sacrebleu", "rouge1": "rouge", "rouge2": "rouge", "rougeL": "rouge"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardDetails:
+    """
+    What a card says beyond the model's config.
+
+    Args:
+        language (`str` or `list[str]`, *optional*): Codes of the languages of prompts and outputs, such as `"de"`.
+        license (`str`, *optional*): Its licence. Default: that of LLM and SLM, if they have the same.
+        datasets (`list[str]`, *optional*): Its training data. Default: the data that `training` names.
+        tags (`list[str]`, *optional*): Further tags.
+        pipeline_tag (`str`, *optional*, defaults to `"text-generation"`): The task, as the Hub calls it.
+        training (`dict`, *optional*): The report of `llm2slm train` (`training.json`).
+        evaluations (`list[dict]`, *optional*): Results of `llm2slm evaluate` for this model, for the model index.
+        compared (`list[dict]`, *optional*): Results for other models, such as the LLM alone, for the table of times.
+    """
+
+    language: str | Sequence[str] | None = None
+    license: str | None = None
+    datasets: Sequence[str] | None = None
+    tags: Iterable[str] | None = None
+    pipeline_tag: str = "text-generation"
+    training: Mapping[str, Any] | None = None
+    evaluations: Sequence[Mapping[str, Any]] = ()
+    compared: Sequence[Mapping[str, Any]] = ()
+
+
+def model_card(model: Any, name: str, details: CardDetails | None = None) -> ModelCard:
+    """
+    Return the card of a model, ready to publish.
+
+    Args:
+        model ([`LLM2SLMForConditionalGeneration`]): The model.
+        name (`str`): Its repository or folder, which the snippet loads.
+        details ([`CardDetails`], *optional*): Scores, training, licence and the like.
+
+    Returns:
+        [`~huggingface_hub.ModelCard`]: The card, with metadata for the Hub.
+    """
+    details = details or CardDetails()
+    recipe = dict((details.training or {}).get("recipe", {}))
+    datasets, license, language = details.datasets, details.license, details.language
+    if datasets is None:
+        datasets = [recipe["train_data"]] if recipe.get("train_data") else []
+    sources = {"LLM": model.config.llm_source, "SLM": model.config.slm_source}
+    licenses = {part: _license_of(source) for part, source in sources.items()}
+    if license is None and licenses["LLM"] == licenses["SLM"]:
+        license = licenses["LLM"]
+    data = ModelCardData(
+        language=[language] if isinstance(language, str) else list(language or []) or None,
+        license=license,
+        library_name="transformers",
+        pipeline_tag=details.pipeline_tag,
+        tags=["llm2slm", "custom_code", *(details.tags or [])],
+        base_model=[where for source in sources.values() if (where := _repository(source))] or None,
+        base_model_relation="finetune",
+        datasets=[dataset.partition(":")[0] for dataset in datasets if not Path(dataset).suffix] or None,
+        model_name=name.rpartition("/")[2] or "llm2slm",
+        eval_results=_results(details.evaluations) or None,
+    )
+    sections = [
+        f"# {data.model_name}",
+        _what_it_is(model),
+        _snippet(name, getattr(model.config.decoder, "max_position_embeddings", None)),
+        _parts(model, sources, licenses),
+        _languages(data.language),
+        _training(recipe, details.training, datasets),
+        _scores(details.evaluations),
+        _times([*details.evaluations, *details.compared]),
+        f"The method is by [Bergner et al., arXiv 2402.16844]({PAPER}).",
+    ]
+    body = "\n\n".join(section for section in sections if section)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{MARK}\n\n{body}\n")
+
+
+def write_model_card(model: Any, folder: Path, earlier: Path, name: str, **details: Any) -> None:
+    """Write the card into `folder`, unless somebody wrote their own card into the `earlier` folder."""
+    card = earlier / "README.md"
+    if card.is_file() and is_by_hand(card.read_text(encoding="utf-8", errors="replace")):
+        return
+    (folder / "README.md").write_text(str(model_card(model, name, CardDetails(**details))), encoding="utf-8")
+
+
+def has_card_by_hand(repo_id: str, token: Any = None) -> bool:
+    """Return whether somebody wrote the card of a repository by hand."""
+    try:
+        return is_by_hand(str(ModelCard.load(repo_id, token=token)))
+    except EntryNotFoundError:
+        return False
+
+
+def is_by_hand(text: str) -> bool:
+    """Return whether somebody wrote a card by hand, or deleted the mark of a generated one."""
+    return bool(text.strip()) and MARK not in text and GENERIC not in text
+
+
+def _repository(source: Mapping[str, Any] | None) -> str | None:
+    name = (source or {}).get("name_or_path")
+    return name if name and not name.startswith((".", "/")) else None
+
+
+def _license_of(source: Mapping[str, Any] | None) -> str | None:
+    """Return the licence in the card of a part if the card is on this machine; saving uses no network."""
+    if not source or not source.get("name_or_path"):
+        return None
+    repository = _repository(source)
+    card = Path(source["name_or_path"], "README.md")
+    if repository is not None:
+        cached = try_to_load_from_cache(repository, "README.md", revision=source.get("revision"))
+        card = Path(cached) if isinstance(cached, str) else Path("/nowhere")
+    try:
+        return ModelCard.load(card).data.license if card.is_file() else None
+    except Exception:  # broken metadata, for which YAML has many errors
+        return None
+
+
+def _results(evaluations: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="text2text-generation",
+            dataset_type=str(evaluation.get("data", "unknown")),
+            dataset_name=str(evaluation.get("data", "unknown")),
+            metric_type=SCORE_TYPES.get(metric, metric),
+            metric_name=METRICS.get(metric, metric),
+            metric_value=round(value, 2),
+        )
+        for evaluation in evaluations
+        for metric, value in evaluation.get("scores", {}).items()
+    ]
+
+
+def _what_it_is(model: Any) -> str:
+    config = model.config
+    layer = "" if config.encoder_layer is None else f", cut after layer {config.encoder_layer},"
+    return (
+        f"An LLM-to-SLM model ([paper]({PAPER})). A large language model ({config.encoder.model_type}){layer} reads "
+        f"the prompt once{' and is frozen' if config.freeze_llm else ''}; a small one ({config.decoder.model_type}) "
+        f'{fusion_of(config).description} (fusion "{config.fusion}") and writes the output, token by token.'
+    )
+
+
+def _snippet(name: str, positions: int | None) -> str:
+    length = min(64, (positions or 128) // 2)  # prompt and output share the positions
+    return f"""## How to use
+
+```python
+from transformers import AutoModelForSeq2SeqLM, AutoProcessor
+
+name = "{name}"
+model = AutoModelForSeq2SeqLM.from_pretrained(name, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
+
+batch = processor(text=["A prompt."], return_tensors="pt")
+tokens = model.generate(**batch, max_new_tokens={length})
+print(processor.batch_decode(tokens, skip_special_tokens=True)[0])
+```
+
+`trust_remote_code=True` runs the `*_llm2slm.py` files in this repository. It is not needed, and they are not run, if
+the package `modeling-llm2slm` is installed and imported."""
+
+
+def _parts(model: Any, sources: Mapping[str, Any], licenses: Mapping[str, str | None]) -> str:
+    llm, slm = count_parameters(model.encoder.llm), count_parameters(model.decoder)
+    decoding, between = count_parameters(*decoding_modules(model.decoder)), count_parameters(model.encoder) - llm
+    rows = [
+        ("LLM", _link(sources["LLM"]), "unchanged" if model.config.freeze_llm else "trained further", llm, "once"),
+        ("projector", "new", "trained", between, "once"),
+        ("SLM", _link(sources["SLM"]), "trained further", slm, "per token"),
+    ]
+    lines = "\n".join(f"| {part} | {base} | {how} | {size:,} | {when} |" for part, base, how, size, when in rows)
+    notes = "\n".join(
+        f"- {part}: {'its card says `' + license + '`' if license else 'see the licence of its base model'}."
+        for part, license in licenses.items()
+    )
+    held = "The LLM's weights are not in this repository. They are read from the LLM's repository and checked.\n\n"
+    return (
+        "## Parts\n\n| part | base model | relation | parameters | runs |\n| --- | --- | --- | --: | --- |\n"
+        f"{lines}\n\nThe modules that run for each token have {decoding / llm:.3f} times the LLM's parameters.\n\n"
+        f"{held if model.config.lean else ''}The licences of the parts apply to the whole:\n\n{notes}"
+    )
+
+
+def _link(source: Mapping[str, Any] | None) -> str:
+    name = _repository(source)
+    if name is None:
+        return "a local model" if source else "a new model"
+    revision = (source or {}).get("revision")
+    return f"[{name}](https://huggingface.co/{name})" + (f" at `{revision[:12]}`" if revision else "")
+
+
+def _languages(languages: Any) -> str:
+    return f"Languages: {', '.join(languages)}." if languages else "Languages: those of the training data."
+
+
+def _training(recipe: Mapping[str, Any], training: Mapping[str, Any] | None, datasets: Sequence[str]) -> str:
+    data = "" if not datasets else "Trained on " + ", ".join(f"`{Path(name).name}`" for name in datasets) + ".\n\n"
+    if not training:
+        return f"## Training\n\n{data}" if data else ""
+    shown = {
+        key: Path(value).name if key in PATHS and value else value
+        for key, value in without_secrets(recipe).items()
+        if key != "output_dir"
+    }
+    fields = "\n".join(f"{key}: {value}" for key, value in shown.items())
+    return (
+        f"## Training\n\n{data}{training.get('steps')} steps in {training.get('seconds', 0):.0f} s, "
+        f"{training.get('trained_parameters', 0):,} parameters trained. The recipe of `llm2slm train`:\n\n"
+        f"```yaml\n{fields}\n```"
+    )
+
+
+PATHS = ("model", "train_data", "validation_data")
+
+
+def _scores(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    if not evaluations:
+        return ""
+    names = list(dict.fromkeys(name for evaluation in evaluations for name in evaluation.get("scores", {})))
+    lines = [
+        f"## Scores\n\n| data | {' | '.join(METRICS.get(name, name) for name in names)} |",
+        f"| --- {'| --: ' * len(names)}|",
+    ]
+    for evaluation in evaluations:
+        scores = [f"{evaluation['scores'][name]:.2f}" if name in evaluation["scores"] else "" for name in names]
+        lines.append(f"| {evaluation.get('data')} ({evaluation.get('examples')} examples) | {' | '.join(scores)} |")
+    signatures = {text for evaluation in evaluations for text in evaluation.get("signatures", {}).values()}
+    return "\n".join([*lines, "", *(f"- `{text}`" for text in sorted(signatures))])
+
+
+def _times(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    timed = [evaluation for evaluation in evaluations if evaluation.get("speed")]
+    if not timed:
+        return ""
+    lines = ["## Times", "", "| model | ms per output | ms per token | tokens per output | device |"]
+    lines.append("| --- | --: | --: | --: | --- |")
+    for evaluation in timed:
+        speed = evaluation["speed"]
+        device = f"{evaluation.get('device')}, {evaluation.get('threads')} threads, {evaluation.get('dtype')}"
+        times = f"{speed['ms_per_output']:.1f} | {speed['ms_per_token']:.2f} | {speed['tokens_per_output']:.1f}"
+        lines.append(f"| {Path(str(evaluation.get('model'))).name} | {times} | {device} |")
+    return "\n".join([*lines, "", "Measured one prompt at a time, from text to text."])
+
+
+__all__ = ["CardDetails", "model_card"]

@@ -1,0 +1,107 @@
+"""Resuming: what a training keeps in its output folder, and which settings a resumed run must not change."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import Seq2SeqTrainingArguments
+
+from ..data.files import check_replaceable, remove_unfinished
+from ..data.records import write_json
+from .batches import effective_batch_size
+from .recipe import Recipe
+
+
+REPORT = "training.json"
+RECIPE = "recipe.json"
+# A resumed run must keep these: the optimizer, the learning rate schedule, the order of the data and the choice of the
+# best checkpoint depend on them.
+FIXED = (
+    "model", "train_data", "train_split", "prompt_column", "target_column", "train_samples", "prompt_max_length",
+    "target_max_length", "optimizer", "optim", "learning_rate", "learning_rate_mapping", "weight_decay",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs",
+    "warmup_steps", "label_smoothing_factor", "lora", "quantize_llm", "seed", "data_seed", "train_sampling_strategy",
+    "streaming", "validation_data", "validation_split", "validation_samples", "metric_for_best_model", "generation",
+    "save_only_model",
+)  # fmt: skip
+FIXED_IN_STREAMS = ("shuffle_buffer", "dataloader_num_workers")
+PATHS = ("model", "train_data", "validation_data")
+
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """Return the newest complete checkpoint in a folder, or `None`."""
+    # The Trainer writes trainer_state.json last, and not atomically.
+    states = [path for path in Path(output_dir).glob("checkpoint-*/trainer_state.json") if _is_json(path)]
+    checkpoints = sorted(states, key=lambda path: int(path.parent.name.rpartition("-")[2]))
+    return str(checkpoints[-1].parent) if checkpoints else None
+
+
+def last_report(output_dir: str | Path) -> dict[str, Any]:
+    """Return the report in an output folder, or an empty mapping."""
+    file = Path(output_dir) / REPORT
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() and _is_json(file) else {}
+
+
+def finished_report(arguments: Seq2SeqTrainingArguments) -> dict[str, Any] | None:
+    """Return the report of a run that has taken its `max_steps`: resumed, the Trainer would take one step more."""
+    report = last_report(arguments.output_dir)
+    return report if report.get("steps", 0) >= arguments.max_steps > 0 else None
+
+
+def check_same_recipe(recipe: Recipe, arguments: Seq2SeqTrainingArguments) -> None:
+    """Raise `ValueError` if the run in the output folder, which is to be resumed, began with another recipe."""
+    file = Path(arguments.output_dir) / RECIPE
+    if not (file.is_file() and _is_json(file)):
+        return
+    begun, now = json.loads(file.read_text(encoding="utf-8")), fixed_settings(recipe, arguments)
+    for name in now:
+        if name in begun and begun[name] != now[name]:
+            raise ValueError(
+                f"{arguments.output_dir} was begun with {name}: {begun[name]}, and cannot resume with {now[name]}. "
+                "Put it back, choose another output_dir, or train from scratch with resume: false."
+            )
+
+
+def check_start_is_kept(recipe: Recipe, arguments: Seq2SeqTrainingArguments) -> None:
+    """Raise `ValueError` if `resume: false` would remove the checkpoint that the training starts from."""
+    removed = Path(arguments.output_dir).resolve().glob("checkpoint-*") if not recipe.resume else []
+    if any(Path(recipe.model).resolve().is_relative_to(folder) for folder in removed):
+        raise ValueError(f"resume: false removes {recipe.model}, which the training starts from: move it elsewhere.")
+
+
+def prepare_output_dir(recipe: Recipe, arguments: Seq2SeqTrainingArguments) -> None:
+    """Remove what killed runs left unfinished and, without `resume`, the earlier run; record the recipe."""
+    output_dir = Path(arguments.output_dir)
+    check_replaceable(output_dir)
+    remove_unfinished(output_dir)
+    remove_unfinished(output_dir / "checkpoint-*")
+    if not recipe.resume:
+        (output_dir / REPORT).unlink(missing_ok=True)
+        for checkpoint in output_dir.glob("checkpoint-*"):
+            (checkpoint / "trainer_state.json").unlink(missing_ok=True)  # a half-removed one is not resumed from
+            shutil.rmtree(checkpoint)
+    write_json(output_dir / RECIPE, fixed_settings(recipe, arguments))
+
+
+def fixed_settings(recipe: Recipe, arguments: Seq2SeqTrainingArguments) -> dict[str, Any]:
+    """Return the settings that a resumed run must keep. Models and data may move: only the names of paths count."""
+    names = (*FIXED, *(FIXED_IN_STREAMS if recipe.streaming else ()))
+    settings = {name: getattr(recipe if name in Recipe.model_fields else arguments, name) for name in names}
+    settings |= {name: Path(settings[name] or "").name for name in PATHS}
+    settings["effective batch size"] = effective_batch_size(arguments)
+    if recipe.streaming and arguments.dataloader_num_workers > 1:  # workers take turns by batches of this size
+        settings["per_device_train_batch_size"] = arguments.per_device_train_batch_size
+    if Path(recipe.train_data).is_file() and not recipe.streaming:
+        settings["bytes of train_data"] = Path(recipe.train_data).stat().st_size
+    return json.loads(json.dumps(settings, default=str))
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,75 @@
+"""Commands that measure: `evaluate`, `plan` and `benchmark`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.support.checkpoints import PAIRS, PROMPTS, write_checkpoint, write_pairs
+from tests.support.commands import run
+
+
+def test_evaluate_prints_and_writes_the_same_numbers(composite, tmp_path, capsys):
+    data, output = write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "metrics.json"
+    assert run("evaluate", composite, data, "--output", output, "--max-new-tokens", 4, "--timed-outputs", 2) == 0
+    result = json.loads(output.read_text())
+    printed = capsys.readouterr().out
+    assert result["examples"] == len(PAIRS)
+    assert result["data"] == "pairs.jsonl"
+    assert f"{result['scores']['chrf']:.2f}" in printed
+    assert result["signatures"]["bleu"] in printed
+
+
+def test_plan_prints_and_writes_the_same_numbers(tmp_path, capsys):
+    pytest.importorskip("modeling_llm2slm.configuration", reason="presets are found in an installed package only")
+    llm, data = write_checkpoint("llm", tmp_path), write_pairs(tmp_path / "pairs.jsonl")
+    words = ("plan", "--llm", llm, "--data", data, "--preset", "tiny", "--max-new-tokens", 4, "--batch-size", 1)
+    assert run(*words, "--timed-prompts", 1, "--output", tmp_path / "plan.json") == 0
+    printed = capsys.readouterr().out
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert f"{plan['candidates'][0]['speed_up']:.2f}" in printed
+    assert plan["recommendation"] in printed
+    assert all(word in printed for word in ("memory to train", "hours to encode", "1.6 kB", "--slm-tokenizer"))
+
+
+def test_evaluate_against_the_llm_prints_agreement_and_speed(composite, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:4]) + "\n")
+    words = ("evaluate", composite, tmp_path / "prompts.txt", "--against", write_checkpoint("llm", tmp_path))
+    assert run(*words, "--max-new-tokens", 3, "--worst", 2, "--output", tmp_path / "a.json") == 0
+    result, printed = json.loads((tmp_path / "a.json").read_text()), capsys.readouterr().out
+    assert f"{result['agreement']['chrf']:.2f}" in printed
+    assert f"{result['speed_up']:.2f} times as fast" in printed
+    assert len(result["worst"]) == 2
+
+
+def test_evaluate_without_references_needs_an_llm(composite, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("src1\n")
+    assert run("evaluate", composite, tmp_path / "prompts.txt") == 1
+    assert "prompts.txt has prompts but no targets" in capsys.readouterr().err
+
+
+def test_equal_outputs_are_not_among_the_worst(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("src1\n")
+    llm = write_checkpoint("llm", tmp_path)
+    words = ("evaluate", llm, tmp_path / "prompts.txt", "--against", llm, "--max-new-tokens", 2)
+    assert run(*words, "--timed-outputs", 0) == 0
+    assert "chrF 100" not in capsys.readouterr().out
+
+
+def test_benchmark_prints_a_table_of_each_cell(tmp_path, capsys):
+    pytest.importorskip("psutil")
+    (tmp_path / "sweep.yaml").write_text(
+        "cells: [{preset: tiny, prompt: 8, output: 3, repeats: 1, contestants: [slm, llm2slm]}]", encoding="utf-8"
+    )
+    arguments = ("benchmark", tmp_path / "sweep.yaml", "--work", tmp_path, "--output", tmp_path / "benchmark.json")
+    assert run(*arguments) == 0
+    result = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
+    (cell,) = result["cells"].values()
+    printed = capsys.readouterr().out
+    assert "tiny 8/3 batch 1 beams 1" in printed
+    for name in ("slm", "llm2slm"):
+        row = next(line for line in printed.splitlines()[::-1] if f" {name} " in line)
+        assert f"{cell['results'][name]['ms_per_token']:.1f}" in row
+    assert run(*arguments, "--llm", "runs/llm") == 2
+    assert "--llm2slm" in capsys.readouterr().err

@@ -1,0 +1,106 @@
+"""The command `generate`."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from modeling_llm2slm.inference.files import GenerationReport
+from modeling_llm2slm.inference.text_to_text import TextToText
+from modeling_llm2slm.settings import GenerateFileSettings
+from tests.support.checkpoints import PROMPTS, sample_by_default
+from tests.support.commands import run
+
+
+def test_prompts_in_arguments_file_and_standard_input_give_the_same_outputs(composite, tmp_path, capsys, monkeypatch):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS[:3]) + "\n")
+    outputs = []
+    for words in (PROMPTS[:3], ["--file", prompts], []):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(prompts.read_text()))
+        assert run("generate", composite, *words, "--max-new-tokens", 5) == 0
+        outputs.append(capsys.readouterr().out)
+    expected = TextToText.from_pretrained(composite).generate(PROMPTS[:3], max_new_tokens=5)
+    assert outputs == ["".join(f"{text}\n" for text in expected)] * 3
+
+
+def test_each_piece_is_shown_when_it_is_generated(composite, monkeypatch):
+    seen: list[str] = []
+    monkeypatch.setattr(TextToText, "stream", lambda *_, **__: iter(["one ", "two"]))
+    written = io.StringIO()
+    monkeypatch.setattr(written, "flush", lambda: seen.append(written.getvalue()))
+    monkeypatch.setattr(sys, "stdout", written)
+    assert run("generate", composite, "src1") == 0
+    assert seen == ["one ", "one two", "one two\n"]
+
+
+def test_batches_and_beams_keep_the_order_of_prompts(composite, capsys):
+    assert run("generate", composite, *PROMPTS, "--batch-size", 3, "--num-beams", 2, "--max-new-tokens", 5) == 0
+    expected = TextToText.from_pretrained(composite).generate(PROMPTS, num_beams=2, max_new_tokens=5)
+    assert capsys.readouterr().out.splitlines() == expected
+
+
+def test_a_seed_makes_samples_repeatable(composite, capsys):
+    words = ("generate", composite, *PROMPTS[:4], "--sample", "--temperature", 2, "--max-new-tokens", 8)
+    outputs = []
+    for seed in (1, 1, 2):
+        assert run(*words, "--seed", seed) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+def test_nothing_is_sampled_without_the_option(composite, tmp_path, capsys):
+    model = Path(shutil.copytree(composite, tmp_path / "model"))
+    sample_by_default(model)
+    expected = TextToText.from_pretrained(composite).generate(PROMPTS, max_new_tokens=5)
+    assert run("generate", model, *PROMPTS, "--batch-size", 8, "--max-new-tokens", 5) == 0
+    assert capsys.readouterr().out.splitlines() == expected
+
+
+def test_an_output_file_has_one_output_on_each_line(composite, tmp_path):
+    assert run("generate", composite, *PROMPTS, "--output", tmp_path / "outputs.txt", "--max-new-tokens", 5) == 0
+    assert len((tmp_path / "outputs.txt").read_text().splitlines()) == len(PROMPTS)
+
+
+def test_an_output_that_cannot_be_written_is_an_error_before_the_work(tmp_path, capsys):
+    assert run("generate", "no/model", "src1", "--output", tmp_path) == 1
+    assert f"{tmp_path} cannot be written: it is a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "limits"),
+    [
+        ((), (128, 4096)),
+        (("--batch-size", 128), (128, 4096)),
+        (("--batch-size", 3, "--batch-tokens", 50), (3, 50)),
+    ],
+)
+def test_both_limits_of_a_batch_reach_generate_file(words, limits, tmp_path, monkeypatch):
+    given: list[GenerateFileSettings] = []
+    monkeypatch.setattr(
+        "modeling_llm2slm.inference.files.generate_file",
+        lambda model, data, output, settings, **_: given.append(settings) or GenerationReport(0, 0, 0, 0, 0.0),
+    )
+    (tmp_path / "a.txt").write_text("src1\n")
+    assert run("generate", "model", "--file", tmp_path / "a.txt", "--output", tmp_path / "b.txt", *words) == 0
+    assert [(settings.batch_size, settings.batch_tokens) for settings in given] == [limits]
+
+
+def test_a_limit_on_tokens_needs_a_file_and_an_output(composite, capsys):
+    assert run("generate", composite, "src1", "--batch-tokens", 50) == 2
+    assert "--batch-tokens belongs to --file with --output" in capsys.readouterr().err
+
+
+def test_a_file_becomes_a_file_of_the_same_outputs(composite, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    words = ("--file", tmp_path / "prompts.txt", "--output", tmp_path / "outputs.txt", "--max-new-tokens", 5)
+    assert run("generate", composite, *words) == 0
+    printed = capsys.readouterr()
+    assert "8 outputs are in" in printed.out
+    assert "Generating: 8 of 8 outputs" in printed.err
+    expected = TextToText.from_pretrained(composite).generate(PROMPTS, max_new_tokens=5)
+    assert (tmp_path / "outputs.txt").read_text().splitlines() == expected

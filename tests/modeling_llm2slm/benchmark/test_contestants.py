@@ -1,0 +1,44 @@
+"""Contestants: outputs of the length that a cell asks for, on PyTorch and on engines without `generate()`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from modeling_llm2slm.benchmark import contestants as module
+from modeling_llm2slm.benchmark.cells import Cell
+from modeling_llm2slm.benchmark.contestants import endless, load_contestant
+from modeling_llm2slm.benchmark.models import make_models
+from modeling_llm2slm.inference.engine import Contestant, engine
+
+
+def test_outputs_have_the_length_of_the_cell(measured: tuple[Path, dict[str, Any]]) -> None:
+    """An end token among the outputs of random weights would make a model look fast."""
+    models = make_models("tiny", measured[0] / "tiny")
+    model: Any = endless(engine("pytorch").contestants()["llm2slm"].load(models, models.folder, "cpu"))
+    lengths = []
+    for _ in range(20):
+        ids = torch.randint(10, model.config.encoder.vocab_size, (1, 6))
+        lengths.append(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30).shape[1])
+    assert set(lengths) == {31}
+
+
+def test_a_function_is_timed_at_two_lengths(
+    measured: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[tuple[int, ...], int, int]] = []
+
+    def generate(ids: torch.Tensor, new_tokens: int, num_beams: int) -> None:
+        calls.append((tuple(ids.shape), new_tokens, num_beams))
+
+    contestant = Contestant(load=lambda models, folder, device: generate, model="llm")
+    monkeypatch.setattr(module, "contestants", lambda: {"function": contestant})
+    timing = load_contestant("function", make_models("tiny", measured[0] / "tiny"), "cpu")(
+        Cell(prompt=6, output=9, batch=2, beams=4)
+    )
+    assert calls == [((2, 6), 1, 4), ((2, 6), 9, 4)]
+    assert timing.tokens == 9
+    assert timing.per_token == pytest.approx((timing.total - timing.first) / 8)

@@ -1,0 +1,32 @@
+"""Stored outputs of interrupted runs: `OutputParts`, used by several processes at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from modeling_llm2slm.inference.outputs import OutputParts, one_line
+
+
+def test_outputs_of_all_processes_are_read(tmp_path: Path) -> None:
+    settings = {"model": "a"}
+    for rank in (0, 1):
+        OutputParts(tmp_path / "outputs.txt", settings, rank).keep({f"key{rank}": f"text {rank}"})
+    again = OutputParts(tmp_path / "outputs.txt", settings)
+    assert again.outputs == {"key0": "text 0", "key1": "text 1"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["outputs.txt.part", "outputs.txt.part-1"]
+
+
+def test_files_removed_by_another_process_are_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = OutputParts(tmp_path / "outputs.txt", {})
+    removed = tmp_path / "outputs.txt.part"
+    parts.keep({"key": "text"})
+    monkeypatch.setattr(parts, "_paths", lambda: [removed, removed])  # the second time, it is gone
+    parts.remove()
+    assert not removed.exists()
+    assert OutputParts(tmp_path / "outputs.txt", {}).outputs == {}
+
+
+def test_line_ends_of_every_kind_become_spaces() -> None:
+    assert one_line("a\rb\r\nc\x0bd\x85e\u2028f\n") == "a b c d e f "

@@ -1,0 +1,63 @@
+"""Requests become [`Decoding`], and refused ones name their field."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from modeling_llm2slm.serving.scheduler import Decoding
+from modeling_llm2slm.serving.schema import CompletionRequest, Limits, RequestError, parse_request
+
+
+LIMITS = Limits("tiny", max_tokens=70, max_prompts=64)
+
+
+def parse(limits: Limits = LIMITS, **fields: Any) -> CompletionRequest:
+    return parse_request(json.dumps({"prompt": "src1", **fields}).encode(), limits)
+
+
+class TestParseRequest:
+    @pytest.mark.parametrize("fields", [{}, {"temperature": None, "top_p": None, "stop": None, "stream": None}])
+    def test_fields_left_out_or_null_have_their_defaults(self, fields: dict[str, Any]) -> None:
+        request = parse(**fields)
+        assert request.prompt == ["src1"]
+        assert request.decoding(20) == Decoding(max_tokens=20, temperature=0, top_p=1, seed=None, stop=())
+        assert not request.stream
+        assert not request.include_usage
+
+    def test_every_field_becomes_its_setting(self) -> None:
+        request = parse(
+            prompt=["a", "b"], max_tokens=70, temperature=2, top_p=0.5, seed=-(2**63), stop="end", stream=True,
+            stream_options={"include_usage": True}, model="tiny", user=3,
+        )  # fmt: skip
+        assert request.prompt == ["a", "b"]
+        assert request.decoding(20) == Decoding(max_tokens=70, temperature=2, top_p=0.5, seed=-(2**63), stop=("end",))
+        assert request.stream
+        assert request.include_usage
+
+    def test_defaults_of_unsupported_fields_are_accepted(self) -> None:
+        parse(
+            n=1, best_of=1, echo=False, logprobs=None, suffix="", presence_penalty=0.0, frequency_penalty=0,
+            logit_bias={}, stream_options={},
+        )  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("fields", "param"),
+        [({"max_tokens": 71}, "max_tokens"), ({"stop": ["a", 1]}, "stop"), ({"best_off": 1}, "best_off")],
+    )
+    def test_error_names_its_field(self, fields: dict[str, Any], param: str) -> None:
+        with pytest.raises(RequestError) as error:
+            parse(**fields)
+        assert error.value.status_code == 400
+        assert error.value.param == param
+
+    def test_beam_search_refuses_a_temperature(self) -> None:
+        with pytest.raises(RequestError, match="Leave temperature out"):
+            parse(Limits("tiny", 70, 64, num_beams=2), temperature=1)
+
+    def test_long_value_is_shortened_in_its_error(self) -> None:
+        with pytest.raises(RequestError) as error:
+            parse(temperature="x" * 1000)
+        assert len(error.value.detail) < 100
