@@ -5,9 +5,8 @@ Generate for a file of prompts in its own order, and as `llm2slm generate --file
 
 The prompts are the first of Multi30k's training split, English to German; decoding is greedy. In order, 32 prompts
 form a batch, sorted by length within 512. Otherwise the whole file is sorted, equal prompts are generated for once,
-and batches are limited by tokens, with and without encoding the next batch while one is generated. One thread
-computes, a second one encodes ahead. Seconds are those of generation; processor seconds include loading. All outputs
-must agree.
+and batches are limited by tokens, with and without encoding the next batch while one is generated. A second
+thread encodes ahead. Seconds are those of generation; processor seconds include loading. All outputs must agree.
 """
 
 from __future__ import annotations
