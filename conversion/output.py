@@ -139,7 +139,7 @@ def copy_processor(source: str | Path, folder: Path, report: Report) -> None:
     processor = processor_of(source)
     if processor is not None:
         processor.save_pretrained(folder)
-    report.add("processor", "none in the source" if processor is None else "carried over")
+    report.add("processor", "none in the source" if processor is None else "copied")
 
 
 def processor_of(source: str | Path) -> LLM2SLMProcessor | None:
