@@ -10,8 +10,8 @@ import pandas
 import pytest
 import torch
 
-from modeling_llm2slm import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.inference.text_to_text import TextToText
+from modeling_llm2slm.modeling_llm2slm import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.settings import EncodeSettings
 from modeling_llm2slm.states import encoding
 from modeling_llm2slm.states.encoding import encode
