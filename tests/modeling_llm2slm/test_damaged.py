@@ -68,7 +68,7 @@ def convert(conversion: str) -> int:
 
 def check_refusal(status: int, error: str, folder: Path, before: set[Path]) -> None:
     # Progress, and where the LLM of a lean source is read, are no error.
-    notes = ("Loading", "Writing", "lean is a lean checkpoint")
+    notes = ("Conversion ...", "Loading", "Writing", "lean is a lean checkpoint")
     lines = [line for line in error.splitlines() if line.strip() and "it/s" not in line and not line.startswith(notes)]
     assert status == 1, error
     assert len(lines) == 1, error
