@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForSeq2SeqLM
 
 from modeling_llm2slm import Fusion, LLM2SLMConfig, LLM2SLMForConditionalGeneration, lora_config, register_fusion
-from modeling_llm2slm.conversion.export import PromptGraph
+from modeling_llm2slm.engines.graphs import PromptGraph
 from modeling_llm2slm.inference.model_card import model_card
 from modeling_llm2slm.states.without_llm import load_without_llm
 from tests.support import families
