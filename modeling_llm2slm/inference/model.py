@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel, ProcessorMixin
 from transformers.cache_utils import Cache
 
 from .. import modeling_llm2slm, processing_llm2slm
-from ..data.files import atomic_write
+from ..data.atomic import atomic_write
 from . import assistant, factory, saving
 from .reserving import with_reserve
 

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 
 from ..checkpoint_llm2slm import LLM_PREFIX, is_local, is_repo_id, own_names, select_weights, source_files
-from ..data.files import atomic_write
+from ..data.atomic import atomic_write
 from ..files_llm2slm import INDEX, WEIGHTS, fingerprint, first_line, open_weights
 from .model_card import has_card_by_hand, write_model_card
 

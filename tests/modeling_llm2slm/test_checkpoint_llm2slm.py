@@ -24,7 +24,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, checkpoint_llm2slm, files_llm2slm
-from modeling_llm2slm.data import files
+from modeling_llm2slm.data import atomic
 from modeling_llm2slm.inference import model_card, saving
 from modeling_llm2slm.states.without_llm import load_without_llm
 from tests.support import families
@@ -402,7 +402,7 @@ class TestSaving:
         for step in ("write_model_card", "_exchange"):  # all but the card is written; all is
             child = os.fork()
             if child == 0:
-                module: Any = model_card if step == "write_model_card" else files
+                module: Any = model_card if step == "write_model_card" else atomic
                 setattr(module, step, die)
                 changed.save_pretrained(copy / "full")
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
