@@ -226,7 +226,7 @@ def _check_kind(name: str, texts: list[Any], is_right: Callable[[Any], bool]) ->
     wrong = [text for text in texts if not is_right(text)]
     if wrong:
         kinds = "texts, or conversations" if name == "text" else "texts"
-        raise ValueError(f"`{name}` holds {wrong[0]!r:.60}, but it takes {kinds}. Join words to a text first.")
+        raise ValueError(f"`{name}` holds {wrong[0]!r:.60}, but it takes {kinds}. Join the words into one string.")
 
 
 def _pad(

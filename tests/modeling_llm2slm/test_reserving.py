@@ -9,7 +9,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 from transformers.cache_utils import DynamicLayer
 
-from modeling_llm2slm.inference.reserving import ReservingLayer
+from modeling_llm2slm.reserving import ReservingLayer
 from tests.support import families
 from tests.support.common import (
     PROMPTS,
