@@ -1,6 +1,6 @@
 # Copyright 2026 The modeling-llm2slm authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What an LLM-to-SLM model carries between steps: the states of a prompt, the SLM's cache, masks and positions."""
+"""State of an LLM-to-SLM model between steps: the prompt as the SLM reads it, the SLM's cache, masks, positions."""
 
 from dataclasses import dataclass, replace
 from typing import Any

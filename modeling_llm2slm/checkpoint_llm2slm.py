@@ -91,9 +91,9 @@ class LLM2SLMCheckpointMixin:
             loaded = super().from_pretrained(  # type: ignore[misc]
                 pretrained_model_name_or_path, *args, use_safetensors=True, **kwargs
             )
-            (loaded[0] if isinstance(loaded, tuple) else loaded).eval()  # takes note of the generation config
+            (loaded[0] if isinstance(loaded, tuple) else loaded).eval()  # records the special ids
             return loaded
-        except (AttributeError, KeyError, OverflowError, TypeError) as error:  # values that no model is made of
+        except (AttributeError, KeyError, OverflowError, TypeError) as error:  # no model has such values
             raise ValueError(f"{path} cannot be loaded: {type(error).__name__}, {first_line(error)}") from error
         finally:
             _REQUEST.reset(token)
@@ -116,7 +116,7 @@ class LLM2SLMCheckpointMixin:
                 raise OSError(LACKS_LLM.format(request.path))
             _check_shapes(model, state_dict or weights, request)
         loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
-        # By the names that transformers gave what it read, which are not always those in the files.
+        # `missing_keys` has transformers' own names, which may differ from those in the files.
         if request is not None and _new_in_llm(model, loaded[0].missing_keys):
             raise OSError(LACKS_LLM.format(request.path))
         on_disk = loaded[1] or {}  # lacks tied names of tensors that were not read from a file under this name

@@ -26,8 +26,8 @@ from .fusion_llm2slm import fusion_of
 
 class Quirks(NamedTuple):
     """
-    What a family of models needs that most do not. What transformers itself declares about a class (`_is_stateful`,
-    `_can_compile_fullgraph`, `_keep_in_fp32_modules`) is read from the class.
+    Needs of a model family that most families do not have. Those that transformers declares in a class
+    (`_is_stateful`, `_can_compile_fullgraph`, `_keep_in_fp32_modules`) are read from the class.
     """
 
     positions_after_pad: bool = False  # positions begin after the pad id, so fewer are left than the config says

@@ -1,6 +1,6 @@
 # Copyright 2026 The modeling-llm2slm authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What an LLM-to-SLM model adds to stock `generate()`: the prompt in the cache, and checks before any compute."""
+"""Extensions of stock `generate()`: the prompt in the cache, and checks before any compute."""
 
 from dataclasses import replace
 from typing import Any

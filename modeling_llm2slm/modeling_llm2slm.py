@@ -210,7 +210,7 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
 
     @torch.no_grad()
     def hidden_states_rms(self) -> float:
-        """Return the median root mean square of the LLM's hidden states over 64 tokens; that of the first is huge."""
+        """Return the median root mean square of the LLM's hidden states of 64 tokens; the first token's is huge."""
         input_ids = probe_ids(self.llm.get_input_embeddings().weight, 64)[None]
         states = self.run_llm(input_ids, torch.ones_like(input_ids)).last_hidden_state
         return float(states.float().square().mean(-1).sqrt().median())
@@ -285,7 +285,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
     def encode_llm(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """
         Return the LLM's hidden states H `(B, N, d_llm)` of prompts `(B, N)`. Training does not change them: passed as
-        `llm_hidden_states=` (with `attention_mask`, and `input_ids` for `fusion="add"`), they save running the LLM.
+        `llm_hidden_states=` (with `attention_mask`, and `input_ids` for `fusion="add"`), they replace the LLM.
         """
         return self.encoder.run_llm(input_ids, self.encoder.prompt_mask(input_ids, attention_mask)).last_hidden_state
 
@@ -302,8 +302,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         return self.get_encoder()(input_ids, attention_mask, llm_hidden_states, return_dict=True)
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """Shift targets `(B, M)` right behind the start token; -100 becomes the pad id."""
-        config: Any = self.config  # which has set both ids
+        """Shift targets `(B, M)` to the right, after the start token; -100 becomes the pad id."""
+        config: Any = self.config  # it sets both ids
         shifted = labels.roll(1, dims=-1)
         shifted[:, 0] = config.decoder_start_token_id
         return shifted.masked_fill(shifted == -100, config.pad_token_id)

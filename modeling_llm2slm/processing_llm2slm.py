@@ -195,12 +195,12 @@ class LLM2SLMProcessor(ProcessorMixin):
 
     @property
     def pad_token_id(self) -> int:
-        """`int`: The SLM's. `Seq2SeqTrainer` pads outputs with it."""
+        """`int`: The SLM's pad id. `Seq2SeqTrainer` pads outputs with it."""
         return self.decoder_tokenizer.pad_token_id
 
     @property
     def eos_token_id(self) -> int:
-        """`int`: The SLM's."""
+        """`int`: The SLM's end id."""
         return self.decoder_tokenizer.eos_token_id
 
     @property

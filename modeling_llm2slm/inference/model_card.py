@@ -24,7 +24,7 @@ SCORE_TYPES = {"bleu": "sacrebleu", "rouge1": "rouge", "rouge2": "rouge", "rouge
 @dataclass(frozen=True, kw_only=True)
 class CardDetails:
     """
-    What a card says beyond the model's config.
+    Contents of a card that the model's config does not have.
 
     Args:
         language (`str` or `list[str]`, *optional*): Codes of the languages of prompts and outputs, such as `"de"`.

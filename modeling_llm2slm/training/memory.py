@@ -49,7 +49,7 @@ class TrainingSetup:
 
 def training_memory(config: LLM2SLMConfig, setup: TrainingSetup) -> dict[str, int]:
     """
-    Return the bytes that one device needs to train an LLM-to-SLM model, without what torch and its libraries need.
+    Return the bytes that one device needs to train an LLM-to-SLM model, not counting those of torch and its libraries.
 
     Weights, gradients and optimizer states follow from the parameters. Activations are the tensors that a forward
     pass saves for its backward pass, counted on fake tensors, and the logits with their gradients. The frozen LLM
