@@ -24,7 +24,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from benchmarks.tokenizer import train_tokenizer
 from modeling_llm2slm.conversion import export
 from modeling_llm2slm.conversion.build import build
-from modeling_llm2slm.data.files import atomic_write
+from modeling_llm2slm.data.atomic import atomic_write
 from modeling_llm2slm.data.loading import load_examples
 from modeling_llm2slm.data.records import write_json
 from modeling_llm2slm.inference.text_to_text import TextToText

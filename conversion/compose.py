@@ -1,4 +1,4 @@
-"""Compose a pretrained LLM and a pretrained SLM to one checkpoint."""
+"""Compose a pretrained LLM and a pretrained SLM into one checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from modeling_llm2slm.checkpoint_llm2slm import LLM_PREFIX
-from modeling_llm2slm.inference.factory import are_same_tokenizer
+from modeling_llm2slm.inference.factory import REPOSITORY_ARGUMENTS, are_same_tokenizer
 from modeling_llm2slm.inference.loading import load, load_model, one_sentence
 from modeling_llm2slm.inference.model import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from modeling_llm2slm.parts_llm2slm import llm_class, slm_class
@@ -22,7 +22,6 @@ from .report import Report, check_finite, probe, slm_logits
 
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-HUB_ARGUMENTS = ("revision", "subfolder", "cache_dir", "token", "local_files_only")
 
 
 def compose(
@@ -36,7 +35,7 @@ def compose(
     **config: Any,
 ) -> Report:
     """
-    Compose an LLM and an SLM without loading them into memory: their own weights, and a new projector.
+    Compose an LLM and an SLM into one checkpoint, with new fusion modules, without loading their weights into memory.
 
     Weights stay mapped from their files and are written shard by shard, so the LLM may be larger than the memory.
 
@@ -120,7 +119,7 @@ def _put_together(llm: str, slm: str, config: dict[str, Any]) -> LLM2SLMForCondi
 
 def _hub(part: str, config: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of one part's repository, without the prefix of the part."""
-    return {key: config[f"{part}_{key}"] for key in HUB_ARGUMENTS if f"{part}_{key}" in config}
+    return {key: config[f"{part}_{key}"] for key in REPOSITORY_ARGUMENTS if f"{part}_{key}" in config}
 
 
 def _dtype(part: str, name: str | None) -> torch.dtype | None:
@@ -166,7 +165,7 @@ def _verify(source: Any, folder: Path, cast: dict[str, torch.dtype], report: Rep
     state = written.state_dict()
     for name in expected.keys() - source.all_tied_weights_keys.keys():
         if not torch.equal(state[name], expected[name].to(cast.get(name))):
-            raise ValueError(f"{name} changed in the conversion; nothing is kept.")
+            raise ValueError(f"{name} changed in the conversion; nothing was written.")
     report.add("weights compared", len(expected))
     tolerance = 0.05 if cast else 0.0  # bfloat16 keeps 8 bits, through dozens of layers
     prompt, output = probe(source.config.encoder.vocab_size), probe(source.config.vocab_size)

@@ -22,7 +22,7 @@ def merge(
     overwrite: bool = False,
 ) -> Report:
     """
-    Add an adapter's weights to those of its base.
+    Add the weights of an adapter to those of its base.
 
     Args:
         adapter: The folder that peft saved the adapter to, or its name on the Hub.

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoProcessor
 from transformers.utils.logging import tqdm
 
 from modeling_llm2slm.configuration_llm2slm import LLM2SLMConfig
-from modeling_llm2slm.data.files import atomic_write
+from modeling_llm2slm.data.atomic import atomic_write
 from modeling_llm2slm.files_llm2slm import INDEX, WEIGHTS, first_line
 from modeling_llm2slm.inference.loading import load
 from modeling_llm2slm.inference.model import LLM2SLMProcessor

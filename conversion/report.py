@@ -46,7 +46,7 @@ class Report:
         difference = float((written.double() - expected.double()).abs().max())
         scale = float(expected.double().abs().max())
         if difference > tolerance * scale:
-            raise ValueError(f"The {what} differ by {difference:.3g} of {scale:.3g} afterwards; nothing is kept.")
+            raise ValueError(f"The {what} differ by {difference:.3g} of {scale:.3g} afterwards; nothing was written.")
         self.add(f"{what}, largest difference", "none" if difference == 0 else f"{difference:.2g} of {scale:.2g}")
 
 

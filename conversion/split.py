@@ -1,4 +1,4 @@
-"""Extract the SLM as a plain checkpoint of its family, and the projector as a file."""
+"""Extract the SLM as a plain checkpoint of its family, and the fusion modules (the projector) as a file."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .output import composite_config, dtype_of, output_folder, processor_of, siz
 from .report import Report, check_finite, probe, slm_logits
 
 
-ENCODER, SLM = "encoder.", "decoder."  # without the LLM, the encoder is the projector
+ENCODER, SLM = "encoder.", "decoder."  # without the LLM, the encoder holds the fusion modules
 
 
 def split(
     checkpoint: str | Path, output: str | Path, *, overwrite: bool = False, revision: str | None = None
 ) -> Report:
     """
-    Extract the SLM and the projector of a full or lean checkpoint; its LLM is not read.
+    Extract the SLM and the fusion modules of a full or lean checkpoint; its LLM is not read.
 
     Args:
         checkpoint: Folder of the LLM-to-SLM checkpoint, or its name on the Hub.
-        output: The folder to write to: `slm/` with its tokenizer, and `projector.safetensors`.
+        output: The folder to write to: `slm/` with its tokenizer, and the fusion modules in `projector.safetensors`.
         overwrite: Replace an existing folder.
         revision: Revision of the checkpoint on the Hub.
 
@@ -41,27 +41,27 @@ def split(
     on_hub = not Path(checkpoint).is_dir()
     weights = open_weights(weight_files(checkpoint, on_hub, **(hub if on_hub else {})))
     slm = _slm(checkpoint, config, weights)
-    projector = {
+    fusion = {
         name.removeprefix("encoder."): tensor[...].clone()
         for name, tensor in weights.items()
         if name.startswith(ENCODER) and not name.startswith(LLM_PREFIX)
     }
-    if not projector:
-        raise OSError(f"{checkpoint} is incomplete: it has no projector.")
-    check_finite({**slm.state_dict(), **projector})
+    if not fusion:
+        raise OSError(f"{checkpoint} is incomplete: it has no fusion modules.")
+    check_finite({**slm.state_dict(), **fusion})
     report = Report(f"{checkpoint} is split into {output}")
-    with output_folder(output, overwrite, size_of(slm.state_dict()) + size_of(projector)) as folder:
+    with output_folder(output, overwrite, size_of(slm.state_dict()) + size_of(fusion)) as folder:
         slm.save_pretrained(folder / "slm")
-        save_file(projector, folder / "projector.safetensors", metadata={"format": "pt"})
+        save_file(fusion, folder / "projector.safetensors", metadata={"format": "pt"})
         report.add("tokenizer of the SLM", _write_tokenizer(checkpoint, folder / "slm"))
         written = load_model(type(slm), folder / "slm")
         probed = probe(config.vocab_size)
         report.compare("logits of the SLM", (slm_logits(written, probed), slm_logits(slm, probed)))
         same = open_weights([folder / "projector.safetensors"])
-        if not all(torch.equal(same[name][...], tensor) for name, tensor in projector.items()):
-            raise ValueError("The projector changed in the conversion; nothing is kept.")
+        if not all(torch.equal(same[name][...], tensor) for name, tensor in fusion.items()):
+            raise ValueError("The fusion modules changed in the conversion; nothing was written.")
         report.add("SLM", f"{slm.config.model_type}, {slm.num_parameters():,} parameters, in slm/")
-        report.add("projector", f"{', '.join(projector)}, in projector.safetensors")
+        report.add("fusion modules", f"{', '.join(fusion)}, in projector.safetensors")
     return report
 
 

@@ -51,7 +51,7 @@ def build(
     from modeling_llm2slm.conversion.build import build as build_in_memory
     from modeling_llm2slm.conversion.build import is_config
     from modeling_llm2slm.conversion.compose import compose
-    from modeling_llm2slm.data.files import atomic_write
+    from modeling_llm2slm.data.atomic import atomic_write
 
     if llm and slm and not preset and not is_config(llm) and not is_config(slm):
         with steps("Build") as progress:
@@ -106,7 +106,7 @@ def card(
     """
     evaluations, compared = ([_read_result(file) for file in files or []] for files in (evaluation, compare))
     text_to_text = load_text_to_text(str(model))
-    from modeling_llm2slm.data.files import atomic_write
+    from modeling_llm2slm.data.atomic import atomic_write
     from modeling_llm2slm.inference.model_card import CardDetails, is_by_hand, model_card
 
     if len(text_to_text.parts()) == 1:

@@ -149,7 +149,7 @@ def _prompts(prompts: list[str] | None, file: Path | None, settings: GenerateFil
 def _write_outputs(
     text_to_text: TextToText, prompts: Iterator[str], batch_size: int, output: Path, options: dict[str, Any]
 ) -> None:
-    from modeling_llm2slm.data.files import atomic_write
+    from modeling_llm2slm.data.atomic import atomic_write
 
     outputs = text_to_text.generate(list(prompts), batch_size, **options)
     with atomic_write(output) as temporary:

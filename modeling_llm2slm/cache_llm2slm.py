@@ -1,6 +1,6 @@
 # Copyright 2026 The modeling-llm2slm authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What an LLM-to-SLM model carries between steps: the states of a prompt, the SLM's cache, masks and positions."""
+"""State of an LLM-to-SLM model between steps: the prompt as the SLM reads it, the SLM's cache, masks, positions."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +14,8 @@ from transformers.modeling_outputs import ModelOutput
 @dataclass
 class PromptStates(ModelOutput):
     """
-    A prompt as the SLM reads it: `encode_prompt` returns it, and `encoder_outputs=` takes it as often as wanted.
+    A prompt as the SLM reads it: `encode_prompt` returns it, and `encoder_outputs=` takes it any number of
+    times. A fusion may add tensors in a subclass, each with a row for each prompt.
 
     Args:
         last_hidden_state (`torch.Tensor` of shape `(B, N, d_slm)`):
@@ -42,13 +43,16 @@ class PromptStates(ModelOutput):
 
     def one_for_each(self) -> "PromptStates":
         """Return the states of each prompt repeated for each of its beams."""
-        return replace(self, last_hidden_state=self.last_hidden_state.repeat_interleave(self.copies, dim=0))
+        tensors = {name: value for name, value in self.items() if isinstance(value, torch.Tensor)}
+        del tensors["attention_mask"]
+        repeated: Any = {name: value.repeat_interleave(self.copies, dim=0) for name, value in tensors.items()}
+        return replace(self, **repeated)
 
 
 def as_prompt_states(
     encoder_outputs: PromptStates | ModelOutput | tuple, attention_mask: torch.Tensor | None, check: bool = False
 ) -> PromptStates:
-    """Return `encode_prompt`'s output, or a bare `last_hidden_state` with its `attention_mask`, as `PromptStates`."""
+    """Return `encode_prompt`'s output itself, or a bare `last_hidden_state` with its mask as `PromptStates`."""
     states, own_mask = encoder_outputs[0], getattr(encoder_outputs, "attention_mask", None)
     optional = [getattr(encoder_outputs, name, None) for name in ("hidden_states", "attentions")]
     if own_mask is None:
@@ -61,7 +65,7 @@ def as_prompt_states(
                 "`attention_mask` and `encoder_outputs` belong to different prompts: their numbers of tokens differ. "
                 "Pass the mask that went into `encode_prompt`, or none."
             )
-    return PromptStates(states, own_mask, *optional)
+    return encoder_outputs if isinstance(encoder_outputs, PromptStates) else PromptStates(states, own_mask, *optional)
 
 
 def repeat_outputs(outputs: ModelOutput, copies: int) -> ModelOutput:

@@ -42,9 +42,17 @@ _REQUEST: ContextVar[LoadRequest | None] = ContextVar("llm2slm_load_request", de
 
 
 class LLM2SLMCheckpointMixin:
-    """Loading of full and lean checkpoints."""
+    """Loading of full and lean checkpoints, and saving of full ones."""
 
-    include_llm: bool = True  # default of `save_pretrained`, for `Trainer`, which does not pass it
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *, include_llm: bool | None = None, card: Any = None, **kwargs: Any
+    ) -> None:
+        """Save a full checkpoint. The installed package also saves lean ones and writes model cards."""
+        if include_llm is False or card is not None:
+            raise ValueError(
+                "`include_llm=False` and `card` need the package: `pip install modeling-llm2slm`, and import it first."
+            )
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(
@@ -83,9 +91,9 @@ class LLM2SLMCheckpointMixin:
             loaded = super().from_pretrained(  # type: ignore[misc]
                 pretrained_model_name_or_path, *args, use_safetensors=True, **kwargs
             )
-            (loaded[0] if isinstance(loaded, tuple) else loaded).eval()  # takes note of the generation config
+            (loaded[0] if isinstance(loaded, tuple) else loaded).eval()  # records the special ids
             return loaded
-        except (AttributeError, KeyError, OverflowError, TypeError) as error:  # values that no model is made of
+        except (AttributeError, KeyError, OverflowError, TypeError) as error:  # no model has such values
             raise ValueError(f"{path} cannot be loaded: {type(error).__name__}, {first_line(error)}") from error
         finally:
             _REQUEST.reset(token)
@@ -98,16 +106,17 @@ class LLM2SLMCheckpointMixin:
         request = _REQUEST.get() if state_dict is None else None
         if request is not None and checkpoint_files:
             weights, config = open_weights(checkpoint_files), model.config
-            told, config.llm_source = config.llm_source, _in_memory(config.llm_source, request)
+            recorded_source, config.llm_source = config.llm_source, _in_memory(config.llm_source, request)
             config.slm_source = _in_memory(config.slm_source, request)
             if config.lean or request.encoder_path:
-                state_dict, checkpoint_files = weights | _llm_weights(model, told or {}, request), None
+                state_dict = weights | _llm_weights(model, recorded_source or {}, request)
+                checkpoint_files = None
                 config.lean = False
             elif not any(name.startswith(LLM_PREFIX) for name in weights):
                 raise OSError(LACKS_LLM.format(request.path))
-            _check_sizes(model, state_dict or weights, request)
+            _check_shapes(model, state_dict or weights, request)
         loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
-        # By the names that transformers gave what it read, which are not always those in the files.
+        # `missing_keys` has transformers' own names, which may differ from those in the files.
         if request is not None and _new_in_llm(model, loaded[0].missing_keys):
             raise OSError(LACKS_LLM.format(request.path))
         on_disk = loaded[1] or {}  # lacks tied names of tensors that were not read from a file under this name
@@ -127,7 +136,7 @@ def _new_in_llm(model: Any, missing: Collection[str]) -> list[str]:
     return [name for name in of_llm if name in missing and tied.get(name, name) not in held]
 
 
-def _check_sizes(model: PreTrainedModel, weights: Mapping[str, Any], request: LoadRequest) -> None:
+def _check_shapes(model: PreTrainedModel, weights: Mapping[str, Any], request: LoadRequest) -> None:
     """
     Raise `ValueError` if a tensor has another shape than its parameter, or if the config asks for far more parameters
     than the files hold.
@@ -173,9 +182,9 @@ def source_files(source: Mapping[str, Any], hub: Mapping[str, Any]) -> list[Path
     return weight_files(name, not is_local(name), source.get("subfolder") or "", **arguments)
 
 
-def _llm_weights(model: Any, told: dict[str, Any], request: LoadRequest) -> dict[str, Any]:
+def _llm_weights(model: Any, recorded_source: dict[str, Any], request: LoadRequest) -> dict[str, Any]:
     """Return the LLM's tensors under their names in the composite, from the caller's source or else the config's."""
-    source = dict(told)
+    source = dict(recorded_source)
     if request.encoder_path is not None:
         source |= {"name_or_path": request.encoder_path, "revision": request.encoder_revision, "subfolder": None}
         if os.path.isdir(request.encoder_path):

@@ -26,27 +26,30 @@ from .fusion_llm2slm import fusion_of
 
 class Quirks(NamedTuple):
     """
-    What a family of models needs that most do not. What transformers itself declares about a class (`_is_stateful`,
-    `_can_compile_fullgraph`, `_keep_in_fp32_modules`) is read from the class.
+    Needs of a model family that most families do not have. Those that transformers declares in a class
+    (`_is_stateful`, `_can_compile_fullgraph`, `_keep_in_fp32_modules`) are read from the class.
     """
 
     positions_after_pad: bool = False  # positions begin after the pad id, so fewer are left than the config says
     mask_limited_to_positions: bool = False  # an attention mask must not be wider than the max positions
     decoder_layers: str | None = None  # the config's own name for the number of its decoder's layers
     embedding_size: str = "hidden_size"  # the config's name for the width of its embeddings
+    feed_forward_size: str = "intermediate_size"  # the config's name for the width of its feed-forward layers
+    head_size: str = "head_dim"  # the config's name for the width of an attention head
 
 
 _AFTER_PAD = (
     "camembert", "data2vec-text", "ibert", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
     "xlm-roberta-xl",
 )  # fmt: skip
-_DECODER_LAYERS = ("longt5", "mt5", "pop2piano", "prophetnet", "switch_transformers", "t5", "umt5")
+_T5 = Quirks(decoder_layers="num_decoder_layers", feed_forward_size="d_ff", head_size="d_kv")
 # By `model_type`. A new quirk is a field above and an entry here.
 QUIRKS = {
     **dict.fromkeys(_AFTER_PAD, Quirks(positions_after_pad=True)),
-    **dict.fromkeys(_DECODER_LAYERS, Quirks(decoder_layers="num_decoder_layers")),
+    **dict.fromkeys(("longt5", "mt5", "pop2piano", "switch_transformers", "t5", "umt5"), _T5),
     "gpt_neo": Quirks(mask_limited_to_positions=True),
     "opt": Quirks(embedding_size="word_embed_proj_dim"),
+    "prophetnet": Quirks(decoder_layers="num_decoder_layers"),
 }
 # A checkpoint's config must not set these: they choose other files to read, or kernels to download and run.
 FOREIGN = {"transformers_weights", "attn_implementation", "_attn_implementation", "kernel_config", "fusion_config"}
@@ -120,12 +123,6 @@ class LLM2SLMConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
-    def own_fields(cls) -> set[str]:
-        """Return the names of the fields that the factory takes: all but the parts, their origin and their dtypes."""
-        others = {"sub_configs", "encoder", "decoder", "encoder_dtype", "llm_source", "slm_source", "lean"}
-        return set(cls.__annotations__) - others - {"use_cache", "is_encoder_decoder"}
-
-    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "LLM2SLMConfig":
         """Build a config from values of a checkpoint. Raise `ValueError` if they do not make one."""
         parts = [
@@ -137,7 +134,7 @@ class LLM2SLMConfig(PreTrainedConfig):
         try:
             return super().from_dict(config_dict, **kwargs)
         except (AttributeError, KeyError, OverflowError, TypeError, StrictDataclassError) as error:
-            raise ValueError(f"The config of the checkpoint is not sound: {' '.join(str(error).split())}") from error
+            raise ValueError(f"The config of the checkpoint is invalid: {' '.join(str(error).split())}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values but the folders of this machine that the parts were loaded from."""
@@ -187,7 +184,7 @@ class LLM2SLMConfig(PreTrainedConfig):
         return config
 
     def fits(self, prompt_length: int, output_length: int) -> bool:
-        """Return whether the SLM has positions for a prompt and an output, with its start token, without its last."""
+        """Return whether prompt and output (its start token counts, its last does not) fit in the SLM's positions."""
         return fits(self.decoder, prompt_length, output_length)
 
     def needs_output_mask(self, prompt_width: int, output_width: int) -> bool:
@@ -233,7 +230,8 @@ class LLM2SLMConfig(PreTrainedConfig):
             if not all(value is None or isinstance(value, str) for value in source.values()):
                 raise ValueError(f"`{name}` is {source!r}, but its values must be text.")
         _check_sizes(llm_sizes(self.encoder), "encoder")
-        _check_sizes(self.get_text_config(decoder=True), "decoder")
+        for config in (llm_sizes(self.decoder), self.get_text_config(decoder=True)):  # the SLM's two halves
+            _check_sizes(config, "decoder")
         layers = llm_sizes(self.encoder).num_hidden_layers
         if self.encoder_layer is not None and self.encoder_layer not in range(layers + 1):
             raise ValueError(
@@ -322,13 +320,10 @@ def _check_sizes(config: PreTrainedConfig, name: str) -> None:
             f"`{name}` ({config.model_type}) has hidden size {hidden_size!r}, but a positive one is needed. Pass the "
             "config of a text model; of a multimodal model, its `text_config`."
         )
-    for key in ("num_hidden_layers", "num_decoder_layers"):
-        layers = getattr(config, key, None)
-        if layers is not None and not (isinstance(layers, int) and 0 <= layers <= MAX_LAYERS):
-            raise ValueError(f"`{name}` has {layers!r} as `{key}`, but a number up to {MAX_LAYERS} is needed.")
-    heads = getattr(config, "num_attention_heads", None)
-    own_head_size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
-    if heads and own_head_size is None and hidden_size % heads:
+    layers, heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)
+    if layers is not None and not (isinstance(layers, int) and 0 <= layers <= MAX_LAYERS):
+        raise ValueError(f"`{name}` has {layers!r} layers, but a number up to {MAX_LAYERS} is needed.")
+    if heads and not getattr(config, quirks_of(config).head_size, None) and hidden_size % heads:
         raise ValueError(
             f"`{name}` ({config.model_type}) has hidden size {hidden_size}, which is not divisible by its {heads} "
             "attention heads. Change one of the two."

@@ -111,7 +111,7 @@ def fingerprint(tensors: Mapping[str, Any]) -> str:
 
 
 def _sample(tensor: Any, shape: tuple[int, ...], start: int) -> torch.Tensor:
-    """Return up to `SAMPLES` values from `start` on, as if the tensor were flat, and read no row without one."""
+    """Return up to `SAMPLES` values from `start` on, as if the tensor were flat; read only the rows that hold them."""
     if not shape:
         return tensor[...].detach().reshape(-1)
     width = math.prod(shape[1:])

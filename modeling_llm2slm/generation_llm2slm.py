@@ -1,7 +1,8 @@
 # Copyright 2026 The modeling-llm2slm authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What an LLM-to-SLM model adds to stock `generate()`: the prompt in the cache, and checks before any compute."""
+"""Extensions of stock `generate()`: the prompt in the cache, and checks before any compute."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -90,8 +91,9 @@ class LLM2SLMGenerationMixin(GenerationMixin):
         states = as_prompt_states(kwargs["encoder_outputs"], kwargs.get("attention_mask"))
         kwargs["encoder_outputs"] = PromptStates(attention_mask=states.attention_mask)
         input_ids, kwargs = super()._expand_inputs_for_generation(*args, **kwargs)
-        states.attention_mask = kwargs["encoder_outputs"].attention_mask
-        return input_ids, kwargs | {"encoder_outputs": states}
+        return input_ids, kwargs | {
+            "encoder_outputs": replace(states, attention_mask=kwargs["encoder_outputs"].attention_mask)
+        }
 
     def _prepare_cache_for_generation(
         self,

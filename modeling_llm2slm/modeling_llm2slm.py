@@ -155,7 +155,7 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
         return outputs
 
     def embed_tokens(self, input_ids: torch.Tensor | None) -> torch.Tensor | None:
-        """Return the prompt tokens `(B, N, width)` in the embedding table that the fusion reads; `None` for none."""
+        """Look up the prompt tokens in the embedding table that the fusion reads; `None` if it reads none."""
         if self.fusion.table is None:
             return None
         if input_ids is None:
@@ -210,7 +210,7 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
 
     @torch.no_grad()
     def hidden_states_rms(self) -> float:
-        """Return the median root mean square of the LLM's hidden states over 64 tokens; that of the first is huge."""
+        """Return the median root mean square of the LLM's hidden states of 64 tokens; the first token's is huge."""
         input_ids = probe_ids(self.llm.get_input_embeddings().weight, 64)[None]
         states = self.run_llm(input_ids, torch.ones_like(input_ids)).last_hidden_state
         return float(states.float().square().mean(-1).sqrt().median())
@@ -220,7 +220,10 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
     r"""
     A frozen LLM that reads the prompt and a small language model that writes the output (arXiv 2402.16844). It trains,
     generates, saves and loads like every sequence-to-sequence model of transformers. Token ids of the prompt are the
-    LLM's, those of the output the SLM's. The installed package extends this class in `inference/model.py`.
+    LLM's, those of the output the SLM's.
+
+    Uploads carry this class. It lacks what the installed package adds in `inference/model.py`: building from
+    pretrained parts, assisting the LLM, atomic saves, lean checkpoints, model cards and a faster cache.
 
     Args:
         config ([`LLM2SLMConfig`]): The configuration.
@@ -258,7 +261,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         return self.decoder.dtype
 
     def get_encoder(self, modality: str | None = None) -> LLM2SLMEncoder:
-        """Return everything that turns a prompt into what the SLM reads, bound to the SLM of now."""
+        """Return everything that turns a prompt into what the SLM reads, bound to the current SLM."""
         return self.encoder.bind(self.decoder)
 
     # The embeddings of the whole model are the SLM's.
@@ -282,7 +285,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
     def encode_llm(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """
         Return the LLM's hidden states H `(B, N, d_llm)` of prompts `(B, N)`. Training does not change them: passed as
-        `llm_hidden_states=` (with `attention_mask`, and `input_ids` for `fusion="add"`), they save running the LLM.
+        `llm_hidden_states=` (with `attention_mask`, and `input_ids` for `fusion="add"`), they replace the LLM.
         """
         return self.encoder.run_llm(input_ids, self.encoder.prompt_mask(input_ids, attention_mask)).last_hidden_state
 
@@ -293,12 +296,14 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         attention_mask: torch.Tensor | None = None,
         llm_hidden_states: torch.Tensor | None = None,
     ) -> PromptStates:
-        """Do all the work for prompts `(B, N)` once. `generate(encoder_outputs=...)` takes the result and keeps it."""
+        """
+        Run everything that depends on the prompts once. `generate(encoder_outputs=...)` does not modify the result.
+        """
         return self.get_encoder()(input_ids, attention_mask, llm_hidden_states, return_dict=True)
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """Shift targets `(B, M)` right behind the start token; -100 becomes the pad id."""
-        config: Any = self.config  # which has set both ids
+        """Shift targets `(B, M)` to the right, after the start token; -100 becomes the pad id."""
+        config: Any = self.config  # it sets both ids
         shifted = labels.roll(1, dims=-1)
         shifted[:, 0] = config.decoder_start_token_id
         return shifted.masked_fill(shifted == -100, config.pad_token_id)
@@ -343,6 +348,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         if use_cache is None:
             use_cache = self.config.use_cache and labels is None and not self.training
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        # A caller's prompt is checked against its mask once, when the cache is still empty.
         check = encoder_outputs is not None and past_key_values is None
         if encoder_outputs is None and (input_ids is not None or llm_hidden_states is not None):
             width = decoder_input_ids.shape[1]
@@ -406,7 +412,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         self, prompt: PromptStates | None, tokens: torch.Tensor, mask: torch.Tensor | None, **kwargs: Any
     ) -> Seq2SeqLMOutput:
         """Run the SLM. Beams and samples of a prompt start alike: it reads prompt and start once for all of them."""
-        copies = 1
+        copies = 1  # beams or samples of each prompt that the SLM reads now
         if prompt is not None and not has_read_prompt(kwargs["past_key_values"]) and (copies := prompt.copies) > 1:
             prompt, tokens = prompt.one_of_each(), tokens[::copies]
             mask = mask[::copies] if mask is not None else None
@@ -438,6 +444,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         if position_ids is None:
             if prompt is None:
                 raise ValueError(NO_PROMPT)
+            # Without a given mask, all rows have the same output length, and a number is cheaper to check.
             width, given = prompt.attention_mask.shape[1], mask is not None
             mask, position_ids = mask_and_positions(prompt.attention_mask, mask, output_length, cache)
             output_mask = mask[:, width:]

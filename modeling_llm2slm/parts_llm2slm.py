@@ -48,7 +48,7 @@ def build_llm(config: LLM2SLMConfig) -> PreTrainedModel:
 
 
 def reader_of(llm: PreTrainedModel) -> PreTrainedModel:
-    """Return what reads a prompt in an LLM: an encoder-decoder's encoder (BART), without a pooler (BERT)."""
+    """Return the module of an LLM that reads a prompt: the encoder of BART, BERT without its pooler."""
     if llm.config.is_encoder_decoder and llm_class(llm.config) is AutoModel:
         llm = llm.get_encoder()
     if getattr(llm, "pooler", None) is not None:

@@ -195,12 +195,12 @@ class LLM2SLMProcessor(ProcessorMixin):
 
     @property
     def pad_token_id(self) -> int:
-        """`int`: The SLM's. `Seq2SeqTrainer` pads outputs with it."""
+        """`int`: The SLM's pad id. `Seq2SeqTrainer` pads outputs with it."""
         return self.decoder_tokenizer.pad_token_id
 
     @property
     def eos_token_id(self) -> int:
-        """`int`: The SLM's."""
+        """`int`: The SLM's end id."""
         return self.decoder_tokenizer.eos_token_id
 
     @property
@@ -226,7 +226,7 @@ def _check_kind(name: str, texts: list[Any], is_right: Callable[[Any], bool]) ->
     wrong = [text for text in texts if not is_right(text)]
     if wrong:
         kinds = "texts, or conversations" if name == "text" else "texts"
-        raise ValueError(f"`{name}` holds {wrong[0]!r:.60}, but it takes {kinds}. Join words to a text first.")
+        raise ValueError(f"`{name}` holds {wrong[0]!r:.60}, but it takes {kinds}. Join the words into one string.")
 
 
 def _pad(

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, loggin
 
 from examples.demo import DATA, HERE, LLM
 from modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
-from modeling_llm2slm.data.files import atomic_write
+from modeling_llm2slm.data.atomic import atomic_write
 from modeling_llm2slm.training.recipe import load_recipe
 from modeling_llm2slm.training.run import train
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..data.files import atomic_write
+from ..data.atomic import atomic_write
 from ..data.records import write_json
 from ..evaluation.timing import Timing, median_timing, time_in_turns
 from ..files_llm2slm import weight_files

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .files import atomic_write
+from .atomic import atomic_write
 
 
 def write_json(path: str | Path, value: Any) -> None:

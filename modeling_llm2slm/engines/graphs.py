@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from ..fusion_llm2slm import Fusion
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..parts_llm2slm import reading_arguments
 
@@ -154,7 +155,17 @@ class CrossStepGraph(nn.Module):
 
 
 def graphs_of(model: LLM2SLMForConditionalGeneration) -> dict[str, Any]:
-    """Return the modules that become graphs, by name."""
+    """
+    Return the modules that become graphs, by name. Raise `ValueError` for a fusion that hands over more than prompt
+    embeddings.
+    """
+    fusion = type(model.encoder.fusion)
+    for method in ("read_prompt", "prepend"):
+        if getattr(fusion, method) is not getattr(Fusion, method):
+            raise ValueError(
+                f'`fusion="{fusion.name}"` overrides `{method}`, but exported graphs contain only its `combine`. Use '
+                "the PyTorch engine."
+            )
     # CODEPATH: encoder-decoder SLMs (T5-small) against decoder-only ones (GPT-2).
     if model.config.decoder.is_encoder_decoder:
         return {"prompt": PromptGraph(model), "cross": CrossGraph(model), "step": CrossStepGraph(model)}

@@ -22,18 +22,22 @@ from .saving import locate_llm
 
 logger = logging.get_logger(__name__)
 
-TOKENIZER_ARGUMENTS = (*HUB_ARGUMENTS, "revision", "subfolder", "trust_remote_code")
+REPOSITORY_ARGUMENTS = (*HUB_ARGUMENTS, "revision", "subfolder")
+# The fields of a config that the caller chooses: not the parts, their origin and their dtypes.
+OWN_FIELDS = set(LLM2SLMConfig.__annotations__) - {
+    "decoder", "encoder", "encoder_dtype", "is_encoder_decoder", "lean", "llm_source", "slm_source", "sub_configs",
+    "use_cache",
+}  # fmt: skip
 
 
 def build_from_pretrained(model_class: Any, llm: Any, slm: Any, **kwargs: Any) -> Any:
     """See [`LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained`], whose class is `model_class`."""
-    config_fields = LLM2SLMConfig.own_fields()
-    config_kwargs = {key: kwargs.pop(key) for key in config_fields & kwargs.keys()}
+    config_kwargs = {key: kwargs.pop(key) for key in OWN_FIELDS & kwargs.keys()}
     encoder_kwargs, decoder_kwargs = (pop_prefixed(kwargs, prefix) for prefix in ("encoder_", "decoder_"))
     if kwargs:
         raise ValueError(
             f"Unknown arguments: {', '.join(kwargs)}. Prefix an argument with `encoder_` for the LLM or "
-            f"`decoder_` for the SLM, or use one of the configuration: {', '.join(sorted(config_fields))}."
+            f"`decoder_` for the SLM, or use one of the configuration: {', '.join(sorted(OWN_FIELDS))}."
         )
     if "shared_tokenizer" not in config_kwargs:
         config_kwargs["shared_tokenizer"] = have_same_tokenizer(llm, slm, encoder_kwargs, decoder_kwargs)
@@ -124,7 +128,7 @@ def have_same_tokenizer(
     for path, kwargs in ((llm, encoder_kwargs), (slm, decoder_kwargs)):
         if path is None:
             return False
-        hub = {key: kwargs[key] for key in TOKENIZER_ARGUMENTS if key in kwargs}
+        hub = {key: kwargs[key] for key in (*REPOSITORY_ARGUMENTS, "trust_remote_code") if key in kwargs}
         try:
             tokenizers.append(AutoTokenizer.from_pretrained(path, **hub))
         except (OSError, ValueError, TypeError) as error:

@@ -14,8 +14,8 @@ from typing import Any
 
 from datasets import Dataset
 
+from ..data.atomic import atomic_write
 from ..data.bad_rows import check_any_left
-from ..data.files import atomic_write
 from ..data.loading import ROW, is_jsonl, load_rows, report_bad_rows, whole_row
 from ..data.processes import processes
 from ..settings import GenerateFileSettings

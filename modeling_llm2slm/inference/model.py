@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel, ProcessorMixin
-from transformers.cache_utils import Cache
 
 from .. import modeling_llm2slm, processing_llm2slm
-from ..data.files import atomic_write
+from ..data.atomic import atomic_write
+from ..reserving import with_reserve
 from . import assistant, factory, saving
-from .reserving import with_reserve
 
 
 class LLM2SLMForConditionalGeneration(modeling_llm2slm.LLM2SLMForConditionalGeneration):
@@ -31,6 +30,9 @@ class LLM2SLMForConditionalGeneration(modeling_llm2slm.LLM2SLMForConditionalGene
         encoder (`PreTrainedModel`, *optional*): An LLM to use instead of one with random weights.
         decoder (`PreTrainedModel`, *optional*): An SLM to use instead of one with random weights.
     """
+
+    include_llm: bool = True  # default of `save_pretrained`, for `Trainer`, which does not pass it
+    reserve = staticmethod(with_reserve)
 
     @classmethod
     def from_encoder_decoder_pretrained(
@@ -119,11 +121,6 @@ class LLM2SLMForConditionalGeneration(modeling_llm2slm.LLM2SLMForConditionalGene
         """
         return saving.push_to_hub(self, repo_id, **kwargs)
 
-    @staticmethod
-    def reserve(cache: Cache) -> Cache:
-        """Let a growing cache reserve memory, see [`ReservingLayer`]."""
-        return with_reserve(cache)
-
 
 class LLM2SLMProcessor(processing_llm2slm.LLM2SLMProcessor):
     __doc__ = processing_llm2slm.LLM2SLMProcessor.__doc__
@@ -157,4 +154,4 @@ class LLM2SLMProcessor(processing_llm2slm.LLM2SLMProcessor):
             written = ProcessorMixin.save_pretrained(self, folder, **kwargs)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
-        return [str(Path(save_directory, Path(file).name)) for file in written]
+        return [str(Path(save_directory, Path(file).relative_to(folder))) for file in written]

@@ -24,7 +24,7 @@ SCORE_TYPES = {"bleu": "sacrebleu", "rouge1": "rouge", "rouge2": "rouge", "rouge
 @dataclass(frozen=True, kw_only=True)
 class CardDetails:
     """
-    What a card says beyond the model's config.
+    Contents of a card that the model's config does not have.
 
     Args:
         language (`str` or `list[str]`, *optional*): Codes of the languages of prompts and outputs, such as `"de"`.
@@ -186,7 +186,7 @@ def _parts(model: Any, sources: Mapping[str, Any], licenses: Mapping[str, str | 
     decoding, between = count_parameters(*decoding_modules(model.decoder)), count_parameters(model.encoder) - llm
     rows = [
         ("LLM", _link(sources["LLM"]), "unchanged" if model.config.freeze_llm else "trained further", llm, "once"),
-        ("projector", "new", "trained", between, "once"),
+        ("fusion modules", "new", "trained", between, "once"),
         ("SLM", _link(sources["SLM"]), "trained further", slm, "per token"),
     ]
     lines = "\n".join(f"| {part} | {base} | {how} | {size:,} | {when} |" for part, base, how, size, when in rows)

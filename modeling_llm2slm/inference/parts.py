@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 
 @dataclass
@@ -28,8 +29,8 @@ class Part:
 
 def part_of(name: str, module: torch.nn.Module, config: Any = None) -> Part:
     """Describe a module as a part."""
-    tensors = list(module.parameters())
-    return Part(name, config, sum(tensor.numel() for tensor in tensors), str(tensors[0].dtype).removeprefix("torch."))
+    dtype = module.dtype if isinstance(module, PreTrainedModel) else next(module.parameters()).dtype
+    return Part(name, config, count_parameters(module), str(dtype).removeprefix("torch."))
 
 
 def composite_parts(model: Any) -> list[Part]:

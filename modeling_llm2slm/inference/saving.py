@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 
 from ..checkpoint_llm2slm import LLM_PREFIX, is_local, is_repo_id, own_names, select_weights, source_files
-from ..data.files import atomic_write
+from ..data.atomic import atomic_write
 from ..files_llm2slm import INDEX, WEIGHTS, fingerprint, first_line, open_weights
 from .model_card import has_card_by_hand, write_model_card
 
@@ -152,7 +152,7 @@ def as_uploaded(instance: Any) -> Iterator[None]:
 
 
 def _as_written(source: dict[str, Any] | None, target: Path, public: bool) -> dict[str, Any] | None:
-    """Return a source as the config at `target` holds it: a folder relative to it, and none if it is uploaded."""
+    """Return a source as the config at `target` holds it: a folder relative to it, and no folder if it is uploaded."""
     if source is None or not is_local(source.get("name_or_path") or ""):
         return source
     relative = os.path.relpath(os.path.realpath(source["name_or_path"]), os.path.realpath(target))
@@ -169,7 +169,7 @@ def _check_source_is_public(source: Mapping[str, Any]) -> None:
 
 
 def _is_folder(source: Mapping[str, Any]) -> bool:
-    """Return whether a source is a folder. One that a caller named, without fingerprint, can look like a repository"""
+    """Return whether a source is a folder. Without a fingerprint, it may have the form of a repository."""
     name = source.get("name_or_path") or ""
     return is_local(name) or (not source.get("fingerprint") and os.path.isdir(name))
 

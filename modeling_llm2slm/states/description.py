@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..configuration_llm2slm import llm_sizes
-from ..data.files import atomic_write
+from ..data.atomic import atomic_write
 from .fingerprints import llm_fingerprint, tokenizer_fingerprint
 
 

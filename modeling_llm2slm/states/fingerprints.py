@@ -12,9 +12,10 @@ import torch
 from safetensors import safe_open
 
 from ..checkpoint_llm2slm import LLM_PREFIX
+from ..files_llm2slm import weight_files
 
 
-WEIGHTS = (".safetensors", ".bin", ".xml", ".onnx", ".data")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".xml", ".onnx", ".data")
 PROBE = "The quick (brown) fox's 3,14 €: Äpfel, naïve\n\tdef f(x): return x**2  # 日本語 🙂"
 
 
@@ -42,16 +43,10 @@ def weights_fingerprint(model: str | Path, prefix: str = "") -> str:
 
 def tensors_of(model: str | Path, prefix: str) -> dict[str, Path]:
     """Return the names of the tensors in a checkpoint that start with `prefix`, each with its weight file."""
-    folder = checkpoint_folder(model)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    else:
-        files = {"model.safetensors"}
     found = {}
-    for file in sorted(files):
-        with safe_open(folder / file, framework="pt") as tensors:
-            found.update({name: folder / file for name in tensors.keys() if name.startswith(prefix)})  # noqa: SIM118
+    for file in weight_files(checkpoint_folder(model), on_hub=False):
+        with safe_open(file, framework="pt") as tensors:
+            found.update({name: file for name in tensors.keys() if name.startswith(prefix)})  # noqa: SIM118
     return found
 
 
@@ -83,7 +78,7 @@ def checkpoint_fingerprint(model: str | Path) -> str:
     """Return SHA-256 of the files of a checkpoint that decide its outputs: weights and configs."""
     folder, digest = checkpoint_folder(model), hashlib.sha256()
     files = [folder / "config.json", folder / "generation_config.json"]
-    files += [path for path in sorted(folder.rglob("*")) if path.suffix in WEIGHTS]
+    files += [path for path in sorted(folder.rglob("*")) if path.suffix in WEIGHT_SUFFIXES]
     for path in files:
         name = path.relative_to(folder)
         if path.is_file() and not name.parts[0].startswith("checkpoint-"):  # a training keeps these in its output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -9,10 +10,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
+from ..checkpoint_llm2slm import LLM_PREFIX
 from ..configuration_llm2slm import LLM2SLMConfig
 from ..fusion_llm2slm import fusion_of
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..parts_llm2slm import build_llm
+from ..reserving import with_reserve
 
 
 class LLMEmbedding(PreTrainedModel):
@@ -72,14 +75,15 @@ class LLMEmbedding(PreTrainedModel):
 class LLM2SLMWithoutLLM(LLM2SLMForConditionalGeneration):
     """An [`LLM2SLMForConditionalGeneration`] without its LLM: it takes `llm_hidden_states`."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^encoder\.llm\."]  # noqa: RUF012 - as in all transformers models
+    _keys_to_ignore_on_load_unexpected = [rf"^{re.escape(LLM_PREFIX)}"]  # noqa: RUF012 - as in all transformers models
 
     _auto_class = None  # its checkpoints are for this package: they bring no code
+    reserve = staticmethod(with_reserve)
 
     def __init__(self, config: LLM2SLMConfig):
         super().__init__(config, encoder=LLMEmbedding(config))
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Save the weights that this model has, to resume training; [`with_llm`] makes a model to publish."""
         PreTrainedModel.save_pretrained(self, save_directory, **kwargs)
 
@@ -109,7 +113,7 @@ def with_llm(model: nn.Module, path: str | Path, **kwargs: Any) -> LLM2SLMForCon
         ValueError: If `model` was loaded from another checkpoint.
     """
     whole = AutoModelForSeq2SeqLM.from_pretrained(path, **kwargs)
-    trained = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("encoder.llm.")}
+    trained = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(LLM_PREFIX)}
     # The missing keys are the LLM's, which `whole` has; each trained weight must have its place in `whole`.
     unexpected = whole.load_state_dict(trained, strict=False).unexpected_keys
     if unexpected:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from ..data.files import atomic_write, remove_unfinished
+from ..data.atomic import atomic_write, remove_unfinished
 from ..settings import EncodeSettings
 from .description import DESCRIPTION, SHARDS, StoreDescription, prompt_key, read_index
 

@@ -20,8 +20,8 @@ _BEFORE_SLM = r"encoder\..*"
 
 def lora_config(model: "LLM2SLMForConditionalGeneration", **overrides: Any) -> "LoraConfig":
     r"""
-    Return a `peft.LoraConfig` that adapts every linear layer of the SLM except its head, and trains the projector (and
-    the prompt embedding) in full. `target_modules` match modules of the SLM only; the LLM is never adapted.
+    Return a `peft.LoraConfig` that adapts every linear layer of the SLM except its head, and trains the modules of
+    the fusion (the projector) in full. `target_modules` match modules of the SLM only; the LLM is never adapted.
 
     Args:
         model ([`LLM2SLMForConditionalGeneration`]): The model to adapt.
@@ -52,7 +52,7 @@ def lora_config(model: "LLM2SLMForConditionalGeneration", **overrides: Any) -> "
 def ia3_config(model: "LLM2SLMForConditionalGeneration", **overrides: Any) -> "IA3Config":
     r"""
     Return a `peft.IA3Config` that scales keys, values and the inner activations of the SLM's feed-forward layers, and
-    trains the projector (and the prompt embedding) in full. The LLM is never adapted.
+    trains the modules of the fusion (the projector) in full. The LLM is never adapted.
 
     Args:
         model ([`LLM2SLMForConditionalGeneration`]): The model to adapt.
@@ -73,9 +73,12 @@ def ia3_config(model: "LLM2SLMForConditionalGeneration", **overrides: Any) -> "I
     family = model.config.decoder.model_type
     defaults = _defaults(model)
     # Layer by layer: peft 0.21 cannot merge IA3 together with a saved module that has layers inside.
-    encoder: Any = model.encoder
-    linears = [f"projector.{name}" for name in encoder.projector.names]
-    defaults["modules_to_save"] = [*linears, *(name for name in encoder.new_modules() if name != "projector")]
+    defaults["modules_to_save"] = [
+        f"{name}.{inner}".rstrip(".")
+        for name, module in model.encoder.new_modules().items()
+        for inner, layer in module.named_modules()
+        if next(layer.parameters(recurse=False), None) is not None
+    ]
     if "target_modules" not in overrides:
         if family not in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
             raise ValueError(

@@ -12,7 +12,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers.initialization import no_init_weights
 
-from ..configuration_llm2slm import LLM2SLMConfig, llm_sizes
+from ..checkpoint_llm2slm import LLM_PREFIX
+from ..configuration_llm2slm import LLM2SLMConfig, llm_sizes, quirks_of
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..states.without_llm import LLM2SLMWithoutLLM
 from .adapters import lora_config
@@ -48,7 +49,7 @@ class TrainingSetup:
 
 def training_memory(config: LLM2SLMConfig, setup: TrainingSetup) -> dict[str, int]:
     """
-    Return the bytes that one device needs to train an LLM-to-SLM model, without what torch and its libraries need.
+    Return the bytes that one device needs to train an LLM-to-SLM model, not counting those of torch and its libraries.
 
     Weights, gradients and optimizer states follow from the parameters. Activations are the tensors that a forward
     pass saves for its backward pass, counted on fake tensors, and the logits with their gradients. The frozen LLM
@@ -64,7 +65,7 @@ def training_memory(config: LLM2SLMConfig, setup: TrainingSetup) -> dict[str, in
     """
     model = without_storage(config, setup.llm_states, setup.lora)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    llm = sum(parameter.nbytes for name, parameter in model.named_parameters() if ".llm." in name)
+    llm = sum(parameter.nbytes for name, parameter in model.named_parameters() if LLM_PREFIX in name)
     every = sum(parameter.nbytes for parameter in model.parameters())
     weights = sum(parameter.nbytes for parameter in trained)
     memory = {
@@ -96,13 +97,13 @@ def generation_memory(
     """
     model = without_storage(config, llm_states=False, lora=None)
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    slm = config.decoder
+    slm, quirks = config.get_text_config(decoder=True), quirks_of(config.decoder)
     heads = getattr(slm, "num_key_value_heads", None) or slm.num_attention_heads
-    width = getattr(slm, "head_dim", None) or getattr(slm, "d_kv", None) or slm.hidden_size // slm.num_attention_heads
+    width = getattr(slm, quirks.head_size, None) or slm.hidden_size // slm.num_attention_heads
     positions = prompt_length + output_length
     # An encoder-decoder SLM caches the prompt in its cross-attention, a decoder-only one before the output.
-    layers = getattr(slm, "num_decoder_layers", None) or slm.num_hidden_layers
-    cache = 2 * layers * batch_size * positions * heads * width * (2 if slm.dtype == torch.bfloat16 else 4)
+    number_size = 2 if slm.dtype == torch.bfloat16 else 4
+    cache = 2 * slm.num_hidden_layers * batch_size * positions * heads * width * number_size
     return {"weights": weights, "cache": cache, "total": weights + cache}
 
 
@@ -133,8 +134,8 @@ def _activations(config: LLM2SLMConfig, setup: TrainingSetup) -> int:
 def _with_one_layer(config: LLM2SLMConfig) -> LLM2SLMConfig:
     config = copy.deepcopy(config)
     config.decoder.num_hidden_layers = 1
-    if hasattr(config.decoder, "num_decoder_layers"):
-        config.decoder.num_decoder_layers = 1
+    if (name := quirks_of(config.decoder).decoder_layers) is not None:
+        setattr(config.decoder, name, 1)
     return config
 
 
@@ -185,7 +186,7 @@ def make_fake(model: nn.Module, fake: FakeTensorMode) -> None:
 def _llm_activations(config: LLM2SLMConfig, batch: int, prompt: int) -> int:
     """Return the bytes of the widest layer of a frozen LLM: hidden states, feed-forward layer and attention."""
     llm = llm_sizes(config.encoder)
-    width = getattr(llm, "intermediate_size", None) or getattr(llm, "d_ff", None) or 4 * llm.hidden_size
+    width = getattr(llm, quirks_of(llm).feed_forward_size, None) or 4 * llm.hidden_size
     numbers = 4 * llm.hidden_size + 2 * width + llm.num_attention_heads * prompt
     return batch * prompt * numbers * (2 if config.encoder_dtype in ("bfloat16", "float16") else 4)
 

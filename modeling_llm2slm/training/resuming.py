@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import Seq2SeqTrainingArguments
 
-from ..data.files import check_replaceable, remove_unfinished
+from ..data.atomic import remove_unfinished
 from ..data.records import write_json
 from .batches import effective_batch_size
 from .recipe import Recipe
@@ -75,7 +75,6 @@ def check_start_is_kept(recipe: Recipe, arguments: Seq2SeqTrainingArguments) -> 
 def prepare_output_dir(recipe: Recipe, arguments: Seq2SeqTrainingArguments) -> None:
     """Remove what killed runs left unfinished and, without `resume`, the earlier run; record the recipe."""
     output_dir = Path(arguments.output_dir)
-    check_replaceable(output_dir)
     remove_unfinished(output_dir)
     remove_unfinished(output_dir / "checkpoint-*")
     if not recipe.resume:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import Seq2SeqTrainingArguments, set_seed
 
-from ..data.files import atomic_write
+from ..data.atomic import atomic_write, check_replaceable
 from ..data.records import versions, without_secrets
 from ..inference.saving import check_not_replaced
 from ..inference.text_to_text import TextToText
@@ -65,6 +65,7 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if finished:
         logger.warning(f"{arguments.output_dir} has already been trained for max_steps: nothing is left to do.")
         return finished
+    check_replaceable(arguments.output_dir)
     check_start_is_kept(ours, arguments)
     set_seed(arguments.seed)
     lines = progress_lines(arguments)

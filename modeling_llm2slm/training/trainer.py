@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import Seq2SeqTrainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..checkpoint_llm2slm import LLM_PREFIX
 from ..data.order import EpochSampler
 from ..evaluation.metrics import score
 from ..inference.text_to_text import TextToText
@@ -60,7 +61,7 @@ class TextToTextTrainer(Seq2SeqTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if state_dict is None and self.without_llm:
             state = self.model.state_dict()
-            state_dict = {name: tensor for name, tensor in state.items() if not name.startswith("encoder.llm.")}
+            state_dict = {name: tensor for name, tensor in state.items() if not name.startswith(LLM_PREFIX)}
         super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:

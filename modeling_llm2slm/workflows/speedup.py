@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..configuration_llm2slm import LLM2SLMConfig, check_length
 from ..conversion.build import build, part_config
+from ..data.atomic import atomic_write, remove_unfinished
 from ..data.bad_rows import check_any_left, report_bad_rows
-from ..data.files import atomic_write, remove_unfinished
 from ..data.formats import parse_lines
 from ..data.loading import ROW, load_rows
 from ..data.records import without_secrets, write_json

@@ -1,94 +1,42 @@
-"""Full and lean checkpoints: what is in them, where the LLM of a lean one comes from, and what is refused."""
+"""Loading full and lean checkpoints: where the LLM of a lean one comes from, and what is refused."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     T5ForConditionalGeneration,
-    TrainingArguments,
 )
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, checkpoint_llm2slm, files_llm2slm
-from modeling_llm2slm.data import files
-from modeling_llm2slm.inference import model_card, saving
+from modeling_llm2slm import LLM2SLMForConditionalGeneration, checkpoint_llm2slm, files_llm2slm
 from modeling_llm2slm.states.without_llm import load_without_llm
 from tests.support import families
 from tests.support.common import (
     PROMPTS,
-    build_model,
     build_parts,
-    gpt2_config,
     make_labels,
     pad_prompts,
     same_tensors,
     t5_config,
 )
-from tests.support.conversions import edit
+from tests.support.conversions import edit, load, names_in
 
 
 LLM = "encoder.llm."
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A composite of two models on disk, saved full and lean next to them."""
-    folder = tmp_path_factory.mktemp("models")
-    parts = build_parts()
-    parts.llm.save_pretrained(folder / "llm")
-    parts.slm.save_pretrained(folder / "slm")
-    model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(folder / "llm", folder / "slm")
-    model.save_pretrained(folder / "full")
-    model.save_pretrained(folder / "lean", include_llm=False)
-    return folder
-
-
-@pytest.fixture
-def copy(folder, tmp_path) -> Path:
-    """The same folder, to be spoilt."""
-    return Path(shutil.copytree(folder, tmp_path / "copy"))
-
-
-def load(path: Path, **kwargs: Any) -> LLM2SLMForConditionalGeneration:
-    return LLM2SLMForConditionalGeneration.from_pretrained(path, **kwargs)
-
-
-def names_in(path: Path) -> set[str]:
-    with safe_open(path / "model.safetensors", "pt") as file:
-        return set(file.keys())
-
-
 class TestLean:
-    def test_a_lean_checkpoint_leaves_out_the_llm_and_loads_it_again(self, folder):
-        assert not any(name.startswith(LLM) for name in names_in(folder / "lean"))
-        assert any(name.startswith(LLM) for name in names_in(folder / "full"))
-        full, lean = load(folder / "full"), load(folder / "lean")
-        same_tensors(lean.state_dict(), full.state_dict())
-        batch = pad_prompts(PROMPTS)
-        assert torch.equal(lean.generate(**batch, max_new_tokens=8), full.generate(**batch, max_new_tokens=8))
-        assert not lean.encoder.llm.shared.weight.requires_grad
-
-    def test_the_config_names_the_source_of_the_llm(self, folder):
-        config = json.loads((folder / "lean" / "config.json").read_text())
-        assert config["lean"] is True
-        assert config["llm_source"]["name_or_path"] == "../llm"
-        assert len(config["llm_source"]["fingerprint"]) == 32
-        assert str(folder) not in json.dumps(config)
-
     def test_nothing_is_missing_or_unexpected(self, folder):
         for kind in ("full", "lean"):
             _, info = AutoModelForSeq2SeqLM.from_pretrained(folder / kind, output_loading_info=True)
@@ -152,61 +100,6 @@ class TestLean:
         assert not any(info.values()), info
         same_tensors(loaded.state_dict(), model.state_dict())
 
-    def test_an_llm_with_old_tensor_names_is_never_left_out(self, tmp_path):
-        """As of old BERTs: transformers renames what it loads, and a lean checkpoint would not find it again."""
-        families.build_llm("bert").save_pretrained(tmp_path / "llm")
-        build_parts().slm.save_pretrained(tmp_path / "slm")
-        file = tmp_path / "llm" / "model.safetensors"
-        old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
-        tensors = {
-            name.replace(ending, old.get(ending, ending)): tensor
-            for name, tensor in load_file(file).items()
-            for ending in [".".join(name.split(".")[-2:])]
-        }
-        save_file(tensors, file, metadata={"format": "pt"})
-        model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(tmp_path / "llm", tmp_path / "slm")
-        assert model.config.llm_source is None
-        model.config.llm_source = {"name_or_path": str(tmp_path / "llm")}
-        with pytest.raises(ValueError, match=r"it has no embeddings\.LayerNorm\.weight by this name: .* again"):
-            model.save_pretrained(tmp_path / "lean", include_llm=False)
-        model.encoder.llm.save_pretrained(tmp_path / "again", save_original_format=False)
-        model.config.llm_source = {"name_or_path": str(tmp_path / "again")}
-        model.save_pretrained(tmp_path / "lean", include_llm=False)
-        same_tensors(load(tmp_path / "lean").state_dict(), model.state_dict())
-
-    def test_a_relative_folder_is_never_taken_for_a_repository(self, folder, tmp_path, monkeypatch):
-        """`runs/llm` could be the id of a repository."""
-        shutil.copytree(folder / "llm", tmp_path / "runs" / "llm")
-        monkeypatch.chdir(tmp_path)
-        model = load(folder / "full")
-        model.config.llm_source = {"name_or_path": "runs/llm"}
-        with pytest.raises(ValueError, match=r"folder runs/llm, which nobody else has"):
-            model.push_to_hub("somebody/model", include_llm=False)
-        model.save_pretrained("lean", include_llm=False)
-        same_tensors(load(tmp_path / "lean").state_dict(), model.state_dict())
-        for name in ("a/b/c", str(tmp_path / "gone")):
-            model.config.llm_source = {"name_or_path": name}
-            with pytest.raises(ValueError, match=f"could not read the LLM from {name}: there is no such folder"):
-                model.save_pretrained("other", include_llm=False)
-
-    def test_a_repository_is_never_taken_for_a_folder_of_its_name(self, folder, tmp_path, monkeypatch):
-        (tmp_path / "google" / "t5").mkdir(parents=True)
-        monkeypatch.chdir(tmp_path)
-        model = load(folder / "lean")
-        model.config.llm_source = {**model.config.llm_source, "name_or_path": "google/t5"}
-        model.save_pretrained("lean", include_llm=False)
-        config = json.loads(Path("lean", "config.json").read_text())
-        assert config["llm_source"]["name_or_path"] == "google/t5"
-
-    def test_training_continues_while_its_llm_is_out_of_reach(self, folder, tmp_path):
-        shutil.copytree(folder / "llm", tmp_path / "llm")
-        model = load(folder / "lean", encoder_pretrained_model_name_or_path=tmp_path / "llm")
-        model.config.llm_source["fingerprint"] = load(folder / "lean").config.llm_source["fingerprint"]
-        shutil.rmtree(tmp_path / "llm")
-        model.save_pretrained(tmp_path / "checkpoint", include_llm=False)
-        with pytest.raises(ValueError, match="there is no such folder"):
-            saving.lean_source(model)
-
     def test_a_checkpoint_behind_a_symbolic_link_finds_its_llm(self, folder, tmp_path):
         model = load(folder / "full")
         (tmp_path / "2026").mkdir()
@@ -217,28 +110,6 @@ class TestLean:
         loaded = load(tmp_path / "latest")
         same_tensors(loaded.state_dict(), model.state_dict())
         assert loaded.config.llm_source["name_or_path"] == str(tmp_path / "llm")
-
-    def test_a_lean_checkpoint_never_replaces_its_llm(self, folder, tmp_path):
-        shutil.copytree(folder / "full", tmp_path / "full")
-        model = load(tmp_path / "full")
-        model.config.llm_source = {"name_or_path": str(tmp_path / "full")}
-        with pytest.raises(ValueError, match=r"full, which a lean checkpoint in .*full would replace"):
-            model.save_pretrained(tmp_path / "full", include_llm=False)
-        model.save_pretrained(tmp_path / "full" / "lean", include_llm=False)
-        same_tensors(load(tmp_path / "full" / "lean").state_dict(), load(tmp_path / "full").state_dict())
-
-    def test_a_named_llm_in_half_precision_is_recognized(self, folder, tmp_path):
-        """The values in memory are no longer those of the files, so the fingerprint comes from the files."""
-        shutil.copytree(folder / "llm", tmp_path / "llm")
-        model = load(folder / "full", dtype="float16")
-        model.config.llm_source = {"name_or_path": str(tmp_path / "llm")}
-        model.save_pretrained(tmp_path / "lean", include_llm=False)
-        load(tmp_path / "lean")
-        llm = load(folder / "full").encoder.llm
-        llm.shared.weight.data += 1
-        llm.save_pretrained(tmp_path / "llm")
-        with pytest.raises(ValueError, match="was trained with"):
-            load(tmp_path / "lean")
 
     def test_the_llm_can_come_from_a_full_composite(self, folder):
         model = load(folder / "lean", encoder_pretrained_model_name_or_path=folder / "full")
@@ -290,22 +161,6 @@ class TestLean:
         load(copy / "lean", encoder_pretrained_model_name_or_path="other/t5", encoder_revision="main")
         assert (asked["repo_id"], asked["revision"]) == ("other/t5", "main")
 
-    def test_trainer_saves_lean_checkpoints_if_include_llm_is_false(self, folder, tmp_path):
-        from transformers import Trainer
-
-        model = load(folder / "full")
-        model.include_llm = False
-        rows = [{"input_ids": prompt, "labels": [3, 4, 98]} for prompt in PROMPTS[:1] * 2]
-        arguments = TrainingArguments(str(tmp_path), max_steps=2, save_steps=1, report_to="none", use_cpu=True)
-        Trainer(model=model, args=arguments, train_dataset=rows).train()
-        for step in (1, 2):
-            assert not any(name.startswith(LLM) for name in names_in(tmp_path / f"checkpoint-{step}"))
-        same_tensors(load(tmp_path / "checkpoint-2").state_dict(), model.state_dict())
-        again = load(folder / "full")
-        trainer = Trainer(model=again, args=arguments, train_dataset=rows)
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-        same_tensors(again.state_dict(), model.state_dict())
-
 
 class TestAnotherLLM:
     def test_loading_it_names_both_fingerprints(self, folder, tmp_path):
@@ -318,104 +173,6 @@ class TestAnotherLLM:
         T5ForConditionalGeneration(t5_config(num_layers=1)).save_pretrained(tmp_path / "other")
         with pytest.raises(OSError, match="other is another LLM: it lacks"):
             load(folder / "lean", encoder_pretrained_model_name_or_path=tmp_path / "other")
-
-    @pytest.mark.parametrize(
-        ("spoil", "message"),
-        [
-            (lambda model: model.encoder.llm.shared.weight.data.add_(1), "it was changed"),
-            (lambda model: setattr(model.config, "freeze_llm", False), "The LLM trains"),
-            (lambda model: setattr(model.config, "llm_source", None), "not known where the LLM comes from"),
-        ],
-    )
-    def test_no_lean_checkpoint_of_it_is_written(self, spoil, message, folder, tmp_path):
-        model = load(folder / "lean")
-        spoil(model)
-        with pytest.raises(ValueError, match=message):
-            model.save_pretrained(tmp_path / "new", include_llm=False)
-        assert list(tmp_path.iterdir()) == []
-        model.save_pretrained(tmp_path / "new")
-        same_tensors(load(tmp_path / "new").state_dict(), model.state_dict())
-
-
-class TestSaving:
-    @pytest.mark.parametrize("how", ["is_main_process", "rank"])
-    def test_only_one_of_several_processes_uploads(self, how, folder, tmp_path, monkeypatch):
-        """The others have no weights, and would delete those that are there."""
-        uploads = []
-        monkeypatch.setattr(saving, "upload", lambda *_, **__: uploads.append(1))
-        model = load(folder / "full")
-        if how == "rank":
-            monkeypatch.setattr(saving, "_is_first", lambda: False)
-            assert model.push_to_hub("somebody/model") == ""
-        else:
-            model.save_pretrained(tmp_path / "new", push_to_hub=True, is_main_process=False)
-            assert not (tmp_path / "new" / "README.md").exists()
-        with pytest.raises(ValueError, match="Leave out `push_to_hub`"):
-            model.save_pretrained(tmp_path / "new", push_to_hub=True, distributed_checkpoint=True)
-        assert not uploads
-
-    def test_shards_ties_and_loading_again(self, folder, tmp_path):
-        torch.manual_seed(0)
-        model = LLM2SLMForConditionalGeneration(
-            LLM2SLMConfig(encoder=t5_config(), decoder=gpt2_config(tie_word_embeddings=True))
-        ).eval()
-        model.save_pretrained(tmp_path / "new")
-        model.save_pretrained(tmp_path / "new", max_shard_size="20KB")
-        files = sorted(path.name for path in (tmp_path / "new").glob("*.safetensors*"))
-        assert "model.safetensors" not in files
-        assert len(files) > 3
-        loaded, info = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path / "new", output_loading_info=True)
-        assert not any(info.values()), info
-        same_tensors(loaded.state_dict(), model.state_dict())
-        assert loaded.decoder.lm_head.weight is loaded.decoder.transformer.wte.weight
-        assert loaded.encoder.llm.shared.weight is loaded.encoder.llm.encoder.embed_tokens.weight
-        model.save_pretrained(tmp_path / "new")
-        names = names_in(tmp_path / "new")
-        assert sorted(path.name for path in (tmp_path / "new").glob("*.safetensors*")) == ["model.safetensors"]
-        assert len(names & {"decoder.lm_head.weight", "decoder.transformer.wte.weight"}) == 1
-
-    def test_casts_made_after_loading_are_kept(self, folder, tmp_path):
-        model = load(folder / "full")
-        model.encoder.llm.to(torch.bfloat16)
-        model.save_pretrained(tmp_path / "new")
-        assert load(tmp_path / "new").encoder.llm.dtype == torch.bfloat16
-        model.to(torch.float32)
-        model.save_pretrained(tmp_path / "new")
-        assert load(tmp_path / "new").encoder.llm.dtype == torch.float32
-
-    def test_no_pickle_is_written_or_read(self, folder, copy):
-        assert not [path for path in folder.rglob("*") if path.suffix in {".bin", ".pt", ".pkl"}]
-        (copy / "full" / "model.safetensors").unlink()
-        torch.save(load(folder / "full").state_dict(), copy / "full" / "pytorch_model.bin")
-        with pytest.raises(OSError, match=r"no file named model\.safetensors"):
-            load(copy / "full")
-        with pytest.raises(ValueError, match="pickled"):
-            load(folder / "full", use_safetensors=False)
-
-    def test_a_killed_save_leaves_the_earlier_checkpoint_whole(self, copy, monkeypatch):
-        before = load(copy / "full").state_dict()
-        changed = build_model(seed=7)
-
-        def die(*_: Any, **__: Any) -> None:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        for step in ("write_model_card", "_exchange"):  # all but the card is written; all is
-            child = os.fork()
-            if child == 0:
-                module: Any = model_card if step == "write_model_card" else files
-                setattr(module, step, die)
-                changed.save_pretrained(copy / "full")
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-            same_tensors(load(copy / "full").state_dict(), before)
-
-    def test_a_failed_save_leaves_the_model_as_it_was(self, folder, monkeypatch, tmp_path):
-        model = load(folder / "lean")
-        config = model.config.to_dict()
-        monkeypatch.setattr(model_card, "write_model_card", lambda *_, **__: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            model.save_pretrained(tmp_path / "new", include_llm=False)
-        assert model.config.to_dict() == {**config, "auto_map": model.config.auto_map, "encoder_dtype": None}
-        assert list(tmp_path.iterdir()) == []
 
 
 class TestUntrustedCheckpoints:

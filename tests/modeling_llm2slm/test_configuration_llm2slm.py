@@ -13,7 +13,7 @@ from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
 from tests.support.common import END, LLM_VOCAB_SIZE, SLM_VOCAB_SIZE, gpt2_config, t5_config
 
 
-PRESETS = Path(__file__).parents[1] / "configuration"
+PRESETS = Path(__file__).parents[2] / "configuration"
 
 
 def test_defaults() -> None:
@@ -104,6 +104,14 @@ def test_the_start_id_of_an_encoder_decoder_slm() -> None:
 def test_values_that_do_not_fit_are_errors(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LLM2SLMConfig(**({"encoder": t5_config(), "decoder": gpt2_config()} | values))
+
+
+@pytest.mark.parametrize("name", ["num_layers", "num_decoder_layers"])
+def test_both_halves_of_an_encoder_decoder_slm_have_a_limited_number_of_layers(name: str) -> None:
+    slm = t5_config()
+    setattr(slm, name, 10**9)
+    with pytest.raises(ValueError, match="`decoder` has 1000000000 layers, but a number up to 1000 is needed"):
+        LLM2SLMConfig(encoder=t5_config(), decoder=slm)
 
 
 def test_a_part_of_a_wrong_type_is_an_error() -> None:

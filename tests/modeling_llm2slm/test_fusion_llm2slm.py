@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -9,8 +10,17 @@ import torch
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM
 
-from modeling_llm2slm import Fusion, LLM2SLMConfig, LLM2SLMForConditionalGeneration, lora_config, register_fusion
-from modeling_llm2slm.conversion.export import PromptGraph
+from modeling_llm2slm import (
+    Fusion,
+    LLM2SLMConfig,
+    LLM2SLMForConditionalGeneration,
+    PromptStates,
+    ia3_config,
+    lora_config,
+    register_fusion,
+)
+from modeling_llm2slm.engines.graphs import PromptGraph, graphs_of
+from modeling_llm2slm.fusion_llm2slm import Replace
 from modeling_llm2slm.inference.model_card import model_card
 from modeling_llm2slm.states.without_llm import load_without_llm
 from tests.support import families
@@ -39,10 +49,10 @@ class Gated(Fusion):
         nn.init.normal_(encoder.map.weight, std=0.5)
 
 
-def build(slm: str = "gpt2") -> LLM2SLMForConditionalGeneration:
+def build(slm: str = "gpt2", fusion: str = "gated") -> LLM2SLMForConditionalGeneration:
     torch.manual_seed(0)
     return LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(
-        encoder_model=families.build_llm("t5"), decoder_model=families.build_slm(slm), fusion="gated"
+        encoder_model=families.build_llm("t5"), decoder_model=families.build_slm(slm), fusion=fusion
     )
 
 
@@ -83,6 +93,7 @@ def test_the_rest_of_the_package_asks_the_fusion(tmp_path):
     assert not any("block" in name for name in without_llm.encoder.state_dict())
     assert torch.equal(without_llm.generate(**batch, llm_hidden_states=states, max_new_tokens=6), expected)
     assert lora_config(model).modules_to_save == ["map", "gate"]
+    assert ia3_config(model).modules_to_save == ["map", "gate"]
     assert Gated.description in str(model_card(model, "model"))
     graph = PromptGraph(model)
     assert set(graph.sample()) == {"input_ids", "attention_mask"}
@@ -90,6 +101,57 @@ def test_the_rest_of_the_package_asks_the_fusion(tmp_path):
     torch.testing.assert_close(
         graph(**prompt)["last_hidden_state"], model.encode_prompt(**prompt).last_hidden_state, rtol=1e-4, atol=1e-5
     )
+
+
+@dataclass
+class GatedStates(PromptStates):
+    """Prompt states with a gate for each of them."""
+
+    gate: torch.Tensor = None  # type: ignore[assignment]
+
+
+@register_fusion
+class GatedLater(Replace):
+    """P = Z, which the SLM reads through a gate that was computed with the prompt."""
+
+    name = "gated_later"
+
+    def read_prompt(self, *args: Any, **kwargs: Any) -> PromptStates:
+        states = super().read_prompt(*args, **kwargs)
+        gate = states.last_hidden_state.mean(dim=(1, 2), keepdim=True).sigmoid()
+        return GatedStates(**states, gate=gate)
+
+    def prepend(self, prompt: Any, embeds: torch.Tensor, cache: Any) -> torch.Tensor:
+        gated = replace(prompt, last_hidden_state=prompt.last_hidden_state * prompt.gate)
+        return super().prepend(gated, embeds, cache)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"num_beams": 2, "cache_implementation": "static"}])
+def test_a_fusion_may_hand_over_further_tensors(options):
+    """Beams, given prompts and every kind of cache keep the fields of a subclass of `PromptStates`."""
+    model, batch = build(fusion="gated_later"), pad_prompts(PROMPTS)
+    prompt = model.encode_prompt(**batch)
+    before = {name: tensor.clone() for name, tensor in prompt.items()}
+    assert isinstance(prompt, GatedStates)
+    expected = model.generate(**batch, max_new_tokens=6, **options)
+    assert torch.equal(model.generate(encoder_outputs=prompt, max_new_tokens=6, **options), expected)
+    same_tensors(dict(prompt), before)
+    logits = model(encoder_outputs=prompt, decoder_input_ids=expected).logits
+    torch.testing.assert_close(model(**batch, decoder_input_ids=expected).logits, logits)
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}])
+def test_each_beam_reads_the_further_tensors_of_its_own_prompt(options):
+    model = build(fusion="gated_later")
+    together = model.generate(**pad_prompts(PROMPTS), num_beams=2, max_new_tokens=6, **options)
+    for row, prompt in enumerate(PROMPTS):
+        alone = model.generate(**pad_prompts([prompt]), num_beams=2, max_new_tokens=6, **options)[0]
+        assert together[row, : len(alone)].tolist() == alone.tolist()
+
+
+def test_a_fusion_that_hands_over_more_than_embeddings_is_not_exported():
+    with pytest.raises(ValueError, match=r'`fusion="gated_later"` overrides `read_prompt`, but exported graphs'):
+        graphs_of(build(fusion="gated_later"))
 
 
 def test_an_unknown_fusion_is_an_error_that_lists_the_known_ones():

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoProcessor, AutoT
 import modeling_llm2slm
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from tests.support import fresh_process
-from tests.support.common import build_parts, llm_tokenizer, slm_tokenizer
+from tests.support.common import build_parts, gpt2_config, llm_tokenizer, slm_tokenizer, t5_config
 
 
 MODEL_FILES = {
@@ -56,6 +56,22 @@ def test_an_upload_holds_exactly_these_files(saved, tmp_path):
     LLM2SLMProcessor(llm_tokenizer(), slm_tokenizer()).save_pretrained(tmp_path)
     processor_files = {name for name in DATA_FILES if "tokenizer" in name or "processor" in name}
     assert files_in(tmp_path) == processor_files | {"processing_llm2slm.py"}
+
+
+def test_saving_returns_the_paths_of_the_files_of_a_processor(tmp_path):
+    written = LLM2SLMProcessor(llm_tokenizer(), slm_tokenizer()).save_pretrained(tmp_path / "model")
+    assert all(Path(path).is_relative_to(tmp_path / "model") for path in written)
+    assert all(Path(path).is_file() for path in written)
+
+
+@pytest.mark.parametrize("argument", [{"include_llm": False}, {"card": {"name": "model"}}])
+def test_the_uploaded_code_says_what_needs_the_package(argument, tmp_path):
+    model = modeling_llm2slm.modeling_llm2slm.LLM2SLMForConditionalGeneration(
+        LLM2SLMConfig(encoder=t5_config(), decoder=gpt2_config())
+    )
+    with pytest.raises(ValueError, match="pip install modeling-llm2slm"):
+        model.save_pretrained(tmp_path / "model", **argument)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_code_is_short_enough_to_audit():

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import EncoderDecoderModel, GPT2LMHeadModel, T5EncoderModel, T5ForConditionalGeneration
 
@@ -136,3 +137,14 @@ def full_disk(size: int = 60_000) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def load(path: Path, **kwargs: Any) -> LLM2SLMForConditionalGeneration:
+    """Load an LLM-to-SLM checkpoint."""
+    return LLM2SLMForConditionalGeneration.from_pretrained(path, **kwargs)
+
+
+def names_in(path: Path) -> set[str]:
+    """Return the names of the tensors in a checkpoint of one file."""
+    with safe_open(path / "model.safetensors", "pt") as file:
+        return set(file.keys())

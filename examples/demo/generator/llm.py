@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, T5ForConditionalGeneration, set_seed
 
-from modeling_llm2slm.data.files import atomic_write
+from modeling_llm2slm.data.atomic import atomic_write
 from modeling_llm2slm.training.recipe import load_recipe
 from modeling_llm2slm.training.run import train
 

@@ -9,6 +9,8 @@ import torch
 from accelerate.utils.dataclasses import get_module_class_from_name
 
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
+from modeling_llm2slm.inference.parts import composite_parts
+from modeling_llm2slm.reserving import ReservingLayer
 from modeling_llm2slm.states.without_llm import load_without_llm, with_llm
 from tests.support.common import (
     FUSIONS,
@@ -70,6 +72,23 @@ def test_the_llm_does_not_train_and_with_llm_restores_the_whole_model(fusion: st
         torch.testing.assert_close(tensor, built.state_dict()[name] + moved)
     whole.save_pretrained(tmp_path / "whole")
     same_tensors(LLM2SLMForConditionalGeneration.from_pretrained(tmp_path / "whole").state_dict(), whole.state_dict())
+
+
+def test_it_has_parts_and_the_cache_of_the_whole_model(tmp_path: Path) -> None:
+    build_model("replace").save_pretrained(tmp_path)
+    model = load_without_llm(tmp_path)
+    parts = {part.name: (part.parameters, part.dtype) for part in composite_parts(model)}
+    assert parts["LLM"] == (0, "float32")
+    assert parts["SLM"] == (model.decoder.num_parameters(), "float32")
+    output = model.generate(
+        attention_mask=torch.ones(1, 3).long(),
+        llm_hidden_states=torch.zeros(1, 3, model.config.llm_hidden_size),
+        max_new_tokens=3,
+        return_dict_in_generate=True,
+    )
+    assert {type(layer) for layer in output.past_key_values.self_attention_cache.layers} == {ReservingLayer}
+    with pytest.raises(TypeError):
+        model.save_pretrained(tmp_path / "new", False)
 
 
 def test_a_prompt_without_hidden_states_is_an_error_that_names_the_fix(tmp_path: Path) -> None:

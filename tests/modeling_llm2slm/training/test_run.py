@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.inference.text_to_text import TextToText
-from modeling_llm2slm.training import trainer
+from modeling_llm2slm.training import run, trainer
 from modeling_llm2slm.training.run import train
 from tests.support.checkpoints import KINDS, PAIRS, PROMPTS, TARGETS
 from tests.support.common import same_tensors
@@ -137,3 +138,12 @@ def test_checkpoints_are_lean_by_default_and_the_model_is_full(held, recipe, che
     loaded = LLM2SLMForConditionalGeneration.from_pretrained(checkpoint)
     same_tensors(loaded.encoder.llm.state_dict(), TextToText.from_pretrained(out).model.encoder.llm.state_dict())
     assert "max_steps: 2" in (out / "README.md").read_text()
+
+
+def test_an_output_folder_that_cannot_be_replaced_is_refused_before_anything_is_loaded(recipe, monkeypatch):
+    output_dir = Path(recipe["output_dir"])
+    output_dir.mkdir(parents=True)
+    monkeypatch.setattr(run, "load_to_train", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(os, "access", lambda path, mode: path != output_dir.parent)
+    with pytest.raises(PermissionError, match="cannot be replaced"):
+        train(recipe)

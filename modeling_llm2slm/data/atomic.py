@@ -32,20 +32,21 @@ def atomic_write(path: str | os.PathLike, keep: bool = True) -> Iterator[Path]:
 
     If the body raises or the process dies, `path` is unchanged. A folder that exists is exchanged in one step. It
     keeps the files that were not written, but not weights and graphs of an earlier model where new weights are
-    written, as they would be loaded instead. A folder that receives neither weights nor graphs, or is the current
-    directory, stays the same folder, and its files are replaced one by one.
+    written, as they would be loaded instead. A folder that receives neither weights nor graphs, is the current
+    directory or is a mount point stays the same folder: its files are replaced one by one, `config.json` last.
 
     Args:
         path: The file or folder. An `OSError` of the body names it, also if a full disk has no name.
-        keep: Whether a folder keeps the files that were not written.
+        keep: Whether a folder that is exchanged keeps the files that were not written.
+
+    Raises:
+        PermissionError: See [`check_replaceable`].
     """
     path = Path(os.path.realpath(path))
     check_replaceable(path)
     temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")  # as deep as `path`: relative paths stay true
     with _named(path, temporary):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for replaced in path.parent.glob(f".{HEX}.old.{glob.escape(path.name)}"):  # by a process that was killed
-            _take_over(replaced, path) if path.exists() else replaced.rename(path)
         try:
             yield temporary
             if temporary.is_dir() and path.is_dir():
@@ -56,13 +57,13 @@ def atomic_write(path: str | os.PathLike, keep: bool = True) -> Iterator[Path]:
             _remove(temporary)
 
 
-def check_replaceable(path: Path) -> None:
-    """Raise `PermissionError` for a folder that cannot be replaced: a mount point, or one in a read-only folder."""
+def check_replaceable(path: str | os.PathLike) -> None:
+    """Raise `PermissionError` for a folder in a read-only folder, as nothing can be written next to it."""
     path = Path(os.path.realpath(path))
-    if path.is_dir() and (os.path.ismount(path) or not os.access(path.parent, os.W_OK)):
-        why = "it is a mount point" if os.path.ismount(path) else f"{path.parent} is not writable"
+    if path.is_dir() and not os.access(path.parent, os.W_OK):
         raise PermissionError(
-            f"{path} cannot be replaced in one step: {why}. Choose a folder in it, such as {path / 'model'}."
+            f"{path} cannot be replaced: a new version is written next to it, and {path.parent} is not writable. "
+            f"Choose a folder in it, such as {path / 'model'}."
         )
 
 
@@ -97,36 +98,66 @@ def _named(path: Path, temporary: Path) -> Iterator[None]:
 
 
 def _replace_folder(new: Path, old: Path, keep: bool) -> None:
-    """Put the entries of `new` in place of those of `old`."""
-    names = os.listdir(new)
-    holds_model = any(WEIGHT_NAMES.fullmatch(name) or EXPORT_NAMES.fullmatch(name) for name in names)
-    if (keep and not holds_model) or Path.cwd().is_relative_to(old):  # a shell in it would be left in a removed folder
-        for name in sorted(names, key=lambda name: name == "config.json"):
+    """Put the entries of `new` in place of those of `old`. Afterwards `new` holds nothing that is needed."""
+    written = set(os.listdir(new))
+    stale = _stale(old, written)
+    holds_model = any(WEIGHT_NAMES.fullmatch(name) or EXPORT_NAMES.fullmatch(name) for name in written)
+    in_place = (keep and not holds_model) or Path.cwd().is_relative_to(old)  # a shell there would lose its folder
+    if not in_place and _exchange_folders(new, old, written | stale if keep else set(os.listdir(old))):
+        return
+    for name in sorted(written, key=lambda name: name == "config.json"):
+        remove_unfinished(old / name)
+        copied = old / f".{uuid.uuid4().hex[:8]}.{name}"
+        try:
+            shutil.move(new / name, copied)  # to a mounted disk, this copies: under another name until it is complete
             if (old / name).is_dir():
                 _remove(old / name)
-            (new / name).replace(old / name)
-        for name in _stale(old, set(names)):
-            _remove(old / name)
-        return
+            copied.replace(old / name)
+        finally:
+            _remove(copied)
+    for name in stale:
+        _remove(old / name)
+
+
+def _exchange_folders(new: Path, old: Path, replaced: set[str]) -> bool:
+    """
+    Put `new` in place of `old`, with the entries of `old` that are not `replaced`. Return `False`, with `old`
+    unchanged, if `old` is a mount point.
+    """
+    if os.path.ismount(old) or new.stat().st_dev != old.stat().st_dev:
+        return False
+    for name in set(os.listdir(old)) - replaced:  # before the exchange, so that no moment has a folder without them
+        _link(old / name, new / name)
     shutil.copymode(old, new)
-    replaced = old.with_name(f".{uuid.uuid4().hex[:8]}.old.{old.name}")
     if _exchange(new, old):
-        new.rename(replaced)
-    else:  # two renames: a crash between them leaves the earlier folder whole, and the next write puts it back
-        old.rename(replaced)
+        return True
+    earlier = old.with_name(f".{uuid.uuid4().hex[:8]}.old.{old.name}")
+    try:
+        old.rename(earlier)
+    except OSError:  # a folder of the same disk is mounted here
+        return False
+    try:
         new.rename(old)
-    if keep:
-        _take_over(replaced, old)
-    _remove(replaced)
+    except BaseException:
+        earlier.rename(old)
+        raise
+    _remove(earlier)
+    return True
 
 
-def _take_over(replaced: Path, path: Path) -> None:
-    """Move to `path` what it lacks of the folder that it replaced, and remove the rest."""
-    stale = _stale(replaced, set(os.listdir(path)))
-    for entry in list(replaced.iterdir()):
-        if entry.name not in stale and not (path / entry.name).exists():
-            entry.rename(path / entry.name)
-    _remove(replaced)
+def _link(source: Path, target: Path) -> None:
+    """Link a file, or all files of a folder."""
+    if source.is_dir() and not source.is_symlink():
+        shutil.copytree(source, target, symlinks=True, copy_function=_link_file)
+    else:
+        _link_file(source, target)
+
+
+def _link_file(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # the file system has no hard links
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _stale(folder: Path, written: set[str]) -> set[str]:

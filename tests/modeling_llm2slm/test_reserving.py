@@ -6,19 +6,13 @@ import copy
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
 from transformers.cache_utils import DynamicLayer
 
-from modeling_llm2slm.inference.reserving import ReservingLayer
-from tests.support import families
+from modeling_llm2slm.reserving import ReservingLayer
 from tests.support.common import (
     PROMPTS,
-    check_outputs_vary,
-    compose,
-    learn_by_heart,
     pad_prompts,
     shared_family,
-    strip_padding,
 )
 
 
@@ -89,17 +83,3 @@ def test_generate_uses_it(slm: str) -> None:
         **pad_prompts(PROMPTS), max_new_tokens=4, return_dict_in_generate=True, do_sample=False
     )
     assert {type(layer) for layer in output.past_key_values.self_attention_cache.layers} == {ReservingLayer}
-
-
-def test_a_static_cache_shorter_than_prompt_and_output() -> None:
-    """If every layer has a sliding window (Mistral), the cache has its length."""
-    torch.manual_seed(0)
-    slm = MistralForCausalLM(MistralConfig(**families.GPT, **families.GROUPED, sliding_window=8)).eval()
-    model = compose(families.build_llm("t5"), slm, "add").model
-    learn_by_heart(model)
-    model.eval()
-    batch = pad_prompts(PROMPTS, "left")
-    options = {"max_new_tokens": 12, "do_sample": False}
-    expected = model.generate(**batch, **options)
-    check_outputs_vary(strip_padding(expected))
-    assert torch.equal(model.generate(**batch, **options, cache_implementation="static"), expected)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors import SafetensorError
 
-from modeling_llm2slm.data import files
-from modeling_llm2slm.data.files import atomic_write
+from modeling_llm2slm.data import atomic
+from modeling_llm2slm.data.atomic import atomic_write
 
 
 NEW_MODEL = {"config.json": "new", "model.safetensors": "new weights"}
@@ -79,7 +81,7 @@ def test_a_failure_leaves_what_was_there(kind, tmp_path):
 @pytest.mark.parametrize("exchange", [True, False])
 def test_a_folder_keeps_files_that_are_not_written(exchange, weights, tmp_path, monkeypatch):
     if not exchange:  # a system without renameat2
-        monkeypatch.setattr(files, "_exchange", lambda *_: False)
+        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
     target = tmp_path / "model"
     (target / "checkpoint-1").mkdir(parents=True)
     (target / "checkpoint-1" / "weights").write_text("kept")
@@ -129,26 +131,60 @@ def test_an_exported_model_does_not_outlive_new_weights(graphs, tmp_path):
         assert set(os.listdir(target)) == left
 
 
-@pytest.mark.parametrize("why", ["it is a mount point", "is not writable"])
-def test_a_folder_that_cannot_be_replaced_is_refused_before_anything_is_written(why, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_replaced_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     (tmp_path / "mounted").mkdir()
-    if why == "it is a mount point":
-        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "mounted")
-    else:
-        monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
-    refused = pytest.raises(PermissionError, match=rf"mounted cannot be replaced in one step: .*{why}.*mounted/model")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    refused = pytest.raises(PermissionError, match=r"mounted cannot be replaced: .*is not writable.*mounted/model")
     with refused, atomic_write(tmp_path / "mounted"):
         raise AssertionError("the body must not run")
     with atomic_write(tmp_path / "mounted" / "model") as temporary:
         temporary.mkdir()
 
 
-def test_the_current_directory_stays_the_same_folder(tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_a_mounted_disk_keeps_its_files_until_the_copy_is_complete(is_complete, tmp_path, monkeypatch):
+    target, before_copies = tmp_path / "model", []
+    target.mkdir()
+    for name in NEW_MODEL:
+        (target / name).write_text("old")
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == target)
+
+    def copy(source: Path, place: Path) -> None:
+        before_copies.append((source.name, (target / source.name).read_text()))
+        if not is_complete and source.name == "config.json":
+            place.write_text("ha")
+            raise OSError("No space left on device")
+        shutil.copy(source, place)
+
+    monkeypatch.setattr(shutil, "move", copy)
+    with nullcontext() if is_complete else pytest.raises(OSError, match="No space"):
+        write_model(target)
+    assert before_copies == [("model.safetensors", "old"), ("config.json", "old")]
+    assert {path.name for path in target.iterdir()} == set(NEW_MODEL)
+    assert (target / "config.json").read_text() == ("new" if is_complete else "old")
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("why", ["current directory", "mount point", "bind mount of the same disk"])
+def test_a_folder_that_cannot_be_exchanged_stays_the_same_folder(why, tmp_path, monkeypatch):
     target = tmp_path / "model"
     (target / "tokenizer").mkdir(parents=True)
     for name in ("config.json", "model.safetensors", "mine"):
         (target / name).write_text("old")
-    monkeypatch.chdir(target)
+    rename = Path.rename
+
+    def busy(self: Path, other: Path) -> Path:
+        if self == target:
+            raise OSError("Device or resource busy")
+        return rename(self, other)
+
+    if why == "current directory":
+        monkeypatch.chdir(target)
+    elif why == "mount point":
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == target)
+    else:
+        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+        monkeypatch.setattr(Path, "rename", busy)
     inode = target.stat().st_ino
     with atomic_write(target) as temporary:
         (temporary / "tokenizer").mkdir(parents=True)
@@ -164,37 +200,23 @@ def test_the_current_directory_stays_the_same_folder(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [target]
 
 
-@pytest.mark.parametrize("when", ["between the renames", "while files move"])
-def test_the_next_write_completes_one_that_was_killed(when, tmp_path, monkeypatch):
-    """Without an exchange in one step, the earlier folder keeps its files under another name until they have moved."""
+def test_a_failed_second_rename_puts_the_earlier_folder_back(tmp_path, monkeypatch):
     target = tmp_path / "model"
     target.mkdir()
-    before = {"config.json": "old", "model.safetensors": "old weights", "mine": "kept"}
-    for name, text in before.items():
-        (target / name).write_text(text)
-    monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    (target / "config.json").write_text("old")
     rename = Path.rename
-    monkeypatch.setattr(files, "_take_over", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    if when == "between the renames":
 
-        def second(self: Path, other: Path) -> Path:
-            if other == target:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return rename(self, other)
+    def fail(self: Path, other: Path) -> Path:
+        if other == target and ".old." not in self.name:
+            raise OSError("Input/output error")
+        return rename(self, other)
 
-        monkeypatch.setattr(Path, "rename", second)
-    child = os.fork()
-    if child == 0:
+    monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="Input/output error"):
         write_model(target)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    monkeypatch.undo()
-    with atomic_write(target) as temporary:
-        temporary.mkdir()
-        (temporary / "tokenizer.json").touch()
-    contents = {path.name: path.read_text() for path in target.iterdir()}
-    after = before if when == "between the renames" else {**before, **NEW_MODEL}
-    assert contents == {**after, "tokenizer.json": ""}
-    assert not list(tmp_path.glob(".*.old.*"))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert {path.name: path.read_text() for path in target.iterdir()} == {"config.json": "old"}
 
 
 def test_a_link_to_a_folder_stays_a_link(tmp_path):
@@ -207,26 +229,41 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path):
     assert (tmp_path / "elsewhere" / "model" / "config.json").exists()
 
 
-@pytest.mark.parametrize("when", ["writing", "replacing"])
-def test_a_killed_process_leaves_the_earlier_folder_whole(when, tmp_path):
+@pytest.mark.parametrize("when", ["writing", "replacing", "replaced"])
+@pytest.mark.parametrize("how", ["killed", "interrupted"])
+def test_a_stopped_process_leaves_the_earlier_folder_or_the_new_one_complete(how, when, tmp_path):
     target = tmp_path / "model"
-    target.mkdir()
-    before = {"config.json": "old", "model.safetensors": "old weights"}
+    (target / "checkpoint-1").mkdir(parents=True)
+    (target / "checkpoint-1" / "optimizer.pt").write_text("kept")
+    before = {"config.json": "old", "model.safetensors": "old weights", "mine": "kept"}
     for name, text in before.items():
         (target / name).write_text(text)
+    exchange = atomic._exchange
 
-    def die(*_: Any) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+    def stop(*_: Any) -> bool:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise KeyboardInterrupt
 
     child = os.fork()
     if child == 0:
-        if when == "replacing":
-            files._exchange = die
-        with atomic_write(target) as folder:
-            folder.mkdir()
-            (folder / "model.safetensors").write_text("new weights")
-            if when == "writing":
-                die()
-            (folder / "config.json").write_text("new")
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert {path.name: path.read_text() for path in target.iterdir()} == before
+        try:
+            if when == "replacing":
+                atomic._exchange = stop
+            elif when == "replaced":
+                atomic._exchange = lambda *paths: exchange(*paths) and stop()
+            with atomic_write(target) as folder:
+                folder.mkdir()
+                (folder / "model.safetensors").write_text("new weights")
+                if when == "writing":
+                    stop()
+                (folder / "config.json").write_text("new")
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == (-signal.SIGKILL if how == "killed" else 1)
+    contents = {path.name: path.read_text() for path in target.iterdir() if path.is_file()}
+    assert contents == ({**before, **NEW_MODEL} if when == "replaced" else before)
+    assert (target / "checkpoint-1" / "optimizer.pt").read_text() == "kept"
+    if how == "interrupted":
+        assert list(tmp_path.iterdir()) == [target]
