@@ -16,7 +16,7 @@ import yaml
 from transformers import AutoConfig, AutoTokenizer
 
 from ..configuration_llm2slm import LLM2SLMConfig, check_length
-from ..conversion.build import build, part_config
+from ..conversion.build import build, float_dtype, part_config
 from ..data.bad_rows import check_any_left, report_bad_rows
 from ..data.files import atomic_write, remove_unfinished
 from ..data.formats import parse_lines
@@ -77,12 +77,14 @@ class Speedup:
         self.output = Path(output)
         self.device = device
         self.progress = progress
-        # What would stop a late stage is found here, before hours of work.
+        # Fail here, before hours of work, if a later stage would.
         self._check_folder()
         self._check_fields()
         self.recipe, _ = parse_recipe(self._recipe())
         llm, tokenizer = load(AutoConfig, settings.llm), settings.slm_tokenizer or settings.llm
-        self.config = LLM2SLMConfig(encoder=llm, decoder=part_config(settings.slm, tokenizer))
+        decoder = part_config(settings.slm, tokenizer)
+        self.config = LLM2SLMConfig(encoder=llm, decoder=decoder, fusion=settings.fusion)
+        float_dtype("encoder_dtype", settings.encoder_dtype)
 
     def _check_folder(self) -> None:
         """Raise `ValueError` if the folder holds a run with other settings, or results of something else."""
@@ -98,7 +100,7 @@ class Speedup:
         try:
             begun = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path} is cut or broken ({error}). Choose another folder with --output.") from error
+            raise ValueError(f"{path} is truncated or corrupted ({error}). Choose another folder with --output.") from error
         before, now = self._fixed(begun), self._fixed(record)
         changed = next((name for name in now if before.get(name) != now[name]), None)
         if changed in CONTENTS:

@@ -88,7 +88,7 @@ def test_parts_that_do_not_load_are_errors_of_one_sentence(tmp_path, capsys):
     capsys.readouterr()
     start = ("build", tmp_path / "out", "--llm", tmp_path / "llm", "--slm", slm, "--slm-tokenizer", tokenizer)
     assert run(*start, "--encoder-dtype", "bf17") == 1
-    assert "cannot be put together" in capsys.readouterr().err
+    assert "`encoder_dtype` is 'bf17', but it must be a float such as bfloat16" in capsys.readouterr().err
     weights = tmp_path / "llm" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert run(*start) == 1

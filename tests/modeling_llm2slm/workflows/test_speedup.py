@@ -85,6 +85,8 @@ def test_interrupted_run_resumes(
     [
         ({"slm": "no/such/model"}, "no/such/model cannot be loaded"),
         ({"llm": "no/such/model"}, "no/such/model cannot be loaded"),
+        ({"fusion": "ad"}, "fusion"),
+        ({"encoder_dtype": "bfloat61"}, "bfloat61.* such as bfloat16"),
         ({"recipe": {"learning_rat": 1}}, "Did you mean learning_rate"),
         ({"recipe": {"prompt_column": "source"}}, "set it with --prompt-column"),
         *(
@@ -219,7 +221,7 @@ def test_changed_prompts_need_another_folder(settings: SpeedupSettings, tmp_path
 
 def test_truncated_record_is_named(settings: SpeedupSettings, tmp_path: Path) -> None:
     (tmp_path / "speedup.json").write_text('{"llm": ')
-    with pytest.raises(ValueError, match=r"speedup.json is cut or broken .*--output"):
+    with pytest.raises(ValueError, match=r"speedup.json is truncated or corrupted .*--output"):
         Speedup(settings, tmp_path)
 
 
