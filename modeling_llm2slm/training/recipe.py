@@ -41,16 +41,29 @@ EXAMPLES = {"generation": "{num_beams: 4}", "learning_rate_mapping": "{projector
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads YAML by version 1.2: `1e-3` is a number, and `no`, `yes`, `on` and `off` are texts."""
+    """
+    Reads numbers, switches and texts by YAML 1.2: `1e-3` and `012` are decimal numbers; `no`, `on`, `1:30` and
+    `2026-01-31` are texts.
+    """
+
+    def construct_integer(self, node: yaml.ScalarNode) -> int:
+        text = str(self.construct_scalar(node))
+        return int(text, 0 if text.startswith(("0o", "0x")) else 10)
 
 
+_REPLACED = ("bool", "float", "int", "timestamp")
 _FLOAT = r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("bool", "float")]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in _REPLACED]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?i:true|false)$"), list("tTfF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^({_FLOAT})$"), list("-+.0123456789"))
+for _tag, _pattern, _first in (
+    ("bool", "(?i:true|false)", "tTfF"),
+    ("int", r"[-+]?\d+|0o[0-7]+|0x[\da-fA-F]+", "-+0123456789"),  # before float, which matches integers too
+    ("float", _FLOAT, "-+.0123456789"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^({_pattern})$"), list(_first))
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
 
 
 def read_yaml(text: str) -> Any:

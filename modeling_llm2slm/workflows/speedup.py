@@ -100,7 +100,9 @@ class Speedup:
         try:
             begun = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path} is truncated or corrupted ({error}). Choose another folder with --output.") from error
+            raise ValueError(
+                f"{path} is truncated or corrupted ({error}). Choose another folder with --output."
+            ) from error
         before, now = self._fixed(begun), self._fixed(record)
         changed = next((name for name in now if before.get(name) != now[name]), None)
         if changed in CONTENTS:

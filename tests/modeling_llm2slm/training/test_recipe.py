@@ -82,6 +82,17 @@ class TestRecipe:
         }  # fmt: skip
         assert parse_recipe({**NEEDED, **recipe, "warmup_steps": 0})[1].eval_strategy == "no"
 
+    @pytest.mark.parametrize(
+        ("text", "value"),
+        [
+            ("012", 12), ("0o14", 12), ("0x1F", 31), ("+7", 7), ("-0", 0), ("1:30", "1:30"), ("0b11", "0b11"),
+            ("1_000", "1_000"), ("2026-01-31", "2026-01-31"), ("12.0", 12.0),
+        ],
+    )  # fmt: skip
+    def test_numbers_are_read_by_the_rules_of_yaml_1_2(self, text, value):
+        read = recipes.read_yaml(text)
+        assert (read, type(read)) == (value, type(value))
+
     def test_names_are_taken_in_kebab_case_and_as_they_were_called_before(self, tmp_path):
         path = tmp_path / "recipe.yaml"
         path.write_text("answer-column: old\nmax-steps: 3\nanswer_max_length: 9\n")
