@@ -14,7 +14,7 @@ from rich.filesize import decimal
 from transformers import AutoConfig
 
 from ..configuration_llm2slm import LLM2SLMConfig
-from ..data.bad_rows import check_any_left, report_bad_rows
+from ..data.bad_rows import good_rows
 from ..data.loading import ROW, load_prompts
 from ..data.processes import processes, share
 from ..files_llm2slm import first_line
@@ -101,21 +101,13 @@ class _Encoder:
         """Return the prompts of all sources that fit the LLM, and [`index_prompts`] of them."""
         parts, indices = [], []
         for source in data:
-            prompts = load_prompts(
-                source,
-                self.settings.prompt_column,
-                split=self.settings.split,
-                limit=self.settings.limit,
-                skip_bad_rows=self.settings.skip_bad_rows,
-                number_rows=True,
-            )
+            prompts = load_prompts(source, self.settings, number_rows=True)
             index = index_prompts(self._all_token_ids(prompts))
-            fitting = index["length"] <= (self.config.llm_positions or np.inf)
-            if not fitting.all():
-                self._report_long(str(source), prompts[ROW][:], index["length"], np.flatnonzero(~fitting))
-                prompts, index = prompts.select(np.flatnonzero(fitting)), index[fitting]
-            parts.append(prompts)
-            indices.append(index)
+            fitting = good_rows(
+                str(source), prompts[ROW][:], self._problems(index["length"]), self.settings.skip_bad_rows
+            )
+            parts.append(prompts.select(fitting))
+            indices.append(index[fitting])
         return concatenate_datasets(parts), np.concatenate(indices)
 
     def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
@@ -126,15 +118,14 @@ class _Encoder:
         for rows in prompts.iter(batch_size=1000):
             yield from self.token_ids(rows["prompt"])
 
-    def _report_long(self, source: str, rows: list[int], lengths: np.ndarray, too_long: np.ndarray) -> None:
-        """Report the rows that are too long for the LLM, see [`report_bad_rows`]; raise if all rows are."""
-        bad = {
-            rows[place]: f"row {rows[place]} has a prompt of {lengths[place]} tokens, but the LLM has "
-            f"{self.config.llm_positions} positions (prompt_max_length truncates)"
-            for place in too_long
+    def _problems(self, lengths: np.ndarray) -> dict[int, str]:
+        """Return the problem of each prompt that is too long for the LLM, by index."""
+        positions = self.config.llm_positions
+        return {
+            int(index): f"has a prompt of {lengths[index]} tokens, but the LLM has {positions} positions "
+            "(prompt_max_length truncates)"
+            for index in np.flatnonzero(lengths > (positions or np.inf))
         }
-        check_any_left(source, bad, len(rows))
-        report_bad_rows(source, bad, self.settings.skip_bad_rows)
 
     def encode(self, prompts: Sequence[list[int]]) -> list[torch.Tensor]:
         """Return the hidden states `(N, d_llm)` of each prompt of a batch."""

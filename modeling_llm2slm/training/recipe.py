@@ -221,11 +221,6 @@ class Recipe(BaseModel):
             raise ValueError("llm_states loads no LLM, so quantize_llm has no effect: leave out one of the two.")
         return self
 
-    @property
-    def target_columns(self) -> list[str]:
-        """The names in `target_column`."""
-        return self.target_column
-
 
 class RecipeField(NamedTuple):
     """

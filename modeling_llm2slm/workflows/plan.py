@@ -21,7 +21,7 @@ from ..inference.model import LLM2SLMForConditionalGeneration
 from ..inference.parts import count_parameters, decoding_modules
 from ..inference.text_to_text import TextToText
 from ..parts_llm2slm import slm_class
-from ..settings import PlanSettings
+from ..settings import DataSettings, PlanSettings
 from ..training.memory import TrainingSetup, generation_memory, training_memory
 
 
@@ -106,7 +106,8 @@ def plan(
     tokenizers = {preset: _tokenizer(named.get(preset), SLMS.get(preset)) for preset in presets}
     configs = {preset: preset_config(preset) for preset in presets}
     _check_llm(llm)
-    prompts = load_prompts(data, settings.prompt_column, skip_bad_rows=settings.skip_bad_rows)["prompt"][:]
+    reading = DataSettings(prompt_column=settings.prompt_column, skip_bad_rows=settings.skip_bad_rows)
+    prompts = load_prompts(data, reading)["prompt"][:]
     progress("loading the LLM")
     large = TextToText.from_pretrained(llm, device=settings.device, prompt_max_length=settings.prompt_max_length)
     planner = _Planner(str(llm), large, prompts, settings, progress)
@@ -258,7 +259,7 @@ class _Sample:
         return self.large.generate_tokens([self.prompts[index]], num_beams=1, **self.options)[0]
 
     def inputs(self, index: int) -> dict[str, torch.Tensor]:
-        batch = self.large._pad(self.large.features([self.prompts[index]]))
+        batch = self.large.pad(self.large.features([self.prompts[index]]))
         return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 

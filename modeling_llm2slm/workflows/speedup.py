@@ -17,15 +17,15 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..configuration_llm2slm import LLM2SLMConfig, check_length
 from ..conversion.build import build, float_dtype, part_config
-from ..data.bad_rows import check_any_left, report_bad_rows
+from ..data.bad_rows import good_rows
 from ..data.files import atomic_write, remove_unfinished
 from ..data.formats import parse_lines
-from ..data.loading import ROW, load_rows
+from ..data.loading import ROW, load_prompts
 from ..data.records import without_secrets, write_json
 from ..evaluation.agreement import compare
 from ..inference.loading import load
 from ..inference.text_to_text import TextToText
-from ..settings import BuildSettings, DistillSettings, EncodeSettings, EvaluateSettings, SpeedupSettings
+from ..settings import BuildSettings, DataSettings, DistillSettings, EncodeSettings, EvaluateSettings, SpeedupSettings
 from ..states.encoding import encode
 from ..states.fingerprints import checkpoint_fingerprint
 from ..states.store import is_complete
@@ -231,24 +231,22 @@ class Speedup:
 
     def _check_prompts(self) -> None:
         """Raise `ValueError` if prompts, with the longest output, exceed the max positions of one of the models."""
-        settings, bad = self.settings, {}
-        rows = load_rows(
-            settings.prompts, settings.prompt_column, limit=settings.limit, skip_bad_rows=self.recipe.skip_bad_rows,
-            number_rows=True,
-        )  # fmt: skip
+        settings, problems = self.settings, {}
+        reading = DataSettings(
+            prompt_column=settings.prompt_column, limit=settings.limit, skip_bad_rows=self.recipe.skip_bad_rows
+        )
+        prompts = load_prompts(settings.prompts, reading, number_rows=True)
         tokenizer, longest = load(AutoTokenizer, settings.llm), self.recipe.prompt_max_length
-        for batch in rows.select_columns([ROW, settings.prompt_column]).iter(1000):
-            ids = tokenizer(batch[settings.prompt_column], verbose=False)["input_ids"]
-            for number, prompt in zip(batch[ROW], ids, strict=True):
+        for start in range(0, len(prompts), 1000):
+            ids = tokenizer(prompts[start : start + 1000]["prompt"], verbose=False)["input_ids"]
+            for index, prompt in enumerate(ids, start):
                 length = len(prompt) if longest is None else min(len(prompt), longest)
                 try:
                     check_length(self.config.encoder, length, settings.max_new_tokens)
                     self.config.check_length(length, settings.max_new_tokens)
                 except ValueError as error:
-                    bad[number] = f"row {number}: {str(error).removesuffix('.')}"
-        check_any_left(settings.prompts, bad, len(rows))
-        if bad:
-            report_bad_rows(settings.prompts, bad, self.recipe.skip_bad_rows)
+                    problems[index] = f"is too long: {str(error).removesuffix('.')}"
+        good_rows(settings.prompts, prompts[ROW][:], problems, reading.skip_bad_rows)
 
     def _split(self, distilled: Path) -> None:
         column = self.settings.prompt_column

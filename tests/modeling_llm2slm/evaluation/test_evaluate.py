@@ -67,5 +67,5 @@ def test_rows_without_text_or_too_long_are_skipped_on_request(tmp_path: Path, ag
     with pytest.raises(ValueError, match=first):
         score_all(data, settings)
     assert score_all(data, skipping)["prompts" if against else "examples"] == len(PAIRS)
-    with pytest.raises(ValueError, match=r"no row can be used; The prompt has 71 tokens"):
+    with pytest.raises(ValueError, match=r"no row can be used; row \d is too long: The prompt has 71 tokens"):
         score_all(write_pairs(tmp_path / "long.jsonl", bad), skipping)

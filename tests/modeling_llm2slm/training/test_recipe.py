@@ -100,7 +100,7 @@ class TestRecipe:
         assert recipe == {"target_column": "old", "max_steps": "5", "target_max_length": 9}
         assert load_recipe(path, {"target-column": "new"})["target_column"] == "new"
         ours, arguments = parse_recipe({**NEEDED, **recipe})
-        assert (ours.target_columns, ours.target_max_length, arguments.max_steps) == (["old"], 9, 5)
+        assert (ours.target_column, ours.target_max_length, arguments.max_steps) == (["old"], 9, 5)
         with pytest.raises(ValueError, match="sets target_column twice"):
             parse_recipe({**NEEDED, "target_column": "a", "answer_column": "b"})
 
@@ -114,7 +114,7 @@ class TestRecipe:
 
     @pytest.mark.parametrize("names", [["target", "llm_output"], "[target, llm_output]", "target,llm_output"])
     def test_target_columns_are_taken_as_a_list_and_as_text(self, names):
-        assert parse_recipe({**NEEDED, "target_column": names})[0].target_columns == ["target", "llm_output"]
+        assert parse_recipe({**NEEDED, "target_column": names})[0].target_column == ["target", "llm_output"]
 
     @pytest.mark.parametrize(("metric", "greater"), [("loss", False), ("bleu", True), ("rougeL", True)])
     def test_metric_chooses_the_best_checkpoint(self, metric, greater):

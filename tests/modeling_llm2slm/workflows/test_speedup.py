@@ -174,10 +174,10 @@ def test_prompts_beyond_the_max_positions_are_refused_before_any_work(
     long = replace(settings, prompts=str(tmp_path / "long.txt"))
     with monkeypatch.context() as context:
         context.setattr(speedup, "distill", None)
-        with pytest.raises(ValueError, match=r"row 2: The prompt has .* positions.*skip_bad_rows"):
+        with pytest.raises(ValueError, match=r"row 2 is too long: The prompt has .* positions.*skip_bad_rows"):
             Speedup(long, tmp_path / "out").run()
         (tmp_path / "all.txt").write_text(" ".join(texts * 9) + "\n")
-        with pytest.raises(ValueError, match="no row can be used; row 0: The prompt has"):
+        with pytest.raises(ValueError, match="no row can be used; row 0 is too long: The prompt has"):
             Speedup(replace(long, prompts=str(tmp_path / "all.txt")), tmp_path / "out").run()
     for name, fix in (("skipped", {"skip_bad_rows": True}), ("cut", {"prompt_max_length": 8})):
         result = Speedup(replace(long, recipe={**settings.recipe, **fix}), tmp_path / name).run()
@@ -195,7 +195,7 @@ def test_prompts_beyond_the_max_positions_of_the_llm_are_skipped(
     assert Speedup(bart, tmp_path / "out").run()["prompts"] > 0
     assert len((tmp_path / "out" / "distilled.jsonl").read_text().splitlines()) == len(texts)
     distillation = DistillSettings(max_new_tokens=5, num_beams=1)
-    with pytest.raises(ValueError, match=r"row 2: .*the LLM has 64 positions.*skip_bad_rows"):
+    with pytest.raises(ValueError, match=r"row 2 is too long: .*the LLM has 64 positions.*skip_bad_rows"):
         distill(llm, prompts, tmp_path / "all.jsonl", distillation)
     both, states = [tmp_path / "out" / "train.jsonl", prompts], tmp_path / "states"
     with pytest.raises(ValueError, match=r"long\.txt: row 2 has a prompt of .* LLM has 64.*skip_bad_rows"):
