@@ -113,7 +113,7 @@ def import_from(
     overwrite: Overwrite = False,
 ) -> None:
     """
-    Import trained weights of another composite model, and list those that have no place here.
+    Import trained weights of another composite model, and list those that could not be imported.
 
     `llm2slm convert import runs/encoder-decoder runs/start`
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import Field, fields, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -124,8 +124,9 @@ def _parameter(field: Field[Any], annotation: Any) -> inspect.Parameter:
         rich_help_panel=metadata.get("panel"),
         show_default=field.default not in (None, "", False),
     )
+    default = inspect.Parameter.empty if field.default is MISSING else field.default
     return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[annotation, info]
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, info]
     )
 
 
@@ -140,6 +141,13 @@ def is_given(context: typer.Context, name: str) -> bool:
     """Whether an option is on the command line, rather than at its default."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
+
+
+def refuse_given(context: typer.Context, names: Iterable[str], reason: str) -> None:
+    """Raise `typer.BadParameter`, with the reason, if one of the options is on the command line."""
+    for name in names:
+        if is_given(context, name):
+            raise typer.BadParameter(f"--{name.replace('_', '-')} {reason}.")
 
 
 def extra_options(words: list[str]) -> Iterator[tuple[str, str]]:

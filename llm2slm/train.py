@@ -121,10 +121,8 @@ def train(
 @with_settings
 def speedup(
     context: typer.Context,
-    llm: Annotated[str, typer.Option(help="The LLM with its decoder: a folder, or a name on the Hub.")],
-    prompts: Annotated[str, typer.Option(help="Prompts: .txt, .jsonl, .csv, .parquet, or a data set on the Hub.")],
     settings: SpeedupSettings,
-    output: Annotated[Path, typer.Option(help="The folder for everything.")] = Path("runs/speedup"),
+    output: Annotated[Path, typer.Option(help="Output folder for all stages.")] = Path("runs/speedup"),
     device: Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1, mps.")] = "cpu",
 ) -> None:
     """
@@ -139,7 +137,7 @@ def speedup(
     quiet_libraries(data=True)
     from modeling_llm2slm.workflows.speedup import Speedup
 
-    settings = replace(settings, llm=llm, prompts=prompts, recipe=recipe)
+    settings = replace(settings, recipe=recipe)
     with counting("prompts") as count:
         run = Speedup(settings, output, local_device(device), count)
         result = run.run(lambda stage, command: print_line(f"{stage}  {command}"))
