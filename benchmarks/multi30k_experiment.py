@@ -22,8 +22,8 @@ from torch import nn
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from benchmarks.tokenizer import train_tokenizer
-from modeling_llm2slm.conversion import export
 from modeling_llm2slm.conversion.build import build
+from modeling_llm2slm.conversion.export import export
 from modeling_llm2slm.data.files import atomic_write
 from modeling_llm2slm.data.loading import load_examples
 from modeling_llm2slm.data.records import write_json

@@ -23,8 +23,9 @@ from benchmarks.multi30k_experiment import ROOT, SOURCE, Experiment, Job
 from benchmarks.plots import label_of, plot_quality, plot_training
 from modeling_llm2slm.data.loading import load_examples
 from modeling_llm2slm.data.records import versions, write_json
-from modeling_llm2slm.evaluation.metrics import METRICS, score_with_signatures
+from modeling_llm2slm.evaluation.metrics import score_with_signatures
 from modeling_llm2slm.evaluation.timing import seconds_of, speed, time_in_turns, time_output
+from modeling_llm2slm.settings import METRICS
 
 
 OUTPUT = ROOT / "docs" / "results"
@@ -73,7 +74,7 @@ def _score(
         counts = {}
         for job in jobs:
             outputs = json.loads((experiment.runs / pair / job.name / "outputs.json").read_text(encoding="utf-8"))
-            metrics = METRICS if beams == "1" else ("bleu",)
+            metrics = tuple(METRICS) if beams == "1" else ("bleu",)
             scores, signatures = score_with_signatures(outputs[beams], references, metrics)
             rows[job.name] |= {f"{name}_{beams}": value for name, value in scores.items()}
             rows[job.name].setdefault("signatures", {}).update(signatures)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from modeling_llm2slm.conversion import export
+from modeling_llm2slm.conversion.export import export
 from modeling_llm2slm.data.loading import load_examples
 from modeling_llm2slm.data.records import versions, write_json
 from modeling_llm2slm.evaluation.metrics import score_with_signatures

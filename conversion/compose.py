@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from modeling_llm2slm.checkpoint_llm2slm import LLM_PREFIX
 from modeling_llm2slm.inference.factory import are_same_tokenizer
-from modeling_llm2slm.inference.loading import load, load_model, one_sentence
 from modeling_llm2slm.inference.model import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from modeling_llm2slm.parts_llm2slm import llm_class, slm_class
 from modeling_llm2slm.settings import BuildSettings
+from modeling_llm2slm.states.loading import load, load_model, one_sentence
 
 from .build import check_part, float_dtype, new_processor, with_overrides
 from .output import output_folder, save_without_weights, write_weights

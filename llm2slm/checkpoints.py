@@ -141,7 +141,7 @@ def export(
     PyTorch before it replaces anything.
     """
     quiet_libraries()
-    from modeling_llm2slm.conversion import export as export_checkpoint
+    from modeling_llm2slm.conversion.export import export as export_checkpoint
 
     with steps("Export") as progress:
         report = export_checkpoint(

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 import typer
 
 
+SETTINGS = "modeling_llm2slm.settings"
 SettingsT = TypeVar("SettingsT")
 # Former names of options, which scripts may still use.
 FORMER_NAMES = {
@@ -45,10 +46,12 @@ def load_module(name: str) -> ModuleType:
     The module is registered under its own name, so that a later import of the package finds the same classes.
 
     Args:
-        name: A module that imports nothing of the package, such as `modeling_llm2slm.settings`.
+        name: `modeling_llm2slm.settings`, or a module that imports nothing else of the package.
     """
     if name in sys.modules or "modeling_llm2slm" in sys.modules:
         return import_module(name)
+    if name != SETTINGS:
+        load_module(SETTINGS)
     package, *path = name.split(".")
     root = find_spec(package)
     if root is None or root.origin is None:
@@ -72,7 +75,7 @@ def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
     Raises:
         typer.BadParameter: When the command runs, if a value is refused by the settings class.
     """
-    settings = load_module("modeling_llm2slm.settings")
+    settings = load_module(SETTINGS)
     signature = inspect.signature(command, eval_str=True, locals=vars(settings))
     own = [parameter for parameter in signature.parameters.values() if not _is_settings(parameter.annotation)]
     classes = {

@@ -23,11 +23,6 @@ if TYPE_CHECKING:
     from modeling_llm2slm.settings import SpeedupSettings
 
 PANEL = "Training"
-# A speed-up sets these itself, or has an option of its own for them.
-NOT_IN_SPEEDUP = (
-    "model", "train_data", "train_split", "validation_data", "validation_split", "llm_states", "prompt_column",
-    "target_column",
-)  # fmt: skip
 EXTRA_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 commands = typer.Typer()
@@ -36,19 +31,21 @@ commands = typer.Typer()
 class RecipeCommand(TyperCommand):
     """A command whose help also shows the fields of a recipe, from its schema."""
 
-    left_out: tuple[str, ...] = ()
-
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the command's own options and those of the recipe, which are created only when they are needed."""
         schema = load_module("modeling_llm2slm.training.recipe")
-        fields = [field for field in schema.recipe_fields() if field.name not in self.left_out]
-        return [*super().get_params(ctx), *_recipe_options(fields)]
+        return [*super().get_params(ctx), *_recipe_options(self.shown(schema.recipe_fields()))]
+
+    def shown(self, fields: list[Any]) -> list[Any]:
+        """Return the fields that the help shows."""
+        return fields
 
 
 class SpeedupCommand(RecipeCommand):
     """A [`RecipeCommand`] without the fields that a speed-up sets itself."""
 
-    left_out = NOT_IN_SPEEDUP
+    def shown(self, fields: list[Any]) -> list[Any]:
+        return [field for field in fields if field.speedup]
 
 
 def _recipe_options(fields: Sequence[Any]) -> list[Any]:

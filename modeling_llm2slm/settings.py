@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -50,6 +50,29 @@ def check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
         if bound in metadata and not holds(metadata[bound]):  # NaN fails every comparison
             raise ValueError(f"{name} is {value!r}, but it must be {words} {metadata[bound]}.")
 
+
+class Metric(NamedTuple):
+    """
+    How tables and the Hub name a metric of outputs.
+
+    Args:
+        label: Its name in tables.
+        hub_type: The library of the Hub that computes it, in the metadata of model cards.
+    """
+
+    label: str
+    hub_type: str
+
+
+# The metrics, by their names in recipes, commands and results. `modeling_llm2slm.evaluation.metrics` computes them.
+METRICS = {
+    "bleu": Metric("BLEU", "sacrebleu"),
+    "chrf": Metric("chrF", "chrf"),
+    "rouge1": Metric("ROUGE-1", "rouge"),
+    "rouge2": Metric("ROUGE-2", "rouge"),
+    "rougeL": Metric("ROUGE-L", "rouge"),
+    "exact_match": Metric("exact match", "exact_match"),
+}
 
 DATA, MODEL, GENERATION, COMPUTE = "Data", "Model", "Generation", "Computation"
 # Help of options that several commands have.

@@ -17,11 +17,11 @@ from ..configuration_llm2slm import LLM2SLMConfig
 from ..data.bad_rows import good_rows
 from ..data.loading import ROW, load_prompts
 from ..data.processes import processes, share
-from ..files_llm2slm import first_line
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..processing_llm2slm import LLM2SLMProcessor
 from ..settings import EncodeSettings
 from .description import SHARDS, StoreDescription, describe, index_prompts
+from .loading import load, load_model
 from .store import remove_store
 from .writer import StateWriter
 
@@ -137,27 +137,17 @@ class _Encoder:
 
 def _load(path: str | Path) -> tuple[Any, LLM2SLMProcessor]:
     """Load an LLM-to-SLM checkpoint; the LLM keeps the dtype that it was saved in."""
-    try:
-        config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if isinstance(config, LLM2SLMConfig):
-            dtype = str(config.encoder_dtype or config.dtype or "float32").removeprefix("torch.")
-            model, report = LLM2SLMForConditionalGeneration.from_pretrained(
-                path,
-                dtype=torch.float32,
-                encoder_dtype=dtype if config.freeze_llm else "float32",
-                output_loading_info=True,
-                use_safetensors=True,
-            )
-            processor = LLM2SLMProcessor.from_pretrained(path)
-    except Exception as error:  # a damaged checkpoint raises a different class for each file and format
-        place = "" if Path(path).exists() else "no such folder, and on the Hub: "
-        raise OSError(f"{path} cannot be loaded: {place}{first_line(error)}") from error
+    config = load(AutoConfig, path)
     if not isinstance(config, LLM2SLMConfig):
         raise ValueError(f"{path} is not an LLM-to-SLM model, so it has no LLM to encode with: see llm2slm build.")
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise OSError(f"{path} is incomplete: {len(missing)} weights are missing, among them {missing[0]}.")
-    return model.eval(), processor
+    dtype = str(config.encoder_dtype or config.dtype or "float32").removeprefix("torch.")
+    model = load_model(
+        LLM2SLMForConditionalGeneration,
+        path,
+        dtype=torch.float32,
+        encoder_dtype=dtype if config.freeze_llm else "float32",
+    )
+    return model.eval(), load(LLM2SLMProcessor, path)
 
 
 def _shortest_first(index: np.ndarray) -> np.ndarray:

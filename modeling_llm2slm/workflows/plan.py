@@ -16,12 +16,12 @@ from ..configuration_llm2slm import LLM2SLMConfig, llm_sizes
 from ..conversion.build import preset_config
 from ..data.loading import load_prompts
 from ..evaluation.timing import seconds_of, time_in_turns
-from ..inference.loading import load
 from ..inference.model import LLM2SLMForConditionalGeneration
 from ..inference.parts import count_parameters, decoding_modules
 from ..inference.text_to_text import TextToText
 from ..parts_llm2slm import slm_class
 from ..settings import DataSettings, PlanSettings
+from ..states.loading import load
 from ..training.memory import TrainingSetup, generation_memory, training_memory
 
 

@@ -23,11 +23,11 @@ from ..data.formats import parse_lines
 from ..data.loading import ROW, load_prompts
 from ..data.records import without_secrets, write_json
 from ..evaluation.agreement import compare
-from ..inference.loading import load
 from ..inference.text_to_text import TextToText
 from ..settings import BuildSettings, DataSettings, DistillSettings, EncodeSettings, EvaluateSettings, SpeedupSettings
 from ..states.encoding import encode
 from ..states.fingerprints import checkpoint_fingerprint
+from ..states.loading import load
 from ..states.store import is_complete
 from ..training.distillation import distill
 from ..training.recipe import load_recipe, parse_recipe, with_current_names

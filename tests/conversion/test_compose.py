@@ -11,7 +11,8 @@ from safetensors import safe_open
 from transformers import AutoProcessor, T5EncoderModel
 
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
-from modeling_llm2slm.conversion import compose, output
+from modeling_llm2slm.conversion import output
+from modeling_llm2slm.conversion.compose import compose
 from tests.support.common import PROMPTS, gpt2_config, is_mapped, pad_prompts, slm_tokenizer
 from tests.support.conversions import weights_of, write_sources
 

@@ -11,9 +11,8 @@ import pytest
 
 from modeling_llm2slm.evaluation.agreement import compare
 from modeling_llm2slm.evaluation.evaluate import evaluate
-from modeling_llm2slm.evaluation.metrics import METRICS
 from modeling_llm2slm.inference.text_to_text import TextToText
-from modeling_llm2slm.settings import EvaluateSettings
+from modeling_llm2slm.settings import METRICS, EvaluateSettings
 from tests.support.checkpoints import KINDS, PAIRS, PROMPTS, sample_by_default, write_checkpoint, write_pairs
 
 

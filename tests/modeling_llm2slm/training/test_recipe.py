@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from modeling_llm2slm.engines.quantization import QUANTIZATIONS
-from modeling_llm2slm.evaluation.metrics import METRICS
+from modeling_llm2slm.settings import METRICS
 from modeling_llm2slm.training import recipe as recipes
 from modeling_llm2slm.training.recipe import Recipe, load_recipe, parse_recipe, recipe_fields
 
@@ -241,15 +241,14 @@ class TestSchema:
         assert theirs["lr_scheduler_type"].type.startswith("linear | cosine | ")
         assert "push_to_hub" not in theirs
 
-    def test_schema_loads_by_its_path_without_the_package(self):
+    def test_schema_loads_without_the_package(self):
         code = """
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("recipe", sys.argv[1])
-recipe = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(recipe)
+import sys
+from llm2slm.options import load_module
+recipe = load_module("modeling_llm2slm.training.recipe")
 print(len(recipe.recipe_fields()), sorted({"torch", "transformers", "modeling_llm2slm"} & set(sys.modules)))
 """
-        command = [sys.executable, "-c", code, str(Path(recipes.__file__))]
+        command = [sys.executable, "-c", code]
         result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
         assert result.stdout.split() == [str(len(Recipe.model_fields)), "[]"]
 
