@@ -60,7 +60,7 @@ def full(
     checkpoint: CheckpointArgument,
     output: OutputArgument,
     llm: LLMOption = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "50GB",
+    max_shard_size: Annotated[str, typer.Option(help="Maximum size of a weight file.")] = "50GB",
     overwrite: Overwrite = False,
 ) -> None:
     """
@@ -107,7 +107,8 @@ def import_from(
         str | None, typer.Option(help="The LLM-to-SLM checkpoint that takes the projector of the file.")
     ] = None,
     mapping: Annotated[
-        Path | None, typer.Option(help="With --into: JSON that maps names in the file to names here.")
+        Path | None,
+        typer.Option(help="With --into: a JSON file from names in the file to names in the checkpoint."),
     ] = None,
     fusion: Annotated[str, typer.Option(help="Fusion of the result of an EncoderDecoderModel.")] = "add",
     lean: LeanSwitch = False,

@@ -123,7 +123,7 @@ def speedup(
     device: Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1, mps.")] = "cpu",
 ) -> None:
     """
-    From an LLM and prompts to a model that can be served: distill, build, encode, train, evaluate.
+    Turn an LLM and prompts into a model to serve: distill, build, encode, train, evaluate.
 
     `llm2slm speedup --llm google-t5/t5-large --prompts prompts.txt --output runs/fast --num-train-epochs 3`
 

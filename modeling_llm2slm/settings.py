@@ -71,7 +71,7 @@ METRICS = {
     "rouge1": Metric("ROUGE-1", "rouge"),
     "rouge2": Metric("ROUGE-2", "rouge"),
     "rougeL": Metric("ROUGE-L", "rouge"),
-    "exact_match": Metric("exact match", "exact_match"),
+    "exact_match": Metric("exact_match", "exact_match"),
 }
 
 DATA, MODEL, GENERATION, COMPUTE = "Data", "Model", "Generation", "Computation"
@@ -108,7 +108,7 @@ class DecodingSettings(Settings):
     max_new_tokens: int | None = option(
         None, "Longest output, in tokens. Default: the model's own, or 128.", minimum=1, panel=GENERATION
     )
-    num_beams: int = option(1, "Beams of the beam search; 1 is greedy.", minimum=1, panel=GENERATION)
+    num_beams: int = option(1, "Number of beams; 1 is greedy decoding.", minimum=1, panel=GENERATION)
 
     def generate_kwargs(self) -> dict[str, Any]:
         """Arguments of `generate()`. Greedy or beams unless sampling is asked for, whatever a checkpoint's default."""
@@ -126,7 +126,7 @@ class SamplingSettings(DecodingSettings):
         None, "Sample from the most likely tokens with this total probability (0 to 1).", above=0, maximum=1,
         panel=GENERATION,
     )  # fmt: skip
-    seed: int | None = option(None, "Seed of sampling.", panel=GENERATION)
+    seed: int | None = option(None, "Random seed for sampling.", panel=GENERATION)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,8 +171,8 @@ class BuildSettings(Settings):
     prompt_max_length: int | None = option(None, TRUNCATE, minimum=1, panel=MODEL)
     target_max_length: int | None = option(None, "Truncate targets to this many tokens.", minimum=2, panel=MODEL)
     max_new_tokens: int | None = option(None, "Longest output, in tokens.", minimum=1, panel=MODEL)
-    seed: int = option(0, "Seed of weights that are initialized.", panel=MODEL)
-    max_shard_size: str = option("1GB", "Largest file of weights.", panel=MODEL)
+    seed: int = option(0, "Seed of randomly initialized weights.", panel=MODEL)
+    max_shard_size: str = option("1GB", "Maximum size of a weight file.", panel=MODEL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +183,7 @@ class EncodeSettings(DeviceSettings, DataSettings):
         "bfloat16", "dtype of the stored hidden states.", choices=("bfloat16", "float16", "float32"), panel=COMPUTE
     )
     batch_size: int = option(32, "Prompts per batch.", minimum=1, panel=COMPUTE)
-    shard_bytes: int = option(128 * 2**20, "Bytes of a file of the store.", minimum=1, cli=False)
+    shard_bytes: int = option(128 * 2**20, "Maximum size of a file of the store, in bytes.", minimum=1, cli=False)
     overwrite: bool = option(False, "Replace an existing store.")
 
 
@@ -199,7 +199,7 @@ class GenerateFileSettings(SamplingSettings, DataSettings, LoadSettings):
         panel=COMPUTE,
     )  # fmt: skip
     overlap: bool | None = option(None, "Encode the next batch while one is generated.", cli=False)
-    overwrite: bool = option(False, "Replace an existing output, or what an interrupted run left.")
+    overwrite: bool = option(False, "Replace an existing output, or the parts that an interrupted run left.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,9 +207,9 @@ class DistillSettings(DecodingSettings, DeviceSettings, DataSettings):
     """How the LLM writes targets to train on."""
 
     column: str = option("llm_output", "Column for the LLM's outputs.", panel=DATA)
-    num_beams: int = option(4, "Beams of the beam search; 1 is greedy.", minimum=1, panel=GENERATION)
+    num_beams: int = option(4, "Number of beams; 1 is greedy decoding.", minimum=1, panel=GENERATION)
     batch_size: int = option(32, "Prompts per batch.", minimum=1, panel=COMPUTE)
-    overwrite: bool = option(False, "Replace an existing output, or what an interrupted run left.")
+    overwrite: bool = option(False, "Replace an existing output, or the parts that an interrupted run left.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +220,7 @@ class EvaluateSettings(DecodingSettings, DataSettings):
     target_column: str = option("target", "Column that holds the references.", panel=DATA)
     batch_size: int = option(32, "Prompts per batch; outputs are timed one at a time.", minimum=1, panel=COMPUTE)
     timed_outputs: int = option(50, "Time this many outputs, one at a time.", minimum=0, panel=COMPUTE)
-    worst: int = option(5, "With --against: show this many outputs that agree least.", minimum=0)
+    worst: int = option(5, "With --against: show this many of the outputs that agree least.", minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +233,7 @@ class PlanSettings(DeviceSettings):
     timed_prompts: int = option(4, "Generate for this many prompts.", minimum=1)
     epochs: float = option(5, "Number of epochs assumed by the estimate.", above=0, panel="Planned training")
     batch_size: int = option(32, "Batch size assumed by the estimate.", minimum=1, panel="Planned training")
-    num_beams: int = option(4, "Beams of the distillation assumed by the estimate.", minimum=1, cli=False)
+    num_beams: int = option(4, "Number of beams in the distillation assumed by the estimate.", minimum=1, cli=False)
     max_new_tokens: int = option(128, "Longest output, in tokens.", minimum=1, panel=GENERATION)
 
 
@@ -258,7 +258,7 @@ class SpeedupSettings(Settings):
         500, "Prompts to hold out for validation, and as many for the test; at most a tenth each.", minimum=1,
         panel=DATA,
     )  # fmt: skip
-    num_beams: int = option(4, "Beams of the LLM's outputs.", minimum=1, panel=GENERATION)
+    num_beams: int = option(4, "Number of beams for the LLM's outputs.", minimum=1, panel=GENERATION)
     max_new_tokens: int = option(128, "Longest output, in tokens.", minimum=1, panel=GENERATION)
     batch_size: int = option(32, "Prompts per batch for the LLM.", minimum=1, panel=COMPUTE)
     recipe: Mapping[str, Any] = field(default_factory=dict, metadata={"help": "Recipe fields.", "cli": False})
@@ -289,4 +289,4 @@ class ServeSettings(Settings):
 class BenchmarkSettings(DeviceSettings):
     """Where and on what a benchmark runs."""
 
-    threads: int = option(1, "Threads of every contestant.", minimum=1, panel=COMPUTE)
+    threads: int = option(1, "CPU threads of each contestant.", minimum=1, panel=COMPUTE)

@@ -1,4 +1,4 @@
-"""What LLM-to-SLM would bring and cost on this machine, measured before anything is trained."""
+"""Estimate the speed-up and the cost of LLM-to-SLM on this machine, measured before anything is trained."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ def plan(
     progress: Callable[[str], None] = lambda step: None,
 ) -> dict[str, Any]:
     """
-    Measure what LLM-to-SLM would bring for an LLM and some prompts. Nothing is trained: the SLMs have random weights.
+    Measure the speed-up and the cost of LLM-to-SLM for an LLM and some prompts. Nothing is trained: the SLMs have
+    random weights.
 
     Args:
         llm: The LLM with its decoder, a folder or a name on the Hub.
@@ -278,7 +279,7 @@ def _measure(
     )
     model = model.to(settings.device).eval()
     model.generation_config.eos_token_id = None  # random weights end nowhere: each output has the tokens it is given
-    large, small = _times_in_turns(model, sample, tokens)
+    large, small = _milliseconds_per_output(model, sample, tokens)
     sizes: dict[str, Any] = {"prompt_length": round(prompt_length), "output_length": round(statistics.mean(tokens))}
     batch_size = settings.batch_size
     return {
@@ -293,8 +294,8 @@ def _measure(
     }
 
 
-def _times_in_turns(model: Any, sample: _Sample, tokens: Sequence[int]) -> list[float]:
-    """Return the mean milliseconds per output of the LLM and of the LLM with the SLM."""
+def _milliseconds_per_output(model: Any, sample: _Sample, tokens: Sequence[int]) -> list[float]:
+    """Return the mean milliseconds per output of the LLM and of the LLM with the SLM, timed in turns."""
 
     def time_slm(index: int) -> float:
         inputs = sample.inputs(index)

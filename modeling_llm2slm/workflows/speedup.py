@@ -1,4 +1,4 @@
-"""From an LLM and prompts to a model that can be served: distill, build, encode, train, evaluate, each stage once."""
+"""Turn an LLM and prompts into a model to serve: distill, build, encode, train, evaluate, each stage once."""
 
 from __future__ import annotations
 
@@ -42,10 +42,8 @@ RESULTS = ("distilled.jsonl", *(f"{split}.jsonl" for split in SPLITS), "start", 
 # Settings that may not change after a stage has begun.
 SETTINGS_OF_DISTILL = ("llm", "prompts", "prompt_column", "limit", "held_out", "num_beams", "max_new_tokens")
 SETTINGS_OF_BUILD = ("llm", "llm_sha256", "slm", "slm_tokenizer", "fusion", "encoder_dtype", "max_new_tokens")
-CONTENTS = {
-    "llm_sha256": "llm",
-    "prompts_sha256": "prompts",
-}  # hashes of local files, with the setting that names them
+# Hashes of local files, with the setting that names them.
+CONTENTS = {"llm_sha256": "llm", "prompts_sha256": "prompts"}
 
 
 class Speedup:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForSeq2SeqLM
 
 from modeling_llm2slm import Fusion, LLM2SLMConfig, LLM2SLMForConditionalGeneration, lora_config, register_fusion
-from modeling_llm2slm.conversion.export import PromptGraph
+from modeling_llm2slm.engines.graphs import PromptGraph
 from modeling_llm2slm.inference.model_card import model_card
 from modeling_llm2slm.states.without_llm import load_without_llm
 from tests.support import families
@@ -73,7 +73,7 @@ def test_padding_does_not_change_what_a_fusion_from_outside_gives():
         torch.testing.assert_close(together.last_hidden_state[row, -len(prompt) :], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_the_rest_of_the_package_asks_the_fusion(tmp_path):
+def test_training_export_and_model_card_support_a_registered_fusion(tmp_path):
     """A model without its LLM, adapters, the model card and exported graphs work with a fusion that they never saw."""
     model, batch = build(), pad_prompts(PROMPTS)
     states = model.encode_llm(**batch)
