@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 from transformers import AutoModelForSeq2SeqLM, AutoProcessor
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
