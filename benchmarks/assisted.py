@@ -32,6 +32,7 @@ from examples.demo import LLM as DEMO_LLM
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
 from modeling_llm2slm.data.loading import load_examples
 from modeling_llm2slm.data.records import versions, write_json
+from modeling_llm2slm.settings import DataSettings
 
 
 ROOT = Path(__file__).parents[1]
@@ -234,8 +235,9 @@ def multi30k(data: Path, runs: Path) -> tuple[PreTrainedModel, Any, dict[str, li
     llm = AutoModelForSeq2SeqLM.from_pretrained(runs / "llm" / "model").eval()
     model = LLM2SLMForConditionalGeneration.from_pretrained(runs / "t5-add-distilled" / "model").eval()
     folder = data / "multi30k" / "en-de"
-    validation = load_examples(folder / "val.jsonl.gz", "source", "target", limit=VALIDATION_PROMPTS)["prompt"][:]
-    test = load_examples(folder / "test_2016_flickr.jsonl.gz", "source", "target", limit=TEST_PROMPTS)["prompt"][:]
+    first = {count: DataSettings(prompt_column="source", limit=count) for count in (VALIDATION_PROMPTS, TEST_PROMPTS)}
+    validation = load_examples(folder / "val.jsonl.gz", first[VALIDATION_PROMPTS])["prompt"][:]
+    test = load_examples(folder / "test_2016_flickr.jsonl.gz", first[TEST_PROMPTS])["prompt"][:]
     tokenizer = AutoTokenizer.from_pretrained(runs / "llm" / "model")
     return llm, model.as_assistant_of(llm), batches_of(tokenizer, validation=validation, test=test)
 
@@ -243,8 +245,8 @@ def multi30k(data: Path, runs: Path) -> tuple[PreTrainedModel, Any, dict[str, li
 def demonstration(folder: Path) -> tuple[PreTrainedModel, Any, dict[str, list[dict[str, Any]]]]:
     llm = AutoModelForSeq2SeqLM.from_pretrained(DEMO_LLM, dtype=torch.float32).eval()
     model = LLM2SLMForConditionalGeneration.from_pretrained(folder / "llm2slm").eval()
-    validation = load_examples(DEMO_DATA["validation"], limit=VALIDATION_PROMPTS)["prompt"][:]
-    test = load_examples(DEMO_DATA["test"], limit=TEST_PROMPTS)["prompt"][:]
+    validation = load_examples(DEMO_DATA["validation"], DataSettings(limit=VALIDATION_PROMPTS))["prompt"][:]
+    test = load_examples(DEMO_DATA["test"], DataSettings(limit=TEST_PROMPTS))["prompt"][:]
     tokenizer = AutoTokenizer.from_pretrained(DEMO_LLM)
     batches = batches_of(tokenizer, validation=validation, test=test)
     return llm, model.as_assistant_of(llm), batches

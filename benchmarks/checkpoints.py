@@ -102,7 +102,7 @@ def compose(llm: str, slm: str, output: str, dtype: str | None) -> dict[str, Any
     """Compose in this process and report its memory."""
     from transformers.utils import logging
 
-    from modeling_llm2slm.conversion import compose as convert
+    from modeling_llm2slm.conversion.compose import compose as convert
 
     logging.disable_progress_bar()
     start = time.perf_counter()

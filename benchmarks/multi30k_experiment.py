@@ -22,13 +22,13 @@ from torch import nn
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from benchmarks.tokenizer import train_tokenizer
-from modeling_llm2slm.conversion import export
 from modeling_llm2slm.conversion.build import build
+from modeling_llm2slm.conversion.export import export
 from modeling_llm2slm.data.atomic import atomic_write
 from modeling_llm2slm.data.loading import load_examples
 from modeling_llm2slm.data.records import write_json
 from modeling_llm2slm.inference.text_to_text import TextToText
-from modeling_llm2slm.settings import DistillSettings, EncodeSettings
+from modeling_llm2slm.settings import DataSettings, DistillSettings, EncodeSettings
 from modeling_llm2slm.states.encoding import encode
 from modeling_llm2slm.states.store import is_complete
 from modeling_llm2slm.training.distillation import distill
@@ -40,6 +40,7 @@ ROOT = Path(__file__).parents[1]
 EXPERIMENT = ROOT / "configuration" / "recipes" / "multi30k.yaml"
 PARTS = ("vocabulary", "max_new_tokens", "distilled", "models", "recipes", "rows")
 ENGINES = ("ctranslate2", "openvino")  # a row may run the model of another row in one of them, in int8
+SOURCE = DataSettings(prompt_column="source")
 REFERENCES = {"train": "train.jsonl.gz", "validation": "val.jsonl.gz", "test": "test_2016_flickr.jsonl.gz"}
 
 
@@ -179,7 +180,7 @@ class Experiment:
         if job.row is not None:
             self._do_row(job, job.row, folder / job.name)
         elif job.name == "tokenizer":
-            texts = load_examples(str(self.split(job.pair, "train")), "source", "target")
+            texts = load_examples(str(self.split(job.pair, "train")), SOURCE)
             with atomic_write(folder / job.name) as temporary:
                 tokenizer = train_tokenizer([*texts["prompt"], *texts["target"]], self.settings["vocabulary"])
                 tokenizer.save_pretrained(temporary)
@@ -241,7 +242,7 @@ class Experiment:
             if not (folder / "model" / "training.json").is_file():
                 train(self.recipe(job))
         model = self.load(job.pair, job.name, row)
-        prompts = load_examples(str(self.split(job.pair, "test")), "source", "target")["prompt"][:]
+        prompts = load_examples(str(self.split(job.pair, "test")), SOURCE)["prompt"][:]
         options = {"batch_size": 50, "max_new_tokens": self.settings["max_new_tokens"]}
         outputs = {str(beams): model.generate(prompts, num_beams=beams, **options) for beams in (1, 4)}
         folder.mkdir(parents=True, exist_ok=True)

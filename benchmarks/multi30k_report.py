@@ -19,12 +19,13 @@ import numpy as np
 import scipy.stats
 from sacrebleu.metrics import BLEU
 
-from benchmarks.multi30k_experiment import ROOT, Experiment, Job
+from benchmarks.multi30k_experiment import ROOT, SOURCE, Experiment, Job
 from benchmarks.plots import label_of, plot_quality, plot_training
 from modeling_llm2slm.data.loading import load_examples
 from modeling_llm2slm.data.records import versions, write_json
-from modeling_llm2slm.evaluation.metrics import METRICS, score_with_signatures
+from modeling_llm2slm.evaluation.metrics import score_with_signatures
 from modeling_llm2slm.evaluation.timing import seconds_of, speed, time_in_turns, time_output
+from modeling_llm2slm.settings import METRICS
 
 
 OUTPUT = ROOT / "docs" / "results"
@@ -67,13 +68,13 @@ def _score(
     experiment: Experiment, pair: str, jobs: list[Job]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
     """Return everything about each row except its times, and the BLEU counts of its greedy outputs."""
-    references = load_examples(str(experiment.split(pair, "test")), "source", "target")["target"][:]
+    references = load_examples(str(experiment.split(pair, "test")), SOURCE)["target"][:]
     rows: dict[str, dict[str, Any]] = {job.name: {} for job in jobs}
     for beams in ("4", "1"):
         counts = {}
         for job in jobs:
             outputs = json.loads((experiment.runs / pair / job.name / "outputs.json").read_text(encoding="utf-8"))
-            metrics = METRICS if beams == "1" else ("bleu",)
+            metrics = tuple(METRICS) if beams == "1" else ("bleu",)
             scores, signatures = score_with_signatures(outputs[beams], references, metrics)
             rows[job.name] |= {f"{name}_{beams}": value for name, value in scores.items()}
             rows[job.name].setdefault("signatures", {}).update(signatures)
@@ -216,7 +217,7 @@ def _time(experiment: Experiment, pair: str, jobs: list[Job]) -> dict[str, dict[
         For each row, `speed` (medians over the rounds) and `time_by_llm`: the median over the rounds of its time per
         output divided by the LLM's. A change of the processor's pace meets all models of a round.
     """
-    prompts = load_examples(str(experiment.split(pair, "test")), "source", "target")["prompt"][:PROMPTS_IN_BATCHES]
+    prompts = load_examples(str(experiment.split(pair, "test")), SOURCE)["prompt"][:PROMPTS_IN_BATCHES]
     options = {"num_beams": 1, "max_new_tokens": experiment.settings["max_new_tokens"]}
 
     def time_round(model: Any, _: int) -> dict[str, float]:

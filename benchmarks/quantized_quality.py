@@ -18,18 +18,21 @@ from typing import Any
 
 import torch
 
-from modeling_llm2slm.conversion import export
+from modeling_llm2slm.conversion.export import export
 from modeling_llm2slm.data.loading import load_examples
 from modeling_llm2slm.data.records import versions, write_json
 from modeling_llm2slm.evaluation.metrics import score_with_signatures
 from modeling_llm2slm.evaluation.timing import seconds_of
 from modeling_llm2slm.inference.text_to_text import TextToText
+from modeling_llm2slm.settings import DataSettings
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return a row for PyTorch and one for each export."""
     torch.set_num_threads(arguments.threads)
-    examples = load_examples(arguments.data, arguments.prompt_column, arguments.target_column)
+    examples = load_examples(
+        arguments.data, DataSettings(prompt_column=arguments.prompt_column), arguments.target_column
+    )
     prompts, references = examples["prompt"][:], examples["target"][:]
     rows: dict[str, dict[str, Any]] = {}
     expected: list[str] = []

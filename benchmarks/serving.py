@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from examples.demo import DATA
 from modeling_llm2slm.data.loading import load_examples
 from modeling_llm2slm.data.records import versions, write_json
+from modeling_llm2slm.settings import DataSettings
 
 
 ROOT = Path(__file__).parents[1]
@@ -107,7 +108,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=192, help="requests for each number of clients")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "serving.json")
     arguments = parser.parse_args()
-    prompts = load_examples(DATA["test"], limit=arguments.requests)["prompt"][:]
+    prompts = load_examples(DATA["test"], DataSettings(limit=arguments.requests))["prompt"][:]
     seconds: dict[tuple[int, int], list[float]] = {(batch, n): [] for batch in BATCHES for n in CONCURRENCY}
     completions: dict[tuple[int, int], list[Completion]] = {key: [] for key in seconds}
     with server(arguments.model, BATCHES[0]) as batched, server(arguments.model, BATCHES[1]) as single:

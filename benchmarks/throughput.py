@@ -27,7 +27,7 @@ from modeling_llm2slm.data.records import versions, write_json
 from modeling_llm2slm.inference.batching import BatchLimits
 from modeling_llm2slm.inference.files import generate_file
 from modeling_llm2slm.inference.text_to_text import TextToText
-from modeling_llm2slm.settings import GenerateFileSettings
+from modeling_llm2slm.settings import DataSettings, GenerateFileSettings
 
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +56,7 @@ WAYS = {
 
 def in_order(model: str, data: Path, limit: int) -> tuple[float, list[str]]:
     """Return the seconds and outputs of batches in the file's own order."""
-    prompts = load_prompts(data, "source", limit=limit)["prompt"][:]
+    prompts = load_prompts(data, DataSettings(prompt_column="source", limit=limit))["prompt"][:]
     text_to_text = TextToText.from_pretrained(model)
     outputs: list[str] = []
     start = time.perf_counter()

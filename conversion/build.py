@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -23,7 +24,6 @@ from transformers import (
 from modeling_llm2slm.configuration_llm2slm import LLM2SLMConfig
 from modeling_llm2slm.files_llm2slm import first_line
 from modeling_llm2slm.inference.factory import are_same_tokenizer
-from modeling_llm2slm.inference.loading import load
 from modeling_llm2slm.inference.model import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from modeling_llm2slm.inference.text_to_text import (
     DecoderOnlyTextToText,
@@ -32,6 +32,7 @@ from modeling_llm2slm.inference.text_to_text import (
     TextToText,
 )
 from modeling_llm2slm.settings import BuildSettings
+from modeling_llm2slm.states.loading import load
 
 
 CONFIG_SETTINGS = ("fusion", "encoder_layer", "encoder_dtype", "decoder_dtype", "encoder_revision", "decoder_revision")
@@ -88,9 +89,19 @@ def with_overrides(settings: BuildSettings, config: dict[str, Any]) -> tuple[Bui
     """Return settings with those that `config` overrides, and the rest of `config` with the model's own settings."""
     names = {field.name for field in fields(BuildSettings)}
     settings = replace(settings, **{name: value for name, value in config.items() if name in names})
+    for part in ("encoder", "decoder"):
+        float_dtype(f"{part}_dtype", getattr(settings, f"{part}_dtype"))
     values = {name: getattr(settings, name) for name in CONFIG_SETTINGS}
     rest = {name: value for name, value in config.items() if name not in names}
     return settings, {**{name: value for name, value in values.items() if value is not None}, **rest}
+
+
+def float_dtype(name: str, value: str | None) -> torch.dtype | None:
+    """Return the dtype that a setting names, or `None` if it is not set; raise `ValueError` unless it is a float."""
+    dtype = None if value is None else getattr(torch, value, None)
+    if value is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"`{name}` is {value!r}, but it must be a float such as bfloat16 or float32.")
+    return dtype
 
 
 def is_config(source: str) -> bool:
@@ -124,7 +135,7 @@ def _build_composite(llm: str, slm: str, settings: BuildSettings, config: dict[s
     paths = (None if is_config(llm) else llm, None if is_config(slm) else slm)
     try:
         model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(*paths, **options)
-    except (AttributeError, SafetensorError) as error:  # an unknown dtype; a damaged file
+    except SafetensorError as error:  # a damaged file
         raise OSError(f"{llm} and {slm} cannot be put together: {first_line(error)}") from error
     return LLM2SLMTextToText(model, new_processor(reader, writer, settings))
 

@@ -11,12 +11,12 @@ from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from modeling_llm2slm.checkpoint_llm2slm import LLM_PREFIX
 from modeling_llm2slm.inference.factory import REPOSITORY_ARGUMENTS, are_same_tokenizer
-from modeling_llm2slm.inference.loading import load, load_model, one_sentence
 from modeling_llm2slm.inference.model import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from modeling_llm2slm.parts_llm2slm import llm_class, slm_class
 from modeling_llm2slm.settings import BuildSettings
+from modeling_llm2slm.states.loading import load, load_model, one_sentence
 
-from .build import check_part, new_processor, with_overrides
+from .build import check_part, float_dtype, new_processor, with_overrides
 from .output import output_folder, save_without_weights, write_weights
 from .report import Report, check_finite, probe, slm_logits
 
@@ -57,7 +57,7 @@ def compose(
         ValueError: If the parts do not fit together, or if the result differs from them.
     """
     settings, config = with_overrides(settings, config)
-    dtypes = {part: _dtype(part, config.pop(f"{part}_dtype", None)) for part in ("encoder", "decoder")}
+    dtypes = {part: float_dtype(f"{part}_dtype", config.pop(f"{part}_dtype", None)) for part in ("encoder", "decoder")}
     set_seed(settings.seed)
     report = Report(f"{llm} and {slm} become {output}")
     progress("loading")
@@ -120,13 +120,6 @@ def _put_together(llm: str, slm: str, config: dict[str, Any]) -> LLM2SLMForCondi
 def _hub(part: str, config: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of one part's repository, without the prefix of the part."""
     return {key: config[f"{part}_{key}"] for key in REPOSITORY_ARGUMENTS if f"{part}_{key}" in config}
-
-
-def _dtype(part: str, name: str | None) -> torch.dtype | None:
-    dtype = None if name is None else getattr(torch, name, None)
-    if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"`{part}_dtype` is {name!r}, but it must be a float such as bfloat16 or float32.")
-    return dtype
 
 
 def _changed_dtypes(state: dict[str, torch.Tensor], dtypes: dict[str, torch.dtype | None]) -> dict[str, torch.dtype]:

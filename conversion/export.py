@@ -10,8 +10,8 @@ import torch
 
 from modeling_llm2slm.engines.exported import ExportedLLM2SLM
 from modeling_llm2slm.inference.engine import exporting_engine
-from modeling_llm2slm.inference.loading import load_model
 from modeling_llm2slm.inference.model import LLM2SLMForConditionalGeneration
+from modeling_llm2slm.states.loading import load_model
 
 from .output import composite_config, copy_processor, output_folder, size_of
 from .report import Report, check_finite, probe

@@ -10,11 +10,12 @@ import torch
 from transformers import AutoConfig, EncoderDecoderConfig
 
 from modeling_llm2slm.files_llm2slm import open_weights, shape_of, weight_files
-from modeling_llm2slm.inference.loading import load, load_model, one_sentence
 from modeling_llm2slm.inference.model import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.parts_llm2slm import llm_class, slm_class
+from modeling_llm2slm.states.loading import load, load_model
 
-from .output import composite_config, copy_processor, dtype_of, output_folder, size_of
+from .output import composite_config, copy_processor, output_folder, size_of
+from .parts import part_of_state
 from .report import Report, check_finite, composite_logits, groups, probe, slm_logits
 
 
@@ -63,7 +64,9 @@ def import_encoder_decoder(
         dropped |= crossing
         state = {name.removeprefix(f"{part}."): state[name][...] for name in state.keys() - crossing}
         check_finite(state)
-        parts[f"{part}_model"] = taken = _part(checkpoint, find_class, getattr(config, part), state)
+        part_config = getattr(config, part)
+        part_config.add_cross_attention = False
+        parts[f"{part}_model"] = taken = part_of_state(checkpoint, find_class(part_config), part_config, state)
         unused = state.keys() - taken.state_dict().keys()
         dropped |= {f"{part}.{name}" for name in unused}  # such as the decoder of a T5 that is the encoder here
         report.add(f"tensors of the {'LLM' if part == 'encoder' else 'SLM'} imported", len(state) - len(unused))
@@ -89,21 +92,6 @@ def _group(name: str) -> str:
     """Return the group of a tensor that is not imported."""
     mark = next((mark for mark in CROSS_ATTENTION if mark in name), None)
     return mark.strip(".") if mark else ".".join(name.split(".")[: 2 if name.startswith("encoder.") else 1])
-
-
-def _part(checkpoint: str | Path, find_class: Any, config: Any, state: dict[str, Any]) -> Any:
-    config.add_cross_attention = False
-    auto_class = find_class(config)
-    if type(config) not in auto_class._model_mapping:
-        raise ValueError(f"{checkpoint} has a {config.model_type} part, which can be neither LLM nor SLM.")
-    with one_sentence(checkpoint):
-        kind = auto_class._model_mapping[type(config)]
-        model, loading = kind.from_pretrained(
-            None, config=config, state_dict=state, dtype=dtype_of(state), output_loading_info=True
-        )
-    if loading["missing_keys"]:
-        raise OSError(f"{checkpoint} is incomplete: it lacks {sorted(loading['missing_keys'])[0]}.")
-    return model
 
 
 def import_projector(

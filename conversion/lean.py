@@ -9,8 +9,8 @@ from transformers import AutoConfig
 
 from modeling_llm2slm.files_llm2slm import WEIGHTS
 from modeling_llm2slm.inference.factory import describe_source
-from modeling_llm2slm.inference.loading import load, load_model
 from modeling_llm2slm.inference.model import LLM2SLMForConditionalGeneration
+from modeling_llm2slm.states.loading import load, load_model
 
 from .output import composite_config, copy_processor, output_folder, size_of
 from .report import Report, check_finite, composite_logits

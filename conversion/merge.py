@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from modeling_llm2slm.inference.loading import load_model, one_sentence
 from modeling_llm2slm.inference.model import LLM2SLMForConditionalGeneration
+from modeling_llm2slm.states.loading import load_model, one_sentence
 
 from .output import composite_config, copy_processor, output_folder, size_of
 from .report import Report, check_finite, composite_logits

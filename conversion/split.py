@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from modeling_llm2slm.checkpoint_llm2slm import LLM_PREFIX
-from modeling_llm2slm.configuration_llm2slm import LLM2SLMConfig
 from modeling_llm2slm.files_llm2slm import open_weights, weight_files
-from modeling_llm2slm.inference.loading import load_model, one_sentence
 from modeling_llm2slm.parts_llm2slm import slm_class
+from modeling_llm2slm.states.loading import load_model
 
-from .output import composite_config, dtype_of, output_folder, processor_of, size_of
+from .output import composite_config, output_folder, processor_of, size_of
+from .parts import part_of_state
 from .report import Report, check_finite, probe, slm_logits
 
 
@@ -40,7 +39,8 @@ def split(
     config = composite_config(checkpoint, **hub)
     on_hub = not Path(checkpoint).is_dir()
     weights = open_weights(weight_files(checkpoint, on_hub, **(hub if on_hub else {})))
-    slm = _slm(checkpoint, config, weights)
+    state = {name.removeprefix(SLM): tensor[...] for name, tensor in weights.items() if name.startswith(SLM)}
+    slm = part_of_state(checkpoint, slm_class(config.decoder), config.decoder, state)
     fusion = {
         name.removeprefix("encoder."): tensor[...].clone()
         for name, tensor in weights.items()
@@ -63,18 +63,6 @@ def split(
         report.add("SLM", f"{slm.config.model_type}, {slm.num_parameters():,} parameters, in slm/")
         report.add("fusion modules", f"{', '.join(fusion)}, in projector.safetensors")
     return report
-
-
-def _slm(checkpoint: str | Path, config: LLM2SLMConfig, weights: dict[str, Any]) -> Any:
-    state = {name.removeprefix(SLM): tensor[...] for name, tensor in weights.items() if name.startswith(SLM)}
-    kind = slm_class(config.decoder)._model_mapping[type(config.decoder)]
-    with one_sentence(checkpoint):
-        slm, loading = kind.from_pretrained(
-            None, config=config.decoder, state_dict=state, dtype=dtype_of(state), output_loading_info=True
-        )
-    if loading["missing_keys"]:
-        raise OSError(f"{checkpoint} is incomplete: the SLM lacks {sorted(loading['missing_keys'])[0]}.")
-    return slm
 
 
 def _write_tokenizer(checkpoint: str | Path, folder: Path) -> str:

@@ -87,7 +87,7 @@ def card(
         list[Path] | None, typer.Option(help="A result of `llm2slm evaluate --output` for this model; repeatable.")
     ] = None,
     compare: Annotated[
-        list[Path] | None, typer.Option(help="The same for another model, for the table of times; repeatable.")
+        list[Path] | None, typer.Option(help="A result for another model, for the table of times; repeatable.")
     ] = None,
     language: Annotated[list[str] | None, typer.Option(help="A language code, such as de; repeatable.")] = None,
     license: Annotated[
@@ -128,7 +128,7 @@ def card(
 def export(
     model: ModelArgument,
     output: OutputArgument,
-    engine: Annotated[str, typer.Option(help="Engine that computes: openvino or onnx.")] = "openvino",
+    engine: Annotated[str, typer.Option(help="Target engine: openvino or onnx.")] = "openvino",
     weights: Annotated[str, typer.Option(help="Format of the weights: fp32, bf16, int8, int4.")] = "fp32",
     overwrite: Overwrite = False,
 ) -> None:
@@ -141,7 +141,7 @@ def export(
     PyTorch before it replaces anything.
     """
     quiet_libraries()
-    from modeling_llm2slm.conversion import export as export_checkpoint
+    from modeling_llm2slm.conversion.export import export as export_checkpoint
 
     with steps("Export") as progress:
         report = export_checkpoint(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,7 @@ from .progress import steps
 
 
 if TYPE_CHECKING:
-    from modeling_llm2slm.conversion import Report
+    from modeling_llm2slm.conversion.report import Report
 
 PANEL = "Checkpoints"
 commands = typer.Typer()
@@ -51,7 +52,7 @@ def lean(
 
     `llm2slm convert lean runs/model runs/lean --llm google-t5/t5-large`
     """
-    _convert("lean", checkpoint, output, llm=llm, revision=revision, overwrite=overwrite)
+    _convert("lean", "lean", checkpoint, output, llm=llm, revision=revision, overwrite=overwrite)
 
 
 @convert.command()
@@ -59,7 +60,7 @@ def full(
     checkpoint: CheckpointArgument,
     output: OutputArgument,
     llm: LLMOption = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "50GB",
+    max_shard_size: Annotated[str, typer.Option(help="Maximum size of a weight file.")] = "50GB",
     overwrite: Overwrite = False,
 ) -> None:
     """
@@ -67,7 +68,7 @@ def full(
 
     `llm2slm convert full runs/lean runs/full`
     """
-    _convert("full", checkpoint, output, llm=llm, max_shard_size=max_shard_size, overwrite=overwrite)
+    _convert("lean", "full", checkpoint, output, llm=llm, max_shard_size=max_shard_size, overwrite=overwrite)
 
 
 @convert.command()
@@ -85,7 +86,7 @@ def merge(
 
     `llm2slm convert merge runs/adapter runs/merged --base runs/model`
     """
-    _convert("merge", adapter, output, base=base, include_llm=not lean, overwrite=overwrite)
+    _convert("merge", "merge", adapter, output, base=base, include_llm=not lean, overwrite=overwrite)
 
 
 @convert.command()
@@ -95,7 +96,7 @@ def split(checkpoint: CheckpointArgument, output: OutputArgument, overwrite: Ove
 
     `llm2slm convert split runs/model runs/parts`
     """
-    _convert("split", checkpoint, output, overwrite=overwrite)
+    _convert("split", "split", checkpoint, output, overwrite=overwrite)
 
 
 @convert.command("import")
@@ -106,14 +107,15 @@ def import_from(
         str | None, typer.Option(help="The LLM-to-SLM checkpoint that takes the projector of the file.")
     ] = None,
     mapping: Annotated[
-        Path | None, typer.Option(help="With --into: JSON that maps names in the file to names here.")
+        Path | None,
+        typer.Option(help="With --into: a JSON file from names in the file to names in the checkpoint."),
     ] = None,
     fusion: Annotated[str, typer.Option(help="Fusion of the result of an EncoderDecoderModel.")] = "add",
     lean: LeanSwitch = False,
     overwrite: Overwrite = False,
 ) -> None:
     """
-    Import trained weights of another composite model, and list those that have no place here.
+    Import trained weights of another composite model, and list those that could not be imported.
 
     `llm2slm convert import runs/encoder-decoder runs/start`
 
@@ -122,17 +124,15 @@ def import_from(
     if into is None and (mapping is not None or lean):
         raise typer.BadParameter("--mapping and --lean belong to --into.")
     if into is None:
-        _convert("import_encoder_decoder", source, output, fusion=fusion, overwrite=overwrite)
+        _convert("importing", "import_encoder_decoder", source, output, fusion=fusion, overwrite=overwrite)
     else:
         options = {"mapping": mapping, "include_llm": not lean, "overwrite": overwrite}
-        _convert("import_projector", source, into, output, **options)
+        _convert("importing", "import_projector", source, into, output, **options)
 
 
-def _convert(conversion: str, *arguments: Any, **options: Any) -> None:
+def _convert(module: str, conversion: str, *arguments: Any, **options: Any) -> None:
     quiet_libraries()
-    import modeling_llm2slm.conversion
-
-    function: Callable[..., Report] = getattr(modeling_llm2slm.conversion, conversion)
+    function: Callable[..., Report] = getattr(import_module(f"modeling_llm2slm.conversion.{module}"), conversion)
     with steps("Conversion"):
         report = function(*arguments, **options)
     print_report(report)

@@ -66,16 +66,14 @@ def plan(
     llm: Annotated[str, typer.Option(help="The LLM with its decoder: a folder, or a name on the Hub.")],
     data: Annotated[str, typer.Option(help="Your prompts: a file, or a data set on the Hub.")],
     settings: PlanSettings,
-    preset: Annotated[
-        list[str] | None, typer.Option(help="Try this preset, or config .json; may be repeated.")
-    ] = None,
+    preset: Annotated[list[str] | None, typer.Option(help="Try this preset, or config .json; repeatable.")] = None,
     slm_tokenizer: Annotated[
-        list[str] | None, typer.Option(help="PRESET=FOLDER, where the SLM's tokenizer cannot be downloaded.")
+        list[str] | None, typer.Option(help="PRESET=FOLDER, if the SLM's tokenizer cannot be downloaded; repeatable.")
     ] = None,
     output: ResultFile = None,
 ) -> None:
     """
-    Estimate what LLM-to-SLM would bring and cost on this machine, before any training.
+    Estimate the speed-up and the cost of LLM-to-SLM on this machine, before any training.
 
     `llm2slm plan --llm google-t5/t5-large --data prompts.txt`
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .loading import check_output, load_text_to_text, local_device, quiet_libraries
-from .options import ModelArgument, is_given, with_settings
+from .options import ModelArgument, is_given, refuse_given, with_settings
 from .output import one_line, out, print_line, print_note
 from .progress import counting
 
@@ -56,13 +56,12 @@ def generate(
     """
     if prompts and file:
         raise typer.BadParameter("Give prompts or --file, not both.")
+    _refuse_options_without_effect(context, file, output)
     if file is not None and not file.is_file():
         raise FileNotFoundError(f"There is no file {file}.")
     if file is not None and output is not None:
         _generate_file(model, file, output, settings)
         return
-    if is_given(context, "batch_tokens"):
-        raise typer.BadParameter("--batch-tokens belongs to --file with --output.")
     check_output(output)
     text_to_text = _load(model, settings)
     batch_size = settings.batch_size if is_given(context, "batch_size") else 1
@@ -106,6 +105,15 @@ def serve(
     serve_model(text_to_text, settings, sock, lambda: print_line(line))
 
 
+def _refuse_options_without_effect(context: typer.Context, file: Path | None, output: Path | None) -> None:
+    if file is None or output is None:
+        refuse_given(context, ("batch_tokens", "column", "overwrite"), "belongs to --file with --output")
+    elif not output.name.endswith((".jsonl", ".jsonl.gz")):
+        refuse_given(context, ("column",), "needs an --output that ends in .jsonl or .jsonl.gz")
+    if file is None:
+        refuse_given(context, ("prompt_column", "skip_bad_rows"), "belongs to --file")
+
+
 def _generate_file(model: str, file: Path, output: Path, settings: GenerateFileSettings) -> None:
     quiet_libraries(data=True)
     from modeling_llm2slm.inference.files import generate_file
@@ -132,14 +140,11 @@ def _load(model: str, settings: GenerateFileSettings) -> TextToText:
 def _prompts(prompts: list[str] | None, file: Path | None, settings: GenerateFileSettings) -> Iterator[str]:
     if prompts:
         yield from prompts
-    elif file is not None and not {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz"} & set(file.suffixes):
-        with file.open(encoding="utf-8") as lines:
-            yield from (line.rstrip("\r\n") for line in lines)
     elif file is not None:
         quiet_libraries(data=True)
         from modeling_llm2slm.data.loading import load_prompts
 
-        yield from load_prompts(file, settings.prompt_column, skip_bad_rows=settings.skip_bad_rows)["prompt"]
+        yield from load_prompts(file, settings)["prompt"]
     else:
         if sys.stdin.isatty():
             print_note("Type one prompt on each line; end with Ctrl-D.")

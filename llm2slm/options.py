@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import Field, fields, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 import typer
 
 
+SETTINGS = "modeling_llm2slm.settings"
 SettingsT = TypeVar("SettingsT")
 # Former names of options, which scripts may still use.
 FORMER_NAMES = {
@@ -45,10 +46,12 @@ def load_module(name: str) -> ModuleType:
     The module is registered under its own name, so that a later import of the package finds the same classes.
 
     Args:
-        name: A module that imports nothing of the package, such as `modeling_llm2slm.settings`.
+        name: `modeling_llm2slm.settings`, or a module that imports nothing else of the package.
     """
     if name in sys.modules or "modeling_llm2slm" in sys.modules:
         return import_module(name)
+    if name != SETTINGS:
+        load_module(SETTINGS)
     package, *path = name.split(".")
     root = find_spec(package)
     if root is None or root.origin is None:
@@ -72,7 +75,7 @@ def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
     Raises:
         typer.BadParameter: When the command runs, if a value is refused by the settings class.
     """
-    settings = load_module("modeling_llm2slm.settings")
+    settings = load_module(SETTINGS)
     signature = inspect.signature(command, eval_str=True, locals=vars(settings))
     own = [parameter for parameter in signature.parameters.values() if not _is_settings(parameter.annotation)]
     classes = {
@@ -124,8 +127,9 @@ def _parameter(field: Field[Any], annotation: Any) -> inspect.Parameter:
         rich_help_panel=metadata.get("panel"),
         show_default=field.default not in (None, "", False),
     )
+    default = inspect.Parameter.empty if field.default is MISSING else field.default
     return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[annotation, info]
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, info]
     )
 
 
@@ -140,6 +144,13 @@ def is_given(context: typer.Context, name: str) -> bool:
     """Whether an option is on the command line, rather than at its default."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
+
+
+def refuse_given(context: typer.Context, names: Iterable[str], reason: str) -> None:
+    """Raise `typer.BadParameter`, with the reason, if one of the options is on the command line."""
+    for name in names:
+        if is_given(context, name):
+            raise typer.BadParameter(f"--{name.replace('_', '-')} {reason}.")
 
 
 def extra_options(words: list[str]) -> Iterator[tuple[str, str]]:

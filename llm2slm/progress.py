@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .output import err, print_note
+
+
+if TYPE_CHECKING:
+    from modeling_llm2slm.data.progress import RepeatedLine
 
 
 INTERVAL = 30.0  # seconds between two lines
@@ -39,7 +42,7 @@ def counting(unit: str) -> Iterator[Counter]:
         finally:
             bars.stop()
     else:
-        with _repeating() as lines:
+        with _repeated() as lines:
             yield _CountedLines(unit, lines).count
 
 
@@ -53,10 +56,10 @@ def steps(task: str) -> Iterator[Callable[[str], None]]:
             yield lambda step: status.update(f"{task}: {step}")
     else:
         start = time.monotonic()
-        with _repeating(START_AFTER) as lines:
+        with _repeated(START_AFTER) as lines:
             lines.update(lambda: f"{task} ...")
             yield lambda step: lines.update(lambda: f"{task}: {step} ({duration(time.monotonic() - start)})")
-        if lines.are_printed:
+        if lines.are_written:
             print_note(f"{task}: done in {duration(time.monotonic() - start)}")
 
 
@@ -101,50 +104,16 @@ class _Bars:
             self._bars.stop()
 
 
-class _Lines:
-    """Prints the newest of the lines that it is given, at least every [`INTERVAL`], also while none arrives."""
+def _repeated(start_after: float | None = None) -> RepeatedLine:
+    from modeling_llm2slm.data.progress import RepeatedLine
 
-    def __init__(self, start_after: float) -> None:
-        self._lock = threading.Lock()
-        self._line: Callable[[], str] | None = None
-        self._next = time.monotonic() + start_after
-        self.are_printed = False
-
-    def update(self, line: Callable[[], str], now: bool = False) -> None:
-        """Replace the line; it is printed at once if `now`, or if the last one was printed long ago."""
-        with self._lock:
-            self._line = line
-            self._print(now)
-
-    def repeat(self, stop: threading.Event) -> None:
-        """Print the line whenever it is time, until `stop` is set."""
-        while not stop.wait(min(INTERVAL / 10, 0.5)):
-            with self._lock:
-                self._print()
-
-    def _print(self, now: bool = False) -> None:
-        if self._line is not None and (now or time.monotonic() >= self._next):
-            print_note(self._line())
-            self._next = time.monotonic() + INTERVAL
-            self.are_printed = True
-
-
-@contextmanager
-def _repeating(start_after: float = INTERVAL) -> Iterator[_Lines]:
-    lines, stop = _Lines(start_after), threading.Event()
-    thread = threading.Thread(target=lines.repeat, args=(stop,), daemon=True)
-    thread.start()
-    try:
-        yield lines
-    finally:
-        stop.set()
-        thread.join()
+    return RepeatedLine(print_note, INTERVAL, start_after)
 
 
 class _CountedLines:
     """A line for each task at its start, at its end, and every [`INTERVAL`] between them."""
 
-    def __init__(self, unit: str, lines: _Lines):
+    def __init__(self, unit: str, lines: RepeatedLine):
         self._unit = unit
         self._lines = lines
         self._begun: dict[str, tuple[float, int]] = {}  # time and count of the first call: a run may be resumed

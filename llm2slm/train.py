@@ -23,11 +23,6 @@ if TYPE_CHECKING:
     from modeling_llm2slm.settings import SpeedupSettings
 
 PANEL = "Training"
-# A speed-up sets these itself, or has an option of its own for them.
-NOT_IN_SPEEDUP = (
-    "model", "train_data", "train_split", "validation_data", "validation_split", "llm_states", "prompt_column",
-    "target_column",
-)  # fmt: skip
 EXTRA_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 commands = typer.Typer()
@@ -36,19 +31,21 @@ commands = typer.Typer()
 class RecipeCommand(TyperCommand):
     """A command whose help also shows the fields of a recipe, from its schema."""
 
-    left_out: tuple[str, ...] = ()
-
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the command's own options and those of the recipe, which are created only when they are needed."""
         schema = load_module("modeling_llm2slm.training.recipe")
-        fields = [field for field in schema.recipe_fields() if field.name not in self.left_out]
-        return [*super().get_params(ctx), *_recipe_options(fields)]
+        return [*super().get_params(ctx), *_recipe_options(self.shown(schema.recipe_fields()))]
+
+    def shown(self, fields: list[Any]) -> list[Any]:
+        """Return the fields that the help shows."""
+        return fields
 
 
 class SpeedupCommand(RecipeCommand):
     """A [`RecipeCommand`] without the fields that a speed-up sets itself."""
 
-    left_out = NOT_IN_SPEEDUP
+    def shown(self, fields: list[Any]) -> list[Any]:
+        return [field for field in fields if field.speedup]
 
 
 def _recipe_options(fields: Sequence[Any]) -> list[Any]:
@@ -121,14 +118,12 @@ def train(
 @with_settings
 def speedup(
     context: typer.Context,
-    llm: Annotated[str, typer.Option(help="The LLM with its decoder: a folder, or a name on the Hub.")],
-    prompts: Annotated[str, typer.Option(help="Prompts: .txt, .jsonl, .csv, .parquet, or a data set on the Hub.")],
     settings: SpeedupSettings,
-    output: Annotated[Path, typer.Option(help="The folder for everything.")] = Path("runs/speedup"),
+    output: Annotated[Path, typer.Option(help="Output folder for all stages.")] = Path("runs/speedup"),
     device: Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1, mps.")] = "cpu",
 ) -> None:
     """
-    From an LLM and prompts to a model that can be served: distill, build, encode, train, evaluate.
+    Turn an LLM and prompts into a model to serve: distill, build, encode, train, evaluate.
 
     `llm2slm speedup --llm google-t5/t5-large --prompts prompts.txt --output runs/fast --num-train-epochs 3`
 
@@ -139,7 +134,7 @@ def speedup(
     quiet_libraries(data=True)
     from modeling_llm2slm.workflows.speedup import Speedup
 
-    settings = replace(settings, llm=llm, prompts=prompts, recipe=recipe)
+    settings = replace(settings, recipe=recipe)
     with counting("prompts") as count:
         run = Speedup(settings, output, local_device(device), count)
         result = run.run(lambda stage, command: print_line(f"{stage}  {command}"))

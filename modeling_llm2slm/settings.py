@@ -8,8 +8,8 @@ line loads this file without the package, which imports transformers: it may imp
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, NamedTuple
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -17,7 +17,7 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
     Declare a setting.
 
     Args:
-        default: Its default; `None` where it is decided at run time.
+        default: Its default; `None` where it is decided at run time, `MISSING` for a required setting.
         help: One line: the help text on the command line and in the reference.
         metadata: `minimum` and `maximum` (inclusive bounds of a number), `above` (exclusive lower bound), `choices`,
             `panel` (the group of options in the help) and `cli=False` (not on the command line).
@@ -51,7 +51,41 @@ def check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is {value!r}, but it must be {words} {metadata[bound]}.")
 
 
+class Metric(NamedTuple):
+    """
+    How tables and the Hub name a metric of outputs.
+
+    Args:
+        label: Its name in tables.
+        hub_type: The library of the Hub that computes it, in the metadata of model cards.
+    """
+
+    label: str
+    hub_type: str
+
+
+# The metrics, by their names in recipes, commands and results. `modeling_llm2slm.evaluation.metrics` computes them.
+METRICS = {
+    "bleu": Metric("BLEU", "sacrebleu"),
+    "chrf": Metric("chrF", "chrf"),
+    "rouge1": Metric("ROUGE-1", "rouge"),
+    "rouge2": Metric("ROUGE-2", "rouge"),
+    "rougeL": Metric("ROUGE-L", "rouge"),
+    "exact_match": Metric("exact_match", "exact_match"),
+}
+
 DATA, MODEL, GENERATION, COMPUTE = "Data", "Model", "Generation", "Computation"
+# Help of options that several commands have.
+FUSION = "Fusion: add, replace, or the name of a registered one."
+SPLIT = "Split of a data set on the Hub; a file is one split."
+TRUNCATE = "Truncate prompts to this many tokens."
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceSettings(Settings):
+    """Where to compute."""
+
+    device: str = option("cpu", "Device: cpu, cuda, cuda:1, mps.", panel=COMPUTE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +93,12 @@ class DataSettings(Settings):
     """Which rows of a data set to read."""
 
     prompt_column: str = option("prompt", "Column that holds the prompts.", panel=DATA)
-    split: str = option("train", "Split of a data set on the Hub; a file is one split.", panel=DATA)
+    split: str = option("train", SPLIT, panel=DATA)
     limit: int | None = option(None, "Read only this many rows, from the top.", minimum=1, panel=DATA)
     skip_bad_rows: bool = option(
         False, "Skip rows that hold no text or are too long, with a warning that lists them.", panel=DATA
     )
-    prompt_max_length: int | None = option(None, "Truncate prompts to this many tokens.", minimum=1, panel=DATA)
+    prompt_max_length: int | None = option(None, TRUNCATE, minimum=1, panel=DATA)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +108,7 @@ class DecodingSettings(Settings):
     max_new_tokens: int | None = option(
         None, "Longest output, in tokens. Default: the model's own, or 128.", minimum=1, panel=GENERATION
     )
-    num_beams: int = option(1, "Beams of the beam search; 1 is greedy.", minimum=1, panel=GENERATION)
+    num_beams: int = option(1, "Number of beams; 1 is greedy decoding.", minimum=1, panel=GENERATION)
 
     def generate_kwargs(self) -> dict[str, Any]:
         """Arguments of `generate()`. Greedy or beams unless sampling is asked for, whatever a checkpoint's default."""
@@ -92,7 +126,7 @@ class SamplingSettings(DecodingSettings):
         None, "Sample from the most likely tokens with this total probability (0 to 1).", above=0, maximum=1,
         panel=GENERATION,
     )  # fmt: skip
-    seed: int | None = option(None, "Seed of sampling.", panel=GENERATION)
+    seed: int | None = option(None, "Random seed for sampling.", panel=GENERATION)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,10 +145,9 @@ class SamplingSettings(DecodingSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadSettings(Settings):
+class LoadSettings(DeviceSettings):
     """How a model is loaded to generate."""
 
-    device: str = option("cpu", "Device: cpu, cuda, cuda:1, mps.", panel=COMPUTE)
     quantize: str | None = option(
         None, "Quantize the weights: int8 (torchao) or nf4 (bitsandbytes). On a CPU, export the model instead.",
         choices=("int8", "nf4"), panel=COMPUTE,
@@ -129,31 +162,28 @@ class BuildSettings(Settings):
     slm_tokenizer: str | None = option(
         None, "Tokenizer of the SLM. Default: its own; for a config file, the LLM's.", panel=MODEL
     )
-    fusion: str | None = option(
-        None, "What the SLM reads: add or replace. Default: add, or the preset's.", panel=MODEL
-    )
+    fusion: str | None = option(None, f"{FUSION} Default: add, or the preset's.", panel=MODEL)
     encoder_layer: int | None = option(None, "Use the LLM's hidden states of this layer.", minimum=0, panel=MODEL)
     encoder_dtype: str | None = option(None, "dtype of the LLM, such as bfloat16. Default: its own.", panel=MODEL)
     decoder_dtype: str | None = option(None, "dtype of the SLM. Default: its own.", panel=MODEL)
     encoder_revision: str | None = option(None, "Revision of the LLM on the Hub.", panel=MODEL)
     decoder_revision: str | None = option(None, "Revision of the SLM on the Hub.", panel=MODEL)
-    prompt_max_length: int | None = option(None, "Truncate prompts to this many tokens.", minimum=1, panel=MODEL)
+    prompt_max_length: int | None = option(None, TRUNCATE, minimum=1, panel=MODEL)
     target_max_length: int | None = option(None, "Truncate targets to this many tokens.", minimum=2, panel=MODEL)
     max_new_tokens: int | None = option(None, "Longest output, in tokens.", minimum=1, panel=MODEL)
-    seed: int = option(0, "Seed of weights that are initialized.", panel=MODEL)
-    max_shard_size: str = option("1GB", "Largest file of weights.", panel=MODEL)
+    seed: int = option(0, "Seed of randomly initialized weights.", panel=MODEL)
+    max_shard_size: str = option("1GB", "Maximum size of a weight file.", panel=MODEL)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeSettings(DataSettings):
+class EncodeSettings(DeviceSettings, DataSettings):
     """How prompts become stored hidden states."""
 
     dtype: str = option(
         "bfloat16", "dtype of the stored hidden states.", choices=("bfloat16", "float16", "float32"), panel=COMPUTE
     )
     batch_size: int = option(32, "Prompts per batch.", minimum=1, panel=COMPUTE)
-    device: str = option("cpu", "Device: cpu, cuda, cuda:1, mps.", panel=COMPUTE)
-    shard_bytes: int = option(128 * 2**20, "Bytes of a file of the store.", minimum=1, cli=False)
+    shard_bytes: int = option(128 * 2**20, "Maximum size of a file of the store, in bytes.", minimum=1, cli=False)
     overwrite: bool = option(False, "Replace an existing store.")
 
 
@@ -161,6 +191,7 @@ class EncodeSettings(DataSettings):
 class GenerateFileSettings(SamplingSettings, DataSettings, LoadSettings):
     """How a file of prompts becomes a file of outputs."""
 
+    split: str = option("train", SPLIT, cli=False)  # the command reads files only
     column: str = option("model_output", "Column for the outputs, in a .jsonl.", panel=DATA)
     batch_size: int = option(128, "Prompts per batch.", minimum=1, panel=COMPUTE)
     batch_tokens: int | None = option(
@@ -168,44 +199,42 @@ class GenerateFileSettings(SamplingSettings, DataSettings, LoadSettings):
         panel=COMPUTE,
     )  # fmt: skip
     overlap: bool | None = option(None, "Encode the next batch while one is generated.", cli=False)
-    overwrite: bool = option(False, "Replace an existing output, or what an interrupted run left.")
+    overwrite: bool = option(False, "Replace an existing output, or the parts that an interrupted run left.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillSettings(DecodingSettings, DataSettings):
+class DistillSettings(DecodingSettings, DeviceSettings, DataSettings):
     """How the LLM writes targets to train on."""
 
     column: str = option("llm_output", "Column for the LLM's outputs.", panel=DATA)
-    num_beams: int = option(4, "Beams of the beam search; 1 is greedy.", minimum=1, panel=GENERATION)
+    num_beams: int = option(4, "Number of beams; 1 is greedy decoding.", minimum=1, panel=GENERATION)
     batch_size: int = option(32, "Prompts per batch.", minimum=1, panel=COMPUTE)
-    device: str = option("cpu", "Device: cpu, cuda, cuda:1, mps.", panel=COMPUTE)
-    overwrite: bool = option(False, "Replace an existing output, or what an interrupted run left.")
+    overwrite: bool = option(False, "Replace an existing output, or the parts that an interrupted run left.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSettings(DecodingSettings, DataSettings):
     """How a model is scored."""
 
-    split: str = option("test", "Split of a data set on the Hub; a file is one split.", panel=DATA)
+    split: str = option("test", SPLIT, panel=DATA)
     target_column: str = option("target", "Column that holds the references.", panel=DATA)
     batch_size: int = option(32, "Prompts per batch; outputs are timed one at a time.", minimum=1, panel=COMPUTE)
     timed_outputs: int = option(50, "Time this many outputs, one at a time.", minimum=0, panel=COMPUTE)
-    worst: int = option(5, "With --against: show this many outputs that agree least.", minimum=0)
+    worst: int = option(5, "With --against: show this many of the outputs that agree least.", minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanSettings(Settings):
+class PlanSettings(DeviceSettings):
     """What `plan` measures and what the planned training would be."""
 
     prompt_column: str = option("prompt", "Column that holds the prompts.", panel=DATA)
-    prompt_max_length: int | None = option(None, "Truncate prompts to this many tokens.", minimum=1, panel=DATA)
+    prompt_max_length: int | None = option(None, TRUNCATE, minimum=1, panel=DATA)
     skip_bad_rows: bool = option(False, "Skip rows that hold no text, with a warning that lists them.", panel=DATA)
     timed_prompts: int = option(4, "Generate for this many prompts.", minimum=1)
     epochs: float = option(5, "Number of epochs assumed by the estimate.", above=0, panel="Planned training")
     batch_size: int = option(32, "Batch size assumed by the estimate.", minimum=1, panel="Planned training")
-    num_beams: int = option(4, "Beams of the distillation assumed by the estimate.", minimum=1, cli=False)
+    num_beams: int = option(4, "Number of beams in the distillation assumed by the estimate.", minimum=1, cli=False)
     max_new_tokens: int = option(128, "Longest output, in tokens.", minimum=1, panel=GENERATION)
-    device: str = option("cpu", "Device: cpu, cuda, cuda:1, mps.", panel=COMPUTE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,13 +244,13 @@ class SpeedupSettings(Settings):
     have not finished yet; others are refused.
     """
 
-    llm: str = option("", "The LLM with its decoder: a folder, or a name on the Hub.", cli=False)
-    prompts: str = option("", "Prompts: .txt, .jsonl, .csv, .parquet, or a data set on the Hub.", cli=False)
+    llm: str = option(MISSING, "The LLM with its decoder: a folder, or a name on the Hub.", panel=MODEL)
+    prompts: str = option(MISSING, "Prompts: .txt, .jsonl, .csv, .parquet, or a data set on the Hub.", panel=DATA)
     slm: str = option("openai-community/gpt2", "The SLM: a folder, a name on the Hub, or a config .json.", panel=MODEL)
     slm_tokenizer: str | None = option(
         None, "Tokenizer of the SLM. Default: its own; for a config file, the LLM's.", panel=MODEL
     )
-    fusion: str = option("add", "Fusion: add, replace, or the name of a registered one.", panel=MODEL)
+    fusion: str = option("add", FUSION, panel=MODEL)
     encoder_dtype: str | None = option(None, "dtype of the LLM, such as bfloat16.", panel=MODEL)
     prompt_column: str = option("prompt", "Column that holds the prompts.", panel=DATA)
     limit: int | None = option(None, "Read only this many rows, from the top.", minimum=3, panel=DATA)
@@ -229,7 +258,7 @@ class SpeedupSettings(Settings):
         500, "Prompts to hold out for validation, and as many for the test; at most a tenth each.", minimum=1,
         panel=DATA,
     )  # fmt: skip
-    num_beams: int = option(4, "Beams of the LLM's outputs.", minimum=1, panel=GENERATION)
+    num_beams: int = option(4, "Number of beams for the LLM's outputs.", minimum=1, panel=GENERATION)
     max_new_tokens: int = option(128, "Longest output, in tokens.", minimum=1, panel=GENERATION)
     batch_size: int = option(32, "Prompts per batch for the LLM.", minimum=1, panel=COMPUTE)
     recipe: Mapping[str, Any] = field(default_factory=dict, metadata={"help": "Recipe fields.", "cli": False})
@@ -251,14 +280,13 @@ class ServeSettings(Settings):
         minimum=1, panel="Limits",
     )  # fmt: skip
     max_body: int = option(1_000_000, "Largest request, in bytes.", minimum=1, cli=False)
-    num_beams: int = option(1, "Beams; above 1, nothing streams and nothing is sampled.", minimum=1, panel=GENERATION)
+    num_beams: int = option(1, "Number of beams; above 1, no streaming and no sampling.", minimum=1, panel=GENERATION)
     timeout: float = option(120, "Seconds after which a request fails.", minimum=0.1, panel="Limits")
     shutdown_timeout: float = option(30, "Seconds that running requests get at shutdown.", minimum=1, panel="Limits")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkSettings(Settings):
+class BenchmarkSettings(DeviceSettings):
     """Where and on what a benchmark runs."""
 
-    threads: int = option(1, "Threads of every contestant.", minimum=1, panel=COMPUTE)
-    device: str = option("cpu", "Device: cpu, cuda, cuda:1, mps.", panel=COMPUTE)
+    threads: int = option(1, "CPU threads of each contestant.", minimum=1, panel=COMPUTE)

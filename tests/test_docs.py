@@ -205,7 +205,7 @@ def run_shell(fence: Fence) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_links_of_a_page_lead_somewhere(page: Path) -> None:
+def test_page_links_exist(page: Path) -> None:
     targets = re.findall(
         r"\]\(([^)#\s]+)(?:#[\w-]+)?\)", re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
     )

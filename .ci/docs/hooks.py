@@ -8,7 +8,6 @@ a page asks for a table with `<!-- generated: NAME -->`. A link to a file outsid
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import json
 import os
@@ -143,13 +142,13 @@ def default_of(parameter: Any) -> str:
 
 def settings_tables() -> str:
     """One table for each settings class: every setting with its type, default and bounds."""
-    settings = load(ROOT / "modeling_llm2slm" / "settings.py")
+    settings = load("modeling_llm2slm.settings")
     parts = []
     for name, found in vars(settings).items():
         if not (inspect.isclass(found) and issubclass(found, settings.Settings) and found is not settings.Settings):
             continue
         rows = [
-            (f"`{item.name}`", setting_type(item), shown(default_value(item)), item.metadata["help"])
+            (f"`{item.name}`", setting_type(item), default_value(item), item.metadata["help"])
             for item in fields(found)
         ]
         summary = inspect.cleandoc(found.__doc__ or "")
@@ -157,8 +156,10 @@ def settings_tables() -> str:
     return "\n\n".join(parts)
 
 
-def default_value(item: Any) -> Any:
-    return item.default if item.default is not MISSING else item.default_factory()
+def default_value(item: Any) -> str:
+    if item.default is MISSING and item.default_factory is MISSING:
+        return "required"
+    return shown(item.default if item.default is not MISSING else item.default_factory())
 
 
 def setting_type(item: Any) -> str:
@@ -176,13 +177,20 @@ def as_code(kind: str) -> str:
 
 def recipe_tables() -> str:
     """One table for each group of a recipe's fields, from its schema, the Trainer's last."""
-    recipe = load(ROOT / "modeling_llm2slm" / "training" / "recipe.py")
+    recipe = load("modeling_llm2slm.training.recipe")
     groups: dict[str, list[tuple[str, ...]]] = {}
     for item in (*recipe.recipe_fields(), *recipe.recipe_fields(trainer=True)):
         default = "required" if item.required else shown(item.default)
         groups.setdefault(item.group, []).append((f"`{item.name}`", as_code(item.type), default, item.description))
     head = ("field", "type", "default", "description")
     return "\n\n".join(f"## {group}\n\n{table(head, rows)}" for group, rows in groups.items())
+
+
+def load(name: str) -> Any:
+    """A module of the package that the command line loads too, without the package."""
+    from llm2slm.options import load_module
+
+    return load_module(name)
 
 
 def shown(default: Any) -> str:
@@ -195,17 +203,6 @@ def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     cells = [tuple(" ".join(str(cell).split()).replace("|", "\\|") for cell in row) for row in rows]
     lines = ["| " + " | ".join(row) + " |" for row in (head, tuple("---" for _ in head), *cells)]
     return "\n".join(lines)
-
-
-def load(path: Path) -> Any:
-    """A module from its file, without importing its package."""
-    spec = importlib.util.spec_from_file_location(f"docs_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 TABLES: dict[str, Callable[[], str]] = {"settings": settings_tables, "recipe": recipe_tables}

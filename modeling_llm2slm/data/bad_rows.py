@@ -72,7 +72,22 @@ def report_bad_rows(source: str, bad: Mapping[int, str], skip: bool) -> None:
     raise ValueError(f"{source}: {reasons[0]}.{others} Fix them, or skip them with skip_bad_rows.")
 
 
-def check_any_left(source: str, bad: Mapping[int, str], rows: int) -> None:
-    """Raise `ValueError`, with the reason for the first, if all rows are bad."""
-    if len(bad) == rows:
-        raise ValueError(f"{source}: no row can be used; {next(iter(bad.values()))}.")
+def good_rows(source: str, numbers: Sequence[int], problems: Mapping[int, str], skip: bool) -> list[int]:
+    """
+    Report rows that have a problem, see [`report_bad_rows`], and return the indices of all others.
+
+    Args:
+        source: Where the rows come from.
+        numbers: The row number of each row.
+        problems: What is wrong with some of the rows, by index: `"is too long"`.
+        skip: See [`report_bad_rows`].
+
+    Raises:
+        ValueError: Unless `skip` is set, if there are problems; in any case if no row is left.
+    """
+    reasons = {numbers[index]: f"row {numbers[index]} {problem}" for index, problem in problems.items()}
+    if len(problems) == len(numbers):
+        raise ValueError(f"{source}: no row can be used; {next(iter(reasons.values()))}. Take other data.")
+    if reasons:
+        report_bad_rows(source, reasons, skip)
+    return [index for index in range(len(numbers)) if index not in problems]

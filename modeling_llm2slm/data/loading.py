@@ -11,6 +11,7 @@ import numpy as np
 from datasets import Dataset, Features, Value, load_dataset
 
 from ..files_llm2slm import first_line
+from ..settings import DataSettings
 from .bad_rows import check_columns, report_bad_rows, text_problem
 from .formats import FILE_FORMATS, ROW_ERROR, file_format_of, is_empty, is_jsonl, parse_lines, reading_options
 
@@ -21,12 +22,9 @@ LINE = "_line"  # a column with each row of JSON lines as JSON: typed columns wo
 
 def load_examples(
     source: str | Path,
-    prompt_column: str = "prompt",
+    settings: DataSettings = DataSettings(),  # noqa: B008 - immutable
     target_column: str | Sequence[str] = "target",
     *,
-    split: str = "train",
-    limit: int | None = None,
-    skip_bad_rows: bool = False,
     number_rows: bool = False,
 ) -> Dataset:
     """
@@ -35,12 +33,9 @@ def load_examples(
     Args:
         source: A file (`.jsonl`, `.json`, `.csv`, `.tsv` or `.txt`, also with `.gz`; or `.parquet`), or the name of a
             data set on the Hub, with the configuration after a colon if it has several (`"user/name:config"`).
-        prompt_column: Column that holds the prompts.
+        settings: Which rows to read. Rows that cannot be read or hold no text are an error, or skipped by
+            `skip_bad_rows`. `prompt_max_length` has no effect here.
         target_column: Column that holds the targets. Several columns give several examples per row.
-        split: Split of a data set on the Hub. A file is one split.
-        limit: Read only this many rows, from the top.
-        skip_bad_rows: Skip rows that cannot be read or hold no text, with a warning that lists their numbers, instead
-            of raising an error.
         number_rows: Add the column `row`: the number of the row in the source, from 0.
 
     Raises:
@@ -48,8 +43,8 @@ def load_examples(
         ValueError: If the file cannot be read, is empty, lacks a column, or has bad rows.
     """
     targets = [target_column] if isinstance(target_column, str) else list(target_column)
-    columns = {prompt_column: "prompt", **dict.fromkeys(targets, "target")}
-    dataset, numbers = _load_texts(str(source), list(columns), split, limit, skip_bad_rows)
+    columns = {settings.prompt_column: "prompt", **dict.fromkeys(targets, "target")}
+    dataset, numbers = _load_texts(str(source), list(columns), settings)
     dataset = dataset.select_columns(list(columns))
     if len(columns) == 2:
         dataset = dataset.rename_columns(columns)
@@ -58,7 +53,7 @@ def load_examples(
     def as_examples(rows: dict[str, list[str]]) -> dict[str, list[str]]:
         texts = list(zip(*(rows[name] for name in targets), strict=True))
         return {
-            "prompt": [prompt for prompt in rows[prompt_column] for _ in targets],
+            "prompt": [prompt for prompt in rows[settings.prompt_column] for _ in targets],
             "target": [text for row in texts for text in row],
         }
 
@@ -66,11 +61,16 @@ def load_examples(
     return dataset.add_column("row", np.repeat(numbers, len(targets))) if number_rows else dataset
 
 
-def load_prompts(source: str | Path, prompt_column: str = "prompt", **options: Any) -> Dataset:
-    """Load the column `prompt` alone (and `ROW`, if requested), with the options of [`load_rows`]."""
-    rows = load_rows(source, prompt_column, **options)
-    kept = [name for name in (prompt_column, ROW) if name in rows.column_names]
-    prompts = rows.select_columns(kept).rename_columns({prompt_column: "prompt"})
+def load_prompts(
+    source: str | Path,
+    settings: DataSettings = DataSettings(),  # noqa: B008 - immutable
+    *,
+    number_rows: bool = False,
+) -> Dataset:
+    """Load the column `prompt` alone (and `ROW`, if requested), see [`load_rows`]."""
+    rows = load_rows(source, settings, number_rows=number_rows)
+    kept = [name for name in (settings.prompt_column, ROW) if name in rows.column_names]
+    prompts = rows.select_columns(kept).rename_columns({settings.prompt_column: "prompt"})
     if prompts.features["prompt"] != Value("string"):  # large_string, in some Parquet files
         prompts = prompts.cast_column("prompt", Value("string"))
     return prompts
@@ -78,11 +78,8 @@ def load_prompts(source: str | Path, prompt_column: str = "prompt", **options: A
 
 def load_rows(
     source: str | Path,
-    prompt_column: str = "prompt",
+    settings: DataSettings = DataSettings(),  # noqa: B008 - immutable
     *,
-    split: str = "train",
-    limit: int | None = None,
-    skip_bad_rows: bool = False,
     number_rows: bool = False,
 ) -> Dataset:
     """
@@ -90,10 +87,7 @@ def load_rows(
 
     Args:
         source: See [`load_examples`]. Each line of a `.txt` file, or of one without a known extension, is a prompt.
-        prompt_column: Column that holds the prompts.
-        split: See [`load_examples`].
-        limit: See [`load_examples`].
-        skip_bad_rows: See [`load_examples`].
+        settings: See [`load_examples`].
         number_rows: Add the column `ROW`.
 
     Raises:
@@ -102,9 +96,9 @@ def load_rows(
     """
     path = Path(source).expanduser()
     is_text_file = path.is_file() and file_format_of(path) in ("text", None)
-    column = "text" if is_text_file else prompt_column
-    dataset, numbers = _load_texts(str(source), [column], split, limit, skip_bad_rows, default_format="text")
-    dataset = dataset.rename_columns({column: prompt_column})
+    column = "text" if is_text_file else settings.prompt_column
+    dataset, numbers = _load_texts(str(source), [column], settings, default_format="text")
+    dataset = dataset.rename_columns({column: settings.prompt_column})
     return dataset.add_column(ROW, numbers) if number_rows else dataset
 
 
@@ -115,21 +109,16 @@ def whole_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load_texts(
-    source: str,
-    columns: list[str],
-    split: str,
-    limit: int | None,
-    skip_bad_rows: bool,
-    default_format: str | None = None,
+    source: str, columns: list[str], settings: DataSettings, default_format: str | None = None
 ) -> tuple[Dataset, np.ndarray]:
     """Return the rows of a source whose `columns` all hold text, and the number of each row in the source."""
-    dataset = _load(source, split, columns, default_format)
+    dataset = _load(source, settings.split, columns, default_format)
     check_columns(source, columns, dataset.column_names)
-    if limit is not None:
-        dataset = dataset.select(range(min(limit, len(dataset))))
+    if settings.limit is not None:
+        dataset = dataset.select(range(min(settings.limit, len(dataset))))
     bad, numbers = _bad_rows(dataset, columns), np.arange(len(dataset))
     if bad:
-        report_bad_rows(source, bad, skip_bad_rows)
+        report_bad_rows(source, bad, settings.skip_bad_rows)
         numbers = np.setdiff1d(numbers, list(bad))
         dataset = dataset.select(numbers)
     if not len(dataset):

@@ -27,3 +27,11 @@ def versions() -> dict[str, str]:
 def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings without tokens such as `hub_token`, so that they can be saved and published."""
     return {key: value for key, value in settings.items() if not key.endswith("token")}
+
+
+PATHS = ("model", "train_data", "validation_data")
+
+
+def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of a training with the names of its model and data in place of their paths."""
+    return {key: Path(value).name if key in PATHS and value else value for key, value in settings.items()}

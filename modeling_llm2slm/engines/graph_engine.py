@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from transformers import AutoProcessor
 
 from ..inference.engine import BenchmarkModels, Contestant, Engine, LoadOptions, Progress, WeightFormat
-from ..inference.loading import load, one_sentence
 from ..inference.model import LLM2SLMForConditionalGeneration
 from ..inference.parts import composite_parts, count_parameters, decoding_modules
+from ..states.loading import load, one_sentence
 from .exported import (
     EMBEDDINGS,
     MANIFEST,

@@ -90,14 +90,7 @@ def _speeds(
 
 def _load(data: str | Path, settings: EvaluateSettings) -> Dataset:
     """Load the columns `prompt` and `row`, and `target` if the rows have references."""
-    rows = load_rows(
-        data,
-        settings.prompt_column,
-        split=settings.split,
-        limit=settings.limit,
-        skip_bad_rows=settings.skip_bad_rows,
-        number_rows=True,
-    )
+    rows = load_rows(data, settings, number_rows=True)
     references = [whole_row(row).get(settings.target_column) for row in rows]
     prompts = rows.select_columns([settings.prompt_column, ROW])
     prompts = prompts.rename_columns({settings.prompt_column: "prompt", ROW: "row"})

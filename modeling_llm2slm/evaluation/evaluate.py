@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from ..data.bad_rows import check_any_left, report_bad_rows
+from ..data.bad_rows import good_rows
 from ..data.loading import load_examples
 from ..data.records import versions
 from ..inference.text_to_text import TextToText
@@ -42,15 +42,7 @@ def evaluate(
         ValueError: If the data has bad rows or prompts that are too long, and `settings.skip_bad_rows` is not set.
     """
     generate_kwargs = settings.generate_kwargs() | generate_kwargs
-    examples = load_examples(
-        data,
-        settings.prompt_column,
-        settings.target_column,
-        split=settings.split,
-        limit=settings.limit,
-        skip_bad_rows=settings.skip_bad_rows,
-        number_rows=True,
-    )
+    examples = load_examples(data, settings, settings.target_column, number_rows=True)
     text_to_text = loaded(model, settings)
     if settings.skip_bad_rows:
         examples = without_long_prompts([text_to_text], examples, str(data), generate_kwargs)
@@ -94,14 +86,10 @@ def without_long_prompts(
     Raises:
         ValueError: If no prompt is left.
     """
-    bad: dict[int, str] = {}
+    problems: dict[int, str] = {}
     for model in models:
         new_tokens = model.with_limit(dict(generate_kwargs)).get("max_new_tokens", 0)
-        for place, ids in enumerate(model.features(rows["prompt"][:])["input_ids"]):
+        for index, ids in enumerate(model.features(rows["prompt"][:])["input_ids"]):
             if problem := model.position_problem(len(ids), new_tokens):
-                bad[place] = problem
-    check_any_left(source, bad, len(rows))
-    if bad:
-        numbers = rows["row"][:]
-        report_bad_rows(source, {numbers[place]: reason for place, reason in bad.items()}, skip=True)
-    return rows.select([place for place in range(len(rows)) if place not in bad])
+                problems[index] = f"is too long: {problem}"
+    return rows.select(good_rows(source, rows["row"][:], problems, skip=True))

@@ -1,7 +1,8 @@
 """
 Metrics of outputs against one reference each, from 0 to 100, computed by the libraries that papers report.
 
-To add a metric, add one entry to `SCORERS`: recipes, commands and reports take their names from there.
+To add a metric, name it in `METRICS` of `modeling_llm2slm.settings`, which recipes, commands and model cards read, and
+add what computes it to `SCORERS`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from ..data.records import versions
+from ..settings import METRICS
 
 
 Scorer = Callable[[Sequence[str], Sequence[str]], tuple[float, str]]
@@ -34,7 +36,7 @@ def score_with_signatures(
     outputs: Sequence[str], references: Sequence[str], metrics: Sequence[str] | None = None
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Like [`score`], and return the signature of each metric too, which says how it was computed."""
-    wanted = METRICS if metrics is None else metrics
+    wanted = tuple(METRICS) if metrics is None else metrics
     results = {name: scorer(outputs, references) for name, scorer in SCORERS.items() if name in wanted}
     return {name: value for name, (value, _) in results.items()}, {name: text for name, (_, text) in results.items()}
 
@@ -70,4 +72,3 @@ SCORERS: dict[str, Scorer] = {
     "rougeL": partial(_rouge, "rougeL"),
     "exact_match": _exact_match,
 }
-METRICS = tuple(SCORERS)

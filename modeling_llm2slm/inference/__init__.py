@@ -1,1 +1,1 @@
-"""Text in, text out: loading any checkpoint, batching, files of prompts, sampling settings."""
+"""Text in, text out: loading any checkpoint, batching and files of prompts."""

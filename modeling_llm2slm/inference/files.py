@@ -15,8 +15,8 @@ from typing import Any
 from datasets import Dataset
 
 from ..data.atomic import atomic_write
-from ..data.bad_rows import check_any_left
-from ..data.loading import ROW, is_jsonl, load_rows, report_bad_rows, whole_row
+from ..data.bad_rows import good_rows
+from ..data.loading import ROW, is_jsonl, load_rows, whole_row
 from ..data.processes import processes
 from ..settings import GenerateFileSettings
 from ..states.fingerprints import checkpoint_fingerprint
@@ -165,14 +165,7 @@ class _Counts:
 
 
 def _load(data: str | Path, output: Path, settings: GenerateFileSettings) -> Dataset:
-    rows = load_rows(
-        data,
-        settings.prompt_column,
-        split=settings.split,
-        limit=settings.limit,
-        skip_bad_rows=settings.skip_bad_rows,
-        number_rows=True,
-    )
+    rows = load_rows(data, settings, number_rows=True)
     if is_jsonl(output) and settings.column in whole_row(rows[0]):
         logger.warning(f"{data}: the outputs replace the column {settings.column!r}.")
     return rows
@@ -190,13 +183,14 @@ def _fitting_rows(
     sampled, new_tokens = is_sampled(text_to_text, generate_kwargs), generate_kwargs.get("max_new_tokens", 0)
     table = _table(text_to_text, rows.select_columns([settings.prompt_column]), sampled)
     problems = [text_to_text.position_problem(length, new_tokens) for length in table.lengths]
-    bad = {row: problem for row, (number, _) in enumerate(table.outputs) if (problem := problems[number])}
+    bad = {
+        row: f"is too long: {problem}"
+        for row, (number, _) in enumerate(table.outputs)
+        if (problem := problems[number])
+    }
     if not bad:
         return rows, table
-    check_any_left(str(data), bad, len(rows))
-    reasons = {numbers[row]: f"row {numbers[row]}: {problem}" for row, problem in bad.items()}
-    report_bad_rows(str(data), reasons, settings.skip_bad_rows)
-    rows = rows.select([row for row in range(len(rows)) if row not in bad])
+    rows = rows.select(good_rows(str(data), numbers, bad, settings.skip_bad_rows))
     return rows, _table(text_to_text, rows.select_columns([settings.prompt_column]), sampled)
 
 

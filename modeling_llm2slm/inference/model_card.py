@@ -8,8 +8,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
 
-from ..data.records import without_secrets
+from ..data.records import without_folders, without_secrets
 from ..fusion_llm2slm import fusion_of
+from ..settings import METRICS, Metric
 from .parts import count_parameters, decoding_modules
 
 
@@ -17,8 +18,6 @@ MARK = "<!-- Written again on every save. Delete this line to keep your own text
 # transformers writes this into the cards that it generates.
 GENERIC = "This model card has been automatically generated"
 PAPER = "https://arxiv.org/abs/2402.16844"
-METRICS = {"bleu": "BLEU", "chrf": "chrF", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
-SCORE_TYPES = {"bleu": "sacrebleu", "rouge1": "rouge", "rouge2": "rouge", "rougeL": "rouge"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,13 +141,17 @@ def _results(evaluations: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
             task_type="text2text-generation",
             dataset_type=str(evaluation.get("data", "unknown")),
             dataset_name=str(evaluation.get("data", "unknown")),
-            metric_type=SCORE_TYPES.get(metric, metric),
-            metric_name=METRICS.get(metric, metric),
+            metric_type=_metric(name).hub_type,
+            metric_name=_metric(name).label,
             metric_value=round(value, 2),
         )
         for evaluation in evaluations
-        for metric, value in evaluation.get("scores", {}).items()
+        for name, value in evaluation.get("scores", {}).items()
     ]
+
+
+def _metric(name: str) -> Metric:
+    return METRICS.get(name, Metric(name, name))
 
 
 def _what_it_is(model: Any) -> str:
@@ -218,12 +221,8 @@ def _training(recipe: Mapping[str, Any], training: Mapping[str, Any] | None, dat
     data = "" if not datasets else "Trained on " + ", ".join(f"`{Path(name).name}`" for name in datasets) + ".\n\n"
     if not training:
         return f"## Training\n\n{data}" if data else ""
-    shown = {
-        key: Path(value).name if key in PATHS and value else value
-        for key, value in without_secrets(recipe).items()
-        if key != "output_dir"
-    }
-    fields = "\n".join(f"{key}: {value}" for key, value in shown.items())
+    shown = without_folders(without_secrets(recipe))
+    fields = "\n".join(f"{key}: {value}" for key, value in shown.items() if key != "output_dir")
     return (
         f"## Training\n\n{data}{training.get('steps')} steps in {training.get('seconds', 0):.0f} s, "
         f"{training.get('trained_parameters', 0):,} parameters trained. The recipe of `llm2slm train`:\n\n"
@@ -231,15 +230,12 @@ def _training(recipe: Mapping[str, Any], training: Mapping[str, Any] | None, dat
     )
 
 
-PATHS = ("model", "train_data", "validation_data")
-
-
 def _scores(evaluations: Sequence[Mapping[str, Any]]) -> str:
     if not evaluations:
         return ""
     names = list(dict.fromkeys(name for evaluation in evaluations for name in evaluation.get("scores", {})))
     lines = [
-        f"## Scores\n\n| data | {' | '.join(METRICS.get(name, name) for name in names)} |",
+        f"## Scores\n\n| data | {' | '.join(_metric(name).label for name in names)} |",
         f"| --- {'| --: ' * len(names)}|",
     ]
     for evaluation in evaluations:

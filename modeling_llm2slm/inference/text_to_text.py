@@ -255,7 +255,7 @@ class TextToText:
         Returns:
             Arguments of `model.generate()`: padded tensors `(B, N)`, and the encoder's output if there is an encoder.
         """
-        return dict(self._pad(features))
+        return dict(self.pad(features))
 
     def write(self, inputs: dict[str, Any], **generate_kwargs: Any) -> list[list[int]]:
         """Generate from the result of [`~TextToText.read`]; return the token ids of each output with its end token."""
@@ -342,7 +342,7 @@ class TextToText:
             self.check_positions(length, generate_kwargs.get("max_new_tokens", 0))
         return features, generate_kwargs
 
-    def _pad(self, features: Features) -> Any:
+    def pad(self, features: Features) -> Any:
         """Pad features to tensors on the model's device, on the side that suits generation."""
         reader = getattr(self.processor, "tokenizer", self.processor)
         return reader.pad(features, padding_side=self._padding_side, return_tensors="pt").to(self.model.device)
@@ -435,8 +435,8 @@ class LLM2SLMTextToText(EncoderDecoderTextToText):
     def _generating_model(self) -> Any:
         return self.model.decoder
 
-    def _pad(self, features: Features) -> Any:
-        inputs = super()._pad(features)
+    def pad(self, features: Features) -> Any:
+        inputs = super().pad(features)
         if self.states is not None:
             inputs["llm_hidden_states"] = self.states.batch(inputs["input_ids"], inputs["attention_mask"])
         return inputs

@@ -14,14 +14,14 @@ from rich.filesize import decimal
 from transformers import AutoConfig
 
 from ..configuration_llm2slm import LLM2SLMConfig
-from ..data.bad_rows import check_any_left, report_bad_rows
+from ..data.bad_rows import good_rows
 from ..data.loading import ROW, load_prompts
 from ..data.processes import processes, share
-from ..files_llm2slm import first_line
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..processing_llm2slm import LLM2SLMProcessor
 from ..settings import EncodeSettings
 from .description import SHARDS, StoreDescription, describe, index_prompts
+from .loading import load, load_model
 from .store import remove_store
 from .writer import StateWriter
 
@@ -101,21 +101,13 @@ class _Encoder:
         """Return the prompts of all sources that fit the LLM, and [`index_prompts`] of them."""
         parts, indices = [], []
         for source in data:
-            prompts = load_prompts(
-                source,
-                self.settings.prompt_column,
-                split=self.settings.split,
-                limit=self.settings.limit,
-                skip_bad_rows=self.settings.skip_bad_rows,
-                number_rows=True,
-            )
+            prompts = load_prompts(source, self.settings, number_rows=True)
             index = index_prompts(self._all_token_ids(prompts))
-            fitting = index["length"] <= (self.config.llm_positions or np.inf)
-            if not fitting.all():
-                self._report_long(str(source), prompts[ROW][:], index["length"], np.flatnonzero(~fitting))
-                prompts, index = prompts.select(np.flatnonzero(fitting)), index[fitting]
-            parts.append(prompts)
-            indices.append(index)
+            fitting = good_rows(
+                str(source), prompts[ROW][:], self._problems(index["length"]), self.settings.skip_bad_rows
+            )
+            parts.append(prompts.select(fitting))
+            indices.append(index[fitting])
         return concatenate_datasets(parts), np.concatenate(indices)
 
     def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
@@ -126,15 +118,14 @@ class _Encoder:
         for rows in prompts.iter(batch_size=1000):
             yield from self.token_ids(rows["prompt"])
 
-    def _report_long(self, source: str, rows: list[int], lengths: np.ndarray, too_long: np.ndarray) -> None:
-        """Report the rows that are too long for the LLM, see [`report_bad_rows`]; raise if all rows are."""
-        bad = {
-            rows[place]: f"row {rows[place]} has a prompt of {lengths[place]} tokens, but the LLM has "
-            f"{self.config.llm_positions} positions (prompt_max_length truncates)"
-            for place in too_long
+    def _problems(self, lengths: np.ndarray) -> dict[int, str]:
+        """Return the problem of each prompt that is too long for the LLM, by index."""
+        positions = self.config.llm_positions
+        return {
+            int(index): f"has a prompt of {lengths[index]} tokens, but the LLM has {positions} positions "
+            "(prompt_max_length truncates)"
+            for index in np.flatnonzero(lengths > (positions or np.inf))
         }
-        check_any_left(source, bad, len(rows))
-        report_bad_rows(source, bad, self.settings.skip_bad_rows)
 
     def encode(self, prompts: Sequence[list[int]]) -> list[torch.Tensor]:
         """Return the hidden states `(N, d_llm)` of each prompt of a batch."""
@@ -146,27 +137,17 @@ class _Encoder:
 
 def _load(path: str | Path) -> tuple[Any, LLM2SLMProcessor]:
     """Load an LLM-to-SLM checkpoint; the LLM keeps the dtype that it was saved in."""
-    try:
-        config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if isinstance(config, LLM2SLMConfig):
-            dtype = str(config.encoder_dtype or config.dtype or "float32").removeprefix("torch.")
-            model, report = LLM2SLMForConditionalGeneration.from_pretrained(
-                path,
-                dtype=torch.float32,
-                encoder_dtype=dtype if config.freeze_llm else "float32",
-                output_loading_info=True,
-                use_safetensors=True,
-            )
-            processor = LLM2SLMProcessor.from_pretrained(path)
-    except Exception as error:  # a damaged checkpoint raises a different class for each file and format
-        place = "" if Path(path).exists() else "no such folder, and on the Hub: "
-        raise OSError(f"{path} cannot be loaded: {place}{first_line(error)}") from error
+    config = load(AutoConfig, path)
     if not isinstance(config, LLM2SLMConfig):
         raise ValueError(f"{path} is not an LLM-to-SLM model, so it has no LLM to encode with: see llm2slm build.")
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise OSError(f"{path} is incomplete: {len(missing)} weights are missing, among them {missing[0]}.")
-    return model.eval(), processor
+    dtype = str(config.encoder_dtype or config.dtype or "float32").removeprefix("torch.")
+    model = load_model(
+        LLM2SLMForConditionalGeneration,
+        path,
+        dtype=torch.float32,
+        encoder_dtype=dtype if config.freeze_llm else "float32",
+    )
+    return model.eval(), load(LLM2SLMProcessor, path)
 
 
 def _shortest_first(index: np.ndarray) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.utils import is_in_notebook
 
 from ..data.order import EpochSampler
+from ..data.progress import RepeatedLine
 from .batches import effective_batch_size
 
 
@@ -58,15 +58,13 @@ class ProgressLines(TrainerCallback):
     """
 
     def __init__(self, interval: float = 30.0, write: Callable[[str], None] = _write_line):
-        self.interval = interval
-        self.write = write
+        self._lines = RepeatedLine(write, interval)
+        self._lines.update(self.line)
         self.activity = "Preparing the model and the data"
         self._loss: float | None = None
         self._position: tuple[int, int, int, float] | None = None  # first step, this step, last step, seconds between
         self._began = 0.0
         self._batch_size = 1
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._print_lines, daemon=True)
 
     @classmethod
     def replace_bar(cls, trainer: Trainer, lines: ProgressLines | None) -> None:
@@ -77,12 +75,11 @@ class ProgressLines(TrainerCallback):
             trainer.add_callback(lines)
 
     def __enter__(self) -> ProgressLines:
-        self._thread.start()
+        self._lines.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._thread.join()
+        self._lines.__exit__()
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self._began, self._batch_size = time.monotonic(), effective_batch_size(args)
@@ -115,10 +112,6 @@ class ProgressLines(TrainerCallback):
             words.append(f"{(step - first) * self._batch_size / seconds:.1f} examples/s")
             words.append(f"{timedelta(seconds=round((last - step) * seconds / (step - first)))} left")
         return f"{self.activity}: {', '.join(words)}"
-
-    def _print_lines(self) -> None:
-        while not self._stopped.wait(self.interval):
-            self.write(self.line())
 
 
 def progress_lines(arguments: TrainingArguments) -> ProgressLines | None:

@@ -11,8 +11,8 @@ from transformers import AutoConfig
 
 from ..data.formats import is_jsonl
 from ..inference.files import generate_file
-from ..inference.loading import load
 from ..settings import DistillSettings, GenerateFileSettings
+from ..states.loading import load
 
 
 def distill(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +9,12 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from transformers import Seq2SeqTrainingArguments
 
-from ..data.bad_rows import report_bad_rows
+from ..data.bad_rows import good_rows
 from ..data.loading import load_examples
 from ..data.order import lengths
 from ..data.streaming import StreamedFeatures, StreamSettings
 from ..inference.text_to_text import TextToText
+from ..settings import DataSettings
 from .batches import data_seed, effective_batch_size
 from .recipe import Recipe
 
@@ -62,22 +62,21 @@ def indexed_features(recipe: Recipe, text_to_text: TextToText, validation: bool 
         ValueError: If a row is bad and `skip_bad_rows` is not set, or no row is left.
     """
     source = (recipe.validation_data or "") if validation else recipe.train_data
-    examples = load_examples(
-        source,
-        recipe.prompt_column,
-        recipe.target_columns[:1] if validation else recipe.target_columns,
+    settings = DataSettings(
+        prompt_column=recipe.prompt_column,
         split=recipe.validation_split if validation else recipe.train_split,
         limit=recipe.validation_samples if validation else recipe.train_samples,
         skip_bad_rows=recipe.skip_bad_rows,
-        number_rows=True,
     )
+    targets = recipe.target_column[:1] if validation else recipe.target_column
+    examples = load_examples(source, settings, targets, number_rows=True)
     features = _tokenized(examples, text_to_text, recipe.preprocessing_num_workers)
     problems = {index: problem for index, problem in enumerate(features["problem"]) if problem}
     if validation and recipe.metric != "loss":
         longest = text_to_text.with_limit(recipe.generation).get("max_new_tokens", 0)
         problems = dict(sorted((_output_problems(examples, text_to_text, longest) | problems).items()))
     if problems:
-        kept = _without_bad_rows(source, examples["row"][:], problems, recipe.skip_bad_rows)
+        kept = good_rows(source, examples["row"][:], problems, recipe.skip_bad_rows)
         examples, features = examples.select(kept), features.select(kept)
     return examples, features.remove_columns("problem")
 
@@ -110,16 +109,6 @@ def _output_problems(examples: Dataset, text_to_text: TextToText, longest: int) 
     return problems
 
 
-def _without_bad_rows(source: str, rows: Sequence[int], problems: Mapping[int, str], skip: bool) -> list[int]:
-    """Report the rows that have a problem, and return the indices of all others."""
-    by_row = {rows[index]: problem for index, problem in problems.items()}
-    report_bad_rows(source, {row: f"row {row} {problem}" for row, problem in by_row.items()}, skip)
-    kept = [index for index in range(len(rows)) if index not in problems]
-    if not kept:
-        raise ValueError(f"{source}: no row can be used, as row {min(by_row)} {by_row[min(by_row)]}. Take other data.")
-    return kept
-
-
 def streamed_features(
     recipe: Recipe, arguments: Seq2SeqTrainingArguments, text_to_text: TextToText
 ) -> StreamedFeatures:
@@ -127,7 +116,7 @@ def streamed_features(
     reader = text_to_text.without_model()
     settings = StreamSettings(
         prompt_column=recipe.prompt_column,
-        target_columns=recipe.target_columns,
+        target_columns=recipe.target_column,
         split=recipe.train_split,
         batch_size=effective_batch_size(arguments),
         buffer=recipe.shuffle_buffer,

@@ -2,7 +2,8 @@
 Recipes: what to train on what, as one typed and validated schema.
 
 The options of the command line and the reference pages are generated from it. The command line loads this file without
-the package, which imports transformers: at its top it may import the standard library, pydantic and yaml only.
+the package, which imports transformers: at its top it may import the standard library, pydantic, yaml and the settings
+only.
 """
 
 import difflib
@@ -29,6 +30,8 @@ from pydantic import (
     model_validator,
 )
 
+from ..settings import METRICS
+
 
 if TYPE_CHECKING:
     from transformers import Seq2SeqTrainingArguments
@@ -41,16 +44,29 @@ EXAMPLES = {"generation": "{num_beams: 4}", "learning_rate_mapping": "{projector
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads YAML by version 1.2: `1e-3` is a number, and `no`, `yes`, `on` and `off` are texts."""
+    """
+    Reads numbers, switches and texts by YAML 1.2: `1e-3` and `012` are decimal numbers; `no`, `on`, `1:30` and
+    `2026-01-31` are texts.
+    """
+
+    def construct_integer(self, node: yaml.ScalarNode) -> int:
+        text = str(self.construct_scalar(node))
+        return int(text, 0 if text.startswith(("0o", "0x")) else 10)
 
 
+_REPLACED = ("bool", "float", "int", "timestamp")
 _FLOAT = r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("bool", "float")]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in _REPLACED]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?i:true|false)$"), list("tTfF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^({_FLOAT})$"), list("-+.0123456789"))
+for _tag, _pattern, _first in (
+    ("bool", "(?i:true|false)", "tTfF"),
+    ("int", r"[-+]?\d+|0o[0-7]+|0x[\da-fA-F]+", "-+0123456789"),  # before float, which matches integers too
+    ("float", _FLOAT, "-+.0123456789"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^({_pattern})$"), list(_first))
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
 
 
 def read_yaml(text: str) -> Any:
@@ -86,15 +102,38 @@ def _names(value: Any, info: ValidationInfo) -> Any:
     return [name.strip() for name in value.split(",")]
 
 
-def _field(group: str, description: str, default: Any = ..., **bounds: Any) -> Any:
-    return Field(default, description=description, json_schema_extra={"group": group}, **bounds)
+def _field(
+    group: str,
+    description: str,
+    default: Any = ...,
+    *,
+    fixed: bool | Literal["streaming"] = False,
+    speedup: bool = True,
+    **bounds: Any,
+) -> Any:
+    """
+    Declare a field.
+
+    Args:
+        group: The group of fields that it belongs to.
+        description: What it does: the help text on the command line and in the reference.
+        default: Its default; none for a required field.
+        fixed: Whether a resumed run must keep it: always, never, or with `streaming`.
+        speedup: Whether `llm2slm speedup` takes it; it sets the others itself, or has options of its own for them.
+        bounds: Bounds and aliases, see [`pydantic.Field`].
+    """
+    extra: dict[str, Any] = {"group": group, "fixed": fixed, "speedup": speedup}
+    return Field(default, description=description, json_schema_extra=extra, **bounds)
 
 
 Rate = Annotated[float, Field(allow_inf_nan=False)]
 Options = Annotated[dict[str, Any], BeforeValidator(_mapping)]
 LearningRates = Annotated[dict[str, Rate], BeforeValidator(_mapping)]
 Columns = Annotated[list[str], BeforeValidator(_names)]
-Metric = Literal["loss", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match"]
+if TYPE_CHECKING:
+    Metric = str
+else:
+    Metric = Literal[("loss", *METRICS)]
 
 
 class Recipe(BaseModel):
@@ -110,38 +149,57 @@ class Recipe(BaseModel):
     )
 
     model: str = _field(
-        MODEL, "Checkpoint to start from, as `llm2slm build` writes it: a folder, or a name on the Hub."
+        MODEL,
+        "Checkpoint to start from, as `llm2slm build` writes it: a folder, or a name on the Hub.",
+        fixed=True,
+        speedup=False,
     )
-    train_data: str = _field(DATA, "Training data: a file, or a data set on the Hub.")
+    train_data: str = _field(DATA, "Training data: a file, or a data set on the Hub.", fixed=True, speedup=False)
     validation_data: str | None = _field(
-        DATA, "Validation data, which chooses the best checkpoint. Default: no validation.", None
+        DATA,
+        "Validation data, which chooses the best checkpoint. Default: no validation.",
+        None,
+        fixed=True,
+        speedup=False,
     )
-    train_split: str = _field(DATA, "Split of `train_data` on the Hub; a file is one split.", "train")
-    validation_split: str = _field(DATA, "Split of `validation_data` on the Hub.", "validation")
-    prompt_column: str = _field(DATA, "Column that holds the prompts.", "prompt")
+    train_split: str = _field(
+        DATA, "Split of `train_data` on the Hub; a file is one split.", "train", fixed=True, speedup=False
+    )
+    validation_split: str = _field(
+        DATA, "Split of `validation_data` on the Hub.", "validation", fixed=True, speedup=False
+    )
+    prompt_column: str = _field(DATA, "Column that holds the prompts.", "prompt", fixed=True, speedup=False)
     target_column: Columns = _field(
         DATA,
         "Column that holds the targets. With a list, such as `[target, llm_output]`, every row gives one example for "
         "each column; validation uses the first.",
         ["target"],
         validation_alias=AliasChoices("target_column", "answer_column"),
+        fixed=True,
+        speedup=False,
     )
-    train_samples: int | None = _field(DATA, "Train on this many rows, from the top. Default: all.", None, ge=1)
+    train_samples: int | None = _field(
+        DATA, "Train on this many rows, from the top. Default: all.", None, ge=1, fixed=True
+    )
     validation_samples: int | None = _field(
-        DATA, "Validate on this many rows, from the top. Default: all.", None, ge=1
+        DATA, "Validate on this many rows, from the top. Default: all.", None, ge=1, fixed=True
     )
-    prompt_max_length: int | None = _field(DATA, "Truncate prompts to this many tokens. Default: never.", None, ge=1)
+    prompt_max_length: int | None = _field(
+        DATA, "Truncate prompts to this many tokens. Default: never.", None, ge=1, fixed=True
+    )
     target_max_length: int | None = _field(
         DATA,
         "Truncate targets to this many tokens. Default: never.",
         None,
         ge=2,
         validation_alias=AliasChoices("target_max_length", "answer_max_length"),
+        fixed=True,
     )
     optimizer: Literal["adamw", "adafactor"] = _field(
         OPTIMIZATION,
         "`adamw`, or `adafactor` with updates relative to each parameter, which training a T5 from scratch needs.",
         "adamw",
+        fixed=True,
     )
     metric: Metric = _field(
         VALIDATION,
@@ -153,6 +211,7 @@ class Recipe(BaseModel):
         "Arguments of `generate()` for the metric, such as `{num_beams: 4, max_new_tokens: 64}`. Sampling needs "
         "`do_sample: true`.",
         {},
+        fixed=True,
     )
     resume: bool = _field(
         OPTIMIZATION,
@@ -170,23 +229,27 @@ class Recipe(BaseModel):
         MODEL,
         "Store of hidden states that `llm2slm encode` wrote for all prompts: training then loads no LLM.",
         None,
+        speedup=False,
     )
     learning_rate_mapping: LearningRates = _field(
         OPTIMIZATION,
         "Regular expressions for parameter names, each with a learning rate that replaces `learning_rate`, such as "
         "`{projector: 1e-3}`.",
         {},
+        fixed=True,
     )
     lora: Options | None = _field(
         MODEL,
         "Train the SLM with a LoRA adapter: arguments of `peft.LoraConfig`, such as `{r: 8}` or `{}`. The saved model "
         "has the adapter merged in; the adapter itself is saved in `adapter/`.",
         None,
+        fixed=True,
     )
     quantize_llm: Literal["int8", "nf4"] | None = _field(
         MODEL,
         "Quantize the frozen LLM to 8 or 4 bits while the rest trains. The saved model has the original LLM.",
         None,
+        fixed=True,
     )
     skip_bad_rows: bool = _field(
         DATA,
@@ -195,9 +258,14 @@ class Recipe(BaseModel):
         False,
     )
     streaming: bool = _field(
-        DATA, "Read the training data while training, for data too large to index; needs `max_steps`.", False
+        DATA,
+        "Read the training data while training, for data too large to index; needs `max_steps`.",
+        False,
+        fixed=True,
     )
-    shuffle_buffer: int = _field(DATA, "Number of rows among which streaming shuffles.", 10_000, ge=1)
+    shuffle_buffer: int = _field(
+        DATA, "Number of rows among which streaming shuffles.", 10_000, ge=1, fixed="streaming"
+    )
     preprocessing_num_workers: int | None = _field(
         DATA, "Processes that tokenize the data. Default: only the main one.", None, ge=1
     )
@@ -207,11 +275,6 @@ class Recipe(BaseModel):
         if self.llm_states and self.quantize_llm:
             raise ValueError("llm_states loads no LLM, so quantize_llm has no effect: leave out one of the two.")
         return self
-
-    @property
-    def target_columns(self) -> list[str]:
-        """The names in `target_column`."""
-        return self.target_column
 
 
 class RecipeField(NamedTuple):
@@ -225,6 +288,8 @@ class RecipeField(NamedTuple):
         description: What it does.
         group: The group of fields that it belongs to.
         required: Whether a recipe must have it.
+        fixed: Whether a resumed run must keep it: `True`, `False`, or `"streaming"` for streamed data only.
+        speedup: Whether `llm2slm speedup` takes it.
     """
 
     name: str
@@ -233,6 +298,8 @@ class RecipeField(NamedTuple):
     description: str
     group: str
     required: bool = False
+    fixed: bool | Literal["streaming"] = False
+    speedup: bool = True
 
 
 def recipe_fields(trainer: bool = False) -> list[RecipeField]:
@@ -248,8 +315,8 @@ def recipe_fields(trainer: bool = False) -> list[RecipeField]:
             type=_type_text(Recipe.__annotations__[name]),
             default=None if field.is_required() else field.default,
             description=field.description or "",
-            group=field.json_schema_extra["group"],  # type: ignore[index, arg-type]
             required=field.is_required(),
+            **field.json_schema_extra,  # type: ignore[arg-type]
         )
         for name, field in Recipe.model_fields.items()
     ]

@@ -10,25 +10,20 @@ from typing import Any
 from transformers import Seq2SeqTrainingArguments
 
 from ..data.atomic import remove_unfinished
-from ..data.records import write_json
+from ..data.records import without_folders, write_json
 from .batches import effective_batch_size
-from .recipe import Recipe
+from .recipe import Recipe, recipe_fields
 
 
 REPORT = "training.json"
 RECIPE = "recipe.json"
-# A resumed run must keep these: the optimizer, the learning rate schedule, the order of the data and the choice of the
-# best checkpoint depend on them.
+# Fields of the Trainer that a resumed run must keep: the optimizer, the learning rate schedule, the order of the data
+# and the choice of the best checkpoint depend on them. The fields of `Recipe` declare this themselves.
 FIXED = (
-    "model", "train_data", "train_split", "prompt_column", "target_column", "train_samples", "prompt_max_length",
-    "target_max_length", "optimizer", "optim", "learning_rate", "learning_rate_mapping", "weight_decay",
-    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs",
-    "warmup_steps", "label_smoothing_factor", "lora", "quantize_llm", "seed", "data_seed", "train_sampling_strategy",
-    "streaming", "validation_data", "validation_split", "validation_samples", "metric_for_best_model", "generation",
-    "save_only_model",
+    "optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "label_smoothing_factor", "seed", "data_seed",
+    "train_sampling_strategy", "metric_for_best_model", "save_only_model",
 )  # fmt: skip
-FIXED_IN_STREAMS = ("shuffle_buffer", "dataloader_num_workers")
-PATHS = ("model", "train_data", "validation_data")
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
@@ -87,10 +82,12 @@ def prepare_output_dir(recipe: Recipe, arguments: Seq2SeqTrainingArguments) -> N
 
 def fixed_settings(recipe: Recipe, arguments: Seq2SeqTrainingArguments) -> dict[str, Any]:
     """Return the settings that a resumed run must keep. Models and data may move: only the names of paths count."""
-    names = (*FIXED, *(FIXED_IN_STREAMS if recipe.streaming else ()))
-    settings = {name: getattr(recipe if name in Recipe.model_fields else arguments, name) for name in names}
-    settings |= {name: Path(settings[name] or "").name for name in PATHS}
+    kept = [field.name for field in recipe_fields() if field.fixed is True or (field.fixed and recipe.streaming)]
+    settings = without_folders({name: getattr(recipe, name) for name in kept})
+    settings |= {name: getattr(arguments, name) for name in FIXED}
     settings["effective batch size"] = effective_batch_size(arguments)
+    if recipe.streaming:
+        settings["dataloader_num_workers"] = arguments.dataloader_num_workers
     if recipe.streaming and arguments.dataloader_num_workers > 1:  # workers take turns by batches of this size
         settings["per_device_train_batch_size"] = arguments.per_device_train_batch_size
     if Path(recipe.train_data).is_file() and not recipe.streaming:

@@ -1,4 +1,4 @@
-"""What LLM-to-SLM would bring and cost on this machine, measured before anything is trained."""
+"""Estimate the speed-up and the cost of LLM-to-SLM on this machine, measured before anything is trained."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..configuration_llm2slm import LLM2SLMConfig, llm_sizes
 from ..conversion.build import preset_config
 from ..data.loading import load_prompts
 from ..evaluation.timing import seconds_of, time_in_turns
-from ..inference.loading import load
 from ..inference.model import LLM2SLMForConditionalGeneration
 from ..inference.parts import count_parameters, decoding_modules
 from ..inference.text_to_text import TextToText
 from ..parts_llm2slm import slm_class
-from ..settings import PlanSettings
+from ..settings import DataSettings, PlanSettings
+from ..states.loading import load
 from ..training.memory import TrainingSetup, generation_memory, training_memory
 
 
@@ -78,7 +78,8 @@ def plan(
     progress: Callable[[str], None] = lambda step: None,
 ) -> dict[str, Any]:
     """
-    Measure what LLM-to-SLM would bring for an LLM and some prompts. Nothing is trained: the SLMs have random weights.
+    Measure the speed-up and the cost of LLM-to-SLM for an LLM and some prompts. Nothing is trained: the SLMs have
+    random weights.
 
     Args:
         llm: The LLM with its decoder, a folder or a name on the Hub.
@@ -106,7 +107,8 @@ def plan(
     tokenizers = {preset: _tokenizer(named.get(preset), SLMS.get(preset)) for preset in presets}
     configs = {preset: preset_config(preset) for preset in presets}
     _check_llm(llm)
-    prompts = load_prompts(data, settings.prompt_column, skip_bad_rows=settings.skip_bad_rows)["prompt"][:]
+    reading = DataSettings(prompt_column=settings.prompt_column, skip_bad_rows=settings.skip_bad_rows)
+    prompts = load_prompts(data, reading)["prompt"][:]
     progress("loading the LLM")
     large = TextToText.from_pretrained(llm, device=settings.device, prompt_max_length=settings.prompt_max_length)
     planner = _Planner(str(llm), large, prompts, settings, progress)
@@ -258,7 +260,7 @@ class _Sample:
         return self.large.generate_tokens([self.prompts[index]], num_beams=1, **self.options)[0]
 
     def inputs(self, index: int) -> dict[str, torch.Tensor]:
-        batch = self.large._pad(self.large.features([self.prompts[index]]))
+        batch = self.large.pad(self.large.features([self.prompts[index]]))
         return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
@@ -277,7 +279,7 @@ def _measure(
     )
     model = model.to(settings.device).eval()
     model.generation_config.eos_token_id = None  # random weights end nowhere: each output has the tokens it is given
-    large, small = _times_in_turns(model, sample, tokens)
+    large, small = _milliseconds_per_output(model, sample, tokens)
     sizes: dict[str, Any] = {"prompt_length": round(prompt_length), "output_length": round(statistics.mean(tokens))}
     batch_size = settings.batch_size
     return {
@@ -292,8 +294,8 @@ def _measure(
     }
 
 
-def _times_in_turns(model: Any, sample: _Sample, tokens: Sequence[int]) -> list[float]:
-    """Return the mean milliseconds per output of the LLM and of the LLM with the SLM."""
+def _milliseconds_per_output(model: Any, sample: _Sample, tokens: Sequence[int]) -> list[float]:
+    """Return the mean milliseconds per output of the LLM and of the LLM with the SLM, timed in turns."""
 
     def time_slm(index: int) -> float:
         inputs = sample.inputs(index)

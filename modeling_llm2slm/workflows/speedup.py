@@ -1,4 +1,4 @@
-"""From an LLM and prompts to a model that can be served: distill, build, encode, train, evaluate, each stage once."""
+"""Turn an LLM and prompts into a model to serve: distill, build, encode, train, evaluate, each stage once."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ import yaml
 from transformers import AutoConfig, AutoTokenizer
 
 from ..configuration_llm2slm import LLM2SLMConfig, check_length
-from ..conversion.build import build, part_config
+from ..conversion.build import build, float_dtype, part_config
 from ..data.atomic import atomic_write, remove_unfinished
-from ..data.bad_rows import check_any_left, report_bad_rows
+from ..data.bad_rows import good_rows
 from ..data.formats import parse_lines
-from ..data.loading import ROW, load_rows
+from ..data.loading import ROW, load_prompts
 from ..data.records import without_secrets, write_json
 from ..evaluation.agreement import compare
-from ..inference.loading import load
 from ..inference.text_to_text import TextToText
-from ..settings import BuildSettings, DistillSettings, EncodeSettings, EvaluateSettings, SpeedupSettings
+from ..settings import BuildSettings, DataSettings, DistillSettings, EncodeSettings, EvaluateSettings, SpeedupSettings
 from ..states.encoding import encode
 from ..states.fingerprints import checkpoint_fingerprint
+from ..states.loading import load
 from ..states.store import is_complete
 from ..training.distillation import distill
 from ..training.recipe import load_recipe, parse_recipe, with_current_names
@@ -42,10 +42,8 @@ RESULTS = ("distilled.jsonl", *(f"{split}.jsonl" for split in SPLITS), "start", 
 # Settings that may not change after a stage has begun.
 SETTINGS_OF_DISTILL = ("llm", "prompts", "prompt_column", "limit", "held_out", "num_beams", "max_new_tokens")
 SETTINGS_OF_BUILD = ("llm", "llm_sha256", "slm", "slm_tokenizer", "fusion", "encoder_dtype", "max_new_tokens")
-CONTENTS = {
-    "llm_sha256": "llm",
-    "prompts_sha256": "prompts",
-}  # hashes of local files, with the setting that names them
+# Hashes of local files, with the setting that names them.
+CONTENTS = {"llm_sha256": "llm", "prompts_sha256": "prompts"}
 
 
 class Speedup:
@@ -77,12 +75,14 @@ class Speedup:
         self.output = Path(output)
         self.device = device
         self.progress = progress
-        # What would stop a late stage is found here, before hours of work.
+        # Fail here, before hours of work, if a later stage would.
         self._check_folder()
         self._check_fields()
         self.recipe, _ = parse_recipe(self._recipe())
         llm, tokenizer = load(AutoConfig, settings.llm), settings.slm_tokenizer or settings.llm
-        self.config = LLM2SLMConfig(encoder=llm, decoder=part_config(settings.slm, tokenizer))
+        decoder = part_config(settings.slm, tokenizer)
+        self.config = LLM2SLMConfig(encoder=llm, decoder=decoder, fusion=settings.fusion)
+        float_dtype("encoder_dtype", settings.encoder_dtype)
 
     def _check_folder(self) -> None:
         """Raise `ValueError` if the folder holds a run with other settings, or results of something else."""
@@ -98,7 +98,9 @@ class Speedup:
         try:
             begun = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path} is cut or broken ({error}). Choose another folder with --output.") from error
+            raise ValueError(
+                f"{path} is truncated or corrupted ({error}). Choose another folder with --output."
+            ) from error
         before, now = self._fixed(begun), self._fixed(record)
         changed = next((name for name in now if before.get(name) != now[name]), None)
         if changed in CONTENTS:
@@ -227,24 +229,22 @@ class Speedup:
 
     def _check_prompts(self) -> None:
         """Raise `ValueError` if prompts, with the longest output, exceed the max positions of one of the models."""
-        settings, bad = self.settings, {}
-        rows = load_rows(
-            settings.prompts, settings.prompt_column, limit=settings.limit, skip_bad_rows=self.recipe.skip_bad_rows,
-            number_rows=True,
-        )  # fmt: skip
+        settings, problems = self.settings, {}
+        reading = DataSettings(
+            prompt_column=settings.prompt_column, limit=settings.limit, skip_bad_rows=self.recipe.skip_bad_rows
+        )
+        prompts = load_prompts(settings.prompts, reading, number_rows=True)
         tokenizer, longest = load(AutoTokenizer, settings.llm), self.recipe.prompt_max_length
-        for batch in rows.select_columns([ROW, settings.prompt_column]).iter(1000):
-            ids = tokenizer(batch[settings.prompt_column], verbose=False)["input_ids"]
-            for number, prompt in zip(batch[ROW], ids, strict=True):
+        for start in range(0, len(prompts), 1000):
+            ids = tokenizer(prompts[start : start + 1000]["prompt"], verbose=False)["input_ids"]
+            for index, prompt in enumerate(ids, start):
                 length = len(prompt) if longest is None else min(len(prompt), longest)
                 try:
                     check_length(self.config.encoder, length, settings.max_new_tokens)
                     self.config.check_length(length, settings.max_new_tokens)
                 except ValueError as error:
-                    bad[number] = f"row {number}: {str(error).removesuffix('.')}"
-        check_any_left(settings.prompts, bad, len(rows))
-        if bad:
-            report_bad_rows(settings.prompts, bad, self.recipe.skip_bad_rows)
+                    problems[index] = f"is too long: {str(error).removesuffix('.')}"
+        good_rows(settings.prompts, prompts[ROW][:], problems, reading.skip_bad_rows)
 
     def _split(self, distilled: Path) -> None:
         column = self.settings.prompt_column

@@ -14,7 +14,7 @@ import torch
 from transformers import T5ForConditionalGeneration
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
-from modeling_llm2slm.conversion import export
+from modeling_llm2slm.conversion.export import export
 from modeling_llm2slm.engines import graph_engine
 from modeling_llm2slm.engines.exported import ExportedLLM2SLM, ExportedTextToText
 from modeling_llm2slm.engines.graph_engine import GraphEngine, exported_model_class

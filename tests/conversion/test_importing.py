@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import EncoderDecoderModel, GPT2LMHeadModel, T5Model
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
-from modeling_llm2slm.conversion import import_encoder_decoder, import_projector
+from modeling_llm2slm.conversion.importing import import_encoder_decoder, import_projector
 from tests.support.common import PROMPTS, gpt2_config, pad_prompts, t5_config
 from tests.support.conversions import edit, weights_of, write_sources
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
-from modeling_llm2slm.conversion import full, lean
+from modeling_llm2slm.conversion.lean import full, lean
 from tests.support.conversions import same_bytes, weights_of, write_sources
 
 

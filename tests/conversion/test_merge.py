@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
-from modeling_llm2slm.conversion import merge
+from modeling_llm2slm.conversion.merge import merge
 from tests.support.common import PROMPTS, make_labels, pad_prompts
 from tests.support.conversions import change_weights, edit, weights_of, write_sources
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
-from modeling_llm2slm.conversion import split
+from modeling_llm2slm.conversion.split import split
 from tests.support.conversions import edit, same_bytes, weights_of, write_sources
 
 

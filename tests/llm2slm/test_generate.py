@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from modeling_llm2slm.inference.files import GenerationReport
 from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.settings import GenerateFileSettings
-from tests.support.checkpoints import PROMPTS, sample_by_default
+from tests.support.checkpoints import PROMPTS, sample_by_default, write_pairs
 from tests.support.commands import run
+
+
+REPEATED = [PROMPTS[0], *PROMPTS, PROMPTS[0], PROMPTS[3]]  # 8 distinct prompts in 11 rows
 
 
 def test_prompts_in_arguments_file_and_standard_input_give_the_same_outputs(composite, tmp_path, capsys, monkeypatch):
@@ -90,9 +96,26 @@ def test_both_limits_of_a_batch_reach_generate_file(words, limits, tmp_path, mon
     assert [(settings.batch_size, settings.batch_tokens) for settings in given] == [limits]
 
 
-def test_a_limit_on_tokens_needs_a_file_and_an_output(composite, capsys):
-    assert run("generate", composite, "src1", "--batch-tokens", 50) == 2
-    assert "--batch-tokens belongs to --file with --output" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("src1", "--batch-tokens", 50), "--batch-tokens belongs to --file with --output"),
+        (("src1", "--output", "OUT.jsonl", "--column", "mt"), "--column belongs to --file with --output"),
+        (("--file", "FILE", "--overwrite"), "--overwrite belongs to --file with --output"),
+        (("src1", "--prompt-column", "source"), "--prompt-column belongs to --file"),
+        (("src1", "--skip-bad-rows"), "--skip-bad-rows belongs to --file"),
+        (
+            ("--file", "FILE", "--output", "OUT.txt", "--column", "mt"),
+            "--column needs an --output that ends in .jsonl",
+        ),
+        (("--file", "FILE", "--split", "test"), "No such option: --split"),
+    ],
+)
+def test_options_without_effect_are_refused_before_the_work(words, message, tmp_path, capsys):
+    (tmp_path / "FILE").write_text("src1\n")
+    named = [tmp_path / word if str(word).startswith(("FILE", "OUT")) else word for word in words]
+    assert run("generate", "no/model", *named) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_file_becomes_a_file_of_the_same_outputs(composite, tmp_path, capsys):
@@ -104,3 +127,47 @@ def test_a_file_becomes_a_file_of_the_same_outputs(composite, tmp_path, capsys):
     assert "Generating: 8 of 8 outputs" in printed.err
     expected = TextToText.from_pretrained(composite).generate(PROMPTS, max_new_tokens=5)
     assert (tmp_path / "outputs.txt").read_text().splitlines() == expected
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"{prompt}\n" for prompt in REPEATED))
+    return path
+
+
+def test_files_of_every_format(composite: str, prompts: Path, capsys: Any) -> None:
+    model = TextToText.from_pretrained(composite)
+    alone = [model.generate([prompt], max_new_tokens=5)[0] for prompt in REPEATED]
+    folder = prompts.parent
+    data = write_pairs(folder / "rows.jsonl", [{"source": prompt} for prompt in REPEATED])
+    (folder / "prompts.en").write_text(prompts.read_text())
+    words = ["--max-new-tokens", "5", "--batch-tokens", "20"]
+    for file, output, more in (
+        (prompts, "a.txt", []),
+        (folder / "prompts.en", "b.de", []),
+        (data, "c.jsonl", ["--prompt-column", "source", "--column", "mt"]),
+    ):
+        assert run("generate", composite, "--file", file, "--output", folder / output, *words, *more) == 0
+        printed = " ".join(capsys.readouterr().out.split())
+        assert "11" in printed
+        assert str(folder / output) in printed
+        assert "3 prompts were repeated" in printed
+        assert "40 tokens" in printed
+        assert "tokens/s" in printed
+    assert (folder / "a.txt").read_text().splitlines() == alone
+    assert (folder / "b.de").read_text().splitlines() == alone
+    assert [json.loads(line)["mt"] for line in (folder / "c.jsonl").read_text().splitlines()] == alone
+    assert run("generate", composite, "--file", data, "--prompt-column", "source", *words[:2]) == 0
+    assert capsys.readouterr().out.splitlines() == alone
+
+
+def test_samples_of_a_seed_repeat_in_files(composite: str, prompts: Path) -> None:
+    texts = []
+    for seed in ("1", "1", "2"):
+        output = prompts.with_name(f"{len(texts)}.txt")
+        words = ["--sample", "--temperature", "2", "--seed", seed, "--max-new-tokens", "5"]
+        assert run("generate", composite, "--file", prompts, "--output", output, *words) == 0
+        texts.append(output.read_text())
+    assert texts[0] == texts[1] != texts[2]
+    assert Counter(texts[0].splitlines())[texts[0].splitlines()[0]] < 3

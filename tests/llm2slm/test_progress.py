@@ -26,8 +26,8 @@ def test_a_line_is_printed_after_each_interval(
 ) -> None:
     clock = iter([*range(0, 10_000, 20)])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(progress.threading.Thread, "start", lambda self: None)
-    monkeypatch.setattr(progress.threading.Thread, "join", lambda self: None)
+    monkeypatch.setattr("threading.Thread.start", lambda self: None)
+    monkeypatch.setattr("threading.Thread.join", lambda self: None)
     with counting("prompts") as count:
         for done in range(0, 1001, 100):
             count("Encoding", done, 1000)

@@ -83,7 +83,7 @@ def test_padding_does_not_change_what_a_fusion_from_outside_gives():
         torch.testing.assert_close(together.last_hidden_state[row, -len(prompt) :], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_the_rest_of_the_package_asks_the_fusion(tmp_path):
+def test_training_export_and_model_card_support_a_registered_fusion(tmp_path):
     """A model without its LLM, adapters, the model card and exported graphs work with a fusion that they never saw."""
     model, batch = build(), pad_prompts(PROMPTS)
     states = model.encode_llm(**batch)

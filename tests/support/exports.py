@@ -15,7 +15,7 @@ from filelock import FileLock
 from transformers import GPT2LMHeadModel, T5EncoderModel, T5ForConditionalGeneration
 
 from modeling_llm2slm import ExportedLLM2SLM, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
-from modeling_llm2slm.conversion import export
+from modeling_llm2slm.conversion.export import export
 from modeling_llm2slm.inference.engine import engine as engine_named
 from tests.support import families
 from tests.support.common import (

@@ -10,6 +10,7 @@ import pytest
 
 from examples.demo import DATA, LLM
 from modeling_llm2slm.data.loading import load_examples
+from modeling_llm2slm.settings import DataSettings
 
 
 ROOT = Path(__file__).parents[3]
@@ -27,7 +28,7 @@ def test_the_shipped_llm_translates():
 
     llm = TextToText.from_pretrained(LLM)
     assert llm.model.config.num_decoder_layers == llm.model.config.num_layers
-    examples = load_examples(DATA["test"], limit=100)
+    examples = load_examples(DATA["test"], DataSettings(limit=100))
     outputs = llm.generate(examples["prompt"][:], batch_size=100)
     assert 60 <= score(outputs, examples["target"][:], ["bleu"])["bleu"] <= 95
 

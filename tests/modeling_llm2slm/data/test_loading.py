@@ -10,6 +10,7 @@ import pytest
 from datasets import Dataset
 
 from modeling_llm2slm.data.loading import load_examples, load_prompts, load_rows, whole_row
+from modeling_llm2slm.settings import DataSettings
 
 
 EXAMPLES = [
@@ -42,13 +43,13 @@ def write(path: Path) -> Path:
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json", ".csv", ".csv.gz", ".tsv", ".parquet"])
 def test_every_format_gives_the_same_examples(tmp_path, suffix):
-    assert load_examples(write(tmp_path / f"pairs{suffix}"), limit=2).to_list() == EXAMPLES[:2]
+    assert load_examples(write(tmp_path / f"pairs{suffix}"), DataSettings(limit=2)).to_list() == EXAMPLES[:2]
 
 
 def test_columns_may_have_other_names_and_further_ones_are_ignored(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"id": 7, "source": "a", "target": "b"}\n')
-    assert load_examples(path, "source", "target").to_list() == [{"prompt": "a", "target": "b"}]
+    assert load_examples(path, DataSettings(prompt_column="source")).to_list() == [{"prompt": "a", "target": "b"}]
 
 
 def test_several_target_columns_give_several_examples_per_row(tmp_path):
@@ -58,19 +59,25 @@ def test_several_target_columns_give_several_examples_per_row(tmp_path):
     assert examples["prompt"][:] == ["p", "p", "q", "q"]
     assert examples["target"][:] == ["2", "1", "4", "3"]
     assert examples["row"][:] == [0, 0, 1, 1]
-    assert load_examples(path, "a", "a").to_list() == [{"prompt": "1", "target": "1"}, {"prompt": "3", "target": "3"}]
+    assert load_examples(path, DataSettings(prompt_column="a"), "a").to_list() == [
+        {"prompt": "1", "target": "1"},
+        {"prompt": "3", "target": "3"},
+    ]
 
 
 def test_prompts_come_alone_or_with_all_columns(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"id": 7, "source": "a", "prompt": "x"}\n')
-    assert load_prompts(path, "source").to_list() == [{"prompt": "a"}]
-    rows = load_rows(path, "source")
+    assert load_prompts(path, DataSettings(prompt_column="source")).to_list() == [{"prompt": "a"}]
+    rows = load_rows(path, DataSettings(prompt_column="source"))
     assert rows["source"][:] == ["a"]
     assert whole_row(rows[0]) == {"id": 7, "source": "a", "prompt": "x"}
     (tmp_path / "lines.txt").write_text("one\ntwo\n")
     assert load_prompts(tmp_path / "lines.txt")["prompt"][:] == ["one", "two"]
-    assert load_rows(tmp_path / "lines.txt", "source").to_list() == [{"source": "one"}, {"source": "two"}]
+    assert load_rows(tmp_path / "lines.txt", DataSettings(prompt_column="source")).to_list() == [
+        {"source": "one"},
+        {"source": "two"},
+    ]
 
 
 def test_json_rows_keep_their_values_exactly(tmp_path):
@@ -83,10 +90,10 @@ def test_json_rows_keep_their_values_exactly(tmp_path):
     path = tmp_path / "rows.jsonl"
     for first in ("", "\ufeff", "{\n"):
         path.write_text(first + "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        found = [whole_row(row) for row in load_rows(path, skip_bad_rows=True)]
+        found = [whole_row(row) for row in load_rows(path, DataSettings(skip_bad_rows=True))]
         assert found == rows
         assert [list(row) for row in found] == [list(row) for row in rows]
-        examples = load_examples(path, skip_bad_rows=True).to_list()
+        examples = load_examples(path, DataSettings(skip_bad_rows=True)).to_list()
         assert examples == [{name: row[name] for name in ("prompt", "target")} for row in rows]
 
 
@@ -98,13 +105,16 @@ def test_bad_lines_are_numbered_and_skipped_on_request(tmp_path, suffix, caplog)
     path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
     with pytest.raises(ValueError, match=r"row 1 is not JSON \(.*\)\. There are 2 bad rows: 1, 2\. Fix them, or"):
         load_examples(path)
-    examples = load_examples(path, skip_bad_rows=True, number_rows=True)
+    examples = load_examples(path, DataSettings(skip_bad_rows=True), number_rows=True)
     assert examples.to_list() == [{"prompt": "a", "target": "b", "row": 0}, {"prompt": "c", "target": "d", "row": 3}]
     assert "2 bad rows were skipped: 1, 2." in caplog.text
     path.write_bytes(
         gzip.compress(content.replace(b"c", b"e")) if suffix.endswith(".gz") else content.replace(b"c", b"e")
     )
-    assert load_examples(path, skip_bad_rows=True)["prompt"][:] == ["a", "e"]  # the cache of the old file is not used
+    assert load_examples(path, DataSettings(skip_bad_rows=True))["prompt"][:] == [
+        "a",
+        "e",
+    ]  # the cache of the old file is not used
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
@@ -115,7 +125,7 @@ def test_an_invalid_byte_spoils_only_its_row(tmp_path, end, caplog):
     path.write_bytes(end.encode().join(lines))
     with pytest.raises(ValueError, match="row 1000 is not JSON .*utf-8"):
         load_examples(path)
-    examples = load_examples(path, skip_bad_rows=True, number_rows=True)
+    examples = load_examples(path, DataSettings(skip_bad_rows=True), number_rows=True)
     assert examples["row"][:] == [*range(1000), *range(1001, 3000)]
     assert "1 bad row was skipped: 1000. The last: row 1000 is not JSON" in caplog.text
 
@@ -124,7 +134,7 @@ def test_a_truncated_archive_is_reported_even_if_bad_rows_are_skipped(tmp_path, 
     path = tmp_path / "pairs.jsonl.gz"
     lines = "".join(json.dumps({"prompt": f"{row**5}", "target": "a"}) + "\n" for row in range(5000))
     path.write_bytes(gzip.compress(lines.encode())[:-500])
-    assert 0 < len(load_examples(path, skip_bad_rows=True)) < 5000
+    assert 0 < len(load_examples(path, DataSettings(skip_bad_rows=True))) < 5000
     assert "The last: the rest cannot be read" in caplog.text
 
 
@@ -143,7 +153,7 @@ def test_cells_that_look_like_numbers_are_text(tmp_path):
         {"prompt": "a", "target": "b", "score": ""},
         {"prompt": "c", "target": "d", "score": ""},
     ]
-    assert load_examples(path, limit=1).to_list() == [{"prompt": "007", "target": "1.50"}]
+    assert load_examples(path, DataSettings(limit=1)).to_list() == [{"prompt": "007", "target": "1.50"}]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +173,7 @@ def test_an_empty_text_is_text(tmp_path):
 
 def test_a_missing_column_is_named_with_the_existing_ones(tmp_path):
     with pytest.raises(ValueError, match=r"no column 'reply'; it has 'prompt', 'target'"):
-        load_examples(write(tmp_path / "pairs.jsonl"), "prompt", "reply")
+        load_examples(write(tmp_path / "pairs.jsonl"), target_column="reply")
 
 
 @pytest.mark.parametrize("name", ["no.jsonl", "no/such/folder", "no.parquet"])

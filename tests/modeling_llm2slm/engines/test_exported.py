@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from modeling_llm2slm import ExportedLLM2SLM
-from modeling_llm2slm.conversion import export
+from modeling_llm2slm.conversion.export import export
 from tests.support.common import END, PROMPTS, pad_prompts, strip_padding
 from tests.support.exports import (
     KINDS,

@@ -11,9 +11,8 @@ import pytest
 
 from modeling_llm2slm.evaluation.agreement import compare
 from modeling_llm2slm.evaluation.evaluate import evaluate
-from modeling_llm2slm.evaluation.metrics import METRICS
 from modeling_llm2slm.inference.text_to_text import TextToText
-from modeling_llm2slm.settings import EvaluateSettings
+from modeling_llm2slm.settings import METRICS, EvaluateSettings
 from tests.support.checkpoints import KINDS, PAIRS, PROMPTS, sample_by_default, write_checkpoint, write_pairs
 
 
@@ -67,5 +66,5 @@ def test_rows_without_text_or_too_long_are_skipped_on_request(tmp_path: Path, ag
     with pytest.raises(ValueError, match=first):
         score_all(data, settings)
     assert score_all(data, skipping)["prompts" if against else "examples"] == len(PAIRS)
-    with pytest.raises(ValueError, match=r"no row can be used; The prompt has 71 tokens"):
+    with pytest.raises(ValueError, match=r"no row can be used; row \d is too long: The prompt has 71 tokens"):
         score_all(write_pairs(tmp_path / "long.jsonl", bad), skipping)

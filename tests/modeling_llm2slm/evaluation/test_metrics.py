@@ -5,11 +5,16 @@ from __future__ import annotations
 import pytest
 import sacrebleu
 
-from modeling_llm2slm.evaluation.metrics import METRICS, score, score_with_signatures
+from modeling_llm2slm.evaluation.metrics import SCORERS, score, score_with_signatures
+from modeling_llm2slm.settings import METRICS
 
 
 REFERENCES = ["Ein Mann schläft auf einem Sofa.", "Zwei Hunde spielen im Schnee."]
 OUTPUTS = ["Ein Mann schläft auf dem Sofa.", "Zwei Hunde spielen im Schnee. "]
+
+
+def test_every_metric_has_a_scorer() -> None:
+    assert list(SCORERS) == list(METRICS)
 
 
 def test_equal_texts_score_100() -> None:

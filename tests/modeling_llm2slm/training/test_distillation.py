@@ -13,7 +13,7 @@ import pytest
 
 from modeling_llm2slm.data.loading import load_examples
 from modeling_llm2slm.inference.text_to_text import TextToText
-from modeling_llm2slm.settings import DistillSettings
+from modeling_llm2slm.settings import DataSettings, DistillSettings
 from modeling_llm2slm.training.distillation import distill
 from tests.support.checkpoints import PAIRS, PROMPTS, sample_by_default, write_checkpoint, write_pairs
 
@@ -73,7 +73,7 @@ def test_truncated_outputs_are_reported(
 
 def test_examples_come_from_targets_outputs_or_both(llm: str, data: str, expected: list[str], tmp_path: Path) -> None:
     distill(llm, data, tmp_path / "outputs.jsonl", SETTINGS)
-    both = load_examples(tmp_path / "outputs.jsonl", target_column=["target", "llm_output"], limit=2)
+    both = load_examples(tmp_path / "outputs.jsonl", DataSettings(limit=2), ["target", "llm_output"])
     assert both["prompt"][:] == [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
     assert both["target"][:] == [PAIRS[0]["target"], expected[0], PAIRS[1]["target"], expected[1]]
     one = load_examples(tmp_path / "outputs.jsonl", target_column="llm_output")

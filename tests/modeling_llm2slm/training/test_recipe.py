@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from modeling_llm2slm.engines.quantization import QUANTIZATIONS
-from modeling_llm2slm.evaluation.metrics import METRICS
+from modeling_llm2slm.settings import METRICS
 from modeling_llm2slm.training import recipe as recipes
 from modeling_llm2slm.training.recipe import Recipe, load_recipe, parse_recipe, recipe_fields
 
@@ -82,6 +82,17 @@ class TestRecipe:
         }  # fmt: skip
         assert parse_recipe({**NEEDED, **recipe, "warmup_steps": 0})[1].eval_strategy == "no"
 
+    @pytest.mark.parametrize(
+        ("text", "value"),
+        [
+            ("012", 12), ("0o14", 12), ("0x1F", 31), ("+7", 7), ("-0", 0), ("1:30", "1:30"), ("0b11", "0b11"),
+            ("1_000", "1_000"), ("2026-01-31", "2026-01-31"), ("12.0", 12.0),
+        ],
+    )  # fmt: skip
+    def test_numbers_are_read_by_the_rules_of_yaml_1_2(self, text, value):
+        read = recipes.read_yaml(text)
+        assert (read, type(read)) == (value, type(value))
+
     def test_names_are_taken_in_kebab_case_and_as_they_were_called_before(self, tmp_path):
         path = tmp_path / "recipe.yaml"
         path.write_text("answer-column: old\nmax-steps: 3\nanswer_max_length: 9\n")
@@ -89,7 +100,7 @@ class TestRecipe:
         assert recipe == {"target_column": "old", "max_steps": "5", "target_max_length": 9}
         assert load_recipe(path, {"target-column": "new"})["target_column"] == "new"
         ours, arguments = parse_recipe({**NEEDED, **recipe})
-        assert (ours.target_columns, ours.target_max_length, arguments.max_steps) == (["old"], 9, 5)
+        assert (ours.target_column, ours.target_max_length, arguments.max_steps) == (["old"], 9, 5)
         with pytest.raises(ValueError, match="sets target_column twice"):
             parse_recipe({**NEEDED, "target_column": "a", "answer_column": "b"})
 
@@ -103,7 +114,7 @@ class TestRecipe:
 
     @pytest.mark.parametrize("names", [["target", "llm_output"], "[target, llm_output]", "target,llm_output"])
     def test_target_columns_are_taken_as_a_list_and_as_text(self, names):
-        assert parse_recipe({**NEEDED, "target_column": names})[0].target_columns == ["target", "llm_output"]
+        assert parse_recipe({**NEEDED, "target_column": names})[0].target_column == ["target", "llm_output"]
 
     @pytest.mark.parametrize(("metric", "greater"), [("loss", False), ("bleu", True), ("rougeL", True)])
     def test_metric_chooses_the_best_checkpoint(self, metric, greater):
@@ -230,15 +241,14 @@ class TestSchema:
         assert theirs["lr_scheduler_type"].type.startswith("linear | cosine | ")
         assert "push_to_hub" not in theirs
 
-    def test_schema_loads_by_its_path_without_the_package(self):
+    def test_schema_loads_without_the_package(self):
         code = """
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("recipe", sys.argv[1])
-recipe = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(recipe)
+import sys
+from llm2slm.options import load_module
+recipe = load_module("modeling_llm2slm.training.recipe")
 print(len(recipe.recipe_fields()), sorted({"torch", "transformers", "modeling_llm2slm"} & set(sys.modules)))
 """
-        command = [sys.executable, "-c", code, str(Path(recipes.__file__))]
+        command = [sys.executable, "-c", code]
         result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
         assert result.stdout.split() == [str(len(Recipe.model_fields)), "[]"]
 

@@ -85,6 +85,8 @@ def test_interrupted_run_resumes(
     [
         ({"slm": "no/such/model"}, "no/such/model cannot be loaded"),
         ({"llm": "no/such/model"}, "no/such/model cannot be loaded"),
+        ({"fusion": "ad"}, "fusion"),
+        ({"encoder_dtype": "bfloat61"}, "bfloat61.* such as bfloat16"),
         ({"recipe": {"learning_rat": 1}}, "Did you mean learning_rate"),
         ({"recipe": {"prompt_column": "source"}}, "set it with --prompt-column"),
         *(
@@ -172,10 +174,10 @@ def test_prompts_beyond_the_max_positions_are_refused_before_any_work(
     long = replace(settings, prompts=str(tmp_path / "long.txt"))
     with monkeypatch.context() as context:
         context.setattr(speedup, "distill", None)
-        with pytest.raises(ValueError, match=r"row 2: The prompt has .* positions.*skip_bad_rows"):
+        with pytest.raises(ValueError, match=r"row 2 is too long: The prompt has .* positions.*skip_bad_rows"):
             Speedup(long, tmp_path / "out").run()
         (tmp_path / "all.txt").write_text(" ".join(texts * 9) + "\n")
-        with pytest.raises(ValueError, match="no row can be used; row 0: The prompt has"):
+        with pytest.raises(ValueError, match="no row can be used; row 0 is too long: The prompt has"):
             Speedup(replace(long, prompts=str(tmp_path / "all.txt")), tmp_path / "out").run()
     for name, fix in (("skipped", {"skip_bad_rows": True}), ("cut", {"prompt_max_length": 8})):
         result = Speedup(replace(long, recipe={**settings.recipe, **fix}), tmp_path / name).run()
@@ -193,7 +195,7 @@ def test_prompts_beyond_the_max_positions_of_the_llm_are_skipped(
     assert Speedup(bart, tmp_path / "out").run()["prompts"] > 0
     assert len((tmp_path / "out" / "distilled.jsonl").read_text().splitlines()) == len(texts)
     distillation = DistillSettings(max_new_tokens=5, num_beams=1)
-    with pytest.raises(ValueError, match=r"row 2: .*the LLM has 64 positions.*skip_bad_rows"):
+    with pytest.raises(ValueError, match=r"row 2 is too long: .*the LLM has 64 positions.*skip_bad_rows"):
         distill(llm, prompts, tmp_path / "all.jsonl", distillation)
     both, states = [tmp_path / "out" / "train.jsonl", prompts], tmp_path / "states"
     with pytest.raises(ValueError, match=r"long\.txt: row 2 has a prompt of .* LLM has 64.*skip_bad_rows"):
@@ -219,7 +221,7 @@ def test_changed_prompts_need_another_folder(settings: SpeedupSettings, tmp_path
 
 def test_truncated_record_is_named(settings: SpeedupSettings, tmp_path: Path) -> None:
     (tmp_path / "speedup.json").write_text('{"llm": ')
-    with pytest.raises(ValueError, match=r"speedup.json is cut or broken .*--output"):
+    with pytest.raises(ValueError, match=r"speedup.json is truncated or corrupted .*--output"):
         Speedup(settings, tmp_path)
 
 
