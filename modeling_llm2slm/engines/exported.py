@@ -25,8 +25,8 @@ from ..configuration_llm2slm import LLM2SLMConfig
 from ..fusion_llm2slm import fusion_of
 from ..generation_llm2slm import LLM2SLMGenerationMixin
 from ..inference.engine import engine
+from ..inference.families import LLM2SLMTextToText
 from ..inference.parts import Part
-from ..inference.text_to_text import LLM2SLMTextToText
 from ..modeling_llm2slm import LLM2SLMEncoder
 
 

@@ -19,9 +19,10 @@ from transformers import (
 
 from ..files_llm2slm import first_line
 from ..inference.engine import DEFAULT, BenchmarkModels, Contestant, Engine, LoadOptions
+from ..inference.families import DecoderOnlyTextToText, EncoderDecoderTextToText, LLM2SLMTextToText
 from ..inference.loading import load, load_model
 from ..inference.model import LLM2SLMForConditionalGeneration
-from ..inference.text_to_text import DecoderOnlyTextToText, EncoderDecoderTextToText, LLM2SLMTextToText, TextToText
+from ..inference.text_to_text import TextToText
 from ..states.without_llm import LLM2SLMWithoutLLM
 from .quantization import quantize
 

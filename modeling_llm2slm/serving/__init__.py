@@ -6,6 +6,5 @@ Serve a model over HTTP.
 | `schema.py` | requests and responses: fields, bounds, errors |
 | `app.py` | the routes |
 | `scheduler.py` | the queue, its batches, and what ends each output |
-| `text_stream.py` | text decoded while tokens arrive |
 | `server.py` | the socket, and signals |
 """

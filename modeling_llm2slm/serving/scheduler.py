@@ -26,9 +26,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ..inference.text_stream import TextStream
 from ..inference.text_to_text import TextToText
 from ..settings import ServeSettings
-from .text_stream import TextStream
 
 
 logger = logging.getLogger(__name__)
