@@ -101,6 +101,12 @@ class GraphEngine(Engine):
         progress("loading the result")
         return ExportedLLM2SLM.from_pretrained(folder)
 
+    def output_logits(self, model: ExportedLLM2SLM, prompt: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        cache, logits = model.new_cache(), []  # a graph returns the logits of the last token only
+        for token in output.split(1, dim=1):
+            logits.append(model(input_ids=prompt, decoder_input_ids=token, past_key_values=cache).logits)
+        return torch.cat(logits, dim=1)
+
     def _write(self, model: LLM2SLMForConditionalGeneration, folder: Path, weights: str, progress: Progress) -> None:
         details = {**describe(model, weights), "options": self.run_options(model, weights)}
         graphs = {name: (graph.eval(), graph.sample()) for name, graph in graphs_of(model).items()}

@@ -17,6 +17,7 @@ or at run time with [`register_engine`]. Nothing else has to change: loading, `l
 from __future__ import annotations
 
 import functools
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,8 +27,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from ..files_llm2slm import first_line
 from ..states.store import StateStore
 
+
+logger = logging.getLogger(__name__)
 
 ENTRY_POINTS = "llm2slm.engines"
 DEFAULT = "pytorch"  # loads every checkpoint that no other engine claims
@@ -36,7 +40,20 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """How an engine loads a checkpoint: the arguments of [`TextToText.from_pretrained`], documented there."""
+    """
+    How an engine loads a checkpoint.
+
+    Args:
+        dtype: dtype of the weights. Default: float32, whatever dtype they were saved in; the LLM of an LLM-to-SLM
+            model keeps a dtype of its own.
+        device: Where to put the model. Default: the CPU.
+        prompt_max_length: Truncate prompts to this many tokens. Default: the checkpoint's limit, or never.
+        target_max_length: Truncate targets, and limit outputs, to this many tokens. Default: likewise.
+        states: For an LLM-to-SLM model: a store of the LLM's hidden states. The LLM itself is not loaded.
+        quantize: Quantize the weights: `"int8"` or `"nf4"`, see [`quantize`]. The model can then only generate.
+        keep_llm_dtype: For an LLM-to-SLM model: a frozen LLM keeps the dtype it was saved in, also where that is the
+            SLM's dtype. An LLM that trains is loaded in `dtype`, like the SLM.
+    """
 
     dtype: str | torch.dtype | None = None
     device: str | torch.device | None = None
@@ -161,9 +178,22 @@ class Engine(ABC):
             progress: Called with a few words at every step.
 
         Returns:
-            The written model, loaded from `folder`. The caller compares its logits with those of `model`.
+            The written model, loaded from `folder`. The caller compares its [`~Engine.output_logits`] with those of
+            `model`.
         """
         raise NotImplementedError(f"{self.name} exports nothing.")
+
+    def output_logits(self, model: Any, prompt: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """
+        Return the logits `(1, M, vocabulary)` that follow each token of an output.
+
+        Args:
+            model: The result of [`~Engine.export`]. Override this method unless the model has the `forward()` of
+                [`LLM2SLMForConditionalGeneration`].
+            prompt: Prompt token ids `(1, N)`.
+            output: Output token ids `(1, M)`.
+        """
+        return model(input_ids=prompt, decoder_input_ids=output).logits
 
     def contestants(self) -> Mapping[str, Contestant]:
         """Return what the engine offers to `llm2slm benchmark`, by name."""
@@ -192,27 +222,24 @@ def register_engine(engine: Engine) -> None:
 
 
 def engines() -> dict[str, Engine]:
-    """Return all engines by name, PyTorch first."""
-    found = _installed_engines() | _registered
+    """Return all engines that can be imported by name, PyTorch first."""
+    installed, broken = _installed_engines()
+    found = installed | _registered
+    if DEFAULT in broken:
+        raise _import_error(DEFAULT, broken[DEFAULT])
     if DEFAULT not in found:
         raise ImportError("modeling-llm2slm was installed without its entry points. Install it again with pip.")
     return dict(sorted(found.items(), key=lambda item: (item[0] != DEFAULT, item[0])))
 
 
 def engine(name: str) -> Engine:
-    """Return the engine of this name; `ValueError` if it does not exist."""
-    found = engines()
-    if name not in found:
-        raise ValueError(f"Engine {name!r} does not exist. Choose one of: {', '.join(found)}.")
-    return found[name]
+    """Return the engine of this name; `ValueError` if it does not exist, `ImportError` if it cannot be imported."""
+    return _choose(name, engines(), "does not exist")
 
 
 def exporting_engine(name: str) -> Engine:
-    """Return the engine of this name; `ValueError` if it does not exist or does not export."""
-    found = {name: engine for name, engine in engines().items() if engine.weights}
-    if name not in found:
-        raise ValueError(f"Engine {name!r} does not export. Choose one of: {', '.join(found)}.")
-    return found[name]
+    """Return the engine of this name, like [`engine`]; `ValueError` also if it does not export."""
+    return _choose(name, {name: engine for name, engine in engines().items() if engine.weights}, "does not export")
 
 
 def engine_of(path: str | Path) -> Engine:
@@ -231,6 +258,30 @@ def is_installed(package: str) -> bool:
     return True
 
 
+def _choose(name: str, found: Mapping[str, Engine], problem: str) -> Engine:
+    if name in found:
+        return found[name]
+    broken = _installed_engines()[1]
+    if name in broken and name not in _registered:
+        raise _import_error(name, broken[name])
+    raise ValueError(f"Engine {name!r} {problem}. Choose one of: {', '.join(found)}.")
+
+
+def _import_error(name: str, cause: Exception) -> ImportError:
+    error = ImportError(f"Engine {name!r} cannot be loaded: {first_line(cause)}")
+    error.__cause__ = cause
+    return error
+
+
 @functools.cache
-def _installed_engines() -> dict[str, Engine]:
-    return {point.name: point.load()() for point in entry_points(group=ENTRY_POINTS)}
+def _installed_engines() -> tuple[dict[str, Engine], dict[str, Exception]]:
+    """Return the engines of all entry points by name, and the errors of those that cannot be imported."""
+    found: dict[str, Engine] = {}
+    broken: dict[str, Exception] = {}
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            found[point.name] = point.load()()
+        except Exception as error:  # another package's module may raise anything
+            logger.warning(f"Engine {point.name!r} is left out: it cannot be loaded ({first_line(error)}).")
+            broken[point.name] = error
+    return found, broken
