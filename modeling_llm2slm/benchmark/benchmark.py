@@ -18,9 +18,8 @@ from ..data.files import atomic_write
 from ..data.records import write_json
 from ..evaluation.timing import Timing, median_timing, time_in_turns
 from ..files_llm2slm import weight_files
-from ..inference.engine import BenchmarkModels
+from ..inference.engine import BenchmarkModels, fingerprint_of
 from ..settings import BenchmarkSettings
-from ..states.fingerprints import checkpoint_fingerprint
 from .cells import Cell
 from .contestants import TimedContestant, contestants, load_contestant
 from .machine import bandwidth, device_name, disturbance, engine_versions, peak_memory
@@ -130,6 +129,7 @@ class Benchmark:
         if contestant.make is not None and not folder.exists():
             self.progress(f"making {name}")
             with atomic_write(folder) as temporary:
+                temporary.mkdir()
                 contestant.make(models, temporary)
         self.progress(f"loading {name}")
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -212,4 +212,4 @@ def _load_apart(name: str, models: BenchmarkModels, settings: BenchmarkSettings)
 def _fingerprint(model: str) -> str:
     if not Path(model).is_dir():
         weight_files(model, on_hub=True)  # else the fingerprint would miss weights that are not downloaded yet
-    return checkpoint_fingerprint(model)
+    return fingerprint_of(model)

@@ -82,7 +82,7 @@ def _ctranslate2(weights: str, bits: int) -> dict[str, Contestant]:
 def _make_ctranslate2(models: BenchmarkModels, folder: Path, weights: str) -> None:
     from ctranslate2.converters import TransformersConverter
 
-    TransformersConverter(models.llm).convert(str(folder), quantization=weights)
+    TransformersConverter(models.llm).convert(str(folder), quantization=weights, force=True)  # the folder exists
 
 
 def _load_ctranslate2(

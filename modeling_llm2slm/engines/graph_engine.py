@@ -52,6 +52,7 @@ class GraphEngine(Engine):
         benchmarked: The weights that [`~Engine.contestants`] offers.
     """
 
+    files = (MANIFEST, EMBEDDINGS, "*.xml", "*.bin", "*.onnx", "*.data")
     benchmarked: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
@@ -91,7 +92,7 @@ class GraphEngine(Engine):
 
     def check_export(self, weights: str) -> None:
         super().check_export(weights)
-        self.check_installed(*(("nncf",) if weights.startswith("int") else ()))
+        self.check_installed(*_quantizer(weights))
         exported_model_class()
 
     def export(
@@ -141,14 +142,18 @@ class GraphEngine(Engine):
             load=lambda models, folder, device: ExportedLLM2SLM.from_pretrained(folder),
             make=partial(self._make, weights=weights),
             step_bytes=partial(graph_size, name="step"),
-            packages=self.packages,
+            packages=(*self.packages, *_quantizer(weights)),
         )
 
     def _make(self, models: BenchmarkModels, folder: Path, weights: str) -> None:
         self.check_export(weights)
         model = LLM2SLMForConditionalGeneration.from_pretrained(models.llm2slm, dtype=torch.float32).float().eval()
-        folder.mkdir()
         self._write(model, folder, weights, lambda stage: None)
+
+
+def _quantizer(weights: str) -> tuple[str, ...]:
+    """Return the packages that quantize to these weights."""
+    return ("nncf",) if weights.startswith("int") else ()
 
 
 def exported_model_class() -> Any:

@@ -31,6 +31,7 @@ class PyTorchEngine(Engine):
     """PyTorch with transformers' models. It loads every checkpoint that no other engine claims."""
 
     name = DEFAULT
+    files = ("*.safetensors", "*.bin")
 
     def can_load(self, path: str | Path) -> bool:
         return True

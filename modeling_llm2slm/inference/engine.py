@@ -28,6 +28,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from ..files_llm2slm import first_line
+from ..states.fingerprints import checkpoint_fingerprint
 from ..states.store import StateStore
 
 
@@ -103,7 +104,7 @@ class Contestant:
         load: Loads the model on a device, from the checkpoints and the folder where `make` wrote. It returns a model
             with transformers' `generate()`, which is timed token by token, or a function
             `(prompt ids (B, N), new_tokens, num_beams)`, which is timed as a whole. Neither may end early.
-        make: Writes what `load` needs to a folder, once. Default: `load` reads the checkpoints.
+        make: Writes what `load` needs to an empty folder, once. Default: `load` reads the checkpoints.
         model: The model that it times: the LLM, the SLM alone, or LLM-to-SLM.
         bits: Size on a CPU of the weights that each token reads.
         step_bytes: Bytes that each token reads, where `bits` does not tell, given the folder that `make` wrote.
@@ -132,12 +133,16 @@ class Engine(ABC):
         packages: Packages that it needs, as `pip` names them.
         extra: The extra of this package that installs them; empty if no extra does.
         weights: The formats in which [`~Engine.export`] stores weights; empty if the engine exports nothing.
+        files: Patterns of the names of the files that decide outputs, besides `config.json` and
+            `generation_config.json`. An interrupted run resumes only if these files have not changed. Default: all
+            files.
     """
 
     name: ClassVar[str]
     packages: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str] = ""
     weights: ClassVar[Mapping[str, WeightFormat]] = {}
+    files: ClassVar[tuple[str, ...]] = ("*",)
 
     @abstractmethod
     def can_load(self, path: str | Path) -> bool:
@@ -247,6 +252,11 @@ def engine_of(path: str | Path) -> Engine:
     found = engines()
     default = found.pop(DEFAULT)
     return next((engine for engine in found.values() if engine.can_load(path)), default)
+
+
+def fingerprint_of(path: str | Path) -> str:
+    """Return [`checkpoint_fingerprint`] of a checkpoint, over the files that its engine reads."""
+    return checkpoint_fingerprint(path, engine_of(path).files)
 
 
 def is_installed(package: str) -> bool:

@@ -19,8 +19,8 @@ from ..data.files import atomic_write
 from ..data.loading import ROW, is_jsonl, load_rows, report_bad_rows, whole_row
 from ..data.processes import processes
 from ..settings import GenerateFileSettings
-from ..states.fingerprints import checkpoint_fingerprint
 from .batching import BatchLimits, OutputId, PromptTable
+from .engine import fingerprint_of
 from .outputs import OutputParts, one_line, writing
 from .text_to_text import Features, TextToText, is_sampled
 
@@ -220,7 +220,7 @@ def _run_settings(
     generate_kwargs: dict[str, Any],
 ) -> dict[str, Any]:
     """Return what an output depends on besides its prompt."""
-    run = {"model": checkpoint_fingerprint(model), "texts": text_to_text.fingerprint(), **generate_kwargs}
+    run = {"model": fingerprint_of(model), "texts": text_to_text.fingerprint(), **generate_kwargs}
     if table.sampled:  # a sampled output depends on its batch
         run |= {"seed": settings.seed, "rows": settings.batch_size, "tokens": settings.batch_tokens}
         run["data"] = table.fingerprint()

@@ -24,6 +24,7 @@ from modeling_llm2slm.inference.engine import (
     engine_of,
     engines,
     exporting_engine,
+    fingerprint_of,
     register_engine,
 )
 from modeling_llm2slm.inference.text_to_text import TextToText
@@ -118,6 +119,18 @@ def test_an_engine_is_found_by_name_and_by_what_it_loads(checkpoint: Path, toy: 
     assert list(engines()) == ["pytorch", "onnx", "openvino", "toy"]
     with pytest.raises(ValueError, match=r"'tpu' does not exist\. Choose one of: pytorch, onnx, openvino, toy\."):
         engine("tpu")
+
+
+def test_every_file_of_an_engine_identifies_a_checkpoint_unless_it_names_them(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = fingerprint_of(checkpoint)
+    (checkpoint / "toy.txt").write_text("changed")
+    assert fingerprint_of(checkpoint) != before
+    monkeypatch.setattr(ToyEngine, "files", ("*.txt",))
+    before = fingerprint_of(checkpoint)
+    (checkpoint / "notes.md").write_text("changed")
+    assert fingerprint_of(checkpoint) == before
 
 
 def test_an_engine_without_weights_exports_nothing() -> None:
