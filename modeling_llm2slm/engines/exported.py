@@ -202,7 +202,7 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
         self.config = config
         self.generation_config = generation_config
         self.details = details
-        self._graphs = graphs
+        self.graphs = graphs
         self._embeddings = embeddings
         self.encoder = ExportedEncoder(config, graphs["prompt"], self._embed)
 
@@ -258,7 +258,7 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
 
     def new_cache(self, repeats: int = 1) -> ExportedCache:
         """Return an empty cache."""
-        return ExportedCache(self._graphs["step"].new_state(), repeats)
+        return ExportedCache(self.graphs["step"].new_state(), repeats)
 
     def forward(
         self,
@@ -318,7 +318,7 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
     def _read_across(self, prompt: torch.Tensor | None, embeds: torch.Tensor, cache: ExportedCache) -> torch.Tensor:
         """An encoder-decoder SLM attends to the prompt's keys and values, which are computed once."""
         if prompt is not None:
-            cache.cross = self._graphs["cross"].run({"last_hidden_state": prompt})
+            cache.cross = self.graphs["cross"].run({"last_hidden_state": prompt})
         assert cache.prompt_mask is not None
         return cache.run({"inputs_embeds": embeds, "attention_mask": cache.prompt_mask, **cache.cross})
 

@@ -40,13 +40,13 @@ class ONNXGraph:
     """A session of ONNX Runtime. Several threads may run it at once."""
 
     def __init__(self, runner: Any):
-        self._runner = runner
+        self.runner = runner
 
     def run(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return self._runner(**inputs)
+        return self.runner(**inputs)
 
     def new_state(self) -> ONNXState:
-        return ONNXState(self._runner)
+        return ONNXState(self.runner)
 
 
 class ONNXState:

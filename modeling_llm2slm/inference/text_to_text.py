@@ -161,7 +161,7 @@ class TextToText:
         Args:
             table: The prompts.
             batches: The outputs to generate, see [`PromptTable.batches`].
-            features_of: Returns the features, see [`~TextToText.features`], of rows given by their numbers.
+            features_of: Returns the features, see [`~TextToText.features`], of rows given by their indices.
             limits: Size of a batch of outputs.
             overlap: Read a batch in a thread while the one before is generated. Outputs do not change. Default: if the
                 model is on an accelerator, or leaves a core of the CPU free.
@@ -174,18 +174,18 @@ class TextToText:
         """
 
         def read(batch: Sequence[OutputId]) -> dict[str, Any]:
-            return self.read(features_of([table.rows[number] for number in prompts_of(batch)]))
+            return self.read(features_of([table.rows[prompt_index] for prompt_index in prompts_of(batch)]))
 
         if overlap is None:
             overlap = can_overlap(getattr(self.model, "device", None))
         for batch, inputs in zip(batches, one_ahead(read, batches, overlap), strict=True):
-            index = {number: index for index, number in enumerate(prompts_of(batch))}
+            row_of = {prompt_index: row for row, prompt_index in enumerate(prompts_of(batch))}
             for piece in table.pieces(batch, limits, known):
                 if seed is not None:
                     # Seeded by the row, so that the rest of an interrupted run is sampled as without interruption.
-                    number, sample = piece[0]
-                    torch.manual_seed(seeded(seed, table.rows[number], sample).initial_seed())
-                chosen = take_rows(inputs, [index[number] for number, _ in piece])
+                    prompt_index, sample_index = piece[0]
+                    torch.manual_seed(seeded(seed, table.rows[prompt_index], sample_index).initial_seed())
+                chosen = take_rows(inputs, [row_of[prompt_index] for prompt_index, _ in piece])
                 yield piece, self.write(chosen, **generate_kwargs)
 
     def stream(self, prompt: str, **generate_kwargs: Any) -> Iterator[str]:

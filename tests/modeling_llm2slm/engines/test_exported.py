@@ -134,14 +134,14 @@ def rows_read(graph: Any, monkeypatch: Any) -> list[int]:
 
 
 def test_beams_read_their_prompt_once(pair, monkeypatch) -> None:
-    rows = rows_read(pair.exported._graphs["step"], monkeypatch)
+    rows = rows_read(pair.exported.graphs["step"], monkeypatch)
     pair.exported.generate(**pad_prompts(PROMPTS), num_beams=4, max_new_tokens=3)
     assert rows == [3, 12, 12]
 
 
 def test_an_encoder_decoder_slm_projects_its_prompt_once(t5, monkeypatch) -> None:
     runs: list[int] = []
-    graph = t5.exported._graphs["cross"]
+    graph = t5.exported.graphs["cross"]
     run = graph.run
     monkeypatch.setattr(graph, "run", lambda inputs: runs.append(len(inputs["last_hidden_state"])) or run(inputs))
     t5.exported.generate(**pad_prompts(PROMPTS), num_beams=4, max_new_tokens=6)
@@ -194,7 +194,7 @@ def test_prompts_are_checked_before_any_compute(gpt2, monkeypatch) -> None:
     def fail(inputs: Any) -> None:
         raise AssertionError("the graph ran")
 
-    monkeypatch.setattr(gpt2.exported._graphs["prompt"], "run", fail)
+    monkeypatch.setattr(gpt2.exported.graphs["prompt"], "run", fail)
     with pytest.raises(ValueError, match="positions"):
         gpt2.exported.generate(input_ids=torch.full((1, 70), 3), max_new_tokens=4)
     with pytest.raises(ValueError, match="prompt is empty"):

@@ -198,7 +198,7 @@ class TestInterruptedRuns:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr("modeling_llm2slm.inference.files._write", interrupted)
+            patch.setattr("modeling_llm2slm.inference.files.atomic_write", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 generate_file(composite, prompts, output, SETTINGS)
         left = part.read_bytes()
@@ -221,7 +221,7 @@ class TestInterruptedRuns:
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr("modeling_llm2slm.inference.files._write", full)
+            patch.setattr("modeling_llm2slm.inference.files.atomic_write", full)
             with pytest.raises(OSError, match=r"outputs.txt cannot be written: No space left .* All outputs are kept"):
                 generate_file(composite, prompts, prompts.with_name("outputs.txt"), SETTINGS)
         prompts.write_text("\n".join(reversed(lines)) + "\n")
