@@ -183,8 +183,10 @@ def main() -> None:
         function, *arguments = json.loads(args.call)
         print(json.dumps({"load": load, "train": train}[function](*arguments)))
         return
-    measure = {"load": measure_load, "lora": measure_lora}.get(args.what)
-    report = measure(args.preset) if measure else estimate()
+    measures = {
+        "load": lambda: measure_load(args.preset), "lora": lambda: measure_lora(args.preset), "estimates": estimate,
+    }  # fmt: skip
+    report = measures[args.what]()
     print(json.dumps(report, indent=2))
     if args.output:
         from modeling_llm2slm.data.records import write_json
