@@ -8,8 +8,6 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from modeling_llm2slm import ExportedLLM2SLM
-from modeling_llm2slm.conversion import export
 from tests.support.common import END, PROMPTS, pad_prompts, strip_padding
 from tests.support.exports import (
     KINDS,
@@ -17,8 +15,6 @@ from tests.support.exports import (
     check_continuation,
     check_strategies,
     check_threads,
-    checkpoint,
-    needs,
     pair_of,
 )
 
@@ -166,18 +162,6 @@ def test_unsupported_arguments_are_refused(gpt2, kwargs, message) -> None:
         kwargs = {**kwargs, "decoder_input_ids": torch.tensor([[END, 3]])}
     with pytest.raises(ValueError, match=message):
         gpt2.exported.generate(input_ids=torch.tensor(PROMPTS[:1]), **{"max_new_tokens": 4, **kwargs})
-
-
-def test_unsupported_defaults_of_the_checkpoint_are_left_out(tmp_path) -> None:
-    needs("openvino")
-    source = checkpoint("gpt2", "add", tmp_path / "source")
-    defaults = GenerationConfig.from_pretrained(source)
-    defaults.update(cache_implementation="static", max_cache_len=64, prompt_lookup_num_tokens=2, num_beams=3)
-    defaults.save_pretrained(source)
-    export(source, tmp_path / "fast", engine="openvino")
-    exported = ExportedLLM2SLM.from_pretrained(tmp_path / "fast")
-    assert exported.generation_config.num_beams == 3
-    assert exported.generate(input_ids=torch.tensor(PROMPTS[:1]), max_new_tokens=4).shape[0] == 1
 
 
 def test_assisted_generation_is_refused_on_both_sides(gpt2) -> None:
