@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -183,7 +183,7 @@ def main() -> None:
         function, *arguments = json.loads(args.call)
         print(json.dumps({"load": load, "train": train}[function](*arguments)))
         return
-    measures = {
+    measures: dict[str, Callable[[], dict[str, Any]]] = {
         "load": lambda: measure_load(args.preset), "lora": lambda: measure_lora(args.preset), "estimates": estimate,
     }  # fmt: skip
     report = measures[args.what]()

@@ -32,10 +32,10 @@ Progress = Callable[[str], None]
 
 class Benchmark:
     """
-    A run over cells. Each is stored as soon as it is measured, and a repeated run measures only what is missing.
+    A run over cells. Each is stored as soon as it is measured, and a repeated run measures only the missing ones.
 
     Args:
-        cells: What to measure.
+        cells: The cells to measure.
         output: The JSON file of the result.
         work: A folder for models with random weights and their exports, which are large and kept.
         settings: Device and threads. A CPU computes in float32, other devices in bfloat16.
@@ -70,7 +70,7 @@ class Benchmark:
         self.result = self._load_result()
 
     def run(self) -> dict[str, Any]:
-        """Measure what is missing, and return the whole result."""
+        """Measure the missing cells, and return the whole result."""
         torch.set_num_threads(self.settings.threads)
         for preset in dict.fromkeys(cell.preset for cell in self.cells):
             cells = [cell for cell in self.cells if cell.preset == preset]

@@ -1,4 +1,4 @@
-"""The contestants of a benchmark: what every engine offers, and the LLM on CTranslate2 for comparison."""
+"""The contestants of a benchmark: those of every engine, and the LLM on CTranslate2 for comparison."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def contestants() -> dict[str, Contestant]:
 
 
 def load_contestant(name: str, models: BenchmarkModels, device: str) -> TimedContestant:
-    """Load a contestant, and return what times it on a cell."""
+    """Load a contestant, and return a function that times it on a cell."""
     contestant = contestants()[name]
     loaded = contestant.load(models, models.folder / name, device)
     reader = _reader(contestant, models)

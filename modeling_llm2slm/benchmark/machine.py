@@ -61,7 +61,7 @@ def bandwidth(size: int, device: str) -> float:
 
 @contextmanager
 def disturbance() -> Iterator[dict[str, Any]]:
-    """Measure how many processors other processes keep busy meanwhile, and whether that is too many."""
+    """Measure how many processors other processes keep busy during the block, and whether that is too many."""
     found: dict[str, Any] = {}
     own, start = psutil.Process(), perf_counter()
 

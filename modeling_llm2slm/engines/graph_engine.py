@@ -1,4 +1,4 @@
-"""The base of engines that run graphs: loading, exporting and benchmarking, whatever computes the graphs."""
+"""The base class of engines that run graphs: it loads, exports and benchmarks them."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class GraphEngine(Engine):
         """Return transformers' exporter, its config class, and the quantizer of a graph (`None` for floats)."""
 
     def run_options(self, model: LLM2SLMForConditionalGeneration, weights: str) -> dict[str, Any]:
-        """Return what `load_graphs` needs to know about the model, to be saved in the manifest."""
+        """Return the options of `load_graphs` that depend on the model. The manifest stores them."""
         return {}
 
     def can_load(self, path: str | Path) -> bool:
@@ -138,7 +138,7 @@ class GraphEngine(Engine):
 
     def _contestant(self, weights: str) -> Contestant:
         return Contestant(
-            # It runs on the CPU, whatever the device of the others is.
+            # It always runs on the CPU.
             load=lambda models, folder, device: ExportedLLM2SLM.from_pretrained(folder),
             make=partial(self._make, weights=weights),
             step_bytes=partial(graph_size, name="step"),

@@ -74,7 +74,7 @@ class ONNXState:
 
 
 def _quantizer(weights: str, is_step: bool) -> Any:
-    """Quantize to what ONNX Runtime computes: int8 by its own tools; int4, in the step only, as `MatMulNBits`."""
+    """Return the quantizer: ONNX Runtime's own for int8; NNCF for int4 (`MatMulNBits`), in the step only."""
     if not weights.startswith("int"):
         return None
     from transformers.exporters import NNCFOnnxQuantizer, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer

@@ -85,7 +85,7 @@ class BenchmarkModels:
     The checkpoints that a benchmark compares.
 
     Args:
-        folder: Folder for what contestants make of the two checkpoints.
+        folder: Folder that contestants write to.
         llm: The LLM with its decoder, a folder or a name on the Hub.
         llm2slm: The LLM-to-SLM model, a folder or a name on the Hub.
     """
@@ -105,9 +105,9 @@ class Contestant:
             with transformers' `generate()`, which is timed token by token, or a function
             `(prompt ids (B, N), new_tokens, num_beams)`, which is timed as a whole. Neither may end early.
         make: Writes what `load` needs to an empty folder, once. Default: `load` reads the checkpoints.
-        model: The model that it times: the LLM, the SLM alone, or LLM-to-SLM.
+        model: The timed model: the LLM, the SLM alone, or LLM-to-SLM.
         bits: Size on a CPU of the weights that each token reads.
-        step_bytes: Bytes that each token reads, where `bits` does not tell, given the folder that `make` wrote.
+        step_bytes: Returns the bytes that each token reads, given the folder that `make` wrote. Default: `bits` tells.
         packages: Packages that it needs.
     """
 
@@ -160,7 +160,7 @@ class Engine(ABC):
 
         Args:
             path: A folder, or a name on the Hub.
-            options: How to load it. Refuse with `ValueError` what the engine cannot do.
+            options: How to load it. Raise `ValueError` for an option that the engine does not support.
 
         Returns:
             A [`TextToText`]. One of its subclasses wraps a model with transformers' `generate()`. An engine with a
@@ -201,7 +201,7 @@ class Engine(ABC):
         return model(input_ids=prompt, decoder_input_ids=output).logits
 
     def contestants(self) -> Mapping[str, Contestant]:
-        """Return what the engine offers to `llm2slm benchmark`, by name."""
+        """Return the contestants that the engine adds to `llm2slm benchmark`, by name."""
         return {}
 
     def check_installed(self, *more: str) -> None:
@@ -248,7 +248,7 @@ def exporting_engine(name: str) -> Engine:
 
 
 def engine_of(path: str | Path) -> Engine:
-    """Return the engine that loads what is at `path`: the one that claims its format, else PyTorch."""
+    """Return the engine that loads a checkpoint: the one that claims its format, or else PyTorch."""
     found = engines()
     default = found.pop(DEFAULT)
     return next((engine for engine in found.values() if engine.can_load(path)), default)

@@ -1,4 +1,4 @@
-"""A file of prompts in, a file of outputs out; an interrupted run resumes."""
+"""Generate for a file of prompts, and write a file of outputs. An interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def generate_file(
         output: The file to write. A name that ends in `.jsonl` or `.jsonl.gz` gets the rows of the data with the
             outputs in a column of their own, which replaces a column of that name; any other name gets one output per
             line.
-        settings: What to read and how to generate.
+        settings: Which columns to read, and how to generate.
         progress: Called with the number of outputs so far and in all.
         generate_kwargs: Arguments of `model.generate()`, in addition to `settings.generate_kwargs()`.
 
@@ -223,7 +223,7 @@ def _run_settings(
     settings: GenerateFileSettings,
     generate_kwargs: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return what an output depends on besides its prompt."""
+    """Return the settings that an output depends on, in addition to its prompt."""
     run = {"model": fingerprint_of(model), "texts": text_to_text.fingerprint(), **generate_kwargs}
     if table.sampled:  # a sampled output depends on its batch
         run |= {"seed": settings.seed, "rows": settings.batch_size, "tokens": settings.batch_tokens}

@@ -1,4 +1,4 @@
-"""The text of an output while its tokens arrive."""
+"""Decode the text of an output while its tokens arrive."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TextStream:
         self._text = ""
         self._taken = 0
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        # The clean-up rewrites text that was decoded before, and is no part of the backend.
+        # The clean-up rewrites text that was decoded before, and the backend does not do it.
         incremental = isinstance(backend, Tokenizer) and not tokenizer.clean_up_tokenization_spaces
         self._backend = backend if incremental else None
         self._decode_stream = DecodeStream(skip_special_tokens=True)
@@ -54,7 +54,7 @@ class TextStream:
         self._set(self._decode(tokens))
 
     def take(self, finished: bool = False) -> str:
-        """Return the text that no later token can change, without what was returned before."""
+        """Return the text that no later token can change and that was not returned before."""
         end = len(self._text) if finished else self._settled()
         piece = self._text[self._taken : end]
         self._taken = max(self._taken, end)

@@ -258,7 +258,7 @@ class TextToText:
 
     @property
     def collator(self) -> Any:
-        """What pads a list of features to a batch for a Trainer."""
+        """The data collator for a Trainer, which pads a list of features to a batch."""
         return DataCollatorForSeq2Seq(self.tokenizer, model=self.model)
 
     def fingerprint(self) -> str:
@@ -290,7 +290,7 @@ class TextToText:
 
     @property
     def max_positions(self) -> int | None:
-        """The number of positions that prompt and output share; `None` without a limit. It may be overridden."""
+        """The number of positions that prompt and output share; `None` without a limit. A subclass may override it."""
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
     def check_positions(self, prompt_length: int, new_tokens: int) -> None:
@@ -331,14 +331,14 @@ class TextToText:
 
     @property
     def _generating_model(self) -> Any:
-        """The model that generates tokens: all of it, or the SLM of an LLM-to-SLM model."""
+        """The model that generates tokens: the whole model, or the SLM of an LLM-to-SLM model."""
         return self.model
 
     def _problem(self, input_ids: list[int], labels: list[int]) -> str | None:
         return None
 
     def _outputs(self, generated: torch.Tensor, inputs: Any) -> torch.Tensor:
-        """Cut off what `generate()` returns before the output."""
+        """Remove the tokens that `generate()` returns before the output."""
         raise NotImplementedError
 
     def _until_end(self, tokens: list[int]) -> list[int]:

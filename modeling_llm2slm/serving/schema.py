@@ -36,7 +36,7 @@ class RequestError(HTTPException):
 
     Args:
         status: The HTTP status.
-        message: One sentence that says what is wrong, and how to fix it.
+        message: One sentence that names the problem and the fix.
         param: The field of the request that is wrong.
         headers: More headers of the response.
     """
@@ -51,7 +51,7 @@ class RequestError(HTTPException):
 @dataclass(frozen=True)
 class Limits:
     """
-    What a server accepts.
+    Limits of the requests that a server accepts.
 
     Args:
         model: The name of the model.
