@@ -181,7 +181,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.call:
         function, *arguments = json.loads(args.call)
-        print(json.dumps({"load": load, "train": train}[function](*arguments)))
+        print(json.dumps(load(*arguments) if function == "load" else train(*arguments)))
         return
     measures: dict[str, Callable[[], dict[str, Any]]] = {
         "load": lambda: measure_load(args.preset), "lora": lambda: measure_lora(args.preset), "estimates": estimate,
