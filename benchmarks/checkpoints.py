@@ -1,8 +1,8 @@
 """
 Measure checkpoints: size of a lean one, memory and time to load, cost of the fingerprint, memory of `compose`.
 
-    python benchmarks/checkpoints.py --output docs/results/checkpoints.json
-    python benchmarks/checkpoints.py compose --output docs/results/compose.json
+    python -m benchmarks.checkpoints --output docs/results/checkpoints.json
+    python -m benchmarks.checkpoints compose --output docs/results/compose.json
 
 The first command writes an LLM, an SLM and a full and a lean LLM-to-SLM checkpoint with the sizes of a preset (about
 5 GB for t5-large_gpt2) to a temporary folder, the second an encoder-decoder LLM and two LLM-to-SLM checkpoints (about
@@ -14,51 +14,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from benchmarks.memory import in_a_process, peak_memory
 
 
 PRESETS = {"sizes": "t5-large_gpt2", "compose": "t5-3b_gpt2"}
 ROUNDS = 7
-
-
-def rss_anon() -> int:
-    """Return the anonymous resident memory of this process, in bytes."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1]) * 1024
-
-
-@contextmanager
-def peak_memory() -> Iterator[dict[str, int]]:
-    """Measure the peak anonymous memory of the block, less that before it, and the process's peak resident memory."""
-    result: dict[str, int] = {}
-    before, peak, done = rss_anon(), 0, threading.Event()
-
-    def sample() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, rss_anon())
-            time.sleep(0.001)
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    try:
-        yield result
-    finally:
-        done.set()
-        sampler.join()
-        result["anonymous"] = peak - before
-        result["anonymous with imports"] = peak
-        result["resident with mapped files"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def load(folder: str, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -108,14 +74,10 @@ def compose(llm: str, slm: str, output: str, dtype: str | None) -> dict[str, Any
     start = time.perf_counter()
     with peak_memory() as memory:
         report = convert(llm, slm, output, encoder_dtype=dtype)
+    sizes = {name: memory[name] for name in ("anonymous", "anonymous with imports")}
+    sizes["resident with mapped files"] = memory["resident with imports"]
     rows = {what: result for what, result in report.rows if what != "processor"}  # the random models have no processor
-    return {"peak memory, bytes": memory, "seconds": round(time.perf_counter() - start, 1), "report": rows}
-
-
-def in_a_process(function: str, *arguments: Any) -> Any:
-    command = [sys.executable, __file__, "--call", json.dumps([function, *arguments])]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(output.splitlines()[-1])
+    return {"peak memory, bytes": sizes, "seconds": round(time.perf_counter() - start, 1), "report": rows}
 
 
 def write_random(model_class: Any, config: Any, folder: Path, shard: int = 10**9) -> int:
@@ -171,9 +133,13 @@ def measure_sizes(preset: str) -> dict[str, Any]:
         sizes = {kind: sum(file.stat().st_size for file in (folder / kind).iterdir()) for kind in ("full", "lean")}
         results: dict[str, Any] = {"preset": preset, "bytes": sizes, "lean of full": sizes["lean"] / sizes["full"]}
         for kind in ("full", "lean"):
-            results[kind] = in_a_process("load", str(folder / kind), {})
-        results["full, dtype=bfloat16"] = in_a_process("load", str(folder / "full"), {"dtype": "bfloat16"})
-        results["lean, dtype=bfloat16"] = in_a_process("load", str(folder / "lean"), {"dtype": "bfloat16"})
+            results[kind] = in_a_process("benchmarks.checkpoints", "load", str(folder / kind), {})
+        results["full, dtype=bfloat16"] = in_a_process(
+            "benchmarks.checkpoints", "load", str(folder / "full"), {"dtype": "bfloat16"}
+        )
+        results["lean, dtype=bfloat16"] = in_a_process(
+            "benchmarks.checkpoints", "load", str(folder / "lean"), {"dtype": "bfloat16"}
+        )
     return results
 
 
@@ -193,7 +159,7 @@ def measure_compose(preset: str) -> dict[str, Any]:
         for dtype in (None, "bfloat16"):
             output = folder / f"composite-{dtype}"
             results[f"encoder_dtype={dtype}"] = in_a_process(
-                "compose", str(folder / "llm"), str(folder / "slm"), str(output), dtype
+                "benchmarks.checkpoints", "compose", str(folder / "llm"), str(folder / "slm"), str(output), dtype
             )
     return results
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from modeling_llm2slm.engines.exported import ExportedLLM2SLM
 from modeling_llm2slm.inference.engine import exporting_engine
 from modeling_llm2slm.inference.model import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.states.loading import load_model
@@ -32,9 +30,9 @@ def export(
     Args:
         checkpoint: Folder of the model, or its name on the Hub.
         output: The folder to write to. It holds all that `TextToText.from_pretrained` needs.
-        engine: The engine that will compute it: `"openvino"`, `"onnx"`, or another one that exports.
-        weights: How weights are stored: `"fp32"`; `"bf16"` (OpenVINO only; computed in bfloat16); `"int8"` (one scale
-            per row); `"int4"` (the SLM in groups of 128, the rest in int8).
+        engine: The engine that computes the exported model: `"openvino"`, `"onnx"` or another one that exports.
+        weights: The format of the weights: `"fp32"`; `"bf16"` (OpenVINO only; computed in bfloat16); `"int8"` (one
+            scale per row); `"int4"` (the SLM in groups of 128, the rest in int8).
         overwrite: Replace an existing folder.
         progress: Called with a few words at every step.
 
@@ -51,7 +49,9 @@ def export(
     model.float().eval()  # an LLM with a dtype of its own keeps that when it is loaded
     state = model.state_dict()
     check_finite(state)
-    expected = output_logits(model)
+    texts = probe(model.config.encoder.vocab_size), probe(model.config.vocab_size)
+    with torch.no_grad():
+        expected = model(input_ids=texts[0], decoder_input_ids=texts[1]).logits
     report = Report(f"{checkpoint} becomes {output} for {engine}, weights in {weights}")
     stored = target.weights[weights]
     with output_folder(output, overwrite, int(size_of(state) / 4 * stored.bytes)) as folder:
@@ -59,19 +59,8 @@ def export(
         written = target.export(model, folder, weights, progress)
         copy_processor(checkpoint, folder, report)
         progress("comparing")
-        report.compare("outputs", (output_logits(written), expected), stored.tolerance)
+        with torch.no_grad():
+            found = target.output_logits(written, *texts)
+        report.compare("outputs", (found, expected), stored.tolerance)
         report.add("bytes", sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
     return report
-
-
-@torch.no_grad()
-def output_logits(model: Any) -> torch.Tensor:
-    """Return a model's logits `(1, M, vocabulary)` after each token of a fixed output for a fixed prompt."""
-    config = model.config
-    prompt, output = probe(config.encoder.vocab_size), probe(config.vocab_size)
-    if not isinstance(model, ExportedLLM2SLM):
-        return model(input_ids=prompt, decoder_input_ids=output).logits
-    cache, logits = model.new_cache(), []  # it returns the logits of the last token only
-    for token in output.split(1, dim=1):
-        logits.append(model(input_ids=prompt, decoder_input_ids=token, past_key_values=cache).logits)
-    return torch.cat(logits, dim=1)

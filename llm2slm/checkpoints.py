@@ -59,8 +59,7 @@ def build(
         print_report(report)
         return
     text_to_text = build_in_memory(llm, slm, settings, preset=preset)
-    is_composite = len(text_to_text.parts()) > 1
-    options = {"card": {"name": output.name}} if is_composite else {}
+    options = {"card": {"name": output.name}} if text_to_text.is_llm2slm else {}
     with atomic_write(output, keep=not overwrite) as folder:
         text_to_text.save_pretrained(folder, max_shard_size=settings.max_shard_size, **options)
     print_model(str(output), text_to_text)
@@ -109,7 +108,7 @@ def card(
     from modeling_llm2slm.data.atomic import atomic_write
     from modeling_llm2slm.inference.model_card import CardDetails, is_by_hand, model_card
 
-    if len(text_to_text.parts()) == 1:
+    if not text_to_text.is_llm2slm:
         raise ValueError(f"{model} is not an LLM-to-SLM checkpoint; only these get a card.")
     file, report = model / "README.md", model / "training.json"
     if file.is_file() and is_by_hand(file.read_text(encoding="utf-8")):
@@ -128,8 +127,10 @@ def card(
 def export(
     model: ModelArgument,
     output: OutputArgument,
-    engine: Annotated[str, typer.Option(help="Target engine: openvino or onnx.")] = "openvino",
-    weights: Annotated[str, typer.Option(help="Format of the weights: fp32, bf16, int8, int4.")] = "fp32",
+    engine: Annotated[
+        str, typer.Option(help="An installed engine that exports, such as openvino or onnx.")
+    ] = "openvino",
+    weights: Annotated[str, typer.Option(help="A weight format of the engine, such as fp32 or int8.")] = "fp32",
     overwrite: Overwrite = False,
 ) -> None:
     """

@@ -14,20 +14,25 @@ import os
 import posixpath
 import re
 import shutil
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+import llm2slm
+from llm2slm.options import load_module
 
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = "reference/commands"
 LINK = re.compile(r"\]\(((?:\.\./)*[\w./-]+)(#[\w-]*)?\)")
+FIELD_HEAD = ("type", "default", "description")
+REQUIRED = object()
 GENERATED = re.compile(r"<!-- generated: ([\w-]+) -->")
 
 
@@ -78,13 +83,7 @@ def copy_package(folder: Path) -> None:
 
 
 def commands() -> list[tuple[str, Any]]:
-    """All commands of the command line as click has them, by full name: `llm2slm convert lean`."""
-    sys.path.insert(0, str(ROOT))
-    try:
-        import llm2slm
-    finally:
-        sys.path.pop(0)
-    import typer
+    """All commands of the command line with their full names, such as `llm2slm convert lean`."""
 
     def walk(name: str, command: Any) -> Iterable[tuple[str, Any]]:
         children = getattr(command, "commands", None)
@@ -142,55 +141,52 @@ def default_of(parameter: Any) -> str:
 
 def settings_tables() -> str:
     """One table for each settings class: every setting with its type, default and bounds."""
-    settings = load("modeling_llm2slm.settings")
+    settings = load_module("modeling_llm2slm.settings")
     parts = []
     for name, found in vars(settings).items():
-        if not (inspect.isclass(found) and issubclass(found, settings.Settings) and found is not settings.Settings):
-            continue
-        rows = [
-            (f"`{item.name}`", setting_type(item), default_value(item), item.metadata["help"])
-            for item in fields(found)
-        ]
-        summary = inspect.cleandoc(found.__doc__ or "")
-        parts.append(f"## {name}\n\n{summary}\n\n{table(('setting', 'type', 'default', 'description'), rows)}")
+        if inspect.isclass(found) and issubclass(found, settings.Settings) and found is not settings.Settings:
+            rows = [
+                field_row(
+                    item.name,
+                    item.type.removesuffix(" | None"),
+                    default_value(item),
+                    item.metadata["help"],
+                    limits_of(item.metadata),
+                )
+                for item in fields(found)
+            ]
+            summary = inspect.cleandoc(found.__doc__ or "")
+            parts.append(f"## {name}\n\n{summary}\n\n{table(('setting', *FIELD_HEAD), rows)}")
     return "\n\n".join(parts)
 
 
-def default_value(item: Any) -> str:
-    if item.default is MISSING and item.default_factory is MISSING:
-        return "required"
-    return shown(item.default if item.default is not MISSING else item.default_factory())
+def default_value(item: Any) -> Any:
+    if item.default is not MISSING:
+        return item.default
+    return REQUIRED if item.default_factory is MISSING else item.default_factory()
 
 
-def setting_type(item: Any) -> str:
-    """The type of a setting and what its values are limited to."""
+def limits_of(metadata: Mapping[str, Any]) -> list[str]:
+    """What the values of a setting are limited to."""
     words = {"minimum": "at least", "maximum": "at most", "above": "above"}
-    limits = [f"{word} {item.metadata[key]}" for key, word in words.items() if key in item.metadata]
-    limits += [f"one of {', '.join(item.metadata['choices'])}"] if item.metadata.get("choices") else []
-    return ", ".join([as_code(item.type.removesuffix(" | None")), *limits])
-
-
-def as_code(kind: str) -> str:
-    """A type as code; a table cell cannot hold the sign of a union."""
-    return " or ".join(f"`{part}`" for part in kind.split(" | "))
+    limits = [f"{word} {metadata[key]}" for key, word in words.items() if key in metadata]
+    return limits + ([f"one of {', '.join(metadata['choices'])}"] if metadata.get("choices") else [])
 
 
 def recipe_tables() -> str:
     """One table for each group of a recipe's fields, from its schema, the Trainer's last."""
-    recipe = load("modeling_llm2slm.training.recipe")
+    recipe = load_module("modeling_llm2slm.training.recipe")
     groups: dict[str, list[tuple[str, ...]]] = {}
     for item in (*recipe.recipe_fields(), *recipe.recipe_fields(trainer=True)):
-        default = "required" if item.required else shown(item.default)
-        groups.setdefault(item.group, []).append((f"`{item.name}`", as_code(item.type), default, item.description))
-    head = ("field", "type", "default", "description")
-    return "\n\n".join(f"## {group}\n\n{table(head, rows)}" for group, rows in groups.items())
+        default = REQUIRED if item.required else item.default
+        groups.setdefault(item.group, []).append(field_row(item.name, item.type, default, item.description))
+    return "\n\n".join(f"## {group}\n\n{table(('field', *FIELD_HEAD), rows)}" for group, rows in groups.items())
 
 
-def load(name: str) -> Any:
-    """A module of the package that the command line loads too, without the package."""
-    from llm2slm.options import load_module
-
-    return load_module(name)
+def field_row(name: str, kind: str, default: Any, description: str, limits: Iterable[str] = ()) -> tuple[str, ...]:
+    """The row of a setting or of a recipe's field. A table cell cannot hold the sign of a union."""
+    types = " or ".join(f"`{part}`" for part in kind.split(" | "))
+    return f"`{name}`", ", ".join([types, *limits]), "required" if default is REQUIRED else shown(default), description
 
 
 def shown(default: Any) -> str:

@@ -18,9 +18,8 @@ from ..data.atomic import atomic_write
 from ..data.records import write_json
 from ..evaluation.timing import Timing, median_timing, time_in_turns
 from ..files_llm2slm import weight_files
-from ..inference.engine import BenchmarkModels
+from ..inference.engine import BenchmarkModels, fingerprint_of
 from ..settings import BenchmarkSettings
-from ..states.fingerprints import checkpoint_fingerprint
 from .cells import Cell
 from .contestants import TimedContestant, contestants, load_contestant
 from .machine import bandwidth, device_name, disturbance, engine_versions, peak_memory
@@ -33,10 +32,10 @@ Progress = Callable[[str], None]
 
 class Benchmark:
     """
-    A run over cells. Each is stored as soon as it is measured, and a repeated run measures only what is missing.
+    A run over cells. Each is stored as soon as it is measured, and a repeated run measures only the missing ones.
 
     Args:
-        cells: What to measure.
+        cells: The cells to measure.
         output: The JSON file of the result.
         work: A folder for models with random weights and their exports, which are large and kept.
         settings: Device and threads. A CPU computes in float32, other devices in bfloat16.
@@ -71,7 +70,7 @@ class Benchmark:
         self.result = self._load_result()
 
     def run(self) -> dict[str, Any]:
-        """Measure what is missing, and return the whole result."""
+        """Measure the missing cells, and return the whole result."""
         torch.set_num_threads(self.settings.threads)
         for preset in dict.fromkeys(cell.preset for cell in self.cells):
             cells = [cell for cell in self.cells if cell.preset == preset]
@@ -130,6 +129,7 @@ class Benchmark:
         if contestant.make is not None and not folder.exists():
             self.progress(f"making {name}")
             with atomic_write(folder) as temporary:
+                temporary.mkdir()
                 contestant.make(models, temporary)
         self.progress(f"loading {name}")
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -212,4 +212,4 @@ def _load_apart(name: str, models: BenchmarkModels, settings: BenchmarkSettings)
 def _fingerprint(model: str) -> str:
     if not Path(model).is_dir():
         weight_files(model, on_hub=True)  # else the fingerprint would miss weights that are not downloaded yet
-    return checkpoint_fingerprint(model)
+    return fingerprint_of(model)

@@ -1,4 +1,4 @@
-"""The contestants of a benchmark: what every engine offers, and the LLM on CTranslate2 for comparison."""
+"""The contestants of a benchmark: those of every engine, and the LLM on CTranslate2 for comparison."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def contestants() -> dict[str, Contestant]:
 
 
 def load_contestant(name: str, models: BenchmarkModels, device: str) -> TimedContestant:
-    """Load a contestant, and return what times it on a cell."""
+    """Load a contestant, and return a function that times it on a cell."""
     contestant = contestants()[name]
     loaded = contestant.load(models, models.folder / name, device)
     reader = _reader(contestant, models)
@@ -82,7 +82,7 @@ def _ctranslate2(weights: str, bits: int) -> dict[str, Contestant]:
 def _make_ctranslate2(models: BenchmarkModels, folder: Path, weights: str) -> None:
     from ctranslate2.converters import TransformersConverter
 
-    TransformersConverter(models.llm).convert(str(folder), quantization=weights)
+    TransformersConverter(models.llm).convert(str(folder), quantization=weights, force=True)  # the folder exists
 
 
 def _load_ctranslate2(

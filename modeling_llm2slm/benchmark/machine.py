@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,10 +18,11 @@ import torch
 from ..data.records import versions
 from ..evaluation.timing import seconds_of
 from ..files_llm2slm import first_line
+from ..inference.engine import is_installed
+from .contestants import contestants
 
 
 BUSY = 0.15  # processors that others may keep busy before a cell counts as disturbed
-PACKAGES = ("ctranslate2", "nncf", "onnxruntime", "openvino")
 
 
 def device_name(device: str) -> str:
@@ -36,14 +37,9 @@ def device_name(device: str) -> str:
 
 
 def engine_versions() -> dict[str, str]:
-    """Return the versions of everything that a timing depends on."""
-    found = versions()
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    """Return the versions of everything that a timing depends on, the packages of all contestants included."""
+    packages = {package for contestant in contestants().values() for package in contestant.packages}
+    return versions() | {package: version(package) for package in sorted(packages) if is_installed(package)}
 
 
 def peak_memory() -> int:
@@ -65,7 +61,7 @@ def bandwidth(size: int, device: str) -> float:
 
 @contextmanager
 def disturbance() -> Iterator[dict[str, Any]]:
-    """Measure how many processors other processes keep busy meanwhile, and whether that is too many."""
+    """Measure how many processors other processes keep busy during the block, and whether that is too many."""
     found: dict[str, Any] = {}
     own, start = psutil.Process(), perf_counter()
 

@@ -1,4 +1,4 @@
-"""The checkpoints of a preset's sizes, with random weights: what they compute takes as long as with trained ones."""
+"""Checkpoints with a preset's sizes and random weights, which take as long as trained ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one output of an LLM-to-SLM model consists of: time by stage, and floating-point operations."""
+"""Time per stage and FLOPs of one output."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..cache_llm2slm import labels_mask
 from ..processing_llm2slm import LLM2SLMProcessor
@@ -35,7 +36,7 @@ class DataCollatorForLLM2SLM:
         states ([`StateStore`], *optional*):
             A store of `llm2slm encode`. It gives the LLM's hidden states of each prompt, and the LLM does not run.
 
-    Returns (of a call):
+    Calling it returns:
         `dict[str, torch.Tensor]`: `input_ids` and `attention_mask` `(B, N)`; `labels` (and `decoder_input_ids`)
         `(B, M)` if the features have labels; `decoder_attention_mask` `(B, M)` if `model` has fewer than N + M
         positions; `llm_hidden_states` `(B, N, d_llm)` if there is a store.
@@ -62,4 +63,32 @@ class DataCollatorForLLM2SLM:
         return batch
 
 
-__all__ = ["DataCollatorForLLM2SLM"]
+@dataclass
+class DataCollatorForTargets:
+    """
+    Pads batches for a decoder-only model so that it computes logits for targets only, which saves most of the work on
+    short texts.
+
+    The left side is padded, so that all targets of a batch end together, and `logits_to_keep` counts back from there.
+
+    Args:
+        tokenizer: The tokenizer that pads.
+
+    Calling it returns:
+        `input_ids`, `attention_mask` and `position_ids` `(B, N)`, `labels` `(B, K)`, and K as `logits_to_keep`: one
+        more than the length of the longest target, since the separator predicts its first token.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        inputs = [{name: row[name] for name in ("input_ids", "attention_mask")} for row in features]
+        batch = dict(self.tokenizer.pad(inputs, padding_side="left", return_tensors="pt", verbose=False))
+        batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        targets = [[label for label in row["labels"] if label != -100] for row in features]
+        kept = 1 + max(map(len, targets))
+        batch["labels"] = torch.tensor([[-100] * (kept - len(target)) + target for target in targets])
+        return {**batch, "logits_to_keep": kept}
+
+
+__all__ = ["DataCollatorForLLM2SLM", "DataCollatorForTargets"]

@@ -2,9 +2,10 @@
 LLM-to-SLM models as graphs of an engine other than PyTorch, written by `llm2slm export`: the fastest way to generate
 on a CPU.
 
-There are up to three graphs. `prompt` turns token ids into what the SLM reads. `step` reads embeddings and returns the
-logits of the next token. `cross`, for an encoder-decoder SLM only, returns the keys and values of the prompt that each
-step attends to. The SLM's embedding table is a file of its own. Shapes: batch B, prompt length N, width d_slm.
+There are up to three graphs. `prompt` turns token ids into the hidden states that the SLM reads. `step` reads
+embeddings and returns the logits of the next token. `cross`, for an encoder-decoder SLM only, returns the keys and
+values of the prompt that each step attends to. The SLM's embedding table is a file of its own. Shapes: batch B, prompt
+length N, width d_slm.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from ..configuration_llm2slm import LLM2SLMConfig
 from ..fusion_llm2slm import fusion_of
 from ..generation_llm2slm import LLM2SLMGenerationMixin
 from ..inference.engine import engine
+from ..inference.families import LLM2SLMTextToText
 from ..inference.parts import Part
-from ..inference.text_to_text import LLM2SLMTextToText
 from ..modeling_llm2slm import LLM2SLMEncoder
 
 
@@ -60,10 +61,10 @@ def graph_size(path: str | Path, name: str) -> int:
 
 
 class ExportedEncoder:
-    """Everything that turns prompts into what the SLM reads, as one graph."""
+    """One graph that turns prompts into the hidden states that the SLM reads."""
 
     main_input_name = "input_ids"
-    # Both need nothing but the configuration.
+    # Both need only the config.
     prompt_mask: Any = LLM2SLMEncoder.prompt_mask
     check_prompt: Any = LLM2SLMEncoder.check_prompt
 
@@ -84,7 +85,7 @@ class ExportedEncoder:
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> PromptStates:
-        """Turn prompt token ids `(B, N)` into what the SLM reads, in the layout of [`LLM2SLMEncoder`]."""
+        """Turn prompt token ids `(B, N)` into the hidden states that the SLM reads, as [`LLM2SLMEncoder`] does."""
         mask = self.prompt_mask(input_ids, attention_mask)
         self.check_prompt(mask, output_length)
         assert input_ids is not None  # else `prompt_mask` has raised
@@ -174,15 +175,15 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
     An LLM-to-SLM model on an engine other than PyTorch, with transformers' `generate()`: greedy, sampled, beams,
     streaming, padded batches, `encode_prompt()`. Several threads may generate at once.
 
-    It has no loss and does not train. It returns no attentions and no hidden states. Since its graph cannot forget
-    tokens, it supports no assisted generation, neither as the model nor as the assistant.
+    It does not train, and it returns no loss, attentions or hidden states. Its graph cannot forget tokens, so the
+    model does not support assisted generation, and it cannot be the assistant.
 
     Args:
         config ([`LLM2SLMConfig`]): The config of the exported model.
         generation_config (`GenerationConfig`): The generation config of the exported model.
         graphs: `prompt`, `step` and, for an encoder-decoder SLM, `cross`, loaded by their engine.
         embeddings (`torch.Tensor` of shape `(vocabulary, d_slm)`): The SLM's embedding of each token.
-        details: What `export.json` says about the export: `engine`, `weights`, `parameters`.
+        details: The details in `export.json`: `engine`, `weights`, `parameters`.
     """
 
     main_input_name = "input_ids"
@@ -202,7 +203,7 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
         self.config = config
         self.generation_config = generation_config
         self.details = details
-        self._graphs = graphs
+        self.graphs = graphs
         self._embeddings = embeddings
         self.encoder = ExportedEncoder(config, graphs["prompt"], self._embed)
 
@@ -258,7 +259,7 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
 
     def new_cache(self, repeats: int = 1) -> ExportedCache:
         """Return an empty cache."""
-        return ExportedCache(self._graphs["step"].new_state(), repeats)
+        return ExportedCache(self.graphs["step"].new_state(), repeats)
 
     def forward(
         self,
@@ -308,7 +309,7 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
     def _read_after_prompt(
         self, prompt: torch.Tensor | None, embeds: torch.Tensor, cache: ExportedCache
     ) -> torch.Tensor:
-        """A decoder-only SLM reads `[P ; E(start, output)]`, and later only what is new."""
+        """A decoder-only SLM reads `[P ; E(start, output)]`, and later only new tokens."""
         assert cache.prompt_mask is not None
         if prompt is not None:
             embeds = torch.cat([prompt, embeds], dim=1)
@@ -318,7 +319,7 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
     def _read_across(self, prompt: torch.Tensor | None, embeds: torch.Tensor, cache: ExportedCache) -> torch.Tensor:
         """An encoder-decoder SLM attends to the prompt's keys and values, which are computed once."""
         if prompt is not None:
-            cache.cross = self._graphs["cross"].run({"last_hidden_state": prompt})
+            cache.cross = self.graphs["cross"].run({"last_hidden_state": prompt})
         assert cache.prompt_mask is not None
         return cache.run({"inputs_embeds": embeds, "attention_mask": cache.prompt_mask, **cache.cross})
 

@@ -1,4 +1,4 @@
-"""The base of engines that run graphs: loading, exporting and benchmarking, whatever computes the graphs."""
+"""The base class of engines that run graphs: it loads, exports and benchmarks them."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ class GraphEngine(Engine):
         benchmarked: The weights that [`~Engine.contestants`] offers.
     """
 
+    files = (MANIFEST, EMBEDDINGS, "*.xml", "*.bin", "*.onnx", "*.data")
     benchmarked: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
@@ -70,7 +71,7 @@ class GraphEngine(Engine):
         """Return transformers' exporter, its config class, and the quantizer of a graph (`None` for floats)."""
 
     def run_options(self, model: LLM2SLMForConditionalGeneration, weights: str) -> dict[str, Any]:
-        """Return what `load_graphs` needs to know about the model, to be saved in the manifest."""
+        """Return the options of `load_graphs` that depend on the model. The manifest stores them."""
         return {}
 
     def can_load(self, path: str | Path) -> bool:
@@ -91,7 +92,7 @@ class GraphEngine(Engine):
 
     def check_export(self, weights: str) -> None:
         super().check_export(weights)
-        self.check_installed(*(("nncf",) if weights.startswith("int") else ()))
+        self.check_installed(*_quantizer(weights))
         exported_model_class()
 
     def export(
@@ -100,6 +101,12 @@ class GraphEngine(Engine):
         self._write(model, folder, weights, progress)
         progress("loading the result")
         return ExportedLLM2SLM.from_pretrained(folder)
+
+    def output_logits(self, model: ExportedLLM2SLM, prompt: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        cache, logits = model.new_cache(), []  # a graph returns the logits of the last token only
+        for token in output.split(1, dim=1):
+            logits.append(model(input_ids=prompt, decoder_input_ids=token, past_key_values=cache).logits)
+        return torch.cat(logits, dim=1)
 
     def _write(self, model: LLM2SLMForConditionalGeneration, folder: Path, weights: str, progress: Progress) -> None:
         details = {**describe(model, weights), "options": self.run_options(model, weights)}
@@ -131,18 +138,22 @@ class GraphEngine(Engine):
 
     def _contestant(self, weights: str) -> Contestant:
         return Contestant(
-            # It runs on the CPU, whatever the device of the others is.
+            # It always runs on the CPU.
             load=lambda models, folder, device: ExportedLLM2SLM.from_pretrained(folder),
             make=partial(self._make, weights=weights),
             step_bytes=partial(graph_size, name="step"),
-            packages=self.packages,
+            packages=(*self.packages, *_quantizer(weights)),
         )
 
     def _make(self, models: BenchmarkModels, folder: Path, weights: str) -> None:
         self.check_export(weights)
         model = LLM2SLMForConditionalGeneration.from_pretrained(models.llm2slm, dtype=torch.float32).float().eval()
-        folder.mkdir()
         self._write(model, folder, weights, lambda stage: None)
+
+
+def _quantizer(weights: str) -> tuple[str, ...]:
+    """Return the packages that quantize to these weights."""
+    return ("nncf",) if weights.startswith("int") else ()
 
 
 def exported_model_class() -> Any:

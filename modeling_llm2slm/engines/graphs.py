@@ -14,7 +14,7 @@ from ..parts_llm2slm import reading_arguments
 
 
 class PromptGraph(nn.Module):
-    """Prompts `(B, N)`, padded on the right, to what the SLM reads `(B, N, d_slm)`."""
+    """Turns prompts `(B, N)`, padded on the right, into the hidden states `(B, N, d_slm)` that the SLM reads."""
 
     def __init__(self, model: LLM2SLMForConditionalGeneration):
         super().__init__()
@@ -43,7 +43,7 @@ class PromptGraph(nn.Module):
 
 
 class StepGraph(nn.Module):
-    """What a decoder-only SLM reads next `(B, M, d_slm)` to the logits `(B, 1, vocabulary)` of the next token."""
+    """Turns the next embeddings `(B, M, d_slm)` of a decoder-only SLM into logits `(B, 1, vocabulary)`."""
 
     def __init__(self, model: LLM2SLMForConditionalGeneration):
         super().__init__()
@@ -82,7 +82,7 @@ class StepGraph(nn.Module):
 
 
 class CrossGraph(nn.Module):
-    """The output of an encoder-decoder SLM's encoder to the keys and values that each step attends to."""
+    """Turns the output of an encoder-decoder SLM's encoder into the keys and values that each step attends to."""
 
     def __init__(self, model: LLM2SLMForConditionalGeneration):
         super().__init__()
@@ -91,7 +91,7 @@ class CrossGraph(nn.Module):
 
     def forward(self, last_hidden_state: torch.Tensor) -> dict[str, torch.Tensor]:
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        # Any token fills the cache. What else it computes is not returned, so tracing removes it from the graph.
+        # Any token fills the cache. Its other results are not returned, so tracing removes them from the graph.
         token = last_hidden_state[:, :1]
         self.slm.get_decoder()(
             inputs_embeds=token, encoder_hidden_states=last_hidden_state, past_key_values=cache, use_cache=True
@@ -173,7 +173,7 @@ def graphs_of(model: LLM2SLMForConditionalGeneration) -> dict[str, Any]:
 
 
 def dynamic_shapes(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Return the axes of a graph's inputs that vary: rows and lengths. The exporter then need not find them out."""
+    """Return the axes of a graph's inputs that vary: rows and lengths. The exporter then need not infer them."""
     from transformers.exporters.utils import get_leaf_tensors
 
     def vary(tensor: torch.Tensor) -> dict[int, Any]:
@@ -189,7 +189,7 @@ def dynamic_shapes(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def embedding_table(slm: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Return what the SLM's embedding gives for each token `(vocabulary, d_slm)`, including a scale (Gemma)."""
+    """Return the SLM's embedding of each token `(vocabulary, d_slm)`, scaled where the model scales it (Gemma)."""
     embedding = slm.get_input_embeddings()
     with torch.no_grad():
         return embedding(torch.arange(embedding.num_embeddings)).to(dtype).contiguous()

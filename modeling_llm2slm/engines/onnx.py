@@ -40,13 +40,13 @@ class ONNXGraph:
     """A session of ONNX Runtime. Several threads may run it at once."""
 
     def __init__(self, runner: Any):
-        self._runner = runner
+        self.runner = runner
 
     def run(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return self._runner(**inputs)
+        return self.runner(**inputs)
 
     def new_state(self) -> ONNXState:
-        return ONNXState(self._runner)
+        return ONNXState(self.runner)
 
 
 class ONNXState:
@@ -74,7 +74,7 @@ class ONNXState:
 
 
 def _quantizer(weights: str, is_step: bool) -> Any:
-    """Quantize to what ONNX Runtime computes: int8 by its own tools; int4, in the step only, as `MatMulNBits`."""
+    """Return the quantizer: ONNX Runtime's own for int8; NNCF for int4 (`MatMulNBits`), in the step only."""
     if not weights.startswith("int"):
         return None
     from transformers.exporters import NNCFOnnxQuantizer, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer

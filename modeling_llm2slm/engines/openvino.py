@@ -64,7 +64,7 @@ class OpenVINOGraph:
     """A compiled graph. Threads that run it wait for one another."""
 
     def __init__(self, compiled_model: Any):
-        self._model = compiled_model
+        self.compiled_model = compiled_model
         self._request = compiled_model.create_infer_request()
         self._lock = threading.Lock()
 
@@ -74,7 +74,7 @@ class OpenVINOGraph:
         return {port.any_name: torch.from_numpy(values) for port, values in outputs.items()}
 
     def new_state(self) -> OpenVINOState:
-        return OpenVINOState(self._model)
+        return OpenVINOState(self.compiled_model)
 
 
 class OpenVINOState:

@@ -19,8 +19,9 @@ from transformers import (
 
 from ..files_llm2slm import first_line
 from ..inference.engine import DEFAULT, BenchmarkModels, Contestant, Engine, LoadOptions
+from ..inference.families import DecoderOnlyTextToText, EncoderDecoderTextToText, LLM2SLMTextToText
 from ..inference.model import LLM2SLMForConditionalGeneration
-from ..inference.text_to_text import DecoderOnlyTextToText, EncoderDecoderTextToText, LLM2SLMTextToText, TextToText
+from ..inference.text_to_text import TextToText
 from ..states.loading import load, load_model
 from ..states.without_llm import LLM2SLMWithoutLLM
 from .quantization import quantize
@@ -30,6 +31,7 @@ class PyTorchEngine(Engine):
     """PyTorch with transformers' models. It loads every checkpoint that no other engine claims."""
 
     name = DEFAULT
+    files = ("*.safetensors", "*.bin")
 
     def can_load(self, path: str | Path) -> bool:
         return True

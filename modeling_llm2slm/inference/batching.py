@@ -15,7 +15,7 @@ import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-OutputId = tuple[int, int]  # the number of a distinct prompt, and the number of one of its outputs
+OutputId = tuple[int, int]  # the index of a distinct prompt, and the index of one of its samples
 
 
 @dataclass(frozen=True)
@@ -62,34 +62,34 @@ class PromptTable:
         self.outputs: list[OutputId] = []
         self._counts: list[int] = []
         self._keys: list[str] = []
-        self._numbers: dict[str, int] = {}
+        self._indices: dict[str, int] = {}
 
     def add(self, prompts: Sequence[str], measure: Callable[[list[int]], Sequence[int]]) -> None:
         """Add rows. `measure` gets the indices in `prompts` of those that are new, and returns their lengths."""
         new: list[int] = []
         for index, prompt in enumerate(prompts):
             key = hashlib.blake2b(prompt.encode(), digest_size=16).hexdigest()
-            number = self._numbers.setdefault(key, len(self._keys))
-            if number == len(self._keys):
+            prompt_index = self._indices.setdefault(key, len(self._keys))
+            if prompt_index == len(self._keys):
                 self._keys.append(key)
                 self._counts.append(0)
                 self.rows.append(len(self.outputs))
                 new.append(index)
-            if self.sampled or not self._counts[number]:
-                self._counts[number] += 1
-            self.outputs.append((number, self._counts[number] - 1))
+            if self.sampled or not self._counts[prompt_index]:
+                self._counts[prompt_index] += 1
+            self.outputs.append((prompt_index, self._counts[prompt_index] - 1))
         self.lengths += measure(new)
 
     def key(self, output: OutputId) -> str:
         """Return the key under which an output is stored. It does not depend on the row."""
-        number, sample = output
-        return f"{self._keys[number]}-{sample}" if self.sampled else self._keys[number]
+        prompt_index, sample_index = output
+        return f"{self._keys[prompt_index]}-{sample_index}" if self.sampled else self._keys[prompt_index]
 
     def fingerprint(self) -> str:
         """Return a hash of all prompts in their order."""
         digest = hashlib.blake2b(digest_size=16)
-        for number, _ in self.outputs:
-            digest.update(self._keys[number].encode())
+        for prompt_index, _ in self.outputs:
+            digest.update(self._keys[prompt_index].encode())
         return digest.hexdigest()
 
     def output_count(self) -> int:
@@ -100,8 +100,8 @@ class PromptTable:
         self, limits: BatchLimits, known: Collection[str] = (), rank: int = 0, world: int = 1
     ) -> list[list[OutputId]]:
         """
-        Return the outputs to generate, from long prompts to short ones, those whose prompts are read together in one
-        list. A sampled output depends on its batch, so such a list contains known outputs too; [`pieces`] leaves them
+        Return the outputs to generate, from long prompts to short ones. A list holds those whose prompts are read
+        together. A sampled output depends on its batch, so a list contains known outputs too; [`pieces`] leaves them
         out.
 
         Args:
@@ -110,13 +110,14 @@ class PromptTable:
             rank: Number of this process.
             world: Number of processes that share the work.
         """
-        order = sorted(range(len(self.rows)), key=lambda number: -self.lengths[number])
+        order = sorted(range(len(self.rows)), key=lambda prompt_index: -self.lengths[prompt_index])
         # Shares are cut from all prompts, not from the missing ones: another process may have started earlier.
         own = list(limits.cut(order, self._length))[rank::world]
         if not self.sampled:
-            missing = [number for batch in own for number in batch if self.key((number, 0)) not in known]
+            mine = [prompt_index for batch in own for prompt_index in batch]
+            missing = [prompt_index for prompt_index in mine if self.key((prompt_index, 0)) not in known]
             own = list(limits.cut(missing, self._length))
-        batches = [[(number, sample) for number in batch for sample in range(self._counts[number])] for batch in own]
+        batches = [[output for prompt_index in batch for output in self._samples(prompt_index)] for batch in own]
         return [batch for batch in batches if any(self.pieces(batch, limits, known))]
 
     def pieces(
@@ -130,13 +131,16 @@ class PromptTable:
             if any(self.key(output) not in known for output in piece):
                 yield piece
 
-    def _length(self, number: int) -> int:
-        return self.lengths[number]
+    def _samples(self, prompt_index: int) -> list[OutputId]:
+        return [(prompt_index, sample_index) for sample_index in range(self._counts[prompt_index])]
+
+    def _length(self, prompt_index: int) -> int:
+        return self.lengths[prompt_index]
 
 
 def prompts_of(batch: Sequence[OutputId]) -> list[int]:
-    """Return the numbers of the distinct prompts of a batch, in order."""
-    return list(dict.fromkeys(number for number, _ in batch))
+    """Return the indices of the distinct prompts of a batch, in order."""
+    return list(dict.fromkeys(prompt_index for prompt_index, _ in batch))
 
 
 def take_rows(values: Any, rows: list[int]) -> Any:

@@ -17,6 +17,7 @@ or at run time with [`register_engine`]. Nothing else has to change: loading, `l
 from __future__ import annotations
 
 import functools
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,8 +27,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from ..files_llm2slm import first_line
+from ..states.fingerprints import checkpoint_fingerprint
 from ..states.store import StateStore
 
+
+logger = logging.getLogger(__name__)
 
 ENTRY_POINTS = "llm2slm.engines"
 DEFAULT = "pytorch"  # loads every checkpoint that no other engine claims
@@ -36,7 +41,20 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """How an engine loads a checkpoint: the arguments of [`TextToText.from_pretrained`], documented there."""
+    """
+    How an engine loads a checkpoint.
+
+    Args:
+        dtype: dtype of the weights. Default: float32, whatever dtype they were saved in; the LLM of an LLM-to-SLM
+            model keeps a dtype of its own.
+        device: Where to put the model. Default: the CPU.
+        prompt_max_length: Truncate prompts to this many tokens. Default: the checkpoint's limit, or never.
+        target_max_length: Truncate targets, and limit outputs, to this many tokens. Default: likewise.
+        states: For an LLM-to-SLM model: a store of the LLM's hidden states. The LLM itself is not loaded.
+        quantize: Quantize the weights: `"int8"` or `"nf4"`, see [`quantize`]. The model can then only generate.
+        keep_llm_dtype: For an LLM-to-SLM model: a frozen LLM keeps the dtype it was saved in, also where that is the
+            SLM's dtype. An LLM that trains is loaded in `dtype`, like the SLM.
+    """
 
     dtype: str | torch.dtype | None = None
     device: str | torch.device | None = None
@@ -67,7 +85,7 @@ class BenchmarkModels:
     The checkpoints that a benchmark compares.
 
     Args:
-        folder: Folder for what contestants make of the two checkpoints.
+        folder: Folder that contestants write to.
         llm: The LLM with its decoder, a folder or a name on the Hub.
         llm2slm: The LLM-to-SLM model, a folder or a name on the Hub.
     """
@@ -86,10 +104,10 @@ class Contestant:
         load: Loads the model on a device, from the checkpoints and the folder where `make` wrote. It returns a model
             with transformers' `generate()`, which is timed token by token, or a function
             `(prompt ids (B, N), new_tokens, num_beams)`, which is timed as a whole. Neither may end early.
-        make: Writes what `load` needs to a folder, once. Default: `load` reads the checkpoints.
-        model: The model that it times: the LLM, the SLM alone, or LLM-to-SLM.
+        make: Writes what `load` needs to an empty folder, once. Default: `load` reads the checkpoints.
+        model: The timed model: the LLM, the SLM alone, or LLM-to-SLM.
         bits: Size on a CPU of the weights that each token reads.
-        step_bytes: Bytes that each token reads, where `bits` does not tell, given the folder that `make` wrote.
+        step_bytes: Returns the bytes that each token reads, given the folder that `make` wrote. Default: `bits` tells.
         packages: Packages that it needs.
     """
 
@@ -115,12 +133,16 @@ class Engine(ABC):
         packages: Packages that it needs, as `pip` names them.
         extra: The extra of this package that installs them; empty if no extra does.
         weights: The formats in which [`~Engine.export`] stores weights; empty if the engine exports nothing.
+        files: Patterns of the names of the files that decide outputs, besides `config.json` and
+            `generation_config.json`. An interrupted run resumes only if these files have not changed. Default: all
+            files.
     """
 
     name: ClassVar[str]
     packages: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str] = ""
     weights: ClassVar[Mapping[str, WeightFormat]] = {}
+    files: ClassVar[tuple[str, ...]] = ("*",)
 
     @abstractmethod
     def can_load(self, path: str | Path) -> bool:
@@ -138,7 +160,7 @@ class Engine(ABC):
 
         Args:
             path: A folder, or a name on the Hub.
-            options: How to load it. Refuse with `ValueError` what the engine cannot do.
+            options: How to load it. Raise `ValueError` for an option that the engine does not support.
 
         Returns:
             A [`TextToText`]. One of its subclasses wraps a model with transformers' `generate()`. An engine with a
@@ -161,12 +183,25 @@ class Engine(ABC):
             progress: Called with a few words at every step.
 
         Returns:
-            The written model, loaded from `folder`. The caller compares its logits with those of `model`.
+            The written model, loaded from `folder`. The caller compares its [`~Engine.output_logits`] with those of
+            `model`.
         """
         raise NotImplementedError(f"{self.name} exports nothing.")
 
+    def output_logits(self, model: Any, prompt: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """
+        Return the logits `(1, M, vocabulary)` that follow each token of an output.
+
+        Args:
+            model: The result of [`~Engine.export`]. Override this method unless the model has the `forward()` of
+                [`LLM2SLMForConditionalGeneration`].
+            prompt: Prompt token ids `(1, N)`.
+            output: Output token ids `(1, M)`.
+        """
+        return model(input_ids=prompt, decoder_input_ids=output).logits
+
     def contestants(self) -> Mapping[str, Contestant]:
-        """Return what the engine offers to `llm2slm benchmark`, by name."""
+        """Return the contestants that the engine adds to `llm2slm benchmark`, by name."""
         return {}
 
     def check_installed(self, *more: str) -> None:
@@ -192,34 +227,36 @@ def register_engine(engine: Engine) -> None:
 
 
 def engines() -> dict[str, Engine]:
-    """Return all engines by name, PyTorch first."""
-    found = _installed_engines() | _registered
+    """Return all engines that can be imported by name, PyTorch first."""
+    installed, broken = _installed_engines()
+    found = installed | _registered
+    if DEFAULT in broken:
+        raise _import_error(DEFAULT, broken[DEFAULT])
     if DEFAULT not in found:
         raise ImportError("modeling-llm2slm was installed without its entry points. Install it again with pip.")
     return dict(sorted(found.items(), key=lambda item: (item[0] != DEFAULT, item[0])))
 
 
 def engine(name: str) -> Engine:
-    """Return the engine of this name; `ValueError` if it does not exist."""
-    found = engines()
-    if name not in found:
-        raise ValueError(f"Engine {name!r} does not exist. Choose one of: {', '.join(found)}.")
-    return found[name]
+    """Return the engine of this name; `ValueError` if it does not exist, `ImportError` if it cannot be imported."""
+    return _choose(name, engines(), "does not exist")
 
 
 def exporting_engine(name: str) -> Engine:
-    """Return the engine of this name; `ValueError` if it does not exist or does not export."""
-    found = {name: engine for name, engine in engines().items() if engine.weights}
-    if name not in found:
-        raise ValueError(f"Engine {name!r} does not export. Choose one of: {', '.join(found)}.")
-    return found[name]
+    """Return the engine of this name, like [`engine`]; `ValueError` also if it does not export."""
+    return _choose(name, {name: engine for name, engine in engines().items() if engine.weights}, "does not export")
 
 
 def engine_of(path: str | Path) -> Engine:
-    """Return the engine that loads what is at `path`: the one that claims its format, else PyTorch."""
+    """Return the engine that loads a checkpoint: the one that claims its format, or else PyTorch."""
     found = engines()
     default = found.pop(DEFAULT)
     return next((engine for engine in found.values() if engine.can_load(path)), default)
+
+
+def fingerprint_of(path: str | Path) -> str:
+    """Return [`checkpoint_fingerprint`] of a checkpoint, over the files that its engine reads."""
+    return checkpoint_fingerprint(path, engine_of(path).files)
 
 
 def is_installed(package: str) -> bool:
@@ -231,6 +268,30 @@ def is_installed(package: str) -> bool:
     return True
 
 
+def _choose(name: str, found: Mapping[str, Engine], problem: str) -> Engine:
+    if name in found:
+        return found[name]
+    broken = _installed_engines()[1]
+    if name in broken and name not in _registered:
+        raise _import_error(name, broken[name])
+    raise ValueError(f"Engine {name!r} {problem}. Choose one of: {', '.join(found)}.")
+
+
+def _import_error(name: str, cause: Exception) -> ImportError:
+    error = ImportError(f"Engine {name!r} cannot be loaded: {first_line(cause)}")
+    error.__cause__ = cause
+    return error
+
+
 @functools.cache
-def _installed_engines() -> dict[str, Engine]:
-    return {point.name: point.load()() for point in entry_points(group=ENTRY_POINTS)}
+def _installed_engines() -> tuple[dict[str, Engine], dict[str, Exception]]:
+    """Return the engines of all entry points by name, and the errors of those that cannot be imported."""
+    found: dict[str, Engine] = {}
+    broken: dict[str, Exception] = {}
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            found[point.name] = point.load()()
+        except Exception as error:  # another package's module may raise anything
+            logger.warning(f"Engine {point.name!r} is left out: it cannot be loaded ({first_line(error)}).")
+            broken[point.name] = error
+    return found, broken

@@ -1,14 +1,14 @@
-"""A file of prompts in, a file of outputs out; an interrupted run resumes."""
+"""Generate for a file of prompts, and write a file of outputs. An interrupted run resumes."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from datasets import Dataset
 
 from ..data.atomic import atomic_write
 from ..data.bad_rows import good_rows
-from ..data.loading import ROW, is_jsonl, load_rows, whole_row
+from ..data.formats import is_jsonl, open_file
+from ..data.loading import ROW, load_rows, whole_row
 from ..data.processes import processes
 from ..settings import GenerateFileSettings
-from ..states.fingerprints import checkpoint_fingerprint
 from .batching import BatchLimits, OutputId, PromptTable
+from .engine import fingerprint_of
 from .outputs import OutputParts, one_line, writing
 from .text_to_text import Features, TextToText, is_sampled
 
@@ -80,7 +81,7 @@ def generate_file(
         output: The file to write. A name that ends in `.jsonl` or `.jsonl.gz` gets the rows of the data with the
             outputs in a column of their own, which replaces a column of that name; any other name gets one output per
             line.
-        settings: What to read and how to generate.
+        settings: Which columns to read, and how to generate.
         progress: Called with the number of outputs so far and in all.
         generate_kwargs: Arguments of `model.generate()`, in addition to `settings.generate_kwargs()`.
 
@@ -107,8 +108,8 @@ def generate_file(
     counts = _Counts(text_to_text, table, parts, generate_kwargs.get("max_new_tokens", 0), world, progress)
     prompts = rows.select_columns([settings.prompt_column])
 
-    def features_of(numbers: list[int]) -> Features:
-        return text_to_text.features(prompts[numbers][settings.prompt_column])
+    def features_of(indices: list[int]) -> Features:
+        return text_to_text.features(prompts[indices][settings.prompt_column])
 
     start = time.perf_counter()
     options = {"overlap": settings.overlap, "seed": settings.seed, "known": parts.outputs, **generate_kwargs}
@@ -179,18 +180,18 @@ def _fitting_rows(
     generate_kwargs: dict[str, Any],
 ) -> tuple[Dataset, PromptTable]:
     """Return the rows that fit into the model's positions, and their prompts. Others are reported as bad rows."""
-    numbers, rows = rows[ROW][:], rows.remove_columns(ROW)
+    row_numbers, rows = rows[ROW][:], rows.remove_columns(ROW)
     sampled, new_tokens = is_sampled(text_to_text, generate_kwargs), generate_kwargs.get("max_new_tokens", 0)
     table = _table(text_to_text, rows.select_columns([settings.prompt_column]), sampled)
     problems = [text_to_text.position_problem(length, new_tokens) for length in table.lengths]
     bad = {
         row: f"is too long: {problem}"
-        for row, (number, _) in enumerate(table.outputs)
-        if (problem := problems[number])
+        for row, (prompt_index, _) in enumerate(table.outputs)
+        if (problem := problems[prompt_index])
     }
     if not bad:
         return rows, table
-    rows = rows.select(good_rows(str(data), numbers, bad, settings.skip_bad_rows))
+    rows = rows.select(good_rows(str(data), row_numbers, bad, settings.skip_bad_rows))
     return rows, _table(text_to_text, rows.select_columns([settings.prompt_column]), sampled)
 
 
@@ -198,12 +199,15 @@ def _table(text_to_text: TextToText, prompts: Dataset, sampled: bool) -> PromptT
     table = PromptTable(sampled)
     for batch in prompts.iter(batch_size=1000):
         (texts,) = batch.values()
-
-        def lengths(new: list[int], texts: list[str] = texts) -> list[int]:
-            return [len(ids) for ids in text_to_text.features([texts[index] for index in new])["input_ids"]]
-
-        table.add(texts, lambda new: lengths(new) if new else [])
+        table.add(texts, partial(_lengths, text_to_text, texts))
     return table
+
+
+def _lengths(text_to_text: TextToText, texts: Sequence[str], indices: Sequence[int]) -> list[int]:
+    """Return the lengths, in tokens, of the texts with these indices."""
+    if not indices:
+        return []
+    return [len(ids) for ids in text_to_text.features([texts[index] for index in indices])["input_ids"]]
 
 
 def _run_settings(
@@ -213,8 +217,8 @@ def _run_settings(
     settings: GenerateFileSettings,
     generate_kwargs: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return what an output depends on besides its prompt."""
-    run = {"model": checkpoint_fingerprint(model), "texts": text_to_text.fingerprint(), **generate_kwargs}
+    """Return the settings that an output depends on, in addition to its prompt."""
+    run = {"model": fingerprint_of(model), "texts": text_to_text.fingerprint(), **generate_kwargs}
     if table.sampled:  # a sampled output depends on its batch
         run |= {"seed": settings.seed, "rows": settings.batch_size, "tokens": settings.batch_tokens}
         run["data"] = table.fingerprint()
@@ -234,11 +238,10 @@ def _finish(output: Path, rows: Dataset, column: str, table: PromptTable, parts:
 
 
 def _write(output: Path, rows: Dataset, column: str, outputs: Iterator[str]) -> None:
-    opener: Any = gzip.open if output.suffix == ".gz" else open
     # Halves of surrogate pairs, which UTF-8 cannot encode, are escaped, as in the JSON that they came from.
     with (
         atomic_write(output) as temporary,
-        opener(temporary, "wt", encoding="utf-8", errors="backslashreplace") as file,
+        open_file(temporary, "wt", encoding="utf-8", errors="backslashreplace") as file,
     ):
         if not is_jsonl(output):
             file.writelines(one_line(text) + "\n" for text in outputs)

@@ -16,7 +16,7 @@ class OutputParts:
 
     Args:
         output: The final file. Parts are written to its folder.
-        settings: What an output depends on besides its prompt.
+        settings: The settings that an output depends on, in addition to its prompt.
         rank: Number of this process.
         overwrite: Remove parts of other settings.
 
@@ -97,7 +97,7 @@ def one_line(text: str) -> str:
 
 @contextmanager
 def writing(path: Path, advice: str) -> Iterator[None]:
-    """Turn a failure to write into an `OSError` that names the file, the cause and what to do."""
+    """Turn a failure to write into an `OSError` that names the file, the cause and the fix."""
     try:
         yield
     except OSError as error:

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
-import logging
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
-from ..configuration_llm2slm import check_length
-from ..data.collator import DataCollatorForLLM2SLM
 from ..data.order import seeded
 from ..states.fingerprints import tokenizer_fingerprint
 from ..states.store import StateStore
 from .batching import BatchLimits, OutputId, PromptTable, can_overlap, one_ahead, prompts_of, take_rows
 from .engine import LoadOptions, engine_of
-from .parts import Part, composite_parts, count_parameters, decoding_modules, part_of
+from .parts import Part, count_parameters, decoding_modules, part_of
+from .text_stream import StreamedText
 
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_NEW_TOKENS = 128
 Features = dict[str, list[list[int]]]
@@ -61,9 +55,11 @@ class TextToText:
     Attributes:
         tokenizer: The tokenizer of targets and outputs.
         states: The store that replaces the LLM, if the model was loaded without it.
+        is_llm2slm: Whether the model is an LLM-to-SLM model.
     """
 
     states: StateStore | None = None
+    is_llm2slm = False
     _padding_side = "right"
 
     def __init__(
@@ -80,30 +76,13 @@ class TextToText:
         self.tokenizer: PreTrainedTokenizerBase = getattr(processor, "decoder_tokenizer", processor)
 
     @staticmethod
-    def from_pretrained(
-        path: str | Path,
-        dtype: str | torch.dtype | None = None,
-        device: str | torch.device | None = None,
-        prompt_max_length: int | None = None,
-        target_max_length: int | None = None,
-        states: StateStore | None = None,
-        quantize: str | None = None,
-        keep_llm_dtype: bool = False,
-    ) -> TextToText:
+    def from_pretrained(path: str | Path, **options: Any) -> TextToText:
         """
         Load a checkpoint of any kind, with the engine that it was written for.
 
         Args:
             path: A folder, or the name of a model on the Hub.
-            dtype: dtype of the weights. Default: float32, whatever dtype they were saved in; the LLM of an LLM-to-SLM
-                model keeps a dtype of its own.
-            device: Where to put the model. Default: the CPU.
-            prompt_max_length: Truncate prompts to this many tokens. Default: the checkpoint's limit, or never.
-            target_max_length: Truncate targets, and limit outputs, to this many tokens. Default: likewise.
-            states: For an LLM-to-SLM model: a store of the LLM's hidden states. The LLM itself is not loaded.
-            quantize: Quantize the weights: `"int8"` or `"nf4"`, see [`quantize`]. The model can then only generate.
-            keep_llm_dtype: For an LLM-to-SLM model: a frozen LLM keeps the dtype it was saved in, also where that is
-                the SLM's dtype. An LLM that trains is loaded in `dtype`, like the SLM.
+            options: How to load it: the arguments of [`LoadOptions`], such as `dtype` and `device`.
 
         Raises:
             ImportError: If the checkpoint's engine, or the library that quantizes, is not installed.
@@ -111,16 +90,7 @@ class TextToText:
             ValueError: If the model does not generate text, the device does not exist, or the store belongs to another
                 LLM.
         """
-        options = LoadOptions(
-            dtype=dtype,
-            device=device,
-            prompt_max_length=prompt_max_length,
-            target_max_length=target_max_length,
-            states=states,
-            quantize=quantize,
-            keep_llm_dtype=keep_llm_dtype,
-        )
-        return engine_of(path).load(path, options)
+        return engine_of(path).load(path, LoadOptions(**options))
 
     def save_pretrained(self, path: str | Path, **kwargs: Any) -> None:
         """
@@ -191,7 +161,7 @@ class TextToText:
         Args:
             table: The prompts.
             batches: The outputs to generate, see [`PromptTable.batches`].
-            features_of: Returns the features, see [`~TextToText.features`], of rows given by their numbers.
+            features_of: Returns the features, see [`~TextToText.features`], of rows given by their indices.
             limits: Size of a batch of outputs.
             overlap: Read a batch in a thread while the one before is generated. Outputs do not change. Default: if the
                 model is on an accelerator, or leaves a core of the CPU free.
@@ -204,18 +174,18 @@ class TextToText:
         """
 
         def read(batch: Sequence[OutputId]) -> dict[str, Any]:
-            return self.read(features_of([table.rows[number] for number in prompts_of(batch)]))
+            return self.read(features_of([table.rows[prompt_index] for prompt_index in prompts_of(batch)]))
 
         if overlap is None:
             overlap = can_overlap(getattr(self.model, "device", None))
         for batch, inputs in zip(batches, one_ahead(read, batches, overlap), strict=True):
-            index = {number: index for index, number in enumerate(prompts_of(batch))}
+            row_of = {prompt_index: row for row, prompt_index in enumerate(prompts_of(batch))}
             for piece in table.pieces(batch, limits, known):
                 if seed is not None:
                     # Seeded by the row, so that the rest of an interrupted run is sampled as without interruption.
-                    number, sample = piece[0]
-                    torch.manual_seed(seeded(seed, table.rows[number], sample).initial_seed())
-                chosen = take_rows(inputs, [index[number] for number, _ in piece])
+                    prompt_index, sample_index = piece[0]
+                    torch.manual_seed(seeded(seed, table.rows[prompt_index], sample_index).initial_seed())
+                chosen = take_rows(inputs, [row_of[prompt_index] for prompt_index, _ in piece])
                 yield piece, self.write(chosen, **generate_kwargs)
 
     def stream(self, prompt: str, **generate_kwargs: Any) -> Iterator[str]:
@@ -225,23 +195,30 @@ class TextToText:
         Args:
             prompt: The prompt.
             generate_kwargs: As for [`~TextToText.generate`]. Beam search (`num_beams` above 1) cannot stream.
+
+        Yields:
+            Pieces of text. Joined, they equal the output of [`~TextToText.generate`]. Closing the generator early
+            stops the model.
         """
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         features, generate_kwargs = self._prepare([prompt], generate_kwargs)
-        inputs = self.read(features)
+        inputs, text = self.read(features), StreamedText(self.tokenizer)
+        criteria = StoppingCriteriaList([*(generate_kwargs.pop("stopping_criteria", None) or ()), text.stopping])
         errors: list[BaseException] = []
 
         def write() -> None:
             try:
-                self.model.generate(**inputs, streamer=streamer, **generate_kwargs)
+                self.model.generate(**inputs, streamer=text, stopping_criteria=criteria, **generate_kwargs)
             except BaseException as error:
                 errors.append(error)
-                streamer.end()
+                text.end()
 
         thread = threading.Thread(target=write, daemon=True)
         thread.start()
-        yield from streamer
-        thread.join()
+        try:
+            yield from text
+        finally:  # the caller may close the generator early
+            text.stop()
+            thread.join()
         if errors:
             raise errors[0]
 
@@ -281,14 +258,14 @@ class TextToText:
 
     @property
     def collator(self) -> Any:
-        """What pads a list of features to a batch for a Trainer."""
+        """The data collator for a Trainer, which pads a list of features to a batch."""
         return DataCollatorForSeq2Seq(self.tokenizer, model=self.model)
 
     def fingerprint(self) -> str:
         """Return a hash of everything that features and their problems depend on."""
         reader = getattr(self.processor, "tokenizer", self.processor)
         parts = [type(self).__name__, tokenizer_fingerprint(reader), tokenizer_fingerprint(self.tokenizer)]
-        parts += [str(self.prompt_max_length), str(self.target_max_length), str(self._positions)]
+        parts += [str(self.prompt_max_length), str(self.target_max_length), str(self.max_positions)]
         parts.append(str(getattr(self.model.config, "llm_positions", None)))
         return hashlib.sha256("|".join([*parts, str(self.states and self.states.description)]).encode()).hexdigest()
 
@@ -307,9 +284,14 @@ class TextToText:
         """
         defaults = getattr(self.model, "generation_config", None)
         own = self.target_max_length or getattr(defaults, "max_new_tokens", None)
-        limit = own or min(DEFAULT_MAX_NEW_TOKENS, (self._positions or sys.maxsize) // 2)
+        limit = own or min(DEFAULT_MAX_NEW_TOKENS, (self.max_positions or sys.maxsize) // 2)
         limits = {} if "max_length" in generate_kwargs else {"max_new_tokens": limit}
         return {**limits, **generate_kwargs}
+
+    @property
+    def max_positions(self) -> int | None:
+        """The number of positions that prompt and output share; `None` without a limit. A subclass may override it."""
+        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
     def check_positions(self, prompt_length: int, new_tokens: int) -> None:
         """Raise `ValueError` if a prompt and an output of these lengths need more positions than the model has."""
@@ -349,19 +331,14 @@ class TextToText:
 
     @property
     def _generating_model(self) -> Any:
-        """The model that generates tokens: all of it, or the SLM of an LLM-to-SLM model."""
+        """The model that generates tokens: the whole model, or the SLM of an LLM-to-SLM model."""
         return self.model
-
-    @property
-    def _positions(self) -> int | None:
-        """The number of positions that prompt and output share; `None` without a limit."""
-        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
     def _problem(self, input_ids: list[int], labels: list[int]) -> str | None:
         return None
 
     def _outputs(self, generated: torch.Tensor, inputs: Any) -> torch.Tensor:
-        """Cut off what `generate()` returns before the output."""
+        """Remove the tokens that `generate()` returns before the output."""
         raise NotImplementedError
 
     def _until_end(self, tokens: list[int]) -> list[int]:
@@ -369,191 +346,7 @@ class TextToText:
         return tokens[: tokens.index(end) + 1] if end in tokens else tokens
 
 
-class EncoderDecoderTextToText(TextToText):
-    """An encoder-decoder model, such as a T5."""
-
-    def features(self, prompts: list[str], targets: list[str] | None = None) -> Features:
-        features = {"input_ids": self._encode("prompts", self.prompt_max_length, text=list(prompts))}
-        features["attention_mask"] = [[1] * len(ids) for ids in features["input_ids"]]
-        if targets is not None:
-            features["labels"] = self._encode("targets", self.target_max_length, text_target=list(targets))
-        return features
-
-    @torch.no_grad()
-    def read(self, features: Features) -> dict[str, Any]:
-        # Token ids stay in the inputs: some logits processors, and an assistant model, read the prompt.
-        inputs = super().read(features)
-        return {**inputs, "encoder_outputs": self._encode_prompts(inputs)}
-
-    def check_positions(self, prompt_length: int, new_tokens: int) -> None:
-        check_length(self.model.config, prompt_length, new_tokens)
-
-    def _encode_prompts(self, inputs: dict[str, Any]) -> Any:
-        return self.model.get_encoder()(**inputs, return_dict=True)
-
-    def _problem(self, input_ids: list[int], labels: list[int]) -> str | None:
-        problem = self.position_problem(len(input_ids), len(labels))
-        return problem and f"is too long: {problem}"
-
-    def _outputs(self, generated: torch.Tensor, inputs: Any) -> torch.Tensor:
-        return generated[:, 1:]  # the start token
-
-    def _encode(self, what: str, max_length: int | None, **texts: list[str]) -> list[list[int]]:
-        ids = self.processor(**texts, verbose=False)["input_ids"]
-        if not _warn_of_truncation(what, ids, max_length):
-            return ids
-        return self.processor(**texts, truncation=True, max_length=max_length)["input_ids"]
-
-
-class LLM2SLMTextToText(EncoderDecoderTextToText):
-    """An LLM-to-SLM model with its [`LLM2SLMProcessor`], which truncates prompts and targets."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        for name in ("prompt_max_length", "target_max_length"):
-            if getattr(self, name) is None:
-                setattr(self, name, getattr(self.processor, name))
-            setattr(self.processor, name, getattr(self, name))
-
-    @property
-    def collator(self) -> Any:
-        return DataCollatorForLLM2SLM(self.processor, model=self.model, states=self.states)
-
-    def features(self, prompts: list[str], targets: list[str] | None = None) -> Features:
-        return dict(self.processor(text=list(prompts), text_target=None if targets is None else list(targets)))
-
-    def check_positions(self, prompt_length: int, new_tokens: int) -> None:
-        if not prompt_length:
-            raise ValueError("The prompt is empty.")
-        self.model.config.check_llm_length(prompt_length)
-        self.model.config.check_length(prompt_length, new_tokens)
-
-    def parts(self) -> list[Part]:
-        return composite_parts(self.model)
-
-    @property
-    def _generating_model(self) -> Any:
-        return self.model.decoder
-
-    def pad(self, features: Features) -> Any:
-        inputs = super().pad(features)
-        if self.states is not None:
-            inputs["llm_hidden_states"] = self.states.batch(inputs["input_ids"], inputs["attention_mask"])
-        return inputs
-
-    def _encode_prompts(self, inputs: dict[str, Any]) -> Any:
-        return self.model.encode_prompt(**inputs)
-
-    def _problem(self, input_ids: list[int], labels: list[int]) -> str | None:
-        config = self.model.config
-        if not input_ids:
-            return "has an empty prompt"
-        if self.states is not None and input_ids not in self.states:
-            return (
-                f"is not in {self.states.path}, which was made from other data or with another prompt_max_length: "
-                "encode all training and validation data, with the prompt_max_length of the recipe"
-            )
-        if config.llm_positions is not None and len(input_ids) > config.llm_positions:
-            return f"has a prompt of {len(input_ids)} tokens, but the LLM has {config.llm_positions} positions"
-        if not config.fits(len(input_ids), len(labels)):
-            return f"has {len(input_ids) + len(labels)} tokens, but the SLM has {self._positions} positions"
-        return None
-
-
-class DecoderOnlyTextToText(TextToText):
-    """
-    A decoder-only model, such as a GPT-2, on sequences of the form `[prompt] [separator] [target] [end]`.
-
-    The separator is the tokenizer's start token, or its end token if it has no start token. Only the target and its
-    end token count in the loss. Prompts are padded on the left for generation.
-    """
-
-    _padding_side = "left"
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        if self.tokenizer.pad_token_id is None:  # padding is masked, so any id will do
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-
-    @property
-    def collator(self) -> Any:
-        if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
-            return super().collator
-        return DataCollatorForTargets(self.tokenizer)
-
-    def features(self, prompts: list[str], targets: list[str] | None = None) -> Features:
-        separator, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        separator = end if separator is None else separator
-        inputs = [ids + [separator] for ids in self._encode("prompts", prompts, self.prompt_max_length)]
-        features = {"input_ids": inputs}
-        if targets is not None:
-            longest = None if self.target_max_length is None else self.target_max_length - 1
-            labels = [ids + [end] for ids in self._encode("targets", targets, longest)]
-            examples = list(zip(inputs, labels, strict=True))
-            features["input_ids"] = [prompt + target for prompt, target in examples]
-            features["labels"] = [[-100] * len(prompt) + target for prompt, target in examples]
-        features["attention_mask"] = [[1] * len(ids) for ids in features["input_ids"]]
-        return features
-
-    def check_positions(self, prompt_length: int, new_tokens: int) -> None:
-        length = prompt_length + new_tokens
-        if self._positions is not None and length > self._positions:
-            raise ValueError(
-                f"Prompt and output have {length} tokens together, but the model has {self._positions} positions. "
-                "Set prompt_max_length, target_max_length or max_new_tokens."
-            )
-
-    def _problem(self, input_ids: list[int], labels: list[int]) -> str | None:
-        if self._positions is None or len(input_ids) <= self._positions:
-            return None
-        return f"has {len(input_ids)} tokens, but the model has {self._positions} positions"
-
-    def _outputs(self, generated: torch.Tensor, inputs: Any) -> torch.Tensor:
-        return generated[:, inputs["input_ids"].shape[1] :]
-
-    def _encode(self, what: str, texts: list[str], max_length: int | None) -> list[list[int]]:
-        ids = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        _warn_of_truncation(what, ids, max_length)
-        return [row[:max_length] for row in ids]
-
-
-@dataclass
-class DataCollatorForTargets:
-    """
-    Pads batches for a decoder-only model so that it computes logits for targets only, which saves most of the work on
-    short texts.
-
-    The left side is padded, so that all targets of a batch end together, and `logits_to_keep` counts back from there.
-
-    Args:
-        tokenizer: The tokenizer that pads.
-
-    Returns:
-        `input_ids`, `attention_mask` and `position_ids` `(B, N)`, `labels` `(B, K)`, and K as `logits_to_keep`: one
-        more than the length of the longest target, since the separator predicts its first token.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        inputs = [{name: row[name] for name in ("input_ids", "attention_mask")} for row in features]
-        batch = dict(self.tokenizer.pad(inputs, padding_side="left", return_tensors="pt", verbose=False))
-        batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        targets = [[label for label in row["labels"] if label != -100] for row in features]
-        kept = 1 + max(map(len, targets))
-        batch["labels"] = torch.tensor([[-100] * (kept - len(target)) + target for target in targets])
-        return {**batch, "logits_to_keep": kept}
-
-
 def is_sampled(text_to_text: TextToText, generate_kwargs: Mapping[str, Any]) -> bool:
     """Return whether two outputs for one prompt may differ."""
     default = getattr(getattr(text_to_text.model, "generation_config", None), "do_sample", False)
     return bool(generate_kwargs.get("do_sample", default))
-
-
-def _warn_of_truncation(what: str, rows: list[list[int]], max_length: int | None) -> bool:
-    """Warn of texts that are truncated, and return whether there are any."""
-    cut = 0 if max_length is None else sum(len(row) > max_length for row in rows)
-    if cut:
-        logger.warning(f"{cut} of {len(rows)} {what} are longer than {max_length} tokens and were truncated.")
-    return cut > 0

@@ -1,11 +1,10 @@
 """
 Serve a model over HTTP.
 
-| module | what lives there |
+| module | content |
 | --- | --- |
 | `schema.py` | requests and responses: fields, bounds, errors |
 | `app.py` | the routes |
-| `scheduler.py` | the queue, its batches, and what ends each output |
-| `text_stream.py` | text decoded while tokens arrive |
+| `scheduler.py` | the queue, its batches, and the end of each output |
 | `server.py` | the socket, and signals |
 """

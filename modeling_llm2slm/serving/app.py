@@ -40,11 +40,11 @@ DEFAULT_MAX_PROMPT_TOKENS, DEFAULT_MAX_NEW_TOKENS = 2048, 1024
 
 class Service:
     """
-    The routes of the server, and what they share.
+    The routes of the server, and their shared state.
 
     Args:
         text_to_text: The model. It no longer truncates prompts: those that are too long are refused.
-        settings: What the server does and what it refuses.
+        settings: Settings and limits of the server.
 
     Attributes:
         batcher: Generates for the prompts of all requests.
@@ -64,7 +64,7 @@ class Service:
         self.open: set[_Completions] = set()
         self._registry = CollectorRegistry()
         self._registry.register(_BatcherMetrics(self.batcher))
-        # One thread, because a tokenizer must not be used by two at once.
+        # One thread, because two threads must not use a tokenizer at the same time.
         self._tokenizing = ThreadPoolExecutor(1)
 
     def abandon(self) -> None:
@@ -226,7 +226,7 @@ class _Completions:
                 job.cancel()
 
     def _sender(self, index: int) -> Callable[[Piece | Exception], None]:
-        """Return what the batcher's thread calls with the pieces of prompt `index`."""
+        """Return the function that the batcher's thread calls with each piece of prompt `index`."""
 
         def send(piece: Piece | Exception) -> None:
             if not self._loop.is_closed():

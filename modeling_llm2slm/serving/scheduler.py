@@ -26,9 +26,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ..inference.text_stream import TextStream
 from ..inference.text_to_text import TextToText
 from ..settings import ServeSettings
-from .text_stream import TextStream
 
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ class Batcher:
     Generates in a thread of its own, for prompts that arrive together in one batch.
 
     Args:
-        text_to_text: The model; nothing else may use it meanwhile.
+        text_to_text: The model. Only the batcher may use it.
         settings: Its `max_batch`, `max_wait`, `max_queue` and `num_beams`. With beams, each output is sent whole, and
             a batch holds only prompts with the same `max_tokens`.
 

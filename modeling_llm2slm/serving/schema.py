@@ -23,6 +23,10 @@ from starlette.exceptions import HTTPException
 from .scheduler import Decoding, FinishReason, Piece
 
 
+NEUTRAL_VALUES: dict[str, Any] = {
+    "n": 1, "best_of": 1, "echo": False, "logprobs": None, "suffix": "", "presence_penalty": 0,
+    "frequency_penalty": 0, "logit_bias": {},
+}  # fmt: skip
 HALF_A_CHARACTER = "The request contains half of a surrogate pair, which is not a character. Send whole characters."
 
 
@@ -32,7 +36,7 @@ class RequestError(HTTPException):
 
     Args:
         status: The HTTP status.
-        message: One sentence that says what is wrong, and how to fix it.
+        message: One sentence that names the problem and the fix.
         param: The field of the request that is wrong.
         headers: More headers of the response.
     """
@@ -47,7 +51,7 @@ class RequestError(HTTPException):
 @dataclass(frozen=True)
 class Limits:
     """
-    What a server accepts.
+    Limits of the requests that a server accepts.
 
     Args:
         model: The name of the model.
@@ -74,15 +78,11 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _only(*neutral: Any) -> AfterValidator:
-    """Accept the values of an unsupported field that change nothing."""
-
-    def check(value: Any) -> Any:
-        if value is not None and value not in neutral:
-            raise PydanticCustomError("extra_forbidden", "not supported")
-        return value
-
-    return AfterValidator(check)
+def _only_neutral(value: Any, info: ValidationInfo) -> Any:
+    """Accept the value of an unsupported field that changes nothing."""
+    if value is not None and value != NEUTRAL_VALUES[info.field_name or ""]:
+        raise PydanticCustomError("extra_forbidden", "not supported")
+    return value
 
 
 def _sentence(message: str) -> PydanticCustomError:
@@ -91,12 +91,13 @@ def _sentence(message: str) -> PydanticCustomError:
 
 Text = Annotated[str, AfterValidator(_whole_characters)]
 Texts = Annotated[list[Text], Field(fail_fast=True), BeforeValidator(_as_list)]
+Unsupported = Annotated[Any, AfterValidator(_only_neutral)]
 StopText = Annotated[Text, Field(min_length=1)]
 StopTexts = Annotated[list[StopText], Field(fail_fast=True), BeforeValidator(_as_list), Field(max_length=4)]
 
 
 class StreamOptions(BaseModel):
-    """Options of a stream: `include_usage` ends it with the numbers of tokens."""
+    """Options of a stream: `include_usage` adds token counts at the end."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -107,8 +108,7 @@ class CompletionRequest(BaseModel):
     """
     The body of a request. Each description completes the error "... is ..., but it must be ...".
 
-    A field that is not declared is refused. The last eight exist for clients that send OpenAI's defaults: any other
-    value of theirs is refused.
+    A field that is not declared is refused. The last eight accept only OpenAI's defaults, which some clients send.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -124,14 +124,14 @@ class CompletionRequest(BaseModel):
     stream_options: StreamOptions | None = Field(None, description="an object with include_usage, true or false")
     user: Any = None
 
-    n: Annotated[Any, _only(1)] = None
-    best_of: Annotated[Any, _only(1)] = None
-    echo: Annotated[Any, _only(False)] = None
-    logprobs: Annotated[Any, _only()] = None
-    suffix: Annotated[Any, _only("")] = None
-    presence_penalty: Annotated[Any, _only(0)] = None
-    frequency_penalty: Annotated[Any, _only(0)] = None
-    logit_bias: Annotated[Any, _only({})] = None
+    n: Unsupported = None
+    best_of: Unsupported = None
+    echo: Unsupported = None
+    logprobs: Unsupported = None
+    suffix: Unsupported = None
+    presence_penalty: Unsupported = None
+    frequency_penalty: Unsupported = None
+    logit_bias: Unsupported = None
 
     @field_validator("prompt")
     @classmethod
@@ -157,7 +157,7 @@ class CompletionRequest(BaseModel):
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with the numbers of tokens."""
+        """Whether a stream ends with token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def decoding(self, default_max_tokens: int) -> Decoding:
@@ -192,7 +192,7 @@ def parse_request(body: bytes, limits: Limits) -> CompletionRequest:
 
 
 def _message(error: ErrorDetails, limits: Limits) -> str:
-    """Return one sentence on an error of pydantic's."""
+    """Return an error of pydantic as one sentence."""
     kind, path = error["type"], ".".join(map(str, error["loc"]))
     if kind == "sentence":
         return error["msg"]
@@ -220,7 +220,7 @@ class Choice(BaseModel):
 
 
 class Usage(BaseModel):
-    """The numbers of tokens of a request, summed over its prompts. End tokens are included."""
+    """Token counts of a request, summed over its prompts. End tokens are included."""
 
     prompt_tokens: int
     completion_tokens: int

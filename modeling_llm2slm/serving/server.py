@@ -75,7 +75,7 @@ def serve(
 
     Args:
         text_to_text: The model.
-        settings: What the server does and what it refuses.
+        settings: Settings and limits of the server.
         sock: A socket from [`bind`].
         ready: Called when the server takes requests.
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from contextlib import ExitStack
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,6 @@ from ..checkpoint_llm2slm import LLM_PREFIX
 from ..files_llm2slm import weight_files
 
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".xml", ".onnx", ".data")
 PROBE = "The quick (brown) fox's 3,14 €: Äpfel, naïve\n\tdef f(x): return x**2  # 日本語 🙂"
 
 
@@ -74,11 +75,14 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256((content + backend.to_str()).encode()).hexdigest()
 
 
-def checkpoint_fingerprint(model: str | Path) -> str:
-    """Return SHA-256 of the files of a checkpoint that decide its outputs: weights and configs."""
+def checkpoint_fingerprint(model: str | Path, weights: Collection[str]) -> str:
+    """
+    Return SHA-256 of the files of a checkpoint that decide its outputs: its configs, and the files whose names match
+    one of the patterns `weights`. [`fingerprint_of`] takes the patterns from the checkpoint's engine.
+    """
     folder, digest = checkpoint_folder(model), hashlib.sha256()
     files = [folder / "config.json", folder / "generation_config.json"]
-    files += [path for path in sorted(folder.rglob("*")) if path.suffix in WEIGHT_SUFFIXES]
+    files += sorted(path for path in folder.rglob("*") if any(fnmatch(path.name, pattern) for pattern in weights))
     for path in files:
         name = path.relative_to(folder)
         if path.is_file() and not name.parts[0].startswith("checkpoint-"):  # a training keeps these in its output

@@ -36,7 +36,7 @@ def one_sentence(path: str | Path) -> Iterator[None]:
 
 
 def _cause(path: str, error: Exception) -> str:
-    """Return what went wrong. For a missing folder, transformers reports a bad name or an unreachable Hub instead."""
+    """Return the cause of an error. For a missing folder, transformers reports a bad name or an unreachable Hub."""
     if Path(path).exists():
         return first_line(error)
     if path.endswith(".json"):

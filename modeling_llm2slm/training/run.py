@@ -82,7 +82,7 @@ def _train(
 ) -> dict[str, Any]:
     text_to_text = load_to_train(ours)
     use_cache = getattr(text_to_text.model.config, "use_cache", True)
-    if _is_llm2slm(text_to_text) and not ours.include_llm:
+    if text_to_text.is_llm2slm and not ours.include_llm:
         check_not_replaced(source_of_llm(text_to_text.model, ours), arguments.output_dir)
     trainer = make_trainer(ours, arguments, text_to_text)
     ProgressLines.replace_bar(trainer, lines)
@@ -117,10 +117,6 @@ def make_trainer(ours: Recipe, arguments: Seq2SeqTrainingArguments, text_to_text
     )
 
 
-def _is_llm2slm(text_to_text: TextToText) -> bool:
-    return text_to_text.model.config.model_type == "llm2slm"
-
-
 def _save(
     ours: Recipe,
     arguments: Seq2SeqTrainingArguments,
@@ -134,7 +130,7 @@ def _save(
         report["parameters"]["total"] = whole.parameters()["total"]  # including the LLM that stored states replaced
         whole.model.config.use_cache = use_cache  # the Trainer turns it off
         options: dict[str, Any] = {}
-        if _is_llm2slm(whole):
+        if whole.is_llm2slm:
             if not ours.include_llm:
                 refer_to_llm(whole.model, ours)
             card = {"name": Path(arguments.output_dir).name, "training": report}

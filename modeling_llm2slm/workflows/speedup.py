@@ -23,10 +23,10 @@ from ..data.formats import parse_lines
 from ..data.loading import ROW, load_prompts
 from ..data.records import without_secrets, write_json
 from ..evaluation.agreement import compare
+from ..inference.engine import fingerprint_of
 from ..inference.text_to_text import TextToText
 from ..settings import BuildSettings, DataSettings, DistillSettings, EncodeSettings, EvaluateSettings, SpeedupSettings
 from ..states.encoding import encode
-from ..states.fingerprints import checkpoint_fingerprint
 from ..states.loading import load
 from ..states.store import is_complete
 from ..training.distillation import distill
@@ -134,7 +134,7 @@ class Speedup:
             with prompts.open("rb") as file:
                 settings["prompts_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
         if Path(self.settings.llm).is_dir():
-            settings["llm_sha256"] = checkpoint_fingerprint(self.settings.llm)
+            settings["llm_sha256"] = fingerprint_of(self.settings.llm)
         return json.loads(json.dumps({**settings, "recipe": without_secrets(self.settings.recipe)}))
 
     def _fixed(self, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,6 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from modeling_llm2slm import ExportedLLM2SLM
-from modeling_llm2slm.conversion.export import export
 from tests.support.common import END, PROMPTS, pad_prompts, strip_padding
 from tests.support.exports import (
     KINDS,
@@ -17,8 +15,6 @@ from tests.support.exports import (
     check_continuation,
     check_strategies,
     check_threads,
-    checkpoint,
-    needs,
     pair_of,
 )
 
@@ -134,14 +130,14 @@ def rows_read(graph: Any, monkeypatch: Any) -> list[int]:
 
 
 def test_beams_read_their_prompt_once(pair, monkeypatch) -> None:
-    rows = rows_read(pair.exported._graphs["step"], monkeypatch)
+    rows = rows_read(pair.exported.graphs["step"], monkeypatch)
     pair.exported.generate(**pad_prompts(PROMPTS), num_beams=4, max_new_tokens=3)
     assert rows == [3, 12, 12]
 
 
 def test_an_encoder_decoder_slm_projects_its_prompt_once(t5, monkeypatch) -> None:
     runs: list[int] = []
-    graph = t5.exported._graphs["cross"]
+    graph = t5.exported.graphs["cross"]
     run = graph.run
     monkeypatch.setattr(graph, "run", lambda inputs: runs.append(len(inputs["last_hidden_state"])) or run(inputs))
     t5.exported.generate(**pad_prompts(PROMPTS), num_beams=4, max_new_tokens=6)
@@ -168,18 +164,6 @@ def test_unsupported_arguments_are_refused(gpt2, kwargs, message) -> None:
         gpt2.exported.generate(input_ids=torch.tensor(PROMPTS[:1]), **{"max_new_tokens": 4, **kwargs})
 
 
-def test_unsupported_defaults_of_the_checkpoint_are_left_out(tmp_path) -> None:
-    needs("openvino")
-    source = checkpoint("gpt2", "add", tmp_path / "source")
-    defaults = GenerationConfig.from_pretrained(source)
-    defaults.update(cache_implementation="static", max_cache_len=64, prompt_lookup_num_tokens=2, num_beams=3)
-    defaults.save_pretrained(source)
-    export(source, tmp_path / "fast", engine="openvino")
-    exported = ExportedLLM2SLM.from_pretrained(tmp_path / "fast")
-    assert exported.generation_config.num_beams == 3
-    assert exported.generate(input_ids=torch.tensor(PROMPTS[:1]), max_new_tokens=4).shape[0] == 1
-
-
 def test_assisted_generation_is_refused_on_both_sides(gpt2) -> None:
     ids = torch.tensor(PROMPTS[:1])
     with pytest.raises(ValueError, match="supports no assisted generation"):
@@ -194,7 +178,7 @@ def test_prompts_are_checked_before_any_compute(gpt2, monkeypatch) -> None:
     def fail(inputs: Any) -> None:
         raise AssertionError("the graph ran")
 
-    monkeypatch.setattr(gpt2.exported._graphs["prompt"], "run", fail)
+    monkeypatch.setattr(gpt2.exported.graphs["prompt"], "run", fail)
     with pytest.raises(ValueError, match="positions"):
         gpt2.exported.generate(input_ids=torch.full((1, 70), 3), max_new_tokens=4)
     with pytest.raises(ValueError, match="prompt is empty"):

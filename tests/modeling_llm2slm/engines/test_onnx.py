@@ -14,7 +14,7 @@ def test_onnxruntime_gives_the_tokens_of_pytorch(tmp_path_factory, slm, fusion) 
     pair = pair_of(tmp_path_factory, slm, fusion, "onnx")
     check_strategies(pair)
     assert pair.exported.details["engine"] == "onnx"
-    for graph in pair.exported._graphs.values():
-        assert graph._runner.session.get_session_options().intra_op_num_threads == torch.get_num_threads()
+    for graph in pair.exported.graphs.values():
+        assert graph.runner.session.get_session_options().intra_op_num_threads == torch.get_num_threads()
     check_continuation(pair)
     check_threads(pair)

@@ -19,15 +19,15 @@ def gpt2(tmp_path_factory):
 
 
 def test_graphs_use_the_threads_of_torch(gpt2, tmp_path_factory) -> None:
-    for graph in gpt2.exported._graphs.values():
-        assert graph._model.get_property("INFERENCE_NUM_THREADS") == torch.get_num_threads()
+    for graph in gpt2.exported.graphs.values():
+        assert graph.compiled_model.get_property("INFERENCE_NUM_THREADS") == torch.get_num_threads()
     folder, threads = exported_folder(tmp_path_factory, *KINDS[0]), torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         again = ExportedLLM2SLM.from_pretrained(folder)
     finally:
         torch.set_num_threads(threads)
-    assert {graph._model.get_property("INFERENCE_NUM_THREADS") for graph in again._graphs.values()} == {2}
+    assert {graph.compiled_model.get_property("INFERENCE_NUM_THREADS") for graph in again.graphs.values()} == {2}
 
 
 def test_a_damaged_graph_is_named(tmp_path_factory, tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,23 +12,30 @@ import pytest
 import torch
 
 from modeling_llm2slm.benchmark.contestants import contestants
+from modeling_llm2slm.conversion import export
 from modeling_llm2slm.inference import engine as registry
 from modeling_llm2slm.inference.engine import (
     Contestant,
     Engine,
     LoadOptions,
+    Progress,
+    WeightFormat,
     engine,
     engine_of,
     engines,
     exporting_engine,
+    fingerprint_of,
     register_engine,
 )
 from modeling_llm2slm.inference.text_to_text import TextToText
+from tests.support.checkpoints import write_checkpoint
 from tests.support.common import llm_tokenizer
 
 
 class ReversingTextToText(TextToText):
-    """Writes each prompt backwards, with a loop of its own: its model has no `generate()`."""
+    """Writes each prompt backwards, with a loop of its own: its model has no config and no `generate()`."""
+
+    max_positions = None
 
     def features(self, prompts: list[str], targets: list[str] | None = None) -> dict[str, list[list[int]]]:
         return {"input_ids": self.tokenizer(prompts)["input_ids"]}
@@ -40,8 +48,19 @@ class ReversingTextToText(TextToText):
         return [inputs["ids"][row][-2::-1][:longest] for row in inputs["rows"].tolist()]
 
 
+class ToyModel:
+    """A written model that has neither transformers' `forward()` nor its `generate()`."""
+
+    def __init__(self, model: Any, error: float):
+        self.model, self.error = model, error
+
+    def next_logits(self, prompt: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=prompt, decoder_input_ids=output).logits[:, -1] * (1 + self.error)
+
+
 class ToyEngine(Engine):
     name = "toy"
+    error = 0.0  # of the logits of an exported model
 
     def can_load(self, path: str | Path) -> bool:
         return (Path(path) / "toy.txt").is_file()
@@ -49,8 +68,15 @@ class ToyEngine(Engine):
     def load(self, path: str | Path, options: LoadOptions) -> TextToText:
         if options.quantize is not None:
             raise ValueError("The toy engine has no weights to quantize.")
-        model: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace()))
+        model: Any = SimpleNamespace()
         return ReversingTextToText(model, llm_tokenizer(), options.prompt_max_length, options.target_max_length)
+
+    def export(self, model: Any, folder: Path, weights: str, progress: Progress = lambda stage: None) -> Any:
+        (folder / "toy.txt").touch()
+        return ToyModel(model, self.error)
+
+    def output_logits(self, model: Any, prompt: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        return torch.stack([model.next_logits(prompt, output[:, : end + 1]) for end in range(output.shape[1])], dim=1)
 
     def contestants(self) -> dict[str, Contestant]:
         return {"toy": Contestant(load=lambda models, folder, device: lambda ids, new_tokens, num_beams: None)}
@@ -95,11 +121,53 @@ def test_an_engine_is_found_by_name_and_by_what_it_loads(checkpoint: Path, toy: 
         engine("tpu")
 
 
-def test_an_engine_without_weights_exports_nothing(toy: ToyEngine) -> None:
+def test_every_file_of_an_engine_identifies_a_checkpoint_unless_it_names_them(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = fingerprint_of(checkpoint)
+    (checkpoint / "toy.txt").write_text("changed")
+    assert fingerprint_of(checkpoint) != before
+    monkeypatch.setattr(ToyEngine, "files", ("*.txt",))
+    before = fingerprint_of(checkpoint)
+    (checkpoint / "notes.md").write_text("changed")
+    assert fingerprint_of(checkpoint) == before
+
+
+def test_an_engine_without_weights_exports_nothing() -> None:
     with pytest.raises(ValueError, match=r"'toy' does not export\. Choose one of: onnx, openvino\."):
         exporting_engine("toy")
-    with pytest.raises(NotImplementedError, match="toy exports nothing"):
-        toy.export(None, Path("folder"), "fp32")
+    with pytest.raises(NotImplementedError, match="missing exports nothing"):
+        Engine.export(MissingEngine(), None, Path("folder"), "fp32")
+
+
+def test_an_export_is_compared_by_the_logits_of_its_own_engine(
+    tmp_path: Path, toy: ToyEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ToyEngine, "weights", {"fp32": WeightFormat(bytes=4, tolerance=1e-3)})
+    source = write_checkpoint("llm2slm", tmp_path)
+    export(source, tmp_path / "exported", engine="toy")
+    assert engine_of(tmp_path / "exported") is toy
+    toy.error = 0.01
+    with pytest.raises(ValueError, match="outputs differ"):
+        export(source, tmp_path / "wrong", engine="toy")
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_an_engine_that_cannot_be_imported_stops_only_those_who_ask_for_it(
+    checkpoint: Path, toy: ToyEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = EntryPoint("broken", "no_such_package.engine:Engine", registry.ENTRY_POINTS)
+    installed = [*entry_points(group=registry.ENTRY_POINTS), broken]
+    monkeypatch.setattr(registry, "entry_points", lambda group: installed)
+    registry._installed_engines.cache_clear()
+    try:
+        assert engine_of(checkpoint) is toy
+        assert list(engines()) == ["pytorch", "onnx", "openvino", "toy"]
+        for ask in (engine, exporting_engine):
+            with pytest.raises(ImportError, match=r"'broken' cannot be loaded: No module named 'no_such_package'"):
+                ask("broken")
+    finally:
+        registry._installed_engines.cache_clear()
 
 
 def test_contestants_of_an_engine_take_part_in_the_benchmark() -> None:

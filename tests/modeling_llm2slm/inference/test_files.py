@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
+from modeling_llm2slm.inference.engine import fingerprint_of
 from modeling_llm2slm.inference.files import generate_file
 from modeling_llm2slm.inference.outputs import OutputParts
 from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.settings import GenerateFileSettings
-from modeling_llm2slm.states.fingerprints import checkpoint_fingerprint
 from tests.support.checkpoints import PROMPTS, write_pairs
 
 from .conftest import MAX_NEW_TOKENS, REPEATED, record
@@ -198,7 +198,7 @@ class TestInterruptedRuns:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr("modeling_llm2slm.inference.files._write", interrupted)
+            patch.setattr("modeling_llm2slm.inference.files.atomic_write", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 generate_file(composite, prompts, output, SETTINGS)
         left = part.read_bytes()
@@ -221,7 +221,7 @@ class TestInterruptedRuns:
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr("modeling_llm2slm.inference.files._write", full)
+            patch.setattr("modeling_llm2slm.inference.files.atomic_write", full)
             with pytest.raises(OSError, match=r"outputs.txt cannot be written: No space left .* All outputs are kept"):
                 generate_file(composite, prompts, prompts.with_name("outputs.txt"), SETTINGS)
         prompts.write_text("\n".join(reversed(lines)) + "\n")
@@ -231,17 +231,16 @@ class TestInterruptedRuns:
 
     def test_weights_and_configs_identify_a_checkpoint(self, composite: str, tmp_path: Path) -> None:
         TextToText.from_pretrained(composite).save_pretrained(tmp_path)
-        before = checkpoint_fingerprint(tmp_path)
+        before = fingerprint_of(tmp_path)
         (tmp_path / "checkpoint-5").mkdir()
         (tmp_path / "checkpoint-5" / "model.safetensors").touch()
         (tmp_path / "notes.md").touch()
-        assert checkpoint_fingerprint(tmp_path) == before
-        (tmp_path / "decoder.onnx.data").touch()
-        for name in ("generation_config.json", "model.safetensors", "decoder.onnx.data"):
+        assert fingerprint_of(tmp_path) == before
+        for name in ("generation_config.json", "model.safetensors"):
             with (tmp_path / name).open("ab") as file:
                 file.write(b" ")
-            assert checkpoint_fingerprint(tmp_path) != before
-            before = checkpoint_fingerprint(tmp_path)
+            assert fingerprint_of(tmp_path) != before
+            before = fingerprint_of(tmp_path)
 
 
 class TestDisks:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import DataCollatorForSeq2Seq, GPT2LMHeadModel, ViTConfig, ViTModel
+from transformers import DataCollatorForSeq2Seq, GPT2LMHeadModel, StoppingCriteria, ViTConfig, ViTModel
 
-from modeling_llm2slm.inference.text_to_text import DecoderOnlyTextToText, LLM2SLMTextToText, TextToText
+from modeling_llm2slm.inference.families import DecoderOnlyTextToText, LLM2SLMTextToText
+from modeling_llm2slm.inference.text_to_text import TextToText
 from tests.support.checkpoints import KINDS, PROMPTS, TARGETS
 from tests.support.common import gpt2_config, slm_tokenizer
 
@@ -43,9 +46,27 @@ def test_outputs_do_not_depend_on_the_batch(text_to_text):
 
 def test_a_stream_is_the_generated_text_in_pieces(text_to_text):
     for prompt in PROMPTS[:3]:
-        pieces = list(text_to_text.stream(prompt, max_new_tokens=6))
-        assert "".join(pieces).strip() == text_to_text.generate([prompt], max_new_tokens=6)[0].strip()
+        kwargs = {"max_new_tokens": 6, "suppress_tokens": [0, END]}  # so that no output is empty
+        pieces = list(text_to_text.stream(prompt, **kwargs))
+        assert "".join(pieces) == text_to_text.generate([prompt], **kwargs)[0]
         assert len(pieces) > 1
+
+
+def test_a_stream_that_is_closed_early_stops_the_model(text_to_text):
+    class SlowSteps(StoppingCriteria):
+        count = 0
+
+        def __call__(self, input_ids, scores, **kwargs):
+            self.count += 1
+            time.sleep(0.05)
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    steps, threads = SlowSteps(), threading.active_count()
+    stream = text_to_text.stream(PROMPTS[0], max_new_tokens=30, suppress_tokens=[0, END], stopping_criteria=[steps])
+    next(stream)
+    stream.close()
+    assert threading.active_count() == threads
+    assert 0 < steps.count < 10
 
 
 def test_an_error_while_streaming_reaches_the_caller(text_to_text):

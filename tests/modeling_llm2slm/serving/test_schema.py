@@ -38,10 +38,25 @@ class TestParseRequest:
         assert request.include_usage
 
     def test_defaults_of_unsupported_fields_are_accepted(self) -> None:
-        parse(
+        request = parse(
             n=1, best_of=1, echo=False, logprobs=None, suffix="", presence_penalty=0.0, frequency_penalty=0,
             logit_bias={}, stream_options={},
         )  # fmt: skip
+        assert request.prompt == ["src1"]
+        assert request.decoding(20) == parse().decoding(20)
+        assert not request.include_usage
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"n": 2}, {"best_of": 2}, {"echo": True}, {"logprobs": 1}, {"suffix": "x"}, {"presence_penalty": 0.5},
+            {"frequency_penalty": -1}, {"logit_bias": {"3": 1}},
+        ],
+    )  # fmt: skip
+    def test_other_values_of_unsupported_fields_are_refused(self, fields: dict[str, Any]) -> None:
+        with pytest.raises(RequestError, match="not supported. Leave it out") as error:
+            parse(**fields)
+        assert error.value.param == next(iter(fields))
 
     @pytest.mark.parametrize(
         ("fields", "param"),

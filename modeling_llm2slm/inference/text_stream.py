@@ -1,12 +1,16 @@
-"""The text of an output while its tokens arrive."""
+"""Decode the text of an output while its tokens arrive."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import queue
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+from transformers import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
 
 
 INCOMPLETE_CHARACTER = "\ufffd"  # a decoder writes it for the first bytes of a character
@@ -33,7 +37,7 @@ class TextStream:
         self._text = ""
         self._taken = 0
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        # The clean-up rewrites text that was decoded before, and is no part of the backend.
+        # The clean-up rewrites text that was decoded before, and the backend does not do it.
         incremental = isinstance(backend, Tokenizer) and not tokenizer.clean_up_tokenization_spaces
         self._backend = backend if incremental else None
         self._decode_stream = DecodeStream(skip_special_tokens=True)
@@ -50,7 +54,7 @@ class TextStream:
         self._set(self._decode(tokens))
 
     def take(self, finished: bool = False) -> str:
-        """Return the text that no later token can change, without what was returned before."""
+        """Return the text that no later token can change and that was not returned before."""
         end = len(self._text) if finished else self._settled()
         piece = self._text[self._taken : end]
         self._taken = max(self._taken, end)
@@ -77,3 +81,55 @@ class TextStream:
         if self._backend is None:  # a character may be incomplete; the clean-up may remove white space
             kept = min(kept, len(text.rstrip(INCOMPLETE_CHARACTER).rstrip()))
         return kept
+
+
+class StreamedText(BaseStreamer):
+    """
+    The text of one output, which one thread generates and another one reads by iterating. The thread that generates
+    passes it to `generate()` as the streamer, and `stopping` as a stopping criterion.
+
+    Args:
+        tokenizer: The tokenizer of the output.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.stopping = _Stopping()
+        self._text = TextStream(tokenizer)
+        self._tokens: list[int] | None = None
+        self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pieces.get, None)
+
+    def stop(self) -> None:
+        """Stop generating at the next token."""
+        self.stopping.stopped = True
+
+    def put(self, value: torch.Tensor) -> None:
+        """Hook of `generate()`: decode new tokens. The first call holds the tokens before the output."""
+        if self._tokens is None:
+            self._tokens = []
+            return
+        for token in value.flatten().tolist():
+            self._tokens.append(token)
+            self._text.add(self._tokens)
+        self._send(self._text.take())
+
+    def end(self) -> None:
+        """Hook of `generate()`: send the rest of the text."""
+        self._text.finish(self._tokens or [])
+        self._send(self._text.take(finished=True))
+        self._pieces.put(None)
+
+    def _send(self, piece: str) -> None:
+        if piece:
+            self._pieces.put(piece)
+
+
+class _Stopping(StoppingCriteria):
+    """Ends all outputs once `stopped` is set."""
+
+    stopped = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self.stopped, device=input_ids.device)

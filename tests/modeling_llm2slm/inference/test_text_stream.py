@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from modeling_llm2slm.serving.text_stream import TextStream
+from modeling_llm2slm.inference.text_stream import TextStream
 from tests.support.serving import byte_tokenizer
 
 
