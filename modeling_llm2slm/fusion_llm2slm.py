@@ -20,8 +20,8 @@ class Fusion:
     Base class of all fusions. A subclass defines `name` and `description` and overrides `add_modules`, `combine` and
     `initialize`. It holds no weights itself: `add_modules` puts them on the encoder, as `encoder.NAME.*`.
 
-    A fusion that hands over more than embeddings overrides `read_prompt` and `prepend` as well, and cannot be exported:
-    the first may keep keys and values in a subclass of [`PromptStates`], the second write them to the SLM's cache.
+    A fusion that hands over more than embeddings overrides `read_prompt` and `prepend` too, and cannot be exported:
+    the first may store keys and values in a subclass of [`PromptStates`], the second write them to the SLM's cache.
     """
 
     name: ClassVar[str]  # the value of `LLM2SLMConfig.fusion`
