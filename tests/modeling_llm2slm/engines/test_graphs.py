@@ -12,7 +12,6 @@ from tests.support.exports import KINDS, learned
 
 
 @pytest.mark.parametrize(("slm", "fusion"), KINDS)
-@torch.no_grad()
 def test_graphs_give_the_logits_of_the_model(slm: str, fusion: str) -> None:
     model, output = learned(slm, fusion), torch.tensor([[1, 5, 9]])
     inputs = pad_prompts(PROMPTS[:1])
