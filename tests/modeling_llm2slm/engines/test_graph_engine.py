@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig
 
 from modeling_llm2slm import ExportedLLM2SLM
-from modeling_llm2slm.conversion import export
+from modeling_llm2slm.conversion.export import export
 from modeling_llm2slm.inference.engine import engine, fingerprint_of
 from tests.support.common import PROMPTS
 from tests.support.exports import KINDS, checkpoint, exported_folder, needs

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from modeling_llm2slm.benchmark.contestants import contestants
-from modeling_llm2slm.conversion import export
+from modeling_llm2slm.conversion.export import export
 from modeling_llm2slm.inference import engine as registry
 from modeling_llm2slm.inference.engine import (
     Contestant,
