@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import MISSING, FrozenInstanceError, fields
 from typing import Any
 
 import pytest
@@ -26,6 +26,12 @@ ALL = [
     for value in vars(settings).values()
     if isinstance(value, type) and issubclass(value, Settings) and value is not Settings
 ]
+
+
+def required(settings_class: Any) -> dict[str, str]:
+    """Return a value for each setting without a default; all of them are texts."""
+    without_default = (each.name for each in fields(settings_class) if each.default is each.default_factory is MISSING)
+    return dict.fromkeys(without_default, "text")
 
 
 @pytest.mark.parametrize(
@@ -59,12 +65,12 @@ def test_a_value_outside_its_bounds_or_choices_is_an_error(
 )
 def test_nan_is_outside_every_bound(settings_class: Any, name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is nan, but it must be"):
-        settings_class(**{name: float("nan")})
+        settings_class(**required(settings_class) | {name: float("nan")})
 
 
 @pytest.mark.parametrize("settings_class", ALL)
 def test_defaults_are_valid_and_every_setting_has_a_help_text(settings_class: Any) -> None:
-    created = settings_class()
+    created = settings_class(**required(settings_class))
     assert all(setting.metadata["help"] for setting in fields(settings_class))
     with pytest.raises(FrozenInstanceError):
         setattr(created, fields(settings_class)[0].name, None)
