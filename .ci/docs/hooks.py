@@ -29,6 +29,7 @@ from llm2slm.options import load_module
 
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGE_COPY = ROOT / "build" / "docs" / "modeling_llm2slm"
 COMMANDS = "reference/commands"
 LINK = re.compile(r"\]\(((?:\.\./)*[\w./-]+)(#[\w-]*)?\)")
 FIELD_HEAD = ("type", "default", "description")
@@ -36,9 +37,14 @@ REQUIRED = object()
 GENERATED = re.compile(r"<!-- generated: ([\w-]+) -->")
 
 
+def on_startup(command: str, dirty: bool) -> None:
+    """Create the folder of the package's copy: mkdocstrings leaves out a search path that does not exist yet."""
+    PACKAGE_COPY.mkdir(parents=True, exist_ok=True)
+
+
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Copy the package as it is installed, and list the pages of the commands in the navigation."""
-    copy_package(ROOT / "build" / "docs" / "modeling_llm2slm")
+    copy_package(PACKAGE_COPY)
     for section in config.nav or []:
         for entry in section.get("Reference", []):
             if "Command line" in entry:
