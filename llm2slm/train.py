@@ -92,7 +92,7 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML file.", show_default=False)],
 ) -> None:
     """
-    Train a checkpoint as a recipe says.
+    Train a model from a YAML recipe.
 
     `llm2slm train recipe.yaml --num-train-epochs 5 --output-dir runs/five`
 
@@ -108,6 +108,8 @@ def train(
 
     settings = load_recipe(recipe, overrides)
     report = train_model(settings)
+    if report.get("already_trained"):  # a warning has said so
+        return
     print_line(f"Trained {report['steps']} steps in {report['seconds']:.0f} s.")
     if report["best_metric"] is not None:
         print_line(f"Best validation {report['metric']}: {report['best_metric']:.4g} at step {report['best_step']}.")

@@ -30,7 +30,7 @@ from ..states.encoding import encode
 from ..states.loading import load
 from ..states.store import is_complete
 from ..training.distillation import distill
-from ..training.recipe import load_recipe, parse_recipe, with_current_names
+from ..training.recipe import load_recipe, parse_recipe, typed_recipe, with_current_names
 from ..training.resuming import REPORT, last_checkpoint
 from ..training.run import train
 
@@ -78,7 +78,7 @@ class Speedup:
         # Fail here, before hours of work, if a later stage would.
         self._check_folder()
         self._check_fields()
-        self.recipe, _ = parse_recipe(self._recipe())
+        self.recipe, self.arguments = parse_recipe(self._recipe())
         llm, tokenizer = load(AutoConfig, settings.llm), settings.slm_tokenizer or settings.llm
         decoder = part_config(settings.slm, tokenizer)
         self.config = LLM2SLMConfig(encoder=llm, decoder=decoder, fusion=settings.fusion)
@@ -286,7 +286,7 @@ class Speedup:
 
     def train(self) -> None:
         """Train on the hidden states with the recipe, which is also written to the folder."""
-        recipe = self._recipe()
+        recipe = typed_recipe(self._recipe(), self.recipe, self.arguments)
         with atomic_write(self.output / "recipe.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(without_secrets(recipe), sort_keys=False), encoding="utf-8")
         if not (self.output / "model" / REPORT).is_file():
