@@ -17,7 +17,7 @@ from transformers import (
     CompileConfig,
 )
 
-from ..files_llm2slm import first_line
+from ..files_llm2slm import first_line, with_article
 from ..inference.engine import DEFAULT, BenchmarkModels, Contestant, Engine, LoadOptions
 from ..inference.families import DecoderOnlyTextToText, EncoderDecoderTextToText, LLM2SLMTextToText
 from ..inference.model import LLM2SLMForConditionalGeneration
@@ -41,11 +41,13 @@ class PyTorchEngine(Engine):
         composite, encoder_decoder = config.model_type == "llm2slm", getattr(config, "is_encoder_decoder", False)
         auto_class: Any = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
         if type(config) not in auto_class._model_mapping:
-            raise ValueError(f"{path} is a {config.model_type} model, which does not generate text.")
+            raise ValueError(f"{path} is {with_article(config.model_type)} model, which does not generate text.")
         processor = load(AutoProcessor if composite else AutoTokenizer, path)
         if options.states is not None:
             if not composite:
-                raise ValueError(f"{path} is a {config.model_type} model; only LLM-to-SLM models take hidden states.")
+                raise ValueError(
+                    f"{path} is {with_article(config.model_type)} model; only LLM-to-SLM models take hidden states."
+                )
             options.states.check(path, config, processor.tokenizer)
             auto_class = LLM2SLMWithoutLLM
         model = load_model(auto_class, path, **_dtypes(config, options))
@@ -86,7 +88,9 @@ def _to_device(model: Any, device: str | torch.device) -> Any:
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:  # no such name; torch built without it
-        raise ValueError(f"The model cannot be moved to {device}: {first_line(error)}") from error
+        fix = " Use --device cpu, or install PyTorch with CUDA." if str(device).startswith("cuda") else ""
+        cause = first_line(error).removesuffix(".")
+        raise ValueError(f"The model cannot be moved to {device}: {cause}.{fix}") from error
 
 
 def _load_llm(models: BenchmarkModels, folder: Path, device: str) -> Any:

@@ -117,7 +117,7 @@ def is_by_hand(text: str) -> bool:
 
 def _repository(source: Mapping[str, Any] | None) -> str | None:
     name = (source or {}).get("name_or_path")
-    return name if name and not name.startswith((".", "/")) else None
+    return name if name and not name.startswith((".", "/")) and not name.endswith(".json") else None
 
 
 def _license_of(source: Mapping[str, Any] | None) -> str | None:
@@ -208,7 +208,8 @@ def _parts(model: Any, sources: Mapping[str, Any], licenses: Mapping[str, str | 
 def _link(source: Mapping[str, Any] | None) -> str:
     name = _repository(source)
     if name is None:
-        return "a local model" if source else "a new model"
+        from_config = not source or str(source.get("name_or_path")).endswith(".json")
+        return "new, trained from scratch" if from_config else "a local model"
     revision = (source or {}).get("revision")
     return f"[{name}](https://huggingface.co/{name})" + (f" at `{revision[:12]}`" if revision else "")
 
@@ -253,10 +254,14 @@ def _times(evaluations: Sequence[Mapping[str, Any]]) -> str:
     lines.append("| --- | --: | --: | --: | --- |")
     for evaluation in timed:
         speed = evaluation["speed"]
-        device = f"{evaluation.get('device')}, {evaluation.get('threads')} threads, {evaluation.get('dtype')}"
+        device = f"{evaluation.get('device')}, {_threads(evaluation.get('threads'))}, {evaluation.get('dtype')}"
         times = f"{speed['ms_per_output']:.1f} | {speed['ms_per_token']:.2f} | {speed['tokens_per_output']:.1f}"
         lines.append(f"| {Path(str(evaluation.get('model'))).name} | {times} | {device} |")
     return "\n".join([*lines, "", "Measured one prompt at a time, from text to text."])
+
+
+def _threads(count: Any) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
 __all__ = ["CardDetails", "model_card"]

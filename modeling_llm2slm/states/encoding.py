@@ -140,6 +140,10 @@ def _load(path: str | Path) -> tuple[Any, LLM2SLMProcessor]:
     config = load(AutoConfig, path)
     if not isinstance(config, LLM2SLMConfig):
         raise ValueError(f"{path} is not an LLM-to-SLM model, so it has no LLM to encode with: see llm2slm build.")
+    if config.lean:
+        raise ValueError(
+            f"encode needs a full checkpoint, and {path} is lean: run llm2slm convert full {path} FOLDER."
+        )
     dtype = str(config.encoder_dtype or config.dtype or "float32").removeprefix("torch.")
     model = load_model(
         LLM2SLMForConditionalGeneration,

@@ -59,7 +59,8 @@ def test_run_resumes_with_the_same_effective_batch_size_but_not_with_other_data_
     assert train({**accumulated, "num_train_epochs": 2})["steps"] == 4
     write_pairs(Path(recipe["train_data"]), PAIRS[:-1])
     with pytest.raises(
-        ValueError, match=r"was started with bytes of train_data: \d+, and cannot resume with \d+\. Set it to \d+ again"
+        ValueError,
+        match=r"was started with bytes of train_data: \d+, and cannot resume with \d+\. Set it",
     ):
         train(recipe)
 
