@@ -50,7 +50,7 @@ SLM = "examples/demo/gpt2.json"
         (
             ["generate", "nope", "hello"],
             1,
-            "nope cannot be loaded: there is no such folder, and the Hub cannot be reached. Check the path, or download",
+            "nope cannot be loaded: there is no such folder, and the Hub cannot be reached. Check the path, or ",
         ),
         (["build", OUT, "--slm", SLM], 1, "is a config without a tokenizer: add --slm-tokenizer."),
         (

@@ -191,12 +191,6 @@ def test_prompts_beyond_the_max_positions_are_refused_before_any_work(
         assert result["prompts"] > 0
 
 
-def test_misspelled_field_is_named_before_changed_settings(settings: SpeedupSettings, tmp_path: Path) -> None:
-    Speedup(settings, tmp_path).distill()
-    with pytest.raises(ValueError, match="Did you mean num_train_epochs"):
-        Speedup(replace(settings, num_beams=3, recipe={"num_train_epochz": 3}), tmp_path)
-
-
 def test_prompts_beyond_the_max_positions_of_the_llm_are_skipped(
     settings: SpeedupSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
