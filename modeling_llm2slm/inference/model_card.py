@@ -190,26 +190,32 @@ def _parts(model: Any, sources: Mapping[str, Any], licenses: Mapping[str, str | 
     rows = [
         ("LLM", _link(sources["LLM"]), "unchanged" if model.config.freeze_llm else "trained further", llm, "once"),
         ("fusion modules", "new", "trained", between, "once"),
-        ("SLM", _link(sources["SLM"]), "trained further", slm, "per token"),
+        ("SLM", _link(sources["SLM"]), "trained" if _is_new(sources["SLM"]) else "trained further", slm, "per token"),
     ]
     lines = "\n".join(f"| {part} | {base} | {how} | {size:,} | {when} |" for part, base, how, size, when in rows)
     notes = "\n".join(
         f"- {part}: {'its card says `' + license + '`' if license else 'see the licence of its base model'}."
         for part, license in licenses.items()
+        if license or not _is_new(sources[part])
     )
+    apply = f"The licences of the parts apply to the whole:\n\n{notes}" if notes else ""
     held = "The LLM's weights are not in this repository. They are read from the LLM's repository and checked.\n\n"
     return (
         "## Parts\n\n| part | base model | relation | parameters | runs |\n| --- | --- | --- | --: | --- |\n"
         f"{lines}\n\nThe modules that run for each token have {decoding / llm:.3f} times the LLM's parameters.\n\n"
-        f"{held if model.config.lean else ''}The licences of the parts apply to the whole:\n\n{notes}"
-    )
+        f"{held if model.config.lean else ''}{apply}"
+    ).rstrip()
+
+
+def _is_new(source: Mapping[str, Any] | None) -> bool:
+    """Return whether a part started with random weights, which a config file gives."""
+    return not source or str(source.get("name_or_path")).endswith(".json")
 
 
 def _link(source: Mapping[str, Any] | None) -> str:
     name = _repository(source)
     if name is None:
-        from_config = not source or str(source.get("name_or_path")).endswith(".json")
-        return "new, trained from scratch" if from_config else "a local model"
+        return "new, trained from scratch" if _is_new(source) else "a local model"
     revision = (source or {}).get("revision")
     return f"[{name}](https://huggingface.co/{name})" + (f" at `{revision[:12]}`" if revision else "")
 

@@ -21,7 +21,7 @@ from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..processing_llm2slm import LLM2SLMProcessor
 from ..settings import EncodeSettings
 from .description import SHARDS, StoreDescription, describe, index_prompts
-from .loading import load, load_model
+from .loading import load, load_model, to_device
 from .store import remove_store
 from .writer import StateWriter
 
@@ -93,7 +93,7 @@ class _Encoder:
         self.settings = settings
         self.model, self.processor = _load(model)
         self.config = self.model.config
-        self.model.to(settings.device)
+        to_device(self.model, settings.device)
         if settings.prompt_max_length is not None:
             self.processor.prompt_max_length = settings.prompt_max_length
 

@@ -30,6 +30,16 @@ def load_model(auto_class: Any, path: str | Path, **kwargs: Any) -> Any:
     return model
 
 
+def to_device(model: Any, device: Any) -> Any:
+    """Move a model to a device; raise `ValueError` of one sentence if there is no such device."""
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:  # no such name; torch built without it
+        fix = " Use --device cpu, or install PyTorch with CUDA." if str(device).startswith("cuda") else ""
+        cause = first_line(error).removesuffix(".")
+        raise ValueError(f"The model cannot be moved to {device}: {cause}.{fix}") from error
+
+
 @contextmanager
 def one_sentence(path: str | Path) -> Iterator[None]:
     """Turn any failure with a checkpoint into an `OSError` of one sentence."""

@@ -75,6 +75,7 @@ SLM = "examples/demo/gpt2.json"
         (["encode", "no/such/model", DATA, "--output", OUT], 1, "no/such/model cannot be loaded"),
         (["encode", MODEL, DATA, "--output", OUT, "--dtype", "int3"], 2, "float32"),
         (["encode", MODEL, DATA, "--output", OUT, "--prompt-column", "x"], 1, "no column 'x'"),
+        (["encode", MODEL, DATA, "--output", OUT, "--device", "cuda:99"], 1, "Use --device cpu, or install PyTorch"),
         (["encode", MODEL, DATA], 2, "output"),
         (["distill", "no/such/model", DATA, "--output", f"{OUT}.jsonl"], 1, "no/such/model cannot be loaded"),
         (["convert", "lean", "no/such/model", OUT], 1, "no/such/model cannot be loaded: there is no such folder"),

@@ -113,7 +113,8 @@ def test_a_config_file_is_not_a_base_model(model):
     model.config.slm_source = {"name_or_path": "gpt2.json"}
     card = model_card(model, "model")
     assert card.data.base_model == ["google-t5/t5-large"]
-    assert "| SLM | new, trained from scratch |" in card.text
+    assert "| SLM | new, trained from scratch | trained |" in card.text
+    assert "SLM: see the licence of its base model" not in card.text
     assert "gpt2.json" not in card.text
 
 
