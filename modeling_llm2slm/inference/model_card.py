@@ -64,6 +64,7 @@ def model_card(model: Any, name: str, details: CardDetails | None = None) -> Mod
     if datasets is None:
         datasets = [recipe["train_data"]] if recipe.get("train_data") else []
     sources = {"LLM": model.config.llm_source, "SLM": model.config.slm_source}
+    bases = [where for source in sources.values() if (where := _repository(source))]
     licenses = {part: _license_of(source) for part, source in sources.items()}
     if license is None and licenses["LLM"] == licenses["SLM"]:
         license = licenses["LLM"]
@@ -73,8 +74,8 @@ def model_card(model: Any, name: str, details: CardDetails | None = None) -> Mod
         library_name="transformers",
         pipeline_tag=details.pipeline_tag,
         tags=["llm2slm", "custom_code", *(details.tags or [])],
-        base_model=[where for source in sources.values() if (where := _repository(source))] or None,
-        base_model_relation="finetune",
+        base_model=bases or None,
+        base_model_relation="finetune" if bases else None,
         datasets=[dataset.partition(":")[0] for dataset in datasets if not Path(dataset).suffix] or None,
         model_name=name.rpartition("/")[2] or "llm2slm",
         eval_results=_results(details.evaluations) or None,

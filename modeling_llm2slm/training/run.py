@@ -62,9 +62,14 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if finished or checkpoint:
         check_same_recipe(ours, arguments)
     if finished:
+        counts = {name: finished[name] for name in ("steps", "epochs")}
+        done = ", ".join(
+            f"{round(count, 2):,.10g} {name.removesuffix('s') if count == 1 else name}"
+            for name, count in counts.items()
+        )
         logger.warning(
-            f"{arguments.output_dir} is already trained ({finished['steps']} steps, {finished['epochs']:.3g} epochs): "
-            "nothing to do. Choose another output_dir, or set resume: false."
+            f"{arguments.output_dir} is already trained ({done}): nothing to do. Choose another output_dir, "
+            "or set resume: false."
         )
         return {**finished, "already_trained": True}
     check_replaceable(arguments.output_dir)

@@ -104,6 +104,7 @@ def test_no_token_is_published(model):
 def test_a_card_of_a_model_of_unknown_origin_has_no_empty_sections():
     text = str(model_card(build_model(), "model"))
     assert ModelCard(text).data.base_model is None
+    assert "base_model" not in text
     assert "## Scores" not in text
     assert "## Times" not in text
     assert "new, trained from scratch" in text
