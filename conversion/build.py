@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from modeling_llm2slm.configuration_llm2slm import LLM2SLMConfig
-from modeling_llm2slm.files_llm2slm import first_line
+from modeling_llm2slm.files_llm2slm import first_line, with_article
 from modeling_llm2slm.inference.factory import are_same_tokenizer
 from modeling_llm2slm.inference.families import (
     DecoderOnlyTextToText,
@@ -168,12 +168,24 @@ def preset_config(preset: str) -> LLM2SLMConfig:
 
 def _preset_file(preset: str) -> str:
     if is_config(preset):
+        _check_preset(Path(preset))
         return preset
     folder = Path(str(files("modeling_llm2slm.configuration")))
     if not (folder / f"{preset}.json").is_file():
         names = ", ".join(sorted(path.stem for path in folder.glob("*.json")))
         raise ValueError(f"There is no preset {preset!r}; there are {names}.")
     return str(folder / f"{preset}.json")
+
+
+def _check_preset(file: Path) -> None:
+    """Raise an error if a config file does not exist, or is not that of an LLM-to-SLM model."""
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no config file {file}.")
+    kind = PreTrainedConfig.get_config_dict(file)[0].get("model_type")
+    if kind != LLM2SLMConfig.model_type:
+        raise ValueError(
+            f"{file} is a {kind} config, but --preset needs an llm2slm config, such as configuration/tiny.json."
+        )
 
 
 def load_tokenizer(
@@ -185,13 +197,13 @@ def load_tokenizer(
     Args:
         model: The part, whose own tokenizer is loaded by default. A config file has none.
         tokenizer: A folder or a name on the Hub, in place of the part's own.
-        part: `"LLM"` or `"SLM"`, for the error.
+        part: `"LLM"` or `"SLM"`, for the error that names the option.
         fallback: The model whose tokenizer a config file gets.
     """
     if tokenizer is None and is_config(model):
         tokenizer = fallback if fallback is not None and not is_config(fallback) else None
         if tokenizer is None:
-            raise ValueError(f"{model} is a config without a tokenizer: name one for the {part}.")
+            raise ValueError(f"{model} is a config without a tokenizer: add --{part.lower()}-tokenizer.")
     return load(AutoTokenizer, tokenizer or model)
 
 
@@ -206,7 +218,7 @@ def _load_or_create(auto_class: Any, source: str, tokenizer: PreTrainedTokenizer
 def check_part(auto_class: Any, config: PreTrainedConfig, source: str, part: str) -> None:
     """Raise `ValueError` if a model of this kind cannot be the LLM or the SLM."""
     if type(config) not in auto_class._model_mapping:
-        raise ValueError(f"{source}: a {config.model_type} model cannot be the {part}.")
+        raise ValueError(f"{source}: {with_article(config.model_type)} model cannot be the {part}.")
 
 
 def part_config(source: str, tokenizer: PreTrainedTokenizerBase | str) -> PreTrainedConfig:

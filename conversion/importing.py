@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, EncoderDecoderConfig
 
-from modeling_llm2slm.files_llm2slm import open_weights, shape_of, weight_files
+from modeling_llm2slm.files_llm2slm import open_weights, shape_of, weight_files, with_article
 from modeling_llm2slm.inference.model import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.parts_llm2slm import llm_class, slm_class
 from modeling_llm2slm.states.loading import load, load_model
@@ -53,7 +53,9 @@ def import_encoder_decoder(
     """
     config = load(AutoConfig, checkpoint)
     if not isinstance(config, EncoderDecoderConfig):
-        raise ValueError(f"{checkpoint} is a {config.model_type} model, not an encoder-decoder of two models.")
+        raise ValueError(
+            f"{checkpoint} is {with_article(config.model_type)} model, not an encoder-decoder of two models."
+        )
     on_hub = not Path(checkpoint).is_dir()
     weights = open_weights(weight_files(checkpoint, on_hub))
     report, parts = Report(f"{checkpoint} becomes the LLM-to-SLM checkpoint {output}"), {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,14 @@ def lean(
         llm: Folder of the LLM, or its name on the Hub (default: the one that the checkpoint names).
         revision: Revision of the LLM on the Hub (default: the newest one in the cache).
         overwrite: Replace an existing folder.
-        max_shard_size: Largest file of weights.
+        max_shard_size: Maximum size of a weight file.
 
     Raises:
         OSError: If something cannot be read or written.
         ValueError: If the place of the LLM is unknown, or if `llm` is another model.
     """
+    if llm is not None and Path(llm).is_file():
+        raise ValueError(f"--llm {llm} is not a checkpoint folder.")
     model = _load_as(checkpoint, lean=False)
     if llm is not None:
         source = describe_source(str(llm), revision=revision)
@@ -66,7 +69,7 @@ def full(
         output: The folder to write to.
         llm: Folder of the LLM, or its name on the Hub (default: the one that the checkpoint names).
         overwrite: Replace an existing folder.
-        max_shard_size: Largest file of weights.
+        max_shard_size: Maximum size of a weight file.
 
     Raises:
         OSError: If something cannot be read or written, or if the LLM is not the one of the checkpoint.
@@ -104,12 +107,12 @@ def _save(
         files = list(folder.glob("*.safetensors"))
         report.add("bytes of weights", sum(file.stat().st_size for file in files))
         report.add("files of weights", len(files) if len(files) > 1 else WEIGHTS)
-        report.add("the LLM", _location(model, include_llm))
+        report.add("the LLM", _location(model, folder, include_llm))
     return report
 
 
-def _location(model: Any, include_llm: bool) -> str:
+def _location(model: Any, folder: Path, include_llm: bool) -> str:
     if include_llm:
         return "in the checkpoint"
-    source = model.config.llm_source
-    return f"in {source['name_or_path']}, fingerprint {source.get('fingerprint')}"
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))["llm_source"]
+    return f"in {model.config.llm_source['name_or_path']}, fingerprint {written['fingerprint']}"

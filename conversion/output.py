@@ -20,7 +20,7 @@ from transformers.utils.logging import tqdm
 
 from modeling_llm2slm.configuration_llm2slm import LLM2SLMConfig
 from modeling_llm2slm.data.atomic import atomic_write
-from modeling_llm2slm.files_llm2slm import INDEX, WEIGHTS, first_line
+from modeling_llm2slm.files_llm2slm import INDEX, WEIGHTS, first_line, with_article
 from modeling_llm2slm.inference.model import LLM2SLMProcessor
 from modeling_llm2slm.inference.saving import check_not_replaced
 from modeling_llm2slm.states.loading import load
@@ -79,7 +79,7 @@ def composite_config(checkpoint: str | Path, **hub: Any) -> LLM2SLMConfig:
     """Return the config of an LLM-to-SLM checkpoint; any other model raises `ValueError`."""
     config = load(AutoConfig, checkpoint, **hub)
     if not isinstance(config, LLM2SLMConfig):
-        raise ValueError(f"{checkpoint} is a {config.model_type} model, not an LLM-to-SLM checkpoint.")
+        raise ValueError(f"{checkpoint} is {with_article(config.model_type)} model, not an LLM-to-SLM checkpoint.")
     return config
 
 

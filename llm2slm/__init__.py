@@ -19,9 +19,12 @@ from .options import normalize_name
 from .output import exit_with, print_line
 
 
+# Modules whose commands come first in the help, in this order.
+ORDER = ("train", "data", "generate", "evaluate", "checkpoints", "convert")
+
 app = typer.Typer(
     name="llm2slm",
-    help="A large frozen language model reads the prompt once, a small one writes the output.",
+    help="A large frozen language model reads the prompt once, and a small one generates the output.",
     epilog="Set LLM2SLM_DEBUG=1 to see the traceback of an error.",
     no_args_is_help=True,
     add_completion=False,
@@ -59,11 +62,11 @@ def _options(
 
 
 def _groups() -> Iterator[typer.Typer]:
-    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
-        if not module.name.endswith("__main__"):
-            group = getattr(import_module(module.name), "commands", None)
-            if group is not None:
-                yield group
+    names = [module.name for module in pkgutil.iter_modules(__path__) if module.name != "__main__"]
+    for name in sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER)):
+        group = getattr(import_module(f"{__name__}.{name}"), "commands", None)
+        if group is not None:
+            yield group
 
 
 for _group in _groups():

@@ -12,7 +12,7 @@ from rich.markup import escape
 from .convert import print_report
 from .loading import load_text_to_text, quiet_libraries
 from .options import ModelArgument, OutputArgument, Overwrite, with_settings
-from .output import number_table, out, print_line
+from .output import count_of, number_table, out, print_line
 from .progress import steps
 
 
@@ -32,7 +32,10 @@ def build(
     llm: Annotated[str | None, typer.Option(help="The LLM: a folder, a name on the Hub, or a config .json.")] = None,
     slm: Annotated[str | None, typer.Option(help="The SLM: a folder, a name on the Hub, or a config .json.")] = None,
     preset: Annotated[
-        str | None, typer.Option(help="A preset that replaces both, such as t5-large_gpt2: random weights.")
+        str | None,
+        typer.Option(
+            help="A preset that replaces both, such as t5-large_gpt2, or an llm2slm config .json: random weights."
+        ),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -72,11 +75,15 @@ def info(model: ModelArgument) -> None:
 
     `llm2slm info runs/model`
     """
-    print_model(model, load_text_to_text(model))
+    quiet_libraries()
+    from modeling_llm2slm.inference.engine import DEFAULT, engine_of
+
+    options: dict[str, Any] = {"dtype": "auto"} if engine_of(model).name == DEFAULT else {}  # shows the dtype stored
+    print_model(model, load_text_to_text(model, **options))
     report = Path(model) / "training.json"
     if report.is_file():
         trained = json.loads(report.read_text(encoding="utf-8"))
-        print_line(f"Trained {trained['steps']} steps in {trained['seconds']:.0f} s.")
+        print_line(f"Trained {count_of(trained['steps'], 'step')} in {trained['seconds']:.0f} s.")
 
 
 @commands.command(rich_help_panel=PANEL)

@@ -110,7 +110,9 @@ def import_from(
         Path | None,
         typer.Option(help="With --into: a JSON file from names in the file to names in the checkpoint."),
     ] = None,
-    fusion: Annotated[str, typer.Option(help="Fusion of the result of an EncoderDecoderModel.")] = "add",
+    fusion: Annotated[
+        str, typer.Option(help="Fusion of the result of an EncoderDecoderModel: add, or replace.")
+    ] = "add",
     lean: LeanSwitch = False,
     overwrite: Overwrite = False,
 ) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from .loading import local_device, quiet_libraries
 from .options import ModelArgument, with_settings
-from .output import print_line, print_note, size
+from .output import count_of, print_line, print_note, resumable, size
 from .progress import counting
 
 
@@ -24,6 +24,7 @@ commands = typer.Typer()
 
 @commands.command(rich_help_panel=PANEL)
 @with_settings
+@resumable
 def encode(
     model: ModelArgument,
     data: Annotated[
@@ -53,13 +54,15 @@ def _announce_store(description: Any, bytes_to_write: int) -> None:
     total = description.nbytes
     to_write = f", {size(bytes_to_write)} of it still to be written" if bytes_to_write != total else ""
     print_note(
-        f"{description.prompts:,} different prompts of {description.tokens:,} tokens, {description.hidden_size} "
+        f"{count_of(description.prompts, 'different prompt')} of {count_of(description.tokens, 'token')}, "
+        f"{description.hidden_size} "
         f"numbers each in {description.dtype}: {size(total)}{to_write}."
     )
 
 
 @commands.command(rich_help_panel=PANEL)
 @with_settings
+@resumable
 def distill(
     llm: Annotated[str, typer.Argument(help="The LLM with its decoder: a folder, or a name on the Hub.")],
     data: Annotated[str, typer.Argument(help="Prompts: .jsonl, .json, .csv, .parquet, .txt, or a data set's name.")],
@@ -80,4 +83,5 @@ def distill(
     settings = replace(settings, device=local_device(settings.device))
     with counting("prompts") as count:
         examples = write_targets(llm, data, output, settings, progress=partial(count, "Distilling"))
-    print_line(f"{examples:,} examples are in {output}, the LLM's outputs in column {settings.column}.")
+    be = "is" if examples == 1 else "are"
+    print_line(f"{count_of(examples, 'example')} {be} in {output}, the LLM's outputs in column {settings.column}.")

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from .loading import check_output, load_text_to_text, quiet_libraries
 from .options import ModelArgument, ResultFile, with_settings
-from .output import number_table, one_line, out, print_line, size
-from .progress import steps
+from .output import count_of, number_table, one_line, out, print_line, resumable, size
+from .progress import duration, steps
 
 
 if TYPE_CHECKING:
@@ -60,13 +60,15 @@ def evaluate(
     _write_and_show({**about, **evaluate_model(text_to_text, data, settings)}, output, _print_scores)
 
 
-@commands.command(rich_help_panel=PANEL)
+@commands.command(rich_help_panel="Training")
 @with_settings
 def plan(
     llm: Annotated[str, typer.Option(help="The LLM with its decoder: a folder, or a name on the Hub.")],
     data: Annotated[str, typer.Option(help="Your prompts: a file, or a data set on the Hub.")],
     settings: PlanSettings,
-    preset: Annotated[list[str] | None, typer.Option(help="Try this preset, or config .json; repeatable.")] = None,
+    preset: Annotated[
+        list[str] | None, typer.Option(help="Try this preset, or llm2slm config .json; repeatable.")
+    ] = None,
     slm_tokenizer: Annotated[
         list[str] | None, typer.Option(help="PRESET=FOLDER, if the SLM's tokenizer cannot be downloaded; repeatable.")
     ] = None,
@@ -94,6 +96,7 @@ def plan(
 
 @commands.command(rich_help_panel=PANEL)
 @with_settings
+@resumable
 def benchmark(
     settings: BenchmarkSettings,
     sweep: Annotated[Path | None, typer.Argument(help="A YAML file of cells. Default: the installed one.")] = None,
@@ -156,7 +159,7 @@ def _preset_and_folder(entry: str) -> tuple[str, str]:
 
 
 def _print_scores(result: dict[str, Any]) -> None:
-    table = number_table("measure", "value", title=f"{result['examples']} examples of {result['data']}")
+    table = number_table("measure", "value", title=f"{count_of(result['examples'], 'example')} of {result['data']}")
     for name, value in {**result["scores"], **result["speed"]}.items():
         table.add_row(name, f"{value:.2f}" if isinstance(value, float) else str(value))
     out.print(table)
@@ -165,8 +168,8 @@ def _print_scores(result: dict[str, Any]) -> None:
 
 
 def print_comparison(result: dict[str, Any]) -> None:
-    """Print how far a model agrees with its LLM, how fast both are, and the outputs that agree least."""
-    title = f"{result['prompts']} prompts of {result['data']}"
+    """Print how far a model agrees with its LLM, how fast both are, and the outputs that differ most."""
+    title = f"{count_of(result['prompts'], 'prompt')} of {result['data']}"
     table = number_table("measure", "model", "LLM", "agreement", title=title)
     for name, agreement in result["agreement"].items():
         scores = [result[key].get(name) for key in ("scores", "llm_scores")]
@@ -175,11 +178,22 @@ def print_comparison(result: dict[str, Any]) -> None:
         table.add_row(name, f"{value:.2f}", f"{result['llm_speed'][name]:.2f}", "")
     out.print(table)
     if result["speed_up"] is not None:
-        print_line(f"The model generates {result['speed_up']:.2f} times as fast as the LLM.")
+        print_line(f"The model generates {result['speed_up']:.2f} times as fast as the LLM.{_lengths(result)}")
     for row in result["worst"]:
         print_line(f"\nchrF {row['chrf']:.1f}, row {row['row']}", style="bold")
         for name, text in (("prompt", row["prompt"]), ("model", row["output"]), ("LLM", row["llm_output"])):
             print_line(f"  {name:7} {one_line(text)}")
+
+
+def _lengths(result: dict[str, Any]) -> str:
+    """Return a sentence with the mean lengths of both models' outputs if they differ by more than a fifth."""
+    own, of_llm = (result[name]["tokens_per_output"] for name in ("speed", "llm_speed"))
+    if abs(own - of_llm) <= max(own, of_llm) / 5:
+        return ""
+    return (
+        f" The outputs have {own:.1f} tokens, the LLM's {of_llm:.1f}: the speed-up compares outputs of different "
+        "lengths."
+    )
 
 
 def _print_plan(result: dict[str, Any]) -> None:
@@ -190,14 +204,16 @@ def _print_plan(result: dict[str, Any]) -> None:
     out.print(table)
     if any(row["tokens_assumed"] for row in candidates):
         print_line("* assumed to be as many as the LLM's: the SLM's tokenizer was not found (--slm-tokenizer).")
+    threads = count_of(result["threads"], "thread")
     print_line(
-        f"{result['prompts']:,} prompts of {result['prompt_tokens']:.1f} tokens; their hidden states take "
-        f"{size(result['store_bytes'])}. Measured on {result['device']}, {result['threads']} threads, batch size 1."
+        f"{count_of(result['prompts'], 'prompt')} of {result['prompt_tokens']:.1f} tokens; their hidden states take "
+        f"{size(result['store_bytes'])}. Measured on {result['device']}, {threads}, batch size 1."
     )
     print_line(result["recommendation"], style="bold")
 
 
 def _plan_rows(result: dict[str, Any]) -> dict[str, Callable[[dict[str, Any]], str]]:
+    epochs = f"{result['epochs']:g} epoch" + ("s" if result["epochs"] != 1 else "")
     rows: dict[str, Callable[[dict[str, Any]], str]] = {
         "speed-up per output": lambda row: f"{row['speed_up']:.2f}",
         "ms per output, LLM": lambda row: f"{row['llm_ms_per_output']:.0f}",
@@ -207,9 +223,9 @@ def _plan_rows(result: dict[str, Any]) -> dict[str, Callable[[dict[str, Any]], s
         "parameters that decode": lambda row: f"{row['slm_parameters'] / 1e6:.0f}M",
         "memory to generate": lambda row: size(row["inference_bytes"]),
         "memory to train": lambda row: size(row["training_bytes"]),
-        "hours to distill, once": lambda row: f"{row['distill_hours']:.2g}",
-        "hours to encode, once": lambda row: f"{row['encode_hours']:.2g}",
-        f"hours to train {result['epochs']:g} epochs": lambda row: f"{row['train_hours']:.2g}",
+        "time to distill, once": lambda row: duration(3600 * row["distill_hours"]),
+        "time to encode, once": lambda row: duration(3600 * row["encode_hours"]),
+        f"time to train {epochs}": lambda row: duration(3600 * row["train_hours"]),
     }
     if any(row["too_long"] for row in result["candidates"]):
         rows["prompts that are too long"] = lambda row: f"{row['too_long']:,}"

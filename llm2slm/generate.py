@@ -14,7 +14,7 @@ import typer
 
 from .loading import check_output, load_text_to_text, local_device, quiet_libraries
 from .options import ModelArgument, is_given, refuse_given, with_settings
-from .output import one_line, out, print_line, print_note
+from .output import count_of, one_line, out, print_line, print_note, resumable
 from .progress import counting
 
 
@@ -114,6 +114,7 @@ def _refuse_options_without_effect(context: typer.Context, file: Path | None, ou
         refuse_given(context, ("prompt_column", "skip_bad_rows"), "belongs to --file")
 
 
+@resumable
 def _generate_file(model: str, file: Path, output: Path, settings: GenerateFileSettings) -> None:
     quiet_libraries(data=True)
     from modeling_llm2slm.inference.files import generate_file
@@ -121,11 +122,17 @@ def _generate_file(model: str, file: Path, output: Path, settings: GenerateFileS
     settings = replace(settings, device=local_device(settings.device))
     with counting("outputs") as count:
         report = generate_file(model, file, output, settings, progress=partial(count, "Generating"))
-    print_line(
-        f"{report.rows:,} outputs are in {output}: {report.duplicates:,} prompts were repeated, {report.kept:,} "
-        f"outputs were kept from an interrupted run, {report.tokens:,} tokens took {report.seconds:.1f} s "
-        f"({report.tokens_per_second:,.0f} tokens/s)."
-    )
+    repeated = f"{_were(report.duplicates, 'prompt')} repeated"
+    kept = f"{_were(report.kept, 'output')} kept from an interrupted run"
+    facts = [fact for count, fact in ((report.duplicates, repeated), (report.kept, kept)) if count]
+    tokens, rate = count_of(report.tokens, "token"), f"{report.tokens_per_second:,.0f} tokens/s"
+    facts.append(f"{tokens} took {report.seconds:.1f} s ({rate})")
+    are = "is" if report.rows == 1 else "are"
+    print_line(f"{count_of(report.rows, 'output')} {are} in {output}: {', '.join(facts)}.")
+
+
+def _were(number: int, noun: str) -> str:
+    return f"{count_of(number, noun)} {'was' if number == 1 else 'were'}"
 
 
 def _load(model: str, settings: GenerateFileSettings) -> TextToText:

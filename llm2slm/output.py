@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import sys
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 out = Console()
 err = Console(stderr=True)
@@ -65,6 +70,25 @@ def one_line(text: str) -> str:
     from modeling_llm2slm.inference.outputs import one_line
 
     return one_line(text)
+
+
+def count_of(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is one: `1 thread`, `1,200 outputs`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def resumable(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Tell the user of a command that resumes what to do after Ctrl-C."""
+
+    @functools.wraps(command)
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            print_note("Interrupted. Repeat the command to resume.")
+            raise
+
+    return run
 
 
 def exit_with(error: Exception) -> NoReturn:

@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 from .evaluate import print_comparison
 from .loading import local_device, quiet_libraries
 from .options import extra_options, load_module, with_settings
-from .output import print_line
+from .output import count_of, print_line, resumable
 from .progress import counting
 
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 PANEL = "Training"
 EXTRA_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+WIDEST_CHOICES = 20  # characters
 
 commands = typer.Typer()
 
@@ -71,7 +73,7 @@ def _recipe_options(fields: Sequence[Any]) -> list[Any]:
 
 def _parameter(field: Any) -> inspect.Parameter:
     default = ",".join(field.default) if isinstance(field.default, list) else field.default
-    kind = field.type.replace(" ", "")
+    kind = _shortened(field.type.replace(" ", ""))
     option = typer.Option(
         f"--{field.name.replace('_', '-')}",
         help=field.description.replace("`", ""),
@@ -86,36 +88,17 @@ def _parameter(field: Any) -> inspect.Parameter:
     )
 
 
-@commands.command(cls=RecipeCommand, rich_help_panel=PANEL, context_settings=EXTRA_OPTIONS)
-def train(
-    context: typer.Context,
-    recipe: Annotated[Path, typer.Argument(help="A YAML file.", show_default=False)],
-) -> None:
-    """
-    Train a checkpoint as a recipe says.
-
-    `llm2slm train recipe.yaml --num-train-epochs 5 --output-dir runs/five`
-
-    A recipe must have `model`, `train_data` and `output_dir`. The options below override its fields, and so does every
-    field of transformers' Seq2SeqTrainingArguments, such as `--learning-rate 1e-3`: the reference page on recipes
-    lists them. An interrupted run resumes. On several devices:
-    `accelerate launch --config_file FILE -m llm2slm train recipe.yaml`.
-    """
-    overrides = dict(extra_options(context.args))
-    quiet_libraries(data=True)
-    from modeling_llm2slm.training.recipe import load_recipe
-    from modeling_llm2slm.training.run import train as train_model
-
-    settings = load_recipe(recipe, overrides)
-    report = train_model(settings)
-    print_line(f"Trained {report['steps']} steps in {report['seconds']:.0f} s.")
-    if report["best_metric"] is not None:
-        print_line(f"Best validation {report['metric']}: {report['best_metric']:.4g} at step {report['best_step']}.")
-    print_line(f"The model is in {os.path.expandvars(str(settings['output_dir']))}.")
+def _shortened(choices: str) -> str:
+    """Return choices that fit the column of a table: `loss|bleu|...`. A longer text would break inside a word."""
+    names = choices.split("|")
+    while len("|".join(names)) > WIDEST_CHOICES:
+        names = [*names[: -2 if names[-1] == "..." else -1], "..."]
+    return "|".join(names)
 
 
 @commands.command(cls=SpeedupCommand, rich_help_panel=PANEL, context_settings=EXTRA_OPTIONS)
 @with_settings
+@resumable
 def speedup(
     context: typer.Context,
     settings: SpeedupSettings,
@@ -140,3 +123,34 @@ def speedup(
         result = run.run(lambda stage, command: print_line(f"{stage}  {command}"))
     print_comparison({"data": "test.jsonl", **result})
     print_line(f"The model is in {output}/model.")
+
+
+@commands.command(cls=RecipeCommand, rich_help_panel=PANEL, context_settings=EXTRA_OPTIONS)
+@resumable
+def train(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="A YAML file.", show_default=False)],
+) -> None:
+    """
+    Train a model from a YAML recipe.
+
+    `llm2slm train recipe.yaml --num-train-epochs 5 --output-dir runs/five`
+
+    A recipe must have `model`, `train_data` and `output_dir`. The options below override its fields, and so does every
+    field of transformers' Seq2SeqTrainingArguments, such as `--learning-rate 1e-3`: the reference page on recipes
+    lists them. An interrupted run resumes. On several devices:
+    `accelerate launch --config_file FILE -m llm2slm train recipe.yaml`.
+    """
+    overrides = dict(extra_options(context.args))
+    quiet_libraries(data=True)
+    from modeling_llm2slm.training.recipe import load_recipe
+    from modeling_llm2slm.training.run import train as train_model
+
+    settings = load_recipe(recipe, overrides)
+    report = train_model(settings)
+    if report.get("already_trained"):  # a warning has said so
+        return
+    print_line(f"Trained {count_of(report['steps'], 'step')} in {report['seconds']:.0f} s.")
+    if report["best_metric"] is not None:
+        print_line(f"Best validation {report['metric']}: {report['best_metric']:.4g} at step {report['best_step']}.")
+    print_line(f"The model is in {os.path.expandvars(str(settings['output_dir']))}.")

@@ -76,7 +76,9 @@ METRICS = {
 
 DATA, MODEL, GENERATION, COMPUTE = "Data", "Model", "Generation", "Computation"
 # Help of options that several commands have.
-FUSION = "Fusion: add, replace, or the name of a registered one."
+FUSION = (
+    "How the hidden states enter the SLM: add (to an embedding of the prompt), replace (it), or a registered fusion."
+)
 SPLIT = "Split of a data set on the Hub; a file is one split."
 TRUNCATE = "Truncate prompts to this many tokens."
 
@@ -171,7 +173,7 @@ class BuildSettings(Settings):
     prompt_max_length: int | None = option(None, TRUNCATE, minimum=1, panel=MODEL)
     target_max_length: int | None = option(None, "Truncate targets to this many tokens.", minimum=2, panel=MODEL)
     max_new_tokens: int | None = option(None, "Longest output, in tokens.", minimum=1, panel=MODEL)
-    seed: int = option(0, "Seed of randomly initialized weights.", panel=MODEL)
+    seed: int = option(0, "Random seed for new weights.", panel=MODEL)
     max_shard_size: str = option("1GB", "Maximum size of a weight file.", panel=MODEL)
 
 
@@ -220,7 +222,7 @@ class EvaluateSettings(DecodingSettings, DataSettings):
     target_column: str = option("target", "Column that holds the references.", panel=DATA)
     batch_size: int = option(32, "Prompts per batch; outputs are timed one at a time.", minimum=1, panel=COMPUTE)
     timed_outputs: int = option(50, "Time this many outputs, one at a time.", minimum=0, panel=COMPUTE)
-    worst: int = option(5, "With --against: show this many of the outputs that agree least.", minimum=0)
+    worst: int = option(5, "With --against: show this many of the outputs that differ most.", minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ def check_columns(source: str, needed: Sequence[str], existing: Sequence[str]) -
                 "compare with an LLM: `llm2slm evaluate --against`."
                 if is_text_file
                 else f"{source} has no column {column!r}; it has {', '.join(map(repr, existing))}. "
-                "Name the columns with prompt_column and target_column."
+                "Name the columns with --prompt-column and --target-column (prompt_column, target_column)."
             )
 
 
@@ -68,8 +68,11 @@ def report_bad_rows(source: str, bad: Mapping[int, str], skip: bool) -> None:
         # The last reason may be that the rest of the file cannot be read.
         logger.warning(f"{source}: {skipped} skipped: {numbers}. The last: {reasons[-1]}.")
         return
+    them = "them" if len(bad) > 1 else "it"
     others = f" There are {len(bad)} bad rows: {numbers}." if len(bad) > 1 else ""
-    raise ValueError(f"{source}: {reasons[0]}.{others} Fix them, or skip them with skip_bad_rows.")
+    raise ValueError(
+        f"{source}: {reasons[0]}.{others} Fix {them}, or skip {them} with --skip-bad-rows (skip_bad_rows)."
+    )
 
 
 def good_rows(source: str, numbers: Sequence[int], problems: Mapping[int, str], skip: bool) -> list[int]:

@@ -17,12 +17,12 @@ from transformers import (
     CompileConfig,
 )
 
-from ..files_llm2slm import first_line
+from ..files_llm2slm import with_article
 from ..inference.engine import DEFAULT, BenchmarkModels, Contestant, Engine, LoadOptions
 from ..inference.families import DecoderOnlyTextToText, EncoderDecoderTextToText, LLM2SLMTextToText
 from ..inference.model import LLM2SLMForConditionalGeneration
 from ..inference.text_to_text import TextToText
-from ..states.loading import load, load_model
+from ..states.loading import load, load_model, to_device
 from ..states.without_llm import LLM2SLMWithoutLLM
 from .quantization import quantize
 
@@ -41,15 +41,17 @@ class PyTorchEngine(Engine):
         composite, encoder_decoder = config.model_type == "llm2slm", getattr(config, "is_encoder_decoder", False)
         auto_class: Any = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
         if type(config) not in auto_class._model_mapping:
-            raise ValueError(f"{path} is a {config.model_type} model, which does not generate text.")
+            raise ValueError(f"{path} is {with_article(config.model_type)} model, which does not generate text.")
         processor = load(AutoProcessor if composite else AutoTokenizer, path)
         if options.states is not None:
             if not composite:
-                raise ValueError(f"{path} is a {config.model_type} model; only LLM-to-SLM models take hidden states.")
+                raise ValueError(
+                    f"{path} is {with_article(config.model_type)} model; only LLM-to-SLM models take hidden states."
+                )
             options.states.check(path, config, processor.tokenizer)
             auto_class = LLM2SLMWithoutLLM
         model = load_model(auto_class, path, **_dtypes(config, options))
-        model = _to_device(model, options.device or "cpu").eval()
+        model = to_device(model, options.device or "cpu").eval()
         if options.quantize is not None:
             quantize(model, options.quantize)
         kind: Any = EncoderDecoderTextToText if encoder_decoder else DecoderOnlyTextToText
@@ -80,13 +82,6 @@ def _dtypes(config: Any, options: LoadOptions) -> dict[str, Any]:
         kept = config.encoder_dtype or config.dtype or torch.float32
         dtypes["encoder_dtype"] = str(kept if config.freeze_llm else dtypes["dtype"]).removeprefix("torch.")
     return dtypes
-
-
-def _to_device(model: Any, device: str | torch.device) -> Any:
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:  # no such name; torch built without it
-        raise ValueError(f"The model cannot be moved to {device}: {first_line(error)}") from error
 
 
 def _load_llm(models: BenchmarkModels, folder: Path, device: str) -> Any:

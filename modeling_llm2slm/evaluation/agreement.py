@@ -39,7 +39,7 @@ def compare(
         model: A checkpoint of any kind, or a loaded model.
         llm: The LLM with its decoder: a checkpoint, or a loaded model.
         data: Prompts with or without references, see [`load_rows`].
-        settings: Which prompts, how both generate, how many outputs to time, and how many that agree least to return.
+        settings: Which prompts, how both generate, how many outputs to time, and how many that differ most to return.
             If some rows hold no text in `target_column`, no references are used, with a warning; with
             `skip_bad_rows`, these rows are skipped instead.
         generate_kwargs: More arguments of `generate()`, for both; nothing is sampled unless `do_sample` is set.

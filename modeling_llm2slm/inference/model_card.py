@@ -64,6 +64,7 @@ def model_card(model: Any, name: str, details: CardDetails | None = None) -> Mod
     if datasets is None:
         datasets = [recipe["train_data"]] if recipe.get("train_data") else []
     sources = {"LLM": model.config.llm_source, "SLM": model.config.slm_source}
+    bases = [where for source in sources.values() if (where := _repository(source))]
     licenses = {part: _license_of(source) for part, source in sources.items()}
     if license is None and licenses["LLM"] == licenses["SLM"]:
         license = licenses["LLM"]
@@ -73,8 +74,8 @@ def model_card(model: Any, name: str, details: CardDetails | None = None) -> Mod
         library_name="transformers",
         pipeline_tag=details.pipeline_tag,
         tags=["llm2slm", "custom_code", *(details.tags or [])],
-        base_model=[where for source in sources.values() if (where := _repository(source))] or None,
-        base_model_relation="finetune",
+        base_model=bases or None,
+        base_model_relation="finetune" if bases else None,
         datasets=[dataset.partition(":")[0] for dataset in datasets if not Path(dataset).suffix] or None,
         model_name=name.rpartition("/")[2] or "llm2slm",
         eval_results=_results(details.evaluations) or None,
@@ -117,7 +118,7 @@ def is_by_hand(text: str) -> bool:
 
 def _repository(source: Mapping[str, Any] | None) -> str | None:
     name = (source or {}).get("name_or_path")
-    return name if name and not name.startswith((".", "/")) else None
+    return name if name and not name.startswith((".", "/")) and not name.endswith(".json") else None
 
 
 def _license_of(source: Mapping[str, Any] | None) -> str | None:
@@ -190,25 +191,32 @@ def _parts(model: Any, sources: Mapping[str, Any], licenses: Mapping[str, str | 
     rows = [
         ("LLM", _link(sources["LLM"]), "unchanged" if model.config.freeze_llm else "trained further", llm, "once"),
         ("fusion modules", "new", "trained", between, "once"),
-        ("SLM", _link(sources["SLM"]), "trained further", slm, "per token"),
+        ("SLM", _link(sources["SLM"]), "trained" if _is_new(sources["SLM"]) else "trained further", slm, "per token"),
     ]
     lines = "\n".join(f"| {part} | {base} | {how} | {size:,} | {when} |" for part, base, how, size, when in rows)
     notes = "\n".join(
         f"- {part}: {'its card says `' + license + '`' if license else 'see the licence of its base model'}."
         for part, license in licenses.items()
+        if license or not _is_new(sources[part])
     )
+    apply = f"The licences of the parts apply to the whole:\n\n{notes}" if notes else ""
     held = "The LLM's weights are not in this repository. They are read from the LLM's repository and checked.\n\n"
     return (
         "## Parts\n\n| part | base model | relation | parameters | runs |\n| --- | --- | --- | --: | --- |\n"
         f"{lines}\n\nThe modules that run for each token have {decoding / llm:.3f} times the LLM's parameters.\n\n"
-        f"{held if model.config.lean else ''}The licences of the parts apply to the whole:\n\n{notes}"
-    )
+        f"{held if model.config.lean else ''}{apply}"
+    ).rstrip()
+
+
+def _is_new(source: Mapping[str, Any] | None) -> bool:
+    """Return whether a part started with random weights, which a config file gives."""
+    return not source or str(source.get("name_or_path")).endswith(".json")
 
 
 def _link(source: Mapping[str, Any] | None) -> str:
     name = _repository(source)
     if name is None:
-        return "a local model" if source else "a new model"
+        return "new, trained from scratch" if _is_new(source) else "a local model"
     revision = (source or {}).get("revision")
     return f"[{name}](https://huggingface.co/{name})" + (f" at `{revision[:12]}`" if revision else "")
 
@@ -253,10 +261,14 @@ def _times(evaluations: Sequence[Mapping[str, Any]]) -> str:
     lines.append("| --- | --: | --: | --: | --- |")
     for evaluation in timed:
         speed = evaluation["speed"]
-        device = f"{evaluation.get('device')}, {evaluation.get('threads')} threads, {evaluation.get('dtype')}"
+        device = f"{evaluation.get('device')}, {_threads(evaluation.get('threads'))}, {evaluation.get('dtype')}"
         times = f"{speed['ms_per_output']:.1f} | {speed['ms_per_token']:.2f} | {speed['tokens_per_output']:.1f}"
         lines.append(f"| {Path(str(evaluation.get('model'))).name} | {times} | {device} |")
     return "\n".join([*lines, "", "Measured one prompt at a time, from text to text."])
+
+
+def _threads(count: Any) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
 __all__ = ["CardDetails", "model_card"]

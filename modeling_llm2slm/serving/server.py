@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import signal
 import socket
 from collections.abc import Callable
@@ -37,6 +38,8 @@ def bind(host: str, port: int) -> socket.socket:
         sock.bind((host, port))
     except OSError as error:
         sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise OSError(f"Port {port} is in use: choose another --port.") from error
         message = f"{host}:{port} cannot be served on: {error.strerror}. Choose another --port or --host."
         raise OSError(message) from error
     return sock

@@ -21,7 +21,7 @@ from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..processing_llm2slm import LLM2SLMProcessor
 from ..settings import EncodeSettings
 from .description import SHARDS, StoreDescription, describe, index_prompts
-from .loading import load, load_model
+from .loading import load, load_model, to_device
 from .store import remove_store
 from .writer import StateWriter
 
@@ -93,7 +93,7 @@ class _Encoder:
         self.settings = settings
         self.model, self.processor = _load(model)
         self.config = self.model.config
-        self.model.to(settings.device)
+        to_device(self.model, settings.device)
         if settings.prompt_max_length is not None:
             self.processor.prompt_max_length = settings.prompt_max_length
 
@@ -140,6 +140,10 @@ def _load(path: str | Path) -> tuple[Any, LLM2SLMProcessor]:
     config = load(AutoConfig, path)
     if not isinstance(config, LLM2SLMConfig):
         raise ValueError(f"{path} is not an LLM-to-SLM model, so it has no LLM to encode with: see llm2slm build.")
+    if config.lean:
+        raise ValueError(
+            f"encode needs a full checkpoint, and {path} is lean: run llm2slm convert full {path} FOLDER."
+        )
     dtype = str(config.encoder_dtype or config.dtype or "float32").removeprefix("torch.")
     model = load_model(
         LLM2SLMForConditionalGeneration,

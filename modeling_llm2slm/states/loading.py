@@ -10,6 +10,10 @@ from typing import Any
 from ..files_llm2slm import first_line
 
 
+NO_FOLDER = "there is no such folder"
+UNREACHABLE = ("We couldn't connect to", "offline mode is enabled", "Cannot reach")  # words of its two libraries
+
+
 def load(auto_class: Any, path: str | Path, **kwargs: Any) -> Any:
     """Call `auto_class.from_pretrained`, and turn every failure into an `OSError` of one sentence."""
     with one_sentence(path):
@@ -26,13 +30,33 @@ def load_model(auto_class: Any, path: str | Path, **kwargs: Any) -> Any:
     return model
 
 
+def to_device(model: Any, device: Any) -> Any:
+    """Move a model to a device; raise `ValueError` of one sentence if there is no such device."""
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:  # no such name; torch built without it
+        fix = " Use --device cpu, or install PyTorch with CUDA." if str(device).startswith("cuda") else ""
+        cause = first_line(error).removesuffix(".")
+        raise ValueError(f"The model cannot be moved to {device}: {cause}.{fix}") from error
+
+
 @contextmanager
 def one_sentence(path: str | Path) -> Iterator[None]:
     """Turn any failure with a checkpoint into an `OSError` of one sentence."""
     try:
         yield
     except Exception as error:  # a damaged checkpoint raises a different class for each file and format
-        raise OSError(f"{path} cannot be loaded: {_cause(str(path), error)}") from error
+        raise OSError(_sentence(str(path), error)) from error
+
+
+def _sentence(path: str, error: Exception) -> str:
+    has_no_config = str(error).startswith("Unrecognized model in") or "a file named config.json" in str(error)
+    if has_no_config and Path(path).is_dir() and not Path(path, "config.json").exists():
+        return f"{path} is not a checkpoint: it has no config.json."
+    cause = _cause(path, error)
+    if cause.startswith(NO_FOLDER) and any(words in cause for words in UNREACHABLE):
+        cause = f"{NO_FOLDER}, and the Hub cannot be reached. Check the path, or download the model first."
+    return f"{path} cannot be loaded: {cause}"
 
 
 def _cause(path: str, error: Exception) -> str:
@@ -42,4 +66,4 @@ def _cause(path: str, error: Exception) -> str:
     if path.endswith(".json"):
         return "there is no such file"
     is_folder = path.startswith((".", "/", "~")) or path.count("/") > 1 or ("/" in path and Path(path).parent.is_dir())
-    return "there is no such folder" if is_folder else f"there is no such folder, and on the Hub: {first_line(error)}"
+    return NO_FOLDER if is_folder else f"{NO_FOLDER}, and on the Hub: {first_line(error)}"

@@ -420,6 +420,26 @@ def with_current_names(recipe: Mapping[Any, Any]) -> dict[str, Any]:
     return current
 
 
+def typed_recipe(recipe: Mapping[Any, Any], ours: Recipe, arguments: "Seq2SeqTrainingArguments") -> dict[str, Any]:
+    """
+    Return a recipe with current names, whose numbers, switches, lists and mappings that a command line gave as text
+    have their types.
+
+    Args:
+        recipe: The recipe.
+        ours: Its fields, from [`parse_recipe`].
+        arguments: Its fields of the Trainer, from [`parse_recipe`].
+    """
+    typed = with_current_names(recipe)
+    for name, value in typed.items():
+        if isinstance(value, str):
+            parsed = getattr(ours if name in Recipe.model_fields else arguments, name)
+            is_structure = isinstance(parsed, list | dict) and value.startswith(("{", "["))
+            if is_structure or isinstance(parsed, bool | int | float):
+                typed[name] = parsed
+    return typed
+
+
 FORMER_NAMES = {
     alias: name
     for name, field in Recipe.model_fields.items()
@@ -507,6 +527,8 @@ def _training_arguments(ours: Recipe, values: Mapping[str, Any]) -> "Seq2SeqTrai
 
     hints = get_type_hints(Seq2SeqTrainingArguments)
     typed = {name: _typed(name, hints[name], value) for name, value in values.items()}
+    if ours.validation_data and typed.get("eval_strategy") == "no":
+        raise ValueError("eval_strategy is 'no', but validation_data is set: remove one of them.")
     # Without use_cpu, the Trainer refuses bf16 on a CPU.
     defaults: dict[str, Any] = {**DEFAULTS, "use_cpu": not torch.accelerator.is_available()}
     if ours.validation_data:

@@ -41,13 +41,15 @@ def last_report(output_dir: str | Path) -> dict[str, Any]:
 
 
 def finished_report(arguments: Seq2SeqTrainingArguments) -> dict[str, Any] | None:
-    """Return the report of a run that has taken its `max_steps`: resumed, the Trainer would take one step more."""
+    """Return the report of a run that has already trained for as many steps or epochs as the arguments ask for."""
     report = last_report(arguments.output_dir)
-    return report if report.get("steps", 0) >= arguments.max_steps > 0 else None
+    if arguments.max_steps > 0:  # takes precedence over epochs in the Trainer
+        return report if report.get("steps", 0) >= arguments.max_steps else None
+    return report if (report.get("epochs") or 0) >= arguments.num_train_epochs - 1e-6 else None
 
 
 def check_same_recipe(recipe: Recipe, arguments: Seq2SeqTrainingArguments) -> None:
-    """Raise `ValueError` if the run in the output folder, which is to be resumed, began with another recipe."""
+    """Raise `ValueError` if the run in the output folder, which is to be resumed, started with another recipe."""
     file = Path(arguments.output_dir) / RECIPE
     if not (file.is_file() and _is_json(file)):
         return
@@ -55,8 +57,8 @@ def check_same_recipe(recipe: Recipe, arguments: Seq2SeqTrainingArguments) -> No
     for name in now:
         if name in begun and begun[name] != now[name]:
             raise ValueError(
-                f"{arguments.output_dir} was begun with {name}: {begun[name]}, and cannot resume with {now[name]}. "
-                "Put it back, choose another output_dir, or train from scratch with resume: false."
+                f"{arguments.output_dir} was started with {name}: {begun[name]}, and cannot resume with {now[name]}. "
+                f"Set it to {begun[name]} again, choose another output_dir, or train from scratch with resume: false."
             )
 
 

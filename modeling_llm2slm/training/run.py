@@ -20,14 +20,13 @@ from ..inference.text_to_text import TextToText
 from .callbacks import ProgressLines, progress_lines
 from .features import training_data
 from .model import gather_sharded, load_to_train, merge_and_restore, refer_to_llm, source_of_llm
-from .recipe import Recipe, parse_recipe, with_current_names
+from .recipe import Recipe, parse_recipe, typed_recipe
 from .resuming import (
     REPORT,
     check_same_recipe,
     check_start_is_kept,
     finished_report,
     last_checkpoint,
-    last_report,
     prepare_output_dir,
 )
 from .trainer import TextToTextTrainer
@@ -48,14 +47,14 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
         recipe: The fields of [`Recipe`] and of [`~transformers.Seq2SeqTrainingArguments`] in one mapping.
 
     Returns:
-        The report.
+        The report; with `already_trained: True` if the run had finished before, and nothing was done.
 
     Raises:
         ValueError: If the recipe is wrong, its data has bad rows, or it differs from the one of the run to resume.
         OSError: If a model or data cannot be read, or a checkpoint cannot be written.
     """
     ours, arguments = parse_recipe(recipe)
-    recipe = with_current_names(recipe)
+    recipe = typed_recipe(recipe, ours, arguments)
     if "bf16" in recipe:
         recipe["bf16"] = arguments.bf16  # the report holds what was done
     finished = finished_report(arguments) if ours.resume else None
@@ -63,8 +62,16 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if finished or checkpoint:
         check_same_recipe(ours, arguments)
     if finished:
-        logger.warning(f"{arguments.output_dir} has already been trained for max_steps: nothing is left to do.")
-        return finished
+        counts = {name: finished[name] for name in ("steps", "epochs")}
+        done = ", ".join(
+            f"{round(count, 2):,.10g} {name.removesuffix('s') if count == 1 else name}"
+            for name, count in counts.items()
+        )
+        logger.warning(
+            f"{arguments.output_dir} is already trained ({done}): nothing to do. Choose another output_dir, "
+            "or set resume: false."
+        )
+        return {**finished, "already_trained": True}
     check_replaceable(arguments.output_dir)
     check_start_is_kept(ours, arguments)
     set_seed(arguments.seed)
@@ -143,7 +150,7 @@ def _report(
     recipe: Mapping[str, Any], trainer: TextToTextTrainer, seconds: float, resumed: str | None
 ) -> dict[str, Any]:
     model, state = trainer.text_to_text.model, trainer.state
-    report = {
+    return {
         "recipe": without_secrets(recipe),
         "seconds": round(seconds, 1),
         "resumed_at_step": int(resumed.rpartition("-")[2]) if resumed else None,
@@ -159,7 +166,3 @@ def _report(
         "device": str(trainer.args.device),
         "threads": torch.get_num_threads(),
     }
-    if report["steps"] == report["resumed_at_step"]:  # a finished run was repeated: keep the time of the first
-        before = last_report(trainer.args.output_dir)
-        report |= {name: before[name] for name in ("seconds", "resumed_at_step") if name in before}
-    return report

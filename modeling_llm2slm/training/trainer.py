@@ -75,6 +75,12 @@ class TextToTextTrainer(Seq2SeqTrainer):
                 "repeat the command, which resumes from the last complete checkpoint."
             ) from error
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # A checkpoint holds tied weights once, under one of their names.
+        tied = self.model.all_tied_weights_keys
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         trained, args = self.model if model is None else model, self.args
         relative = self.optimizer_name == "adafactor"

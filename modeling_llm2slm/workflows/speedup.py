@@ -16,7 +16,7 @@ import yaml
 from transformers import AutoConfig, AutoTokenizer
 
 from ..configuration_llm2slm import LLM2SLMConfig, check_length
-from ..conversion.build import build, float_dtype, part_config
+from ..conversion.build import build, float_dtype, is_config, part_config
 from ..data.atomic import atomic_write, remove_unfinished
 from ..data.bad_rows import good_rows
 from ..data.formats import parse_lines
@@ -30,7 +30,7 @@ from ..states.encoding import encode
 from ..states.loading import load
 from ..states.store import is_complete
 from ..training.distillation import distill
-from ..training.recipe import load_recipe, parse_recipe, with_current_names
+from ..training.recipe import load_recipe, parse_recipe, typed_recipe, with_current_names
 from ..training.resuming import REPORT, last_checkpoint
 from ..training.run import train
 
@@ -76,9 +76,13 @@ class Speedup:
         self.device = device
         self.progress = progress
         # Fail here, before hours of work, if a later stage would.
-        self._check_folder()
+        if is_config(settings.llm):
+            raise ValueError(
+                f"{settings.llm} is a config; speedup needs a trained LLM: a folder or a name on the Hub."
+            )
         self._check_fields()
-        self.recipe, _ = parse_recipe(self._recipe())
+        self.recipe, self.arguments = parse_recipe(self._recipe())
+        self._check_folder()
         llm, tokenizer = load(AutoConfig, settings.llm), settings.slm_tokenizer or settings.llm
         decoder = part_config(settings.slm, tokenizer)
         self.config = LLM2SLMConfig(encoder=llm, decoder=decoder, fusion=settings.fusion)
@@ -105,14 +109,15 @@ class Speedup:
         changed = next((name for name in now if before.get(name) != now[name]), None)
         if changed in CONTENTS:
             raise ValueError(
-                f"{getattr(self.settings, CONTENTS[changed])} has changed since {self.output} was begun. Choose "
+                f"{getattr(self.settings, CONTENTS[changed])} has changed since {self.output} was started. Choose "
                 "another folder with --output, or restore its former content."
             )
         if changed is not None:
-            raise ValueError(
-                f"{self.output} was begun with another {changed} ({before.get(changed)!r}). Repeat its settings, or "
-                "choose another folder with --output."
-            )
+            name, value = changed, before.get(changed)
+            if changed == "recipe":
+                name, value = _changed_field(before["recipe"], now["recipe"])
+            given = f"with {_option(name, value)}" if value is not None else f"without {_option(name)}"
+            raise ValueError(f"{self.output} was started {given}. Use the same value, or another --output.")
 
     def _check_fields(self) -> None:
         """Raise `ValueError` for recipe fields that the speed-up sets itself."""
@@ -286,7 +291,7 @@ class Speedup:
 
     def train(self) -> None:
         """Train on the hidden states with the recipe, which is also written to the folder."""
-        recipe = self._recipe()
+        recipe = typed_recipe(self._recipe(), self.recipe, self.arguments)
         with atomic_write(self.output / "recipe.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(without_secrets(recipe), sort_keys=False), encoding="utf-8")
         if not (self.output / "model" / REPORT).is_file():
@@ -322,6 +327,17 @@ class Speedup:
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _changed_field(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any]:
+    """Return the first field that differs between two recipes, with its value in the first one."""
+    name = next(name for name in {**now, **before} if before.get(name) != now.get(name))
+    return name, before.get(name)
+
+
+def _option(name: str, *values: Any) -> str:
+    """Return an option of the command line with its value, if it is given one."""
+    return " ".join([f"--{name.replace('_', '-')}", *map(str, values)])
 
 
 def _command(*words: str, **options: Any) -> str:

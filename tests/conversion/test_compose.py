@@ -104,7 +104,7 @@ def test_wrong_settings_are_errors(kwargs, message, sources, tmp_path):
 
 
 def test_parts_of_the_wrong_kind_are_errors(sources, tmp_path):
-    with pytest.raises(ValueError, match="a llm2slm model cannot be the LLM"):
+    with pytest.raises(ValueError, match="an llm2slm model cannot be the LLM"):
         compose(sources / "full", sources / "slm", tmp_path / "new")
     assert not list(tmp_path.iterdir())
 

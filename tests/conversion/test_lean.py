@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,10 @@ def sources(tmp_path_factory) -> Path:
 def test_full_to_lean_and_back_keeps_every_byte(sources, tmp_path):
     report = lean(sources / "full", tmp_path / "lean")
     assert ("outputs, largest difference", "none") in report.rows
+    print_of_llm = json.loads((tmp_path / "lean" / "config.json").read_text())["llm_source"]["fingerprint"]
+    assert dict(report.rows)["the LLM"].endswith(f", fingerprint {print_of_llm}")
+    named = lean(sources / "full", tmp_path / "named", llm=sources / "llm")
+    assert dict(named.rows)["the LLM"] == f"in {sources / 'llm'}, fingerprint {print_of_llm}"
     same_bytes(weights_of(tmp_path / "lean"), weights_of(sources / "lean"))
     full(tmp_path / "lean", tmp_path / "full")
     same_bytes(weights_of(tmp_path / "full"), weights_of(sources / "full"))

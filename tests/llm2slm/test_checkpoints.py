@@ -15,6 +15,11 @@ from tests.support.checkpoints import write_checkpoint, write_parts
 from tests.support.commands import run
 
 
+def test_info_shows_the_dtype_in_the_files(capsys):
+    assert run("info", "examples/demo/llm") == 0
+    assert "bfloat16" in capsys.readouterr().out
+
+
 def test_two_configs_make_an_llm2slm_checkpoint(tmp_path, capsys):
     llm, slm, tokenizer = write_parts(tmp_path)
     assert run("build", tmp_path / "new", "--llm", llm, "--slm", slm, "--llm-tokenizer", tokenizer) == 0

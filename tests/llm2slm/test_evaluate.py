@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from llm2slm.evaluate import _lengths
 from tests.support.checkpoints import PAIRS, PROMPTS, write_checkpoint, write_pairs
 from tests.support.commands import run
 
@@ -30,7 +31,7 @@ def test_plan_prints_and_writes_the_same_numbers(tmp_path, capsys):
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert f"{plan['candidates'][0]['speed_up']:.2f}" in printed
     assert plan["recommendation"] in printed
-    assert all(word in printed for word in ("memory to train", "hours to encode", "1.6 kB", "--slm-tokenizer"))
+    assert all(word in printed for word in ("memory to train", "time to encode", "1.6 kB", "--slm-tokenizer"))
 
 
 def test_evaluate_against_the_llm_prints_agreement_and_speed(composite, tmp_path, capsys):
@@ -41,6 +42,13 @@ def test_evaluate_against_the_llm_prints_agreement_and_speed(composite, tmp_path
     assert f"{result['agreement']['chrf']:.2f}" in printed
     assert f"{result['speed_up']:.2f} times as fast" in printed
     assert len(result["worst"]) == 2
+
+
+@pytest.mark.parametrize(("own", "shown"), [(1.0, True), (9.0, False)])
+def test_outputs_of_different_lengths_are_named_next_to_the_speed_up(own, shown):
+    result = {"speed": {"tokens_per_output": own}, "llm_speed": {"tokens_per_output": 11.0}}
+    sentence = "The outputs have 1.0 tokens, the LLM's 11.0: the speed-up compares outputs of different lengths."
+    assert (_lengths(result).strip() == sentence) == shown
 
 
 def test_evaluate_without_references_needs_an_llm(composite, tmp_path, capsys):

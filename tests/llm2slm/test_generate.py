@@ -153,6 +153,7 @@ def test_files_of_every_format(composite: str, prompts: Path, capsys: Any) -> No
         assert "11" in printed
         assert str(folder / output) in printed
         assert "3 prompts were repeated" in printed
+        assert "were kept from an interrupted run" not in printed
         assert "40 tokens" in printed
         assert "tokens/s" in printed
     assert (folder / "a.txt").read_text().splitlines() == alone

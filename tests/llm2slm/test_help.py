@@ -72,6 +72,12 @@ def test_every_command_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(names[0] in listed for names in COMMANDS)
 
 
+def test_training_comes_first_in_the_help() -> None:
+    first = [names[0] for names in COMMANDS if len(names) == 1]
+    assert first[:4] == ["speedup", "train", "encode", "distill"]
+    assert first[-5:] == ["build", "info", "card", "export", "convert"]
+
+
 @pytest.mark.parametrize("names", LEAVES, ids=" ".join)
 def test_every_help_has_an_example(names: tuple[str, ...]) -> None:
     assert names in {command for command, _ in EXAMPLES}

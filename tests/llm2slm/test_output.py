@@ -15,6 +15,7 @@ from tests.support.commands import run, run_in_new_process
 
 
 MODEL, DATA, RECIPE, OUT = "<model>", "<data>", "<recipe>", "<out>"
+SLM = "examples/demo/gpt2.json"
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,20 @@ MODEL, DATA, RECIPE, OUT = "<model>", "<data>", "<recipe>", "<out>"
         (["build", OUT, "--llm", "no/such/model"], 1, "no/such/model cannot be loaded"),
         (["build", OUT, "--llm", "no.json", "--slm", "no.json"], 1, "There is no config file no.json"),
         (["build", OUT, "--preset", "no.json"], 1, "There is no config file no.json"),
+        (
+            ["generate", "nope", "hello"],
+            1,
+            "nope cannot be loaded: there is no such folder, and the Hub cannot be reached. Check the path, or ",
+        ),
+        (["build", OUT, "--slm", SLM], 1, "is a config without a tokenizer: add --slm-tokenizer."),
+        (
+            ["build", OUT, "--preset", SLM],
+            1,
+            "gpt2.json is a gpt2 config, but --preset needs an llm2slm config, such as configuration/tiny.json.",
+        ),
+        (["convert", "lean", MODEL, OUT, "--llm", SLM], 1, f"--llm {SLM} is not a checkpoint folder."),
+        (["generate", "examples", "hello"], 1, "examples is not a checkpoint: it has no config.json."),
+        (["evaluate", MODEL, DATA, "--device", "cuda:99", "--output", OUT], 1, "Use --device cpu, or install PyTorch"),
         (["info", DATA], 1, "cannot be loaded"),
         (["card", MODEL, "--evaluation", "no.json"], 1, "There is no file no.json"),
         (["convert", "lean", MODEL, OUT], 1, "not known where the LLM comes from"),
@@ -60,6 +75,7 @@ MODEL, DATA, RECIPE, OUT = "<model>", "<data>", "<recipe>", "<out>"
         (["encode", "no/such/model", DATA, "--output", OUT], 1, "no/such/model cannot be loaded"),
         (["encode", MODEL, DATA, "--output", OUT, "--dtype", "int3"], 2, "float32"),
         (["encode", MODEL, DATA, "--output", OUT, "--prompt-column", "x"], 1, "no column 'x'"),
+        (["encode", MODEL, DATA, "--output", OUT, "--device", "cuda:99"], 1, "Use --device cpu, or install PyTorch"),
         (["encode", MODEL, DATA], 2, "output"),
         (["distill", "no/such/model", DATA, "--output", f"{OUT}.jsonl"], 1, "no/such/model cannot be loaded"),
         (["convert", "lean", "no/such/model", OUT], 1, "no/such/model cannot be loaded: there is no such folder"),

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from llm2slm.train import _shortened
 from tests.support.checkpoints import PROMPTS, write_checkpoint
 from tests.support.commands import kill_when, run
 
@@ -16,6 +17,28 @@ def test_a_recipe_makes_a_model_that_generates(recipe, tmp_path, capsys):
     assert run("generate", tmp_path / "out", "src1", "--max-new-tokens", 3) == 0
     assert run("info", tmp_path / "out") == 0
     assert "Trained 2 steps" in capsys.readouterr().out
+
+
+def test_repeated_training_says_that_there_is_nothing_to_do(recipe, capsys, caplog):
+    assert run("train", recipe) == 0
+    capsys.readouterr()
+    assert run("train", recipe, "--max-steps", "1") == 0
+    assert "is already trained (2 steps, " in caplog.text
+    assert "Trained" not in capsys.readouterr().out
+
+
+def test_interrupted_training_says_how_to_resume(recipe, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("modeling_llm2slm.training.run.train", interrupt)
+    assert run("train", recipe) == 130
+    assert "Interrupted. Repeat the command to resume." in capsys.readouterr().err
+
+
+def test_choices_in_the_help_do_not_break_inside_a_word():
+    assert _shortened("adamw|adafactor") == "adamw|adafactor"
+    assert _shortened("loss|bleu|chrf|rouge1|exact_match") == "loss|bleu|chrf|..."
 
 
 def test_every_field_of_a_recipe_is_an_option(recipe, tmp_path):
@@ -30,7 +53,7 @@ def test_every_field_of_a_recipe_is_an_option(recipe, tmp_path):
     assert run("train", recipe, *words) == 0
     record = json.loads((tmp_path / "other" / "training.json").read_text())
     assert record["steps"] == 1
-    assert record["recipe"]["disable_tqdm"] == "true"
+    assert record["recipe"]["disable_tqdm"] is True
     assert not (tmp_path / "out").exists()
 
 
@@ -42,7 +65,7 @@ def test_fields_that_are_given_as_options_are_checked_like_those_of_the_file(rec
     assert "train_samples is '0', but it must be greater than or equal to 1" in capsys.readouterr().err
     assert run("train", recipe, "--max-steps", "1", "--resume", "false", "--skip-bad-rows", "--metric=loss") == 0
     record = json.loads((tmp_path / "out" / "training.json").read_text())["recipe"]
-    assert (record["resume"], record["skip_bad_rows"], record["metric"]) == ("false", "true", "loss")
+    assert (record["resume"], record["skip_bad_rows"], record["metric"]) == (False, True, "loss")
 
 
 @pytest.mark.parametrize(("command", "left_out"), [("train", set()), ("speedup", {"model", "train_data"})])

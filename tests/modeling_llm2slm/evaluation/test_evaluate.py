@@ -62,7 +62,7 @@ def test_rows_without_text_or_too_long_are_skipped_on_request(tmp_path: Path, ag
     skipping = EvaluateSettings(timed_outputs=0, max_new_tokens=3, skip_bad_rows=True)
     score_all = partial(compare, model, model) if against else partial(evaluate, model)
     # Without a reference for every row, nothing is compared with references.
-    first = "The prompt has 71 tokens" if against else "target of row 0 is None.* skip them with skip_bad_rows"
+    first = "The prompt has 71 tokens" if against else "target of row 0 is None.* skip it with --skip-bad-rows"
     with pytest.raises(ValueError, match=first):
         score_all(data, settings)
     assert score_all(data, skipping)["prompts" if against else "examples"] == len(PAIRS)

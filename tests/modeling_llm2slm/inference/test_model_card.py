@@ -104,9 +104,19 @@ def test_no_token_is_published(model):
 def test_a_card_of_a_model_of_unknown_origin_has_no_empty_sections():
     text = str(model_card(build_model(), "model"))
     assert ModelCard(text).data.base_model is None
+    assert "base_model" not in text
     assert "## Scores" not in text
     assert "## Times" not in text
-    assert "a new model" in text
+    assert "new, trained from scratch" in text
+
+
+def test_a_config_file_is_not_a_base_model(model):
+    model.config.slm_source = {"name_or_path": "gpt2.json"}
+    card = model_card(model, "model")
+    assert card.data.base_model == ["google-t5/t5-large"]
+    assert "| SLM | new, trained from scratch | trained |" in card.text
+    assert "SLM: see the licence of its base model" not in card.text
+    assert "gpt2.json" not in card.text
 
 
 def test_licences_come_from_the_cards_of_the_parts(tmp_path):

@@ -71,10 +71,14 @@ class TestCommand:
     ) -> None:
         with bind("127.0.0.1", 0) as taken:
             taken.listen()
+            port = taken.getsockname()[1]
             with pytest.raises(SystemExit) as stop:
-                llm2slm.main(["serve", composite, "--port", str(taken.getsockname()[1])])
+                llm2slm.main(["serve", composite, "--port", str(port)])
         assert stop.value.code == 1
-        assert "cannot be served on: Address already in use. Choose another --port" in error_text(capsys)
+        assert f"Port {port} is in use: choose another --port." in error_text(capsys)
+        with pytest.raises(SystemExit):
+            llm2slm.main(["serve", composite, "--host", "192.0.2.1"])
+        assert "192.0.2.1:8000 cannot be served on" in error_text(capsys)
         monkeypatch.setitem(sys.modules, "starlette.applications", None)
         for name in ("app", "server"):
             monkeypatch.delitem(sys.modules, f"modeling_llm2slm.serving.{name}")

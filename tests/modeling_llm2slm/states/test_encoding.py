@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,16 @@ def test_several_files_a_limit_and_truncation(composite: str, data: str, tmp_pat
     assert encode(composite, sources, tmp_path / "few", EncodeSettings(limit=2)).prompts == 3
     truncated = encode(composite, sources, tmp_path / "truncated", EncodeSettings(prompt_max_length=2))
     assert truncated.tokens == 2 * truncated.prompts
+
+
+def test_a_lean_checkpoint_is_refused(composite: str, data: str, tmp_path: Path) -> None:
+    shutil.copytree(composite, tmp_path / "lean")
+    config = json.loads((tmp_path / "lean" / "config.json").read_text())
+    (tmp_path / "lean" / "config.json").write_text(json.dumps({**config, "lean": True}))
+    with pytest.raises(
+        ValueError, match="encode needs a full checkpoint, and .*lean is lean: run llm2slm convert full"
+    ):
+        encode(tmp_path / "lean", [data], tmp_path / "states")
 
 
 class KilledError(Exception):

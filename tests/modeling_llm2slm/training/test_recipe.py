@@ -67,6 +67,10 @@ class TestRecipe:
         _, arguments = parse_recipe({**NEEDED, **settings, "eval_strategy": "no"})
         assert arguments.eval_strategy == "no"
 
+    def test_validation_data_that_is_never_used_is_refused(self):
+        with pytest.raises(ValueError, match="eval_strategy is 'no', but validation_data is set: remove one of them"):
+            parse_recipe({**NEEDED, "validation_data": "v.jsonl", "eval_strategy": "no"})
+
     def test_numbers_with_exponents_are_numbers(self):
         lora = parse_recipe({**NEEDED, "lora": "{lora_dropout: 5e-2, r: 4, bias: none}"})[0].lora
         assert lora == {"lora_dropout": 0.05, "r": 4, "bias": "none"}

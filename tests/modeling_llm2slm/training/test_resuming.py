@@ -32,13 +32,13 @@ def test_stopped_run_resumes_to_the_same_weights(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"learning_rate": 1e-1}, "was begun with learning_rate: 0.003, and cannot resume with 0.1"),
-        ({"train_data": "other.jsonl"}, "was begun with train_data: pairs.jsonl"),
-        ({"lr_scheduler_type": "constant"}, "was begun with lr_scheduler_type"),
-        ({"per_device_train_batch_size": 2}, "was begun with effective batch size: 4, and cannot resume with 2"),
-        ({"max_grad_norm": 5}, "was begun with max_grad_norm: 1.0"),
-        ({"metric": "bleu"}, "was begun with metric_for_best_model: eval_chrf, and cannot resume with eval_bleu"),
-        ({"validation_samples": 3}, "was begun with validation_samples: None, and cannot resume with 3"),
+        ({"learning_rate": 1e-1}, "was started with learning_rate: 0.003, and cannot resume with 0.1"),
+        ({"train_data": "other.jsonl"}, "was started with train_data: pairs.jsonl"),
+        ({"lr_scheduler_type": "constant"}, "was started with lr_scheduler_type"),
+        ({"per_device_train_batch_size": 2}, "was started with effective batch size: 4, and cannot resume with 2"),
+        ({"max_grad_norm": 5}, "was started with max_grad_norm: 1.0"),
+        ({"metric": "bleu"}, "was started with metric_for_best_model: eval_chrf, and cannot resume with eval_bleu"),
+        ({"validation_samples": 3}, "was started with validation_samples: None, and cannot resume with 3"),
     ],
 )
 def test_run_does_not_resume_with_another_recipe(recipe, tmp_path, change, message):
@@ -59,14 +59,15 @@ def test_run_resumes_with_the_same_effective_batch_size_but_not_with_other_data_
     assert train({**accumulated, "num_train_epochs": 2})["steps"] == 4
     write_pairs(Path(recipe["train_data"]), PAIRS[:-1])
     with pytest.raises(
-        ValueError, match=r"was begun with bytes of train_data: \d+, and cannot resume with \d+\. Put it"
+        ValueError,
+        match=r"was started with bytes of train_data: \d+, and cannot resume with \d+\. Set it",
     ):
         train(recipe)
 
 
 def test_finished_run_is_not_taken_for_one_with_another_recipe(recipe):
     train({**recipe, "max_steps": 1})
-    with pytest.raises(ValueError, match="was begun with learning_rate: 0.003"):
+    with pytest.raises(ValueError, match="was started with learning_rate: 0.003"):
         train({**recipe, "max_steps": 1, "learning_rate": 1e-1})
 
 
@@ -110,11 +111,26 @@ def test_resume_false_does_not_remove_the_model_it_starts_from(recipe):
     assert last_checkpoint(recipe["output_dir"]) == checkpoint
 
 
-def test_repeated_run_keeps_the_time_of_the_first(recipe):
-    first = train({**recipe, "num_train_epochs": 1})
-    again = train({**recipe, "num_train_epochs": 1})
-    assert (again["seconds"], again["resumed_at_step"]) == (first["seconds"], None)
-    assert train({**recipe, "num_train_epochs": 2})["resumed_at_step"] == first["steps"]
+def test_finished_run_with_the_same_or_fewer_epochs_is_left_as_it_is(recipe, caplog):
+    first = train({**recipe, "num_train_epochs": 2})
+    out = Path(recipe["output_dir"])
+    before = {name: (out / name).read_bytes() for name in ("training.json", "README.md") if (out / name).is_file()}
+    for epochs in ("2", "1"):
+        caplog.clear()
+        assert train({**recipe, "num_train_epochs": epochs}) == {**first, "already_trained": True}
+        assert f"{out} is already trained (4 steps, 2 epochs): nothing to do. Choose another output_dir, or set " in (
+            caplog.text
+        )
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert train({**recipe, "num_train_epochs": 3})["resumed_at_step"] == first["steps"]
+
+
+def test_report_holds_overrides_that_are_text_with_their_types(recipe):
+    given = {"num_train_epochs": "1", "learning_rate": "3e-3", "generation": "{max_new_tokens: 8}", "resume": "true"}
+    typed = {"num_train_epochs": 1, "learning_rate": 3e-3, "generation": {"max_new_tokens": 8}, "resume": True}
+    found = train({**recipe, **given})["recipe"]
+    assert found == {**recipe, **typed}
+    assert not any(isinstance(found[name], str) for name in given)
 
 
 def test_finished_run_is_not_trained_further(recipe):

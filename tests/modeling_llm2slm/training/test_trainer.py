@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
+import transformers
+from torch.nn.modules.module import _IncompatibleKeys
 
 from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.training.model import load_to_train
 from modeling_llm2slm.training.recipe import parse_recipe
 from modeling_llm2slm.training.run import make_trainer, train
+from modeling_llm2slm.training.trainer import TextToTextTrainer
 
 
 @pytest.mark.parametrize("asked", [{}, {"do_sample": True}])
@@ -46,3 +51,18 @@ def test_checkpoint_on_a_full_disk_raises_an_error_that_names_it(recipe, monkeyp
     with pytest.raises(OSError, match="its disk may be full. Free disk space and repeat the command"):
         train(recipe)
     assert train(recipe)["resumed_at_step"] is None
+
+
+@pytest.mark.parametrize("kind", ["llm", "llm2slm"])
+def test_tied_weights_are_not_reported_as_missing(checkpoints, kind, monkeypatch):
+    model = TextToText.from_pretrained(checkpoints[kind]).model
+    held = set().union(*(safetensors.safe_open(file, "pt").keys() for file in Path(checkpoints[kind]).glob("*.safe*")))
+    tied = [name for name in model.state_dict() if name not in held]
+    assert tied
+    own, reported = object.__new__(TextToTextTrainer), []
+    own.model = model
+    monkeypatch.setattr(transformers.trainer.logger, "warning", reported.append)
+    own._issue_warnings_after_load(_IncompatibleKeys(tied, []))
+    assert not reported
+    own._issue_warnings_after_load(_IncompatibleKeys([*tied, "some.weight"], []))
+    assert "['some.weight']" in reported[0]

@@ -85,6 +85,7 @@ def test_interrupted_run_resumes(
     [
         ({"slm": "no/such/model"}, "no/such/model cannot be loaded"),
         ({"llm": "no/such/model"}, "no/such/model cannot be loaded"),
+        ({"llm": "t5.json"}, "t5.json is a config; speedup needs a trained LLM: a folder or a name on the Hub"),
         ({"fusion": "ad"}, "fusion"),
         ({"encoder_dtype": "bfloat61"}, "bfloat61.* such as bfloat16"),
         ({"recipe": {"learning_rat": 1}}, "Did you mean learning_rate"),
@@ -145,25 +146,31 @@ def test_shown_commands_have_the_settings_of_their_stages(settings: SpeedupSetti
 
 def test_settings_of_finished_stages_may_not_change(settings: SpeedupSettings, tmp_path: Path) -> None:
     Speedup(settings, tmp_path).distill()
-    with pytest.raises(ValueError, match=r"begun with another num_beams \(1\)"):
+    with pytest.raises(ValueError, match="was started with --num-beams 1. Use the same value, or another --output"):
         Speedup(replace(settings, num_beams=3), tmp_path)
-    with pytest.raises(ValueError, match=r"begun with another prompt_max_length \(None\)"):
+    with pytest.raises(ValueError, match="was started without --prompt-max-length. Use the same value"):
         Speedup(replace(settings, recipe={**settings.recipe, "prompt_max_length": 3}), tmp_path)
     recipe = {**settings.recipe, "learning_rate": 1e-3}
     changed = Speedup(replace(settings, fusion="replace", recipe=recipe), tmp_path)  # nothing was built or trained yet
     changed.distill()
     changed.build()
-    with pytest.raises(ValueError, match=r"begun with another fusion \('replace'\)"):
+    with pytest.raises(ValueError, match="was started with --fusion replace. Use the same value"):
         Speedup(settings, tmp_path)
     changed = Speedup(replace(changed.settings, batch_size=2), tmp_path)  # what there is memory for
     changed.encode()
     changed.train()
-    with pytest.raises(ValueError, match="begun with another recipe"):
+    with pytest.raises(ValueError, match="was started with --learning-rate 0.001. Use the same value"):
         Speedup(replace(settings, fusion="replace"), tmp_path)
     (tmp_path / "model" / "training.json").unlink()  # as if it had been stopped at its last checkpoint
-    with pytest.raises(ValueError, match="begun with another recipe"):
+    with pytest.raises(ValueError, match="was started with --learning-rate 0.001. Use the same value"):
         Speedup(replace(settings, fusion="replace"), tmp_path)
     Speedup(replace(changed.settings, recipe={**recipe, "skip_bad_rows": True}), tmp_path).run()
+
+
+def test_misspelled_field_is_named_before_changed_settings(settings: SpeedupSettings, tmp_path: Path) -> None:
+    Speedup(settings, tmp_path).distill()
+    with pytest.raises(ValueError, match="Did you mean num_train_epochs"):
+        Speedup(replace(settings, num_beams=3, recipe={"num_train_epochz": 3}), tmp_path)
 
 
 def test_prompts_beyond_the_max_positions_are_refused_before_any_work(
@@ -215,7 +222,7 @@ def test_changed_prompts_need_another_folder(settings: SpeedupSettings, tmp_path
     Speedup(own, tmp_path / "out")
     with prompts.open("a") as file:
         file.write("src1\n")
-    with pytest.raises(ValueError, match=r"prompts.txt has changed since .*out was begun.*--output"):
+    with pytest.raises(ValueError, match=r"prompts.txt has changed since .*out was started.*--output"):
         Speedup(own, tmp_path / "out")
 
 
@@ -233,7 +240,7 @@ def test_changed_llm_needs_another_folder(settings: SpeedupSettings, tmp_path: P
     model = AutoModelForSeq2SeqLM.from_pretrained(own.llm)
     model.lm_head.weight.data += 1
     model.save_pretrained(own.llm)
-    with pytest.raises(ValueError, match=r"llm has changed since .*out was begun.*--output"):
+    with pytest.raises(ValueError, match=r"llm has changed since .*out was started.*--output"):
         Speedup(own, tmp_path / "out")
 
 
@@ -266,11 +273,11 @@ def test_results_of_another_program_are_refused(settings: SpeedupSettings, tmp_p
 def test_settings_stay_fixed_when_the_distilled_file_is_removed(settings: SpeedupSettings, tmp_path: Path) -> None:
     Speedup(settings, tmp_path / "built").build()
     Speedup(replace(settings, num_beams=2), tmp_path / "built")
-    with pytest.raises(ValueError, match=r"begun with another max_new_tokens \(5\)"):
+    with pytest.raises(ValueError, match="was started with --max-new-tokens 5. Use the same value"):
         Speedup(replace(settings, max_new_tokens=2), tmp_path / "built")
     Speedup(settings, tmp_path / "split").distill()
     (tmp_path / "split" / "distilled.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"begun with another num_beams \(1\)"):
+    with pytest.raises(ValueError, match="was started with --num-beams 1. Use the same value, or another --output"):
         Speedup(replace(settings, num_beams=2), tmp_path / "split")
 
 
@@ -286,7 +293,7 @@ def test_settings_may_change_before_the_first_output(
             Speedup(settings, tmp_path).run()
     assert (tmp_path / "speedup.json").is_file()  # what is made from now on is its own
     Speedup(replace(settings, num_beams=2), tmp_path).distill()
-    with pytest.raises(ValueError, match=r"begun with another num_beams \(2\)"):
+    with pytest.raises(ValueError, match="was started with --num-beams 2. Use the same value"):
         Speedup(settings, tmp_path)
 
 
