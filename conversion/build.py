@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from modeling_llm2slm.configuration_llm2slm import LLM2SLMConfig
-from modeling_llm2slm.files_llm2slm import first_line, with_article
+from modeling_llm2slm.files_llm2slm import first_line
 from modeling_llm2slm.inference.factory import are_same_tokenizer
 from modeling_llm2slm.inference.families import (
     DecoderOnlyTextToText,
@@ -32,7 +32,7 @@ from modeling_llm2slm.inference.families import (
 from modeling_llm2slm.inference.model import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.settings import BuildSettings
-from modeling_llm2slm.states.loading import load
+from modeling_llm2slm.states.loading import load, with_article
 
 
 CONFIG_SETTINGS = ("fusion", "encoder_layer", "encoder_dtype", "decoder_dtype", "encoder_revision", "decoder_revision")

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, EncoderDecoderConfig
 
-from modeling_llm2slm.files_llm2slm import open_weights, shape_of, weight_files, with_article
+from modeling_llm2slm.files_llm2slm import open_weights, shape_of, weight_files
 from modeling_llm2slm.inference.model import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.parts_llm2slm import llm_class, slm_class
-from modeling_llm2slm.states.loading import load, load_model
+from modeling_llm2slm.states.loading import load, load_model, with_article
 
 from .output import composite_config, copy_processor, output_folder, size_of
 from .parts import part_of_state

@@ -20,10 +20,10 @@ from transformers.utils.logging import tqdm
 
 from modeling_llm2slm.configuration_llm2slm import LLM2SLMConfig
 from modeling_llm2slm.data.atomic import atomic_write
-from modeling_llm2slm.files_llm2slm import INDEX, WEIGHTS, first_line, with_article
+from modeling_llm2slm.files_llm2slm import INDEX, WEIGHTS, first_line
 from modeling_llm2slm.inference.model import LLM2SLMProcessor
 from modeling_llm2slm.inference.saving import check_not_replaced
-from modeling_llm2slm.states.loading import load
+from modeling_llm2slm.states.loading import load, with_article
 
 from .report import Report
 

@@ -120,11 +120,6 @@ def _sample(tensor: Any, shape: tuple[int, ...], start: int) -> torch.Tensor:
     return rows[start - first * width :][:SAMPLES]
 
 
-def with_article(kind: str) -> str:
-    """Return the type of a model with its article: `a gpt2`, `an llm2slm`."""
-    return f"{'an' if kind.startswith(('a', 'e', 'i', 'o', 'llm2slm')) else 'a'} {kind}"
-
-
 def first_line(error: BaseException) -> str:
     """Return what went wrong, without the explanations that follow."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -17,12 +17,11 @@ from transformers import (
     CompileConfig,
 )
 
-from ..files_llm2slm import with_article
 from ..inference.engine import DEFAULT, BenchmarkModels, Contestant, Engine, LoadOptions
 from ..inference.families import DecoderOnlyTextToText, EncoderDecoderTextToText, LLM2SLMTextToText
 from ..inference.model import LLM2SLMForConditionalGeneration
 from ..inference.text_to_text import TextToText
-from ..states.loading import load, load_model, to_device
+from ..states.loading import load, load_model, to_device, with_article
 from ..states.without_llm import LLM2SLMWithoutLLM
 from .quantization import quantize
 

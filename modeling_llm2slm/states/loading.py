@@ -67,3 +67,8 @@ def _cause(path: str, error: Exception) -> str:
         return "there is no such file"
     is_folder = path.startswith((".", "/", "~")) or path.count("/") > 1 or ("/" in path and Path(path).parent.is_dir())
     return NO_FOLDER if is_folder else f"{NO_FOLDER}, and on the Hub: {first_line(error)}"
+
+
+def with_article(kind: str) -> str:
+    """Return the type of a model with its article: `a gpt2`, `an llm2slm`."""
+    return f"{'an' if kind.startswith(('a', 'e', 'i', 'o', 'llm2slm')) else 'a'} {kind}"
