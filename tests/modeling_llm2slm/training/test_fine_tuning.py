@@ -34,21 +34,9 @@ def composite(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def recipe(composite: str, tmp_path: Path) -> dict[str, Any]:
-    data = write_pairs(tmp_path / "pairs.jsonl")
-    return {
-        "model": composite,
-        "train_data": data,
-        "validation_data": data,
-        "output_dir": str(tmp_path / "out"),
-        "metric": "chrf",
-        "generation": {"max_new_tokens": 8},
-        "learning_rate": 3e-3,
-        "num_train_epochs": 3,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "disable_tqdm": True,
-    }
+def recipe(recipe: dict[str, Any], composite: str) -> dict[str, Any]:
+    """The recipe of the folder's tests for an LLM-to-SLM model, with the loss of each step."""
+    return {**recipe, "model": composite, "logging_steps": 1}
 
 
 def moved(folder: str | Path, start: str) -> set[str]:
