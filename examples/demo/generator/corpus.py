@@ -21,7 +21,6 @@ LONGEST = 16  # words of an English sentence
 USUAL = 0.8  # probability of the usual one of several right translations
 
 # One column per case, one key per gender; "p" is any plural.
-CASES = {"nominative": 0, "accusative": 1, "dative": 2}
 DEFINITE = {"m": "der den dem", "f": "die die der", "n": "das das dem", "p": "die die den"}
 RELATIVE = DEFINITE | {"p": "die die denen"}
 PRONOUN = {"m": "er ihn ihm", "f": "sie sie ihr", "n": "es es ihm", "p": "sie sie ihnen"}
