@@ -62,11 +62,11 @@ def prune_vocabulary(
     """
     if not corpus:
         raise ValueError("`corpus` is empty: name the files whose tokens are kept.")
+    model = load_plain(llm)
     tokenizer = tokenizer_of(llm)
     if tokenizer is None:
         raise OSError(f"{llm} has no tokenizer: save it into the folder of the model.")
     content = read_backend(tokenizer, llm)
-    model = load_plain(llm)
     report = Report(f"{llm} with fewer tokens becomes {output}")
     with output_folder(output, overwrite) as folder:
         counts, sample = _count(tokenizer, _read(corpus, settings))
