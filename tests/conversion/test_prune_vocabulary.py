@@ -274,7 +274,8 @@ def test_rare_tokens_are_written_in_others(corpus, tmp_path):
     report = dict(prune_vocabulary(llm, tmp_path / "pruned", [corpus, tmp_path / "often.txt"], settings).rows)
     assert report["texts with the same tokens"] == f"2 of {2 * len(CORPUS) + 2}"
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "pruned")
-    assert len(tokenizer("the young woman")["input_ids"]) == 3
+    whole = AutoTokenizer.from_pretrained(llm)
+    assert tokenizer.tokenize("the young woman") == whole.tokenize("the young woman")
     assert all(tokenizer.decode(tokenizer(text)["input_ids"]) == text for row in CORPUS for text in row.values())
 
 
