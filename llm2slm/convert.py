@@ -160,6 +160,34 @@ def prune_vocabulary(
     _convert("prune_vocabulary", "prune_vocabulary", llm, output, corpus, settings, overwrite=overwrite)
 
 
+@convert.command()
+def cut(
+    llm: PlainArgument,
+    output: OutputArgument,
+    layers: Annotated[
+        str,
+        typer.Option(
+            help="Layers to keep, from 0, such as 0,5,11,17; or their number, such as 4, at even distances.",
+            show_default=False,
+        ),
+    ],
+    overwrite: Overwrite = False,
+) -> None:
+    """
+    Make an SLM of some layers of an LLM.
+
+    `llm2slm convert cut google/gemma-3-270m runs/slm --layers 0,5,11,17`
+
+    An encoder-decoder LLM keeps its encoder, and its decoder is cut.
+    """
+    try:
+        numbers = [int(number) for number in layers.split(",") if number]
+    except ValueError as error:
+        raise typer.BadParameter(f"--layers is {layers!r}, but it must be numbers, such as 0,5,11,17.") from error
+    chosen = numbers if "," in layers or not numbers else numbers[0]
+    _convert("cut", "cut_checkpoint", llm, output, chosen, overwrite=overwrite)
+
+
 def _convert(module: str, conversion: str, *arguments: Any, **options: Any) -> None:
     quiet_libraries(data=module == "prune_vocabulary")
     function: Callable[..., Report] = getattr(import_module(f"modeling_llm2slm.conversion.{module}"), conversion)

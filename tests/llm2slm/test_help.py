@@ -49,7 +49,7 @@ def test_all_commands_are_found() -> None:
         "evaluate", "info", "card", "convert",
     }  # fmt: skip
     assert {names[1] for names in COMMANDS if names[1:]} == {
-        "lean", "full", "merge", "split", "import", "prune-vocabulary",
+        "lean", "full", "merge", "split", "import", "prune-vocabulary", "cut",
     }  # fmt: skip
 
 
