@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from modeling_llm2slm.configuration_llm2slm import quirks_of
 from modeling_llm2slm.files_llm2slm import first_line
 from modeling_llm2slm.inference.parts import count_parameters
-from modeling_llm2slm.states.loading import load_model, with_article
+from modeling_llm2slm.states.loading import load_model
 
 from .output import output_folder, size_of
 from .parts import load_plain, tokenizer_of
@@ -186,4 +186,4 @@ def _cut_state(llm: PreTrainedModel, name: str, layers: list[int]) -> dict[str, 
 
 
 def _refusal(llm: PreTrainedModel, reason: str) -> str:
-    return f"{with_article(llm.config.model_type).capitalize()} model cannot be cut: {reason.removesuffix('.')}."
+    return f"A {llm.config.model_type} model cannot be cut: {reason.removesuffix('.')}."
