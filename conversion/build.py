@@ -92,6 +92,7 @@ def with_overrides(settings: BuildSettings, config: dict[str, Any]) -> tuple[Bui
     for part in ("encoder", "decoder"):
         float_dtype(f"{part}_dtype", getattr(settings, f"{part}_dtype"))
     values = {name: getattr(settings, name) for name in CONFIG_SETTINGS}
+    values["llm_first_token"] = False if settings.slm_first_token else None
     rest = {name: value for name, value in config.items() if name not in names}
     return settings, {**{name: value for name, value in values.items() if value is not None}, **rest}
 

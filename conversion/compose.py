@@ -10,7 +10,9 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from modeling_llm2slm.checkpoint_llm2slm import LLM_PREFIX
-from modeling_llm2slm.inference.factory import REPOSITORY_ARGUMENTS, are_same_tokenizer
+from modeling_llm2slm.configuration_llm2slm import LLM2SLMConfig
+from modeling_llm2slm.fusion_llm2slm import fusion_of
+from modeling_llm2slm.inference.factory import OWN_FIELDS, REPOSITORY_ARGUMENTS, are_same_tokenizer
 from modeling_llm2slm.inference.model import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from modeling_llm2slm.parts_llm2slm import llm_class, slm_class
 from modeling_llm2slm.settings import BuildSettings
@@ -105,14 +107,17 @@ def _find_processor(llm: str, slm: str, settings: BuildSettings, config: dict[st
 
 def _put_together(llm: str, slm: str, config: dict[str, Any]) -> LLM2SLMForConditionalGeneration:
     """Return the model of two checkpoints as they are, mapped from their files."""
-    parts = {}
+    configs, parts = {}, {}
     for part, role, path, find_class in (("encoder", "LLM", llm, llm_class), ("decoder", "SLM", slm, slm_class)):
-        hub = _hub(part, config)
-        part_config = load(AutoConfig, path, **hub)
+        configs[part] = part_config = load(AutoConfig, path, **_hub(part, config))
         with one_sentence(path):
             auto_class = find_class(part_config)
         check_part(auto_class, part_config, path, role)
-        parts[f"{part}_model"] = model = load_model(auto_class, path, **hub)
+    own = {name: config[name] for name in OWN_FIELDS & config.keys()}
+    has_head = fusion_of(LLM2SLMConfig(**configs, **own)).llm_has_head
+    classes = {"encoder": llm_class(configs["encoder"], has_head), "decoder": slm_class(configs["decoder"])}
+    for part, path in (("encoder", llm), ("decoder", slm)):
+        parts[f"{part}_model"] = model = load_model(classes[part], path, **_hub(part, config))
         check_finite(model.state_dict())
     return LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(**parts, **config)
 
@@ -162,7 +167,8 @@ def _verify(source: Any, folder: Path, cast: dict[str, torch.dtype], report: Rep
     report.add("weights compared", len(expected))
     tolerance = 0.05 if cast else 0.0  # bfloat16 keeps 8 bits, through dozens of layers
     prompt, output = probe(source.config.encoder.vocab_size), probe(source.config.vocab_size)
-    hidden_states = [llm(input_ids=prompt).last_hidden_state for llm in (written.encoder.llm, source.encoder.llm)]
-    report.compare("hidden states of the LLM", hidden_states, tolerance)
+    outputs = [llm(input_ids=prompt)[0] for llm in (written.encoder.llm, source.encoder.llm)]
+    kind = "logits" if source.encoder.fusion.llm_has_head else "hidden states"
+    report.compare(f"{kind} of the LLM", outputs, tolerance)
     logits = [slm_logits(slm, output) for slm in (written.decoder, source.decoder)]
     report.compare("logits of the SLM", logits, tolerance)

@@ -77,7 +77,8 @@ METRICS = {
 DATA, MODEL, GENERATION, COMPUTE = "Data", "Model", "Generation", "Computation"
 # Help of options that several commands have.
 FUSION = (
-    "How the hidden states enter the SLM: add (to an embedding of the prompt), replace (it), or a registered fusion."
+    "How the hidden states enter the SLM: add (to an embedding of the prompt), replace (it), cache (keys and values, for an "
+    "SLM that was cut from the LLM), or a registered fusion."
 )
 SPLIT = "Split of a data set on the Hub; a file is one split."
 TRUNCATE = "Truncate prompts to this many tokens."
@@ -166,6 +167,9 @@ class BuildSettings(Settings):
     )
     fusion: str | None = option(None, f"{FUSION} Default: add, or the preset's.", panel=MODEL)
     encoder_layer: int | None = option(None, "Use the LLM's hidden states of this layer.", minimum=0, panel=MODEL)
+    slm_first_token: bool = option(
+        False, "With fusion cache: the SLM predicts the first output token too, and not the LLM.", panel=MODEL
+    )
     encoder_dtype: str | None = option(None, "dtype of the LLM, such as bfloat16. Default: its own.", panel=MODEL)
     decoder_dtype: str | None = option(None, "dtype of the SLM. Default: its own.", panel=MODEL)
     encoder_revision: str | None = option(None, "Revision of the LLM on the Hub.", panel=MODEL)
