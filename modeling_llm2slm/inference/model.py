@@ -13,6 +13,7 @@ from .. import modeling_llm2slm, processing_llm2slm
 from ..data.atomic import atomic_write
 from ..reserving import with_reserve
 from . import assistant, factory, saving
+from .mixed_adapters import mixed_adapters
 
 
 class LLM2SLMForConditionalGeneration(modeling_llm2slm.LLM2SLMForConditionalGeneration):
@@ -59,6 +60,11 @@ class LLM2SLMForConditionalGeneration(modeling_llm2slm.LLM2SLMForConditionalGene
         """
         paths = (encoder_pretrained_model_name_or_path, decoder_pretrained_model_name_or_path)
         return factory.build_from_pretrained(cls, *paths, **kwargs)
+
+    def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Generate, see [`~transformers.GenerationMixin.generate`]; also with peft's `adapter_names`."""
+        with mixed_adapters(self, inputs, kwargs):
+            return super().generate(inputs, *args, **kwargs)
 
     def as_assistant_of(self, llm: PreTrainedModel) -> LLM2SLMForConditionalGeneration:
         """
