@@ -84,7 +84,7 @@ def ia3_config(model: "LLM2SLMForConditionalGeneration", **overrides: Any) -> "I
 
 
 def _defaults(model: "LLM2SLMForConditionalGeneration") -> dict[str, Any]:
-    # Layer by layer: peft 0.21 can neither mix adapters in a saved module that has layers inside, nor merge IA3 with it.
+    # Layer by layer: peft 0.21 can neither mix adapters nor merge IA3 with a saved module that has layers inside.
     layers = [
         f"{name}.{inner}".rstrip(".")
         for name, module in model.encoder.new_modules().items()

@@ -131,9 +131,10 @@ def test_what_cannot_be_mixed_is_refused_before_any_compute(monkeypatch: pytest.
     ]
     for adapted, names, message in cases:
         expected = adapted.generate(**pad_prompts(PROMPTS), **GREEDY)
-        with monkeypatch.context() as patch, pytest.raises(ValueError, match=message):
+        with monkeypatch.context() as patch:
             patch.setattr(adapted.base_model.model.encoder, "run_llm", forbidden)
-            adapted.generate(**pad_prompts(PROMPTS), adapter_names=names, **GREEDY)
+            with pytest.raises(ValueError, match=message):
+                adapted.generate(**pad_prompts(PROMPTS), adapter_names=names, **GREEDY)
         assert torch.equal(adapted.generate(**pad_prompts(PROMPTS), **GREEDY), expected)
 
 
