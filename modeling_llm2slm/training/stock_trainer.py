@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..checkpoint_llm2slm import is_local
@@ -28,6 +29,19 @@ def extend_trainer() -> None:
     Trainer.create_model_card = _with_our_card(Trainer.create_model_card)  # type: ignore[method-assign]
 
 
+class UploadCodeAndCard(TrainerCallback):
+    """Copies the code and the card of a checkpoint to the folder that the Trainer uploads during training."""
+
+    def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        checkpoint, folder = Path(args.output_dir, f"checkpoint-{state.global_step}"), Path(args.output_dir)
+        card = [] if has_file_by_hand(folder / "README.md") else ["README.md"]
+        for pattern in ("*.py", *card):
+            for file in checkpoint.glob(pattern):
+                shutil.copy(file, folder / file.name)
+
+
 def _checked(init_hf_repo: Any) -> Any:
     @functools.wraps(init_hf_repo)
     def checked(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
@@ -41,6 +55,7 @@ def _checked(init_hf_repo: Any) -> Any:
             logger.warning(f"The adapter names the folder {base} as its base, which nobody else has.")
         init_hf_repo(trainer, *args, **kwargs)
         model.upload_to = trainer.hub_model_id
+        trainer.add_callback(UploadCodeAndCard)
         return None
 
     return checked

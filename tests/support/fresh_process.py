@@ -49,9 +49,7 @@ def only_transformers(*more: str) -> str:
     return str(folder)
 
 
-def start(
-    code: str, package: bool = True, more: tuple[str, ...] = (), **environment: str
-) -> subprocess.Popen[str]:
+def start(code: str, package: bool = True, more: tuple[str, ...] = (), **environment: str) -> subprocess.Popen[str]:
     """Start Python code; without the package there is only what transformers and `more` need."""
     flags = []
     if not package:

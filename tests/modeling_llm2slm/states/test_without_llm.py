@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.utils.dataclasses import get_module_class_from_name
-
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
