@@ -20,9 +20,9 @@ from .bad_rows import is_text
 Result = TypeVar("Result")
 
 MARK = "\x1e"  # ASCII's record separator, which begins no text
-ASSISTANT = "assistant"
+ASSISTANT, MESSAGES = "assistant", "messages"
 # Names of TRL, which replace the default names where a data set has no column of these.
-REPLACEMENTS = {"prompt": ("messages",), "target": ("completion", "messages")}
+REPLACEMENTS = {"prompt": (MESSAGES,), "target": ("completion", MESSAGES)}
 
 
 def as_prompt(prompt: Any) -> str:
@@ -101,10 +101,13 @@ def is_conversation(value: Any) -> bool:
 
 def sources_of(columns: Sequence[str], existing: Collection[str]) -> dict[str, str]:
     """Return the existing column that each of the needed columns is read from; a missing one stands for itself."""
-    return {
+    sources = {
         column: next((name for name in (column, *REPLACEMENTS.get(column, ())) if name in existing), column)
         for column in columns
     }
+    if sources.get("target") == MESSAGES and "prompt" in sources:  # the same conversation holds both
+        sources["prompt"] = MESSAGES
+    return sources
 
 
 def read_conversations(

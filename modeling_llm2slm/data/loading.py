@@ -13,7 +13,7 @@ from datasets import Dataset, Features, Value, load_dataset
 from ..files_llm2slm import first_line
 from ..settings import DataSettings
 from .bad_rows import check_columns, report_bad_rows, text_problem
-from .conversations import conversation_in, read_conversations, sources_of
+from .conversations import REPLACEMENTS, conversation_in, read_conversations, sources_of
 from .formats import FILE_FORMATS, ROW_ERROR, file_format_of, is_empty, is_jsonl, parse_lines, reading_options
 
 
@@ -109,7 +109,9 @@ def whole_row(row: dict[str, Any]) -> dict[str, Any]:
     if LINE in row:
         values: dict[str, Any] = json.loads(row[LINE])
         return values
-    return {name: conversation_in(value) or value for name, value in row.items()}
+    # Where another column replaces one, the replaced one was added here.
+    added = {name for name, others in REPLACEMENTS.items() if conversation_in(row.get(name)) and {*others} & {*row}}
+    return {name: conversation_in(value) or value for name, value in row.items() if name not in added}
 
 
 def _load_texts(

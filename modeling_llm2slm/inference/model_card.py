@@ -108,7 +108,7 @@ def model_card(model: Any, name: str, details: CardDetails | None = None) -> Mod
 def extend_card(card: ModelCard, trainers: ModelCard) -> ModelCard:
     """Return a card of [`model_card`] with the metadata and the training procedure that the card of a Trainer has."""
     data = {**trainers.data.to_dict(), **card.data.to_dict()}
-    data["tags"] = list(dict.fromkeys([*(card.data.tags or []), *(trainers.data.tags or [])]))
+    data["tags"] = list(dict.fromkeys(tag for each in (card, trainers) for tag in each.data.get("tags") or ()))
     procedure = trainers.text.partition(TRAINING_HEADING)[2]
     text = f"{card.text.rstrip()}\n" + (f"\n{TRAINING_HEADING}{procedure}" if procedure else "")
     return ModelCard(f"---\n{yaml_dump(data).strip()}\n---\n{text.lstrip()}")

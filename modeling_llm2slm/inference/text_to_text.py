@@ -122,7 +122,7 @@ class TextToText:
             return self.generate([prompts], batch_size, **generate_kwargs)[0]
         return self.generate(list(prompts), batch_size, **generate_kwargs)
 
-    def generate(self, prompts: list[Any], batch_size: int = 32, **generate_kwargs: Any) -> list[str]:
+    def generate(self, prompts: Sequence[Any], batch_size: int = 32, **generate_kwargs: Any) -> list[str]:
         """
         Generate text for prompts.
 
@@ -143,14 +143,12 @@ class TextToText:
         tokens = self.generate_tokens(prompts, batch_size, **generate_kwargs)
         return self.tokenizer.batch_decode(tokens, skip_special_tokens=True) if tokens else []
 
-    def generate_tokens(self, prompts: list[Any], batch_size: int = 32, **generate_kwargs: Any) -> list[list[int]]:
+    def generate_tokens(self, prompts: Sequence[Any], batch_size: int = 32, **generate_kwargs: Any) -> list[list[int]]:
         """Generate like [`~TextToText.generate`], but return the token ids of each output, the end token included."""
         if not prompts:
             return []
         if isinstance(prompts, str):
-            raise ValueError(
-                "`prompts` is one text. Pass a list of prompts, or call the model itself: `model(prompt)`."
-            )
+            raise ValueError("`prompts` is one text. Pass a list of prompts, or call the model: `model(prompt)`.")
         prompts = [as_prompt(prompt) for prompt in prompts]
         features, generate_kwargs = self._prepare(prompts, generate_kwargs)
         table, limits = PromptTable(is_sampled(self, generate_kwargs)), BatchLimits(batch_size)

@@ -25,8 +25,8 @@ def extend_trainer() -> None:
     Extend the stock `Trainer`, which uploads the folder of `save_pretrained` itself and has no hook for it: an
     [`LLM2SLMForConditionalGeneration`] is uploaded as by its `push_to_hub`. Nothing changes for other models.
     """
-    Trainer.init_hf_repo = _checked(Trainer.init_hf_repo)  # type: ignore[method-assign]
-    Trainer.create_model_card = _with_our_card(Trainer.create_model_card)  # type: ignore[method-assign]
+    Trainer.init_hf_repo = _checked(Trainer.init_hf_repo)
+    Trainer.create_model_card = _with_our_card(Trainer.create_model_card)
 
 
 class UploadCodeAndCard(TrainerCallback):

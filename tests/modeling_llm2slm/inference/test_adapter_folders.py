@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,15 @@ def test_a_folder_of_peft_itself_loads_too(base: Path, tmp_path: Path) -> None:
     adapted = peft.get_peft_model(model := AutoModelForSeq2SeqLM.from_pretrained(base / "full"), lora_config(model))
     adapted.save_pretrained(tmp_path)
     assert outputs(AutoModelForSeq2SeqLM.from_pretrained(tmp_path)) == outputs(adapted)
+
+
+def test_a_checkpoint_may_hold_an_adapter_too(base: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(base / "full", tmp_path / "model"))
+    model = add_adapter(AutoModelForSeq2SeqLM.from_pretrained(folder))
+    model.save_pretrained(folder)
+    assert (folder / "model.safetensors").is_file()
+    for load in (AutoModelForSeq2SeqLM, LLM2SLMForConditionalGeneration):
+        assert outputs(load.from_pretrained(folder)) == outputs(model)
 
 
 def test_the_checks_of_a_checkpoint_cover_the_base(base: Path, adapter: Any, tmp_path: Path) -> None:

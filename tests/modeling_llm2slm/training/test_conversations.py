@@ -1,4 +1,4 @@
-"""Conversations from a file to outputs: every command gives what it gives for the texts that the chat template makes."""
+"""Conversations from a file to outputs: every command gives what it gives for the same prompts as texts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from modeling_llm2slm.settings import EncodeSettings, EvaluateSettings, Generate
 from modeling_llm2slm.states.encoding import encode
 from modeling_llm2slm.states.store import StateStore
 from modeling_llm2slm.training.distillation import distill
-from modeling_llm2slm.training.recipe import parse_recipe
 from modeling_llm2slm.training.run import train
 from tests.support.checkpoints import KINDS, PAIRS, PROMPTS, write_pairs
 
@@ -74,7 +73,7 @@ def test_one_line_turns_texts_and_conversations_into_texts(kind: str, chatting: 
     assert mixed == [texts[0], outputs[1], texts[2]]
     if kind != "slm":  # whose prompts have no end token of their own
         assert outputs == texts
-    with pytest.raises(ValueError, match=r"Pass a list of prompts, or call the model itself"):
+    with pytest.raises(ValueError, match=r"Pass a list of prompts, or call the model"):
         model.generate(PROMPTS[0])
 
 
@@ -132,7 +131,7 @@ def test_training_on_conversations_has_the_losses_of_texts(
             encode(chatting["llm2slm"], [file], store, EncodeSettings())
             assert len(StateStore(store)) == len(set(PROMPTS))
             recipe["llm_states"] = str(store)
-        report = train(parse_recipe(recipe))
+        report = train(recipe)
         losses.append([entry["loss"] for entry in report["log"] if "loss" in entry])
     assert losses[0]
     assert losses[0] == losses[1] == losses[2]
