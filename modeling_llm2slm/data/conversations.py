@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 
 from ..files_llm2slm import first_line
 from .bad_rows import is_text
+from .formats import ROW_ERROR
 
 
 Result = TypeVar("Result")
@@ -124,28 +125,45 @@ def read_conversations(
     Returns:
         The row with a text in place of each conversation, and why a conversation cannot be used, or `None`.
     """
-    prompt_column = next(iter(sources))
-    values = {**row, **{column: row.get(source) for column, source in sources.items()}}
+    values = {**row, **{column: _as_list(row.get(source)) for column, source in sources.items()}}
+    if row.get(ROW_ERROR):
+        return values, row[ROW_ERROR]
+    prompt_column, problem = next(iter(sources)), None
     for column, source in sources.items():
-        if not is_conversation(values[column]):
-            continue
-        messages = [{key: value for key, value in each.items() if value is not None} for each in values[column]]
-        where = f"the {source} of row {number}"
-        problem = _problem(messages)
+        if is_conversation(values[column]):
+            messages = [{key: value for key, value in each.items() if value is not None} for each in values[column]]
+            problem = _problem(messages)
+            if problem is None and column == prompt_column:
+                values[column], problem = _prompt(messages)
+            elif problem is None:
+                values[column], problem = _target(messages, source == sources[prompt_column])
+        elif source == MESSAGES != column:
+            problem = f"{values[column]!r:.60} is not a list of messages"
         if problem is not None:
-            return values, f"{where}: {problem}"
-        ends = messages[-1]["role"] == ASSISTANT
-        if column != prompt_column:
-            if not ends or (source != sources[prompt_column] and len(messages) > 1):
-                only = "end with" if source == sources[prompt_column] else "be one message of"
-                return values, f"{where} must {only} the role {ASSISTANT!r}, whose content is the target"
-            values[column] = messages[-1]["content"]
-            continue
-        messages = messages[:-1] if ends else messages  # a target, also where another column replaces it
-        if not messages:
-            return values, f"{where} has no message before the one of the role {ASSISTANT!r}"
-        values[column] = as_prompt(messages)
+            return values, f"the {source} of row {number} cannot be used: {problem}"
     return values, None
+
+
+def _prompt(messages: list[dict[str, Any]]) -> tuple[str, str | None]:
+    if messages[-1]["role"] == ASSISTANT:  # a target, also where another column replaces it
+        messages = messages[:-1]
+    problem = None if messages else f"no message comes before that of the role {ASSISTANT!r}"
+    return as_prompt(messages) if messages else "", problem
+
+
+def _target(messages: list[dict[str, Any]], with_prompt: bool) -> tuple[str, str | None]:
+    """Return the target in a conversation, which holds the prompt too or is a completion."""
+    if messages[-1]["role"] != ASSISTANT:
+        return "", f"its last message, the target, must have the role {ASSISTANT!r}"
+    problem = None if with_prompt or len(messages) == 1 else "a target is one message"
+    return messages[-1]["content"], problem
+
+
+def _as_list(value: Any) -> Any:
+    """Return messages that a data set stores column by column, one list for each key, as a list of messages."""
+    if isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values()):
+        return [dict(zip(value, message, strict=True)) for message in zip(*value.values(), strict=False)]
+    return value
 
 
 def _problem(messages: list[dict[str, Any]]) -> str | None:

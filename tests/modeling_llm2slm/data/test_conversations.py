@@ -82,13 +82,18 @@ def test_a_data_set_of_the_hub_may_hold_conversations(monkeypatch: pytest.Monkey
     assert load_examples("user/data")["target"][:] == ["Hallo"]
 
 
+def test_messages_may_be_stored_column_by_column(tmp_path: Path) -> None:
+    messages = {key: [each[key] for each in [*PROMPT, REPLY]] for key in ("role", "content")}
+    examples = load_examples(write([{"messages": messages}], tmp_path / "rows.parquet"))
+    assert conversation_in(examples["prompt"][0]) == PROMPT
+    assert examples["target"][:] == ["Hallo"]
+
+
 def test_columns_of_other_names_hold_conversations(tmp_path: Path) -> None:
     rows = [{"chat": PROMPT, "best": [REPLY], "other": "Moin"}]
     source = write(rows, tmp_path / "rows.jsonl")
     examples = load_examples(source, DataSettings(prompt_column="chat"), ["best", "other"])
     assert examples["target"][:] == ["Hallo", "Moin"]
-    whole = write([{"chat": [*PROMPT, REPLY]}], tmp_path / "whole.jsonl")
-    assert load_examples(whole, DataSettings(prompt_column="chat"), "chat")["target"][:] == ["Hallo"]
     # Outputs of the LLM replace the reply.
     distilled = write([{"messages": [*PROMPT, REPLY], "llm_output": "Moin"}], tmp_path / "distilled.jsonl")
     examples = load_examples(distilled, target_column=["target", "llm_output"])
@@ -99,21 +104,27 @@ def test_columns_of_other_names_hold_conversations(tmp_path: Path) -> None:
 def test_a_prompt_may_end_with_the_user(tmp_path: Path) -> None:
     source = write([{"messages": PROMPT}], tmp_path / "rows.jsonl")
     assert conversation_in(load_prompts(source)["prompt"][0]) == PROMPT
-    with pytest.raises(ValueError, match="the messages of row 0 must end with the role 'assistant'"):
+    with pytest.raises(ValueError, match="the messages of row 0 cannot be used: its last message, the target"):
         load_examples(source)
 
 
 BAD = {
-    "no reply": ([QUESTION], "the messages of row 1 must end with the role 'assistant'"),
-    "only a reply": ([REPLY], "the messages of row 1 has no message before"),
-    "empty": ([], r"the prompt of row 1 is \[\], not text"),
-    "no list": ("Hi", None),
-    "no messages": (["Hi"], "not text"),
-    "no content": ([{"role": "user"}, REPLY], "row 1: message 0 has the content None"),
-    "content of parts": ([message("user", [{"type": "text"}]), REPLY], "row 1: message 0 has the content"),
-    "no role": ([{"content": "Hi"}, REPLY], "row 1: message 0 has the role None"),
-    "half a character": ([message("user", "\ud83d"), REPLY], "row 1: message 0 has the content"),
-    "null": (None, "not text"),
+    "no reply": (
+        [QUESTION],
+        "row 1 cannot be used: its last message, the target, must have the role 'assistant'",
+    ),
+    "only a reply": ([REPLY], "row 1 cannot be used: no message comes before that of the role 'assistant'"),
+    "empty": ([], r"the messages of row 1 cannot be used: \[\] is not a list of messages"),
+    "no list": ("Hi", "the messages of row 1 cannot be used: 'Hi' is not a list of messages"),
+    "no messages": (["Hi"], "is not a list of messages"),
+    "no content": ([{"role": "user"}, REPLY], "row 1 cannot be used: message 0 has the content None"),
+    "content of parts": (
+        [message("user", [{"type": "text"}]), REPLY],
+        "row 1 cannot be used: message 0 has the content",
+    ),
+    "no role": ([{"content": "Hi"}, REPLY], "row 1 cannot be used: message 0 has the role None"),
+    "half a character": ([message("user", "\ud83d"), REPLY], "row 1 cannot be used: message 0 has the content"),
+    "null": (None, "None is not a list of messages"),
 }
 
 
@@ -121,9 +132,6 @@ BAD = {
 def test_a_bad_conversation_is_a_bad_row(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     messages, problem = BAD[kind]
     source = write([FORMATS["messages"], {"messages": messages}, FORMATS["messages"]], tmp_path / "rows.jsonl")
-    if problem is None:  # a text is a prompt, and a target
-        assert load_examples(source)["prompt"][1] == "Hi"
-        return
     for read in (load_examples, streamed):
         with pytest.raises(ValueError, match=problem) as caught:
             read(source)
@@ -138,7 +146,7 @@ def test_a_bad_conversation_is_a_bad_row(kind: str, tmp_path: Path, caplog: pyte
 def test_a_bad_conversation_of_a_table_is_a_bad_row(suffix: str, tmp_path: Path) -> None:
     rows = [FORMATS["messages"], {"messages": [QUESTION]}, {"messages": [message("user", None), REPLY]}]
     source = write(rows, tmp_path / f"rows{suffix}")
-    with pytest.raises(ValueError, match=r"the messages of row 1 must end .* There are 2 bad rows: 1, 2\."):
+    with pytest.raises(ValueError, match=r"row 1 cannot be used: its last .* There are 2 bad rows: 1, 2\."):
         load_examples(source)
     assert len(load_examples(source, DataSettings(skip_bad_rows=True))) == 1
 
