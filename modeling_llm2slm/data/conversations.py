@@ -11,8 +11,6 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
-from jinja2 import TemplateError
-
 from ..files_llm2slm import first_line
 from .bad_rows import is_text
 from .formats import ROW_ERROR
@@ -67,7 +65,9 @@ def encode_prompts(
             _check_chat_template(processor)
         try:
             results.update(zip(indices, encode([given[index] for index in indices]), strict=True))
-        except TemplateError as error:
+        except Exception as error:
+            if type(error).__module__ != "jinja2.exceptions":  # transformers brings it
+                raise
             raise ValueError(
                 f"The chat template of the LLM's tokenizer refuses a conversation: {first_line(error)}. Correct the "
                 "roles of its messages."
