@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,13 @@ class LLM2SLMForConditionalGeneration(modeling_llm2slm.LLM2SLMForConditionalGene
         """Generate, see [`~transformers.GenerationMixin.generate`]; also with peft's `adapter_names`."""
         with mixed_adapters(self, inputs, kwargs):
             return super().generate(inputs, *args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # peft looks this up here for methods that cannot mix adapters, and would ignore the names.
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("Only LoRA and DoRA adapters can be mixed in a batch. Leave out `adapter_names`.")
+        yield
 
     def as_assistant_of(self, llm: PreTrainedModel) -> LLM2SLMForConditionalGeneration:
         """

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
-from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, lora_config
+from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, ia3_config, lora_config
 from tests.support.common import FUSIONS, PROMPTS, build_model, pad_prompts, strip_padding, t5_config
 
 
@@ -50,6 +51,7 @@ WAYS = {
     "several beams": {**GREEDY, "num_beams": 3, "num_return_sequences": 2},
     "static": {**GREEDY, "cache_implementation": "static"},
     "beams of a static cache": {**GREEDY, "num_beams": 2, "cache_implementation": "static"},
+    "beams of a generation config": {"generation_config": GenerationConfig(**GREEDY, num_beams=3)},
     "no cache": {**GREEDY, "use_cache": False, "num_beams": 2},
 }
 
@@ -72,7 +74,7 @@ def test_the_encoder_of_an_slm_is_adapted_too(way: str) -> None:
     expected = [adapted_logits(adapted, name, prompt) for name, prompt in zip(NAMES, PROMPTS, strict=True)]
     options = {**WAYS[way], "return_dict_in_generate": True, "output_logits": True, "num_return_sequences": 1}
     mixed = adapted.generate(**pad_prompts(PROMPTS), adapter_names=NAMES, **options)
-    first = mixed.logits[0][:: options.get("num_beams", 1)]
+    first = mixed.logits[0][:: 3 if way == "beams of a generation config" else options.get("num_beams", 1)]
     torch.testing.assert_close(first, torch.stack(expected), rtol=1e-4, atol=1e-4)
     assert mixed.sequences.shape[0] == len(PROMPTS)
 
@@ -136,6 +138,14 @@ def test_what_cannot_be_mixed_is_refused_before_any_compute(monkeypatch: pytest.
             with pytest.raises(ValueError, match=message):
                 adapted.generate(**pad_prompts(PROMPTS), adapter_names=names, **GREEDY)
         assert torch.equal(adapted.generate(**pad_prompts(PROMPTS), **GREEDY), expected)
+
+
+def test_other_methods_cannot_mix() -> None:
+    model = build_model("add")
+    adapted = peft.get_peft_model(model, ia3_config(model), adapter_name="one").eval()
+    with pytest.raises(ValueError, match="Only LoRA and DoRA adapters can be mixed"):
+        adapted.generate(**pad_prompts(PROMPTS), adapter_names=["one"] * 3, **GREEDY)
+    adapted.generate(**pad_prompts(PROMPTS), **GREEDY)
 
 
 def forbidden(*args: Any, **kwargs: Any) -> None:
