@@ -4,10 +4,11 @@ LLM-to-SLM for transformers: a large frozen language model reads the prompt once
 Importing this package registers config, model and processor with transformers' Auto classes.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoProcessor
 
 from . import modeling_llm2slm, processing_llm2slm
 from .cache_llm2slm import PromptStates
@@ -15,17 +16,20 @@ from .configuration_llm2slm import LLM2SLMConfig
 from .data.collator import DataCollatorForLLM2SLM
 from .fusion_llm2slm import Fusion, register_fusion
 from .inference.model import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
+from .states import without_llm
+from .states.without_llm import load_without_llm
 from .training.adapters import ia3_config, lora_config
 from .training.optimization import parameter_groups
+from .training.stock_trainer import extend_trainer
 
 
 if TYPE_CHECKING:
     from .engines.exported import ExportedLLM2SLM
     from .inference.text_to_text import TextToText
     from .states.store import StateStore
-    from .states.without_llm import load_without_llm
 
 AutoConfig.register(LLM2SLMConfig.model_type, LLM2SLMConfig)
+AutoModel.register(LLM2SLMConfig, LLM2SLMForConditionalGeneration)
 AutoModelForSeq2SeqLM.register(LLM2SLMConfig, LLM2SLMForConditionalGeneration)
 AutoProcessor.register(LLM2SLMConfig, LLM2SLMProcessor)
 # A saved model then carries its code: the files that define these classes, and the files they import.
@@ -33,12 +37,14 @@ LLM2SLMConfig.register_for_auto_class()
 modeling_llm2slm.LLM2SLMForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
 processing_llm2slm.LLM2SLMProcessor.register_for_auto_class()
 
+extend_trainer()
+sys.modules[f"{__name__}.without_llm"] = without_llm  # its former name
+
 # Imported on first use, as they need more than transformers.
 _LAZY = {
     "ExportedLLM2SLM": ".engines.exported",
     "StateStore": ".states.store",
     "TextToText": ".inference.text_to_text",
-    "load_without_llm": ".states.without_llm",
 }
 
 

@@ -104,6 +104,9 @@ class LLM2SLMCheckpointMixin:
     ) -> Any:
         # The one step of `from_pretrained` at which the model is complete, on the meta device, and takes no memory.
         request = _REQUEST.get() if state_dict is None else None
+        _REQUEST.set(None)  # the next load, if any, is that of an adapter
+        if request is not None and request.path != (path := str(model.config.name_or_path)):  # an adapter's base
+            request = request._replace(path=path, folder=path if os.path.isdir(path) else None)
         if request is not None and checkpoint_files:
             weights, config = open_weights(checkpoint_files), model.config
             recorded_source, config.llm_source = config.llm_source, _in_memory(config.llm_source, request)

@@ -12,8 +12,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Features, Value
-
 
 # The builder of `datasets` for a file, by the extension of its name (before ".gz").
 FILE_FORMATS = {
@@ -55,6 +53,8 @@ def reading_options(path: Path) -> dict[str, Any]:
     """Return the arguments of `load_dataset` that make every cell of a table a string."""
     if file_format_of(path) != "csv":
         return {}
+    from datasets import Features, Value  # here, so that prompts can be read without it
+
     # Empty cells, "NA" and numbers are text too: a type guessed from the first rows may fail on a later one.
     options: dict[str, Any] = {"keep_default_na": False, "sep": "\t" if _extension(path) == ".tsv" else ","}
     with open_file(path, "rt", encoding="utf-8-sig", newline="") as file:

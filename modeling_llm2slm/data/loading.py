@@ -13,6 +13,7 @@ from datasets import Dataset, Features, Value, load_dataset
 from ..files_llm2slm import first_line
 from ..settings import DataSettings
 from .bad_rows import check_columns, report_bad_rows, text_problem
+from .conversations import REPLACEMENTS, conversation_in, read_conversations, sources_of
 from .formats import FILE_FORMATS, ROW_ERROR, file_format_of, is_empty, is_jsonl, parse_lines, reading_options
 
 
@@ -34,7 +35,8 @@ def load_examples(
         source: A file (`.jsonl`, `.json`, `.csv`, `.tsv` or `.txt`, also with `.gz`; or `.parquet`), or the name of a
             data set on the Hub, with the configuration after a colon if it has several (`"user/name:config"`).
         settings: Which rows to read. Rows that cannot be read or hold no text are an error, or skipped by
-            `skip_bad_rows`. `prompt_max_length` has no effect here.
+            `skip_bad_rows`. `prompt_max_length` has no effect here. Where a column holds a conversation, the texts
+            are those of [`read_conversations`].
         target_column: Column that holds the targets. Several columns give several examples per row.
         number_rows: Add the column `row`: the number of the row in the source, from 0.
 
@@ -104,8 +106,12 @@ def load_rows(
 
 def whole_row(row: dict[str, Any]) -> dict[str, Any]:
     """Return all values of a row of [`load_rows`]; those of JSON lines exactly as the file has them."""
-    values: dict[str, Any] = json.loads(row[LINE]) if LINE in row else row
-    return values
+    if LINE in row:
+        values: dict[str, Any] = json.loads(row[LINE])
+        return values
+    # Where another column replaces one, the replaced one was added here.
+    added = {name for name, others in REPLACEMENTS.items() if conversation_in(row.get(name)) and {*others} & {*row}}
+    return {name: conversation_in(value) or value for name, value in row.items() if name not in added}
 
 
 def _load_texts(
@@ -113,9 +119,12 @@ def _load_texts(
 ) -> tuple[Dataset, np.ndarray]:
     """Return the rows of a source whose `columns` all hold text, and the number of each row in the source."""
     dataset = _load(source, settings.split, columns, default_format)
-    check_columns(source, columns, dataset.column_names)
+    sources = sources_of(columns, dataset.column_names)
+    check_columns(source, list(sources.values()), dataset.column_names)
     if settings.limit is not None:
         dataset = dataset.select(range(min(settings.limit, len(dataset))))
+    if any(name != column or not isinstance(dataset.features[name], Value) for column, name in sources.items()):
+        dataset = _with_texts(dataset, sources)
     bad, numbers = _bad_rows(dataset, columns), np.arange(len(dataset))
     if bad:
         report_bad_rows(source, bad, settings.skip_bad_rows)
@@ -124,6 +133,19 @@ def _load_texts(
     if not len(dataset):
         raise ValueError(f"{source} holds no rows.")
     return (dataset.remove_columns(ROW_ERROR) if ROW_ERROR in dataset.column_names else dataset), numbers
+
+
+def _with_texts(dataset: Dataset, sources: Mapping[str, str]) -> Dataset:
+    """Add the texts of conversations under the names of the needed columns, and why a row has none."""
+    features = Features({**dataset.features, **dict.fromkeys([*sources, ROW_ERROR], Value("string"))})
+    return dataset.map(lambda row, number: _texts(row, sources, number), with_indices=True, features=features)
+
+
+def _texts(row: Mapping[str, Any], sources: Mapping[str, str], number: int) -> dict[str, Any]:
+    """Return the texts of a row by the names of the needed columns, and why it has none as `ROW_ERROR`."""
+    values, problem = read_conversations(row, sources, number)
+    problem = problem or text_problem(values, list(sources), number)
+    return {**{name: None if problem else values[name] for name in sources}, ROW_ERROR: problem}
 
 
 def _bad_rows(dataset: Dataset, columns: Sequence[str]) -> dict[int, str]:
@@ -161,10 +183,12 @@ def _load(source: str, split: str, columns: Sequence[str], default_format: str |
 
 def _load_lines(path: Path, columns: Sequence[str]) -> Dataset:
     """Load JSON lines: the given columns, each whole row as JSON, and why a row has no text in one of the columns."""
-    check_columns(str(path), columns, _column_names(path, columns))
+    names = _column_names(path, columns)
+    sources = sources_of(columns, names)
+    check_columns(str(path), list(sources.values()), names)
     features = Features({name: Value("string") for name in [*columns, LINE, ROW_ERROR]})
     # `datasets` caches by these arguments: the modification time makes it read a changed file again.
-    arguments = {"path": path, "columns": tuple(columns), "changed": path.stat().st_mtime_ns}
+    arguments = {"path": path, "sources": sources, "changed": path.stat().st_mtime_ns}
     return Dataset.from_generator(_lines_as_texts, features=features, gen_kwargs=arguments)
 
 
@@ -173,7 +197,7 @@ def _column_names(path: Path, columns: Sequence[str]) -> list[str]:
     seen: dict[str, Any] = {}
     for row in parse_lines(path, None):
         seen = row | seen
-        if seen.keys() >= set(columns):
+        if seen.keys() >= set(sources_of(columns, seen).values()):
             break
     error = seen.pop(ROW_ERROR, None)
     if not seen:
@@ -181,11 +205,9 @@ def _column_names(path: Path, columns: Sequence[str]) -> list[str]:
     return list(seen)
 
 
-def _lines_as_texts(path: Path, columns: Sequence[str], changed: int) -> Iterator[Mapping[str, Any]]:
+def _lines_as_texts(path: Path, sources: Mapping[str, str], changed: int) -> Iterator[Mapping[str, Any]]:
     for number, row in enumerate(parse_lines(path, None)):
-        problem = text_problem(row, columns, number)
-        texts = {name: row[name] if problem is None else None for name in columns}
-        yield {**texts, LINE: json.dumps(row), ROW_ERROR: problem}
+        yield {**_texts(row, sources, number), LINE: json.dumps(row)}
 
 
 def _load_from_hub(name: str, split: str) -> Dataset:

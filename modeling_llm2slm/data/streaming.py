@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..files_llm2slm import first_line
 from .bad_rows import check_columns, report_bad_rows, text_problem
+from .conversations import read_conversations, sources_of
 from .formats import ROW_ERROR, file_format_of, parse_lines, reading_options
 from .order import grouped_order, lengths, seeded
 
@@ -88,11 +89,12 @@ class StreamedFeatures(IterableDataset):
         for row in self._rows():
             if ROW_ERROR not in row:
                 names |= dict.fromkeys(row)
-                if not settings.skip_bad_rows or names.keys() >= set(settings.columns):
+                if not settings.skip_bad_rows or names.keys() >= set(self._sources(names).values()):
                     break
         if not names:
             raise ValueError(f"{source} holds no rows.")
-        check_columns(source, settings.columns, list(names))
+        self.sources = self._sources(names)
+        check_columns(source, list(self.sources.values()), list(names))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
@@ -116,6 +118,9 @@ class StreamedFeatures(IterableDataset):
                 if workers == 1:
                     raise ValueError(f"{self.source}: no row can be used, see the warnings. Take other data.")
                 return  # this worker has no share in any pass
+
+    def _sources(self, existing: dict[str, None]) -> dict[str, str]:
+        return sources_of(self.settings.columns, existing)
 
     def _usable(self, chunk: list[tuple[int, str, str]], bad: dict[int, str]) -> dict[str, list[Any]]:
         """Return the features of numbered examples without those that have a problem, which is added to `bad`."""
@@ -145,8 +150,9 @@ class StreamedFeatures(IterableDataset):
     def _examples(self, bad: dict[int, str]) -> Iterator[tuple[int, str, str]]:
         """Yield row number, prompt and target; add the problem of a bad row to `bad`, or raise it."""
         prompt_column, *target_columns = self.settings.columns
-        for number, row in enumerate(self._rows()):
-            problem = text_problem(row, self.settings.columns, number)
+        for number, values in enumerate(self._rows()):
+            row, problem = read_conversations(values, self.sources, number)
+            problem = problem or text_problem(row, self.settings.columns, number)
             if problem is not None:
                 bad[number] = problem
                 if not self.settings.skip_bad_rows:

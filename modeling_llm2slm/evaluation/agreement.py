@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 
 from ..data.bad_rows import is_text, report_bad_rows
+from ..data.conversations import conversation_in, read_conversations, sources_of
 from ..data.loading import ROW, load_rows, whole_row
 from ..data.records import versions
 from ..inference.text_to_text import TextToText
@@ -91,7 +92,9 @@ def _speeds(
 def _load(data: str | Path, settings: EvaluateSettings) -> Dataset:
     """Load the columns `prompt` and `row`, and `target` if the rows have references."""
     rows = load_rows(data, settings, number_rows=True)
-    references = [whole_row(row).get(settings.target_column) for row in rows]
+    columns = (settings.prompt_column, settings.target_column)
+    values = [whole_row(row) for row in rows]
+    references = [read_conversations(row, sources_of(columns, row), 0)[0].get(columns[1]) for row in values]
     prompts = rows.select_columns([settings.prompt_column, ROW])
     prompts = prompts.rename_columns({settings.prompt_column: "prompt", ROW: "row"})
     return _with_references(prompts, references, str(data), settings.target_column, settings.skip_bad_rows)
@@ -139,5 +142,6 @@ def least_agreement(
     for row, prompt, output, expected in zip(numbers, prompts, outputs, llm_outputs, strict=True):
         if prompt not in rows and output.strip() != expected.strip():
             chrf = sentence_chrf(output, [expected]).score
-            rows[prompt] = {"row": row, "prompt": prompt, "output": output, "llm_output": expected, "chrf": chrf}
+            texts = {"prompt": conversation_in(prompt) or prompt, "output": output, "llm_output": expected}
+            rows[prompt] = {"row": row, **texts, "chrf": chrf}
     return sorted(rows.values(), key=lambda row: row["chrf"])[:count]

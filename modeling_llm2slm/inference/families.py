@@ -10,6 +10,7 @@ import torch
 
 from ..configuration_llm2slm import check_length
 from ..data.collator import DataCollatorForLLM2SLM, DataCollatorForTargets
+from ..data.conversations import encode_prompts, write_conversations
 from .parts import Part, composite_parts
 from .text_to_text import Features, TextToText
 
@@ -21,7 +22,7 @@ class EncoderDecoderTextToText(TextToText):
     """An encoder-decoder model, such as a T5."""
 
     def features(self, prompts: list[str], targets: list[str] | None = None) -> Features:
-        features = {"input_ids": self._encode("prompts", self.prompt_max_length, text=list(prompts))}
+        features = {"input_ids": encode_prompts(self.processor, prompts, self._encode_prompt_ids)}
         features["attention_mask"] = [[1] * len(ids) for ids in features["input_ids"]]
         if targets is not None:
             features["labels"] = self._encode("targets", self.target_max_length, text_target=list(targets))
@@ -46,7 +47,11 @@ class EncoderDecoderTextToText(TextToText):
     def _outputs(self, generated: torch.Tensor, inputs: Any) -> torch.Tensor:
         return generated[:, 1:]  # the start token
 
-    def _encode(self, what: str, max_length: int | None, **texts: list[str]) -> list[list[int]]:
+    def _encode_prompt_ids(self, prompts: list[Any]) -> list[list[int]]:
+        texts, options = write_conversations(self.processor, prompts)
+        return self._encode("prompts", self.prompt_max_length, text=texts, **options)
+
+    def _encode(self, what: str, max_length: int | None, **texts: Any) -> list[list[int]]:
         ids = self.processor(**texts, verbose=False)["input_ids"]
         if not _warn_of_truncation(what, ids, max_length):
             return ids
@@ -70,7 +75,14 @@ class LLM2SLMTextToText(EncoderDecoderTextToText):
         return DataCollatorForLLM2SLM(self.processor, model=self.model, states=self.states)
 
     def features(self, prompts: list[str], targets: list[str] | None = None) -> Features:
-        return dict(self.processor(text=list(prompts), text_target=None if targets is None else list(targets)))
+        features = {"input_ids": encode_prompts(self.processor, prompts, self._encode_prompt_ids)}
+        features["attention_mask"] = [[1] * len(ids) for ids in features["input_ids"]]
+        if targets is not None:
+            features["labels"] = self.processor(text_target=list(targets))["labels"]
+        return features
+
+    def _encode_prompt_ids(self, prompts: list[Any]) -> list[list[int]]:
+        return self.processor(text=prompts)["input_ids"]
 
     def check_positions(self, prompt_length: int, new_tokens: int) -> None:
         if not prompt_length:
@@ -134,7 +146,7 @@ class DecoderOnlyTextToText(TextToText):
     def features(self, prompts: list[str], targets: list[str] | None = None) -> Features:
         separator, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         separator = end if separator is None else separator
-        inputs = [ids + [separator] for ids in self._encode("prompts", prompts, self.prompt_max_length)]
+        inputs = [ids + [separator] for ids in encode_prompts(self.tokenizer, prompts, self._encode_prompt_ids)]
         features = {"input_ids": inputs}
         if targets is not None:
             longest = None if self.target_max_length is None else self.target_max_length - 1
@@ -160,6 +172,9 @@ class DecoderOnlyTextToText(TextToText):
 
     def _outputs(self, generated: torch.Tensor, inputs: Any) -> torch.Tensor:
         return generated[:, inputs["input_ids"].shape[1] :]
+
+    def _encode_prompt_ids(self, prompts: list[Any]) -> list[list[int]]:
+        return self._encode("prompts", write_conversations(self.tokenizer, prompts)[0], self.prompt_max_length)
 
     def _encode(self, what: str, texts: list[str], max_length: int | None) -> list[list[int]]:
         ids = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from .. import modeling_llm2slm, processing_llm2slm
 from ..data.atomic import atomic_write
 from ..reserving import with_reserve
 from . import assistant, factory, saving
+from .mixed_adapters import mixed_adapters
 
 
 class LLM2SLMForConditionalGeneration(modeling_llm2slm.LLM2SLMForConditionalGeneration):
@@ -32,6 +34,7 @@ class LLM2SLMForConditionalGeneration(modeling_llm2slm.LLM2SLMForConditionalGene
     """
 
     include_llm: bool = True  # default of `save_pretrained`, for `Trainer`, which does not pass it
+    upload_to: str | None = None  # the repository that a `Trainer` uploads to what `save_pretrained` writes
     reserve = staticmethod(with_reserve)
 
     @classmethod
@@ -59,6 +62,18 @@ class LLM2SLMForConditionalGeneration(modeling_llm2slm.LLM2SLMForConditionalGene
         """
         paths = (encoder_pretrained_model_name_or_path, decoder_pretrained_model_name_or_path)
         return factory.build_from_pretrained(cls, *paths, **kwargs)
+
+    def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Generate, see [`~transformers.GenerationMixin.generate`]; also with peft's `adapter_names`."""
+        with mixed_adapters(self, inputs, kwargs):
+            return super().generate(inputs, *args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # peft looks this up here for methods that cannot mix adapters, and would ignore the names.
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("Only LoRA and DoRA adapters can be mixed in a batch. Leave out `adapter_names`.")
+        yield
 
     def as_assistant_of(self, llm: PreTrainedModel) -> LLM2SLMForConditionalGeneration:
         """

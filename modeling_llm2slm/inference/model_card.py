@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.utils import yaml_dump
 
 from ..data.records import without_folders, without_secrets
 from ..fusion_llm2slm import fusion_of
@@ -15,8 +16,13 @@ from .parts import count_parameters, decoding_modules
 
 
 MARK = "<!-- Written again on every save. Delete this line to keep your own text. -->"
-# transformers writes this into the cards that it generates.
-GENERIC = "This model card has been automatically generated"
+# transformers (two texts) and peft write these into the cards that they generate.
+GENERIC = (
+    "This model card has been automatically generated",
+    "This model card has been generated automatically",
+    "<!-- Provide a quick summary of what the model is/does. -->",
+)
+TRAINING_HEADING = "## Training procedure"  # in the card of a Trainer
 PAPER = "https://arxiv.org/abs/2402.16844"
 
 
@@ -34,6 +40,7 @@ class CardDetails:
         training (`dict`, *optional*): The report of `llm2slm train` (`training.json`).
         evaluations (`list[dict]`, *optional*): Results of `llm2slm evaluate` for this model, for the model index.
         compared (`list[dict]`, *optional*): Results for other models, such as the LLM alone, for the table of times.
+        adapter (`peft.PeftConfig`, *optional*): The card is that of an adapter for the model.
     """
 
     language: str | Sequence[str] | None = None
@@ -44,6 +51,7 @@ class CardDetails:
     training: Mapping[str, Any] | None = None
     evaluations: Sequence[Mapping[str, Any]] = ()
     compared: Sequence[Mapping[str, Any]] = ()
+    adapter: Any = None
 
 
 def model_card(model: Any, name: str, details: CardDetails | None = None) -> ModelCard:
@@ -64,18 +72,20 @@ def model_card(model: Any, name: str, details: CardDetails | None = None) -> Mod
     if datasets is None:
         datasets = [recipe["train_data"]] if recipe.get("train_data") else []
     sources = {"LLM": model.config.llm_source, "SLM": model.config.slm_source}
-    bases = [where for source in sources.values() if (where := _repository(source))]
+    adapter = details.adapter
+    origins = [{"name_or_path": adapter.base_model_name_or_path}] if adapter else sources.values()
+    bases = [where for source in origins if (where := _repository(source))]
     licenses = {part: _license_of(source) for part, source in sources.items()}
     if license is None and licenses["LLM"] == licenses["SLM"]:
         license = licenses["LLM"]
     data = ModelCardData(
         language=[language] if isinstance(language, str) else list(language or []) or None,
         license=license,
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         pipeline_tag=details.pipeline_tag,
         tags=["llm2slm", "custom_code", *(details.tags or [])],
         base_model=bases or None,
-        base_model_relation="finetune" if bases else None,
+        base_model_relation=("adapter" if adapter else "finetune") if bases else None,
         datasets=[dataset.partition(":")[0] for dataset in datasets if not Path(dataset).suffix] or None,
         model_name=name.rpartition("/")[2] or "llm2slm",
         eval_results=_results(details.evaluations) or None,
@@ -83,8 +93,8 @@ def model_card(model: Any, name: str, details: CardDetails | None = None) -> Mod
     sections = [
         f"# {data.model_name}",
         _what_it_is(model),
-        _snippet(name, getattr(model.config.decoder, "max_position_embeddings", None)),
-        _parts(model, sources, licenses),
+        _snippet(name, getattr(model.config.decoder, "max_position_embeddings", None), adapter),
+        "" if adapter else _parts(model, sources, licenses),
         _languages(data.language),
         _training(recipe, details.training, datasets),
         _scores(details.evaluations),
@@ -95,12 +105,25 @@ def model_card(model: Any, name: str, details: CardDetails | None = None) -> Mod
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{MARK}\n\n{body}\n")
 
 
+def extend_card(card: ModelCard, trainers: ModelCard) -> ModelCard:
+    """Return a card of [`model_card`] with the metadata and the training procedure that the card of a Trainer has."""
+    data = {**trainers.data.to_dict(), **card.data.to_dict()}
+    data["tags"] = list(dict.fromkeys(tag for each in (card, trainers) for tag in each.data.get("tags") or ()))
+    procedure = trainers.text.partition(TRAINING_HEADING)[2]
+    text = f"{card.text.rstrip()}\n" + (f"\n{TRAINING_HEADING}{procedure}" if procedure else "")
+    return ModelCard(f"---\n{yaml_dump(data).strip()}\n---\n{text.lstrip()}")
+
+
 def write_model_card(model: Any, folder: Path, earlier: Path, name: str, **details: Any) -> None:
     """Write the card into `folder`, unless somebody wrote their own card into the `earlier` folder."""
-    card = earlier / "README.md"
-    if card.is_file() and is_by_hand(card.read_text(encoding="utf-8", errors="replace")):
+    if has_file_by_hand(earlier / "README.md"):
         return
     (folder / "README.md").write_text(str(model_card(model, name, CardDetails(**details))), encoding="utf-8")
+
+
+def has_file_by_hand(card: Path) -> bool:
+    """Return whether somebody wrote the card in a file by hand."""
+    return card.is_file() and is_by_hand(card.read_text(encoding="utf-8", errors="replace"))
 
 
 def has_card_by_hand(repo_id: str, token: Any = None) -> bool:
@@ -113,7 +136,7 @@ def has_card_by_hand(repo_id: str, token: Any = None) -> bool:
 
 def is_by_hand(text: str) -> bool:
     """Return whether somebody wrote a card by hand, or deleted the mark of a generated one."""
-    return bool(text.strip()) and MARK not in text and GENERIC not in text
+    return bool(text.strip()) and not any(sign in text for sign in (MARK, *GENERIC))
 
 
 def _repository(source: Mapping[str, Any] | None) -> str | None:
@@ -165,23 +188,29 @@ def _what_it_is(model: Any) -> str:
     )
 
 
-def _snippet(name: str, positions: int | None) -> str:
+def _snippet(name: str, positions: int | None, adapter: Any) -> str:
     length = min(64, (positions or 128) // 2)  # prompt and output share the positions
+    base, load_adapter, holds = f'name = "{name}"', "", "this repository"
+    if adapter:
+        base_name = adapter.base_model_name_or_path or "the model that it adapts"
+        base = f'name = "{base_name if _repository({"name_or_path": base_name}) else Path(base_name).name}"'
+        load_adapter, holds = f'model.load_adapter("{name}")\n', "the repository of the model"
+    about = "This is an adapter for another model, which is loaded first; it needs the package `peft`.\n\n"
     return f"""## How to use
 
-```python
+{about if adapter else ""}```python
 from transformers import AutoModelForSeq2SeqLM, AutoProcessor
 
-name = "{name}"
+{base}
 model = AutoModelForSeq2SeqLM.from_pretrained(name, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
+{load_adapter}processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
 
 batch = processor(text=["A prompt."], return_tensors="pt")
 tokens = model.generate(**batch, max_new_tokens={length})
 print(processor.batch_decode(tokens, skip_special_tokens=True)[0])
 ```
 
-`trust_remote_code=True` runs the `*_llm2slm.py` files in this repository. It is not needed, and they are not run, if
+`trust_remote_code=True` runs the `*_llm2slm.py` files in {holds}. It is not needed, and they are not run, if
 the package `modeling-llm2slm` is installed and imported."""
 
 

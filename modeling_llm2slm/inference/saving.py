@@ -19,6 +19,7 @@ from ..files_llm2slm import INDEX, WEIGHTS, fingerprint, first_line, open_weight
 from .model_card import has_card_by_hand, write_model_card
 
 
+UPLOADED_CLASS = "modeling_llm2slm.LLM2SLMForConditionalGeneration"
 UPLOAD_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
 
 
@@ -66,16 +67,19 @@ def save(
     **kwargs: Any,
 ) -> list[str]:
     """Save to a folder, to keep or to upload to `repo_id`. Return the files that this process has written."""
-    include_llm = model.include_llm if include_llm is None else include_llm
+    adapter = adapter_of(model)
+    include_llm = adapter is not None or (model.include_llm if include_llm is None else include_llm)
+    repo_id = repo_id or model.upload_to
     if repo_id is not None and not include_llm:
-        _check_source_is_public(model.config.llm_source or {})
+        check_source_is_public(model.config.llm_source or {})
     with _described(model, target, include_llm, public=repo_id is not None), as_uploaded(model):
         if not (kwargs.get("is_main_process", True) and _is_first()) or kwargs.get("distributed_checkpoint"):
             PreTrainedModel.save_pretrained(model, target, **kwargs)
             return []
         with atomic_write(target) as folder:
             PreTrainedModel.save_pretrained(model, folder, **kwargs)
-            write_model_card(model, folder, target, **{"name": repo_id or target.name, **(card or {})})
+            details = {"name": repo_id or target.name, "adapter": adapter, **(card or {})}
+            write_model_card(model, folder, target, **details)
             return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
 
 
@@ -90,6 +94,7 @@ def upload(
     **commit: Any,
 ) -> str:
     """Send the files of a checkpoint in one commit. A card that somebody wrote for the repository stays."""
+    holds_weights = any(name in (WEIGHTS, INDEX) for name in written)  # those of an adapter have other names
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
@@ -103,9 +108,14 @@ def upload(
         allow_patterns=written,
         ignore_patterns=["README.md"] if keep else None,
         # Weights of an earlier upload: a whole file would be loaded instead of new shards.
-        delete_patterns=[WEIGHTS, INDEX, "model-*-of-*.safetensors"],
+        delete_patterns=[WEIGHTS, INDEX, "model-*-of-*.safetensors"] if holds_weights else None,
         **commit,
     )
+
+
+def adapter_of(model: Any) -> Any:
+    """Return the config of the adapter that `model.add_adapter` has added; `save_pretrained` saves it alone."""
+    return model.peft_config[model.active_adapters()[0]] if model._hf_peft_config_loaded else None
 
 
 def _is_first() -> bool:
@@ -128,6 +138,8 @@ def _described(model: Any, target: Path, include_llm: bool, public: bool) -> Ite
         _as_written(source, target, public) for source in (config.llm_source, config.slm_source)
     )
     config.lean = not include_llm
+    # `_auto_class` names one Auto class only.
+    config.auto_map = {**(getattr(config, "auto_map", None) or {}), "AutoModel": UPLOADED_CLASS}
     llm_dtype = model.encoder.llm.dtype
     config.encoder_dtype = None if llm_dtype == model.dtype else str(llm_dtype).removeprefix("torch.")
     try:
@@ -160,7 +172,7 @@ def _as_written(source: dict[str, Any] | None, target: Path, public: bool) -> di
     return {key: value for key, value in source.items() if key != "name_or_path"} | name
 
 
-def _check_source_is_public(source: Mapping[str, Any]) -> None:
+def check_source_is_public(source: Mapping[str, Any]) -> None:
     if _is_folder(source):
         raise ValueError(
             f"The LLM comes from the folder {source['name_or_path']}, which nobody else has: a lean checkpoint on "

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
+from ..data.conversations import as_prompt, is_conversation
 from ..data.order import seeded
 from ..states.fingerprints import tokenizer_fingerprint
 from ..states.store import StateStore
@@ -37,10 +38,12 @@ class TextToText:
     Example:
 
     ```python
-    from modeling_llm2slm.inference.text_to_text import TextToText
+    from modeling_llm2slm import TextToText
 
     model = TextToText.from_pretrained("runs/model")
-    model.generate(["A man sleeps on a sofa.", "Two dogs run."], max_new_tokens=32)  # a list of two texts
+    model("A man sleeps on a sofa.")  # a text
+    model(["A man sleeps on a sofa.", "Two dogs run."], num_beams=4, max_new_tokens=32)  # a list of two texts
+    model([{"role": "user", "content": "Hello"}], do_sample=True, temperature=0.7)  # a conversation gives a text too
     for piece in model.stream("A man sleeps on a sofa."):
         print(piece, end="", flush=True)
     ```
@@ -103,13 +106,30 @@ class TextToText:
         self.model.save_pretrained(path, **kwargs)
         self.processor.save_pretrained(path)
 
-    def generate(self, prompts: list[str], batch_size: int = 32, **generate_kwargs: Any) -> list[str]:
+    def __call__(self, prompts: Any, batch_size: int = 32, **generate_kwargs: Any) -> Any:
+        """
+        Generate text for one prompt or a list of prompts, see [`~TextToText.generate`].
+
+        Args:
+            prompts: A text, a conversation (a list of messages with `"role"` and `"content"`), or a list of these.
+            batch_size: Prompts per batch.
+            generate_kwargs: Arguments of `model.generate()`, such as `num_beams`, `do_sample` and `max_new_tokens`.
+
+        Returns:
+            The output for one prompt, or a list with one output per prompt.
+        """
+        if isinstance(prompts, str) or is_conversation(prompts):
+            return self.generate([prompts], batch_size, **generate_kwargs)[0]
+        return self.generate(list(prompts), batch_size, **generate_kwargs)
+
+    def generate(self, prompts: Sequence[Any], batch_size: int = 32, **generate_kwargs: Any) -> list[str]:
         """
         Generate text for prompts.
 
         Args:
-            prompts: Any number of prompts. Prompts of similar length share a batch; a prompt that occurs twice is
-                generated for once, unless outputs are sampled.
+            prompts: Any number of prompts: texts, or conversations, which the chat template of the LLM's tokenizer
+                turns into texts. Prompts of similar length share a batch; a prompt that occurs twice is generated for
+                once, unless outputs are sampled.
             batch_size: Prompts per batch.
             generate_kwargs: Arguments of `model.generate()`, such as `num_beams` and `max_new_tokens`.
 
@@ -123,10 +143,13 @@ class TextToText:
         tokens = self.generate_tokens(prompts, batch_size, **generate_kwargs)
         return self.tokenizer.batch_decode(tokens, skip_special_tokens=True) if tokens else []
 
-    def generate_tokens(self, prompts: list[str], batch_size: int = 32, **generate_kwargs: Any) -> list[list[int]]:
+    def generate_tokens(self, prompts: Sequence[Any], batch_size: int = 32, **generate_kwargs: Any) -> list[list[int]]:
         """Generate like [`~TextToText.generate`], but return the token ids of each output, the end token included."""
         if not prompts:
             return []
+        if isinstance(prompts, str):
+            raise ValueError("`prompts` is one text. Pass a list of prompts, or call the model: `model(prompt)`.")
+        prompts = [as_prompt(prompt) for prompt in prompts]
         features, generate_kwargs = self._prepare(prompts, generate_kwargs)
         table, limits = PromptTable(is_sampled(self, generate_kwargs)), BatchLimits(batch_size)
         table.add(prompts, lambda rows: [len(features["input_ids"][row]) for row in rows])
@@ -188,19 +211,19 @@ class TextToText:
                 chosen = take_rows(inputs, [row_of[prompt_index] for prompt_index, _ in piece])
                 yield piece, self.write(chosen, **generate_kwargs)
 
-    def stream(self, prompt: str, **generate_kwargs: Any) -> Iterator[str]:
+    def stream(self, prompt: Any, **generate_kwargs: Any) -> Iterator[str]:
         """
         Generate for one prompt, and yield the text piece by piece.
 
         Args:
-            prompt: The prompt.
+            prompt: The prompt, a text or a conversation.
             generate_kwargs: As for [`~TextToText.generate`]. Beam search (`num_beams` above 1) cannot stream.
 
         Yields:
             Pieces of text. Joined, they equal the output of [`~TextToText.generate`]. Closing the generator early
             stops the model.
         """
-        features, generate_kwargs = self._prepare([prompt], generate_kwargs)
+        features, generate_kwargs = self._prepare([as_prompt(prompt)], generate_kwargs)
         inputs, text = self.read(features), StreamedText(self.tokenizer)
         criteria = StoppingCriteriaList([*(generate_kwargs.pop("stopping_criteria", None) or ()), text.stopping])
         errors: list[BaseException] = []
@@ -267,6 +290,7 @@ class TextToText:
         parts = [type(self).__name__, tokenizer_fingerprint(reader), tokenizer_fingerprint(self.tokenizer)]
         parts += [str(self.prompt_max_length), str(self.target_max_length), str(self.max_positions)]
         parts.append(str(getattr(self.model.config, "llm_positions", None)))
+        parts += [str(getattr(holder, "chat_template", None)) for holder in (self.processor, reader)]
         return hashlib.sha256("|".join([*parts, str(self.states and self.states.description)]).encode()).hexdigest()
 
     def without_model(self) -> TextToText:

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from ..configuration_llm2slm import LLM2SLMConfig
 from ..data.bad_rows import good_rows
+from ..data.conversations import encode_prompts
 from ..data.loading import ROW, load_prompts
 from ..data.processes import processes, share
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
@@ -112,7 +113,7 @@ class _Encoder:
 
     def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of prompts, truncated to `prompt_max_length`."""
-        return self.processor(text=list(prompts))["input_ids"]
+        return encode_prompts(self.processor, prompts, lambda given: self.processor(text=given)["input_ids"])
 
     def _all_token_ids(self, prompts: Dataset) -> Iterator[list[int]]:
         for rows in prompts.iter(batch_size=1000):

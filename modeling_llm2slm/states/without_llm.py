@@ -38,7 +38,7 @@ class LLMEmbedding(PreTrainedModel):
         with torch.device("meta"):
             llm = build_llm(config)  # before super(), which sets an attention implementation that not every LLM has
         super().__init__(config.encoder)
-        self.llm_class, self.llm_dtype = type(llm), llm.dtype
+        object.__setattr__(self, "llm", llm)  # not a module of this one: it has no weights
         embedding = llm.get_input_embeddings()
         self.path = next(name for name, module in llm.named_modules() if module is embedding)
         if fusion_of(config).table == "llm":
@@ -53,7 +53,7 @@ class LLMEmbedding(PreTrainedModel):
     @property
     def dtype(self) -> torch.dtype:
         """`torch.dtype`: The LLM's, also without any weight of it."""
-        return self.llm_dtype
+        return self.llm.dtype
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the embedding. Without one, raise `NotImplementedError`, as gradient checkpointing expects."""
@@ -63,7 +63,7 @@ class LLMEmbedding(PreTrainedModel):
             raise NotImplementedError("This model does not need the LLM's embedding, so it was not loaded.") from error
 
     def _init_weights(self, module: nn.Module) -> None:
-        self.llm_class._init_weights(self, module)  # values that no checkpoint holds, as Gemma's scale
+        self.llm._init_weights(module)  # values that no checkpoint holds, as Gemma's scale
 
     def forward(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> NoReturn:
         raise ValueError(

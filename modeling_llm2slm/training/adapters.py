@@ -1,7 +1,7 @@
 """Adapters (LoRA, DoRA, IA3) for the SLM of an LLM-to-SLM model."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -42,8 +42,8 @@ def lora_config(model: "LLM2SLMForConditionalGeneration", **overrides: Any) -> "
     head = model.get_output_embeddings()
     names = {
         name.rsplit(".", 1)[-1]
-        for name, module in model.decoder.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
+        for name, module, layer in _layers(model.decoder)
+        if isinstance(layer, nn.Linear | Conv1D) and module is not head
     }
     defaults = {"r": 16, "lora_alpha": 32, "target_modules": _in_slm(names)} | _defaults(model)
     return LoraConfig(**(defaults | overrides | _exclusion(overrides)))
@@ -72,13 +72,6 @@ def ia3_config(model: "LLM2SLMForConditionalGeneration", **overrides: Any) -> "I
 
     family = model.config.decoder.model_type
     defaults = _defaults(model)
-    # Layer by layer: peft 0.21 cannot merge IA3 together with a saved module that has layers inside.
-    defaults["modules_to_save"] = [
-        f"{name}.{inner}".rstrip(".")
-        for name, module in model.encoder.new_modules().items()
-        for inner, layer in module.named_modules()
-        if next(layer.parameters(recurse=False), None) is not None
-    ]
     if "target_modules" not in overrides:
         if family not in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
             raise ValueError(
@@ -91,11 +84,30 @@ def ia3_config(model: "LLM2SLMForConditionalGeneration", **overrides: Any) -> "I
 
 
 def _defaults(model: "LLM2SLMForConditionalGeneration") -> dict[str, Any]:
+    # Layer by layer: peft 0.21 can neither mix adapters nor merge IA3 with a saved module that has layers inside.
+    layers = [
+        f"{name}.{inner}".rstrip(".")
+        for name, module in model.encoder.new_modules().items()
+        for inner, _, layer in _layers(module)
+        if next(layer.parameters(recurse=False), None) is not None
+    ]
     return {
         "task_type": "SEQ_2_SEQ_LM",
         "fan_in_fan_out": any(isinstance(module, Conv1D) for module in model.decoder.modules()),  # GPT-2's
-        "modules_to_save": list(model.encoder.new_modules()),
+        "modules_to_save": layers,
     }
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Yield name, module and, where an adapter of peft wraps it, the original of each module of a model."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(inside):
+            continue
+        original = getattr(module, "base_layer", getattr(module, "original_module", module))
+        if original is not module:
+            inside += (f"{name}.".lstrip("."),)
+        yield name, module, original
 
 
 def _in_slm(names: Iterable[str]) -> str:

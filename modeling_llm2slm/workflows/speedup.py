@@ -19,6 +19,13 @@ from ..configuration_llm2slm import LLM2SLMConfig, check_length
 from ..conversion.build import build, float_dtype, is_config, part_config
 from ..data.atomic import atomic_write, remove_unfinished
 from ..data.bad_rows import good_rows
+from ..data.conversations import (
+    conversation_in,
+    encode_prompts,
+    read_conversations,
+    sources_of,
+    write_conversations,
+)
 from ..data.formats import parse_lines
 from ..data.loading import ROW, load_prompts
 from ..data.records import without_secrets, write_json
@@ -241,8 +248,8 @@ class Speedup:
         prompts = load_prompts(settings.prompts, reading, number_rows=True)
         tokenizer, longest = load(AutoTokenizer, settings.llm), self.recipe.prompt_max_length
         for start in range(0, len(prompts), 1000):
-            ids = tokenizer(prompts[start : start + 1000]["prompt"], verbose=False)["input_ids"]
-            for index, prompt in enumerate(ids, start):
+            texts = prompts[start : start + 1000]["prompt"]
+            for index, prompt in enumerate(encode_prompts(tokenizer, texts, partial(_token_ids, tokenizer)), start):
                 length = len(prompt) if longest is None else min(len(prompt), longest)
                 try:
                     check_length(self.config.encoder, length, settings.max_new_tokens)
@@ -253,7 +260,7 @@ class Speedup:
 
     def _split(self, distilled: Path) -> None:
         column = self.settings.prompt_column
-        texts = sorted({row[column] for row in parse_lines(distilled, None)}, key=_hash)
+        texts = sorted({_prompt_of(row, column) for row in parse_lines(distilled, None)}, key=_hash)
         if len(texts) < 3:
             raise ValueError(f"{self.settings.prompts} has {len(texts)} different prompts; a split needs at least 3.")
         held_out = max(min(self.settings.held_out, len(texts) // 10), 1)
@@ -264,8 +271,10 @@ class Speedup:
                 temporary.open("w", encoding="utf-8", errors="backslashreplace") as file,  # halves of surrogate pairs
             ):
                 for row in parse_lines(distilled, None):
-                    if place.get(row[column], "train") == split:
-                        file.write(json.dumps({**row, "prompt": row[column]}, ensure_ascii=False) + "\n")
+                    prompt = _prompt_of(row, column)
+                    if place.get(prompt, "train") == split:
+                        values = {**row, "prompt": conversation_in(prompt) or prompt}
+                        file.write(json.dumps(values, ensure_ascii=False) + "\n")
 
     def build(self) -> None:
         """Build the checkpoint to train from the LLM's encoder and the SLM."""
@@ -323,6 +332,16 @@ class Speedup:
             skip_bad_rows=self.recipe.skip_bad_rows, max_new_tokens=self.settings.max_new_tokens
         )
         write_json(evaluation, compare(model, llm, self.output / "test.jsonl", options))
+
+
+def _token_ids(tokenizer: Any, prompts: list[Any]) -> list[list[int]]:
+    texts, options = write_conversations(tokenizer, prompts)
+    return tokenizer(texts, verbose=False, **options)["input_ids"]
+
+
+def _prompt_of(row: Mapping[str, Any], column: str) -> str:
+    """Return the prompt of a row as a text, also if it is a conversation."""
+    return read_conversations(row, sources_of([column], row), 0)[0][column]
 
 
 def _hash(text: str) -> str:

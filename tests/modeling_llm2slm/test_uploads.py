@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer
 
 import modeling_llm2slm
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
@@ -120,6 +120,22 @@ print(json.dumps([type(config).__module__, tokens.tolist(), float(loss), sorted(
     assert (changed, frozen) == (["decoder", "encoder"], True)
     # The code is saved again, and is as complete as what was loaded; only the card needs the package.
     assert files_in(tmp_path / "again") == MODEL_FILES | DATA_FILES - {"README.md"}
+
+
+def test_auto_model_loads_the_whole_model_with_and_without_the_package(saved, tmp_path):
+    assert type(AutoModel.from_pretrained(saved)) is LLM2SLMForConditionalGeneration
+    code = f"""
+import json
+from transformers import AutoModel
+model = AutoModel.from_pretrained({str(saved)!r}, trust_remote_code=True)
+model.save_pretrained({str(tmp_path / "again")!r})
+print(json.dumps([type(model).__name__, type(model).__module__]))
+"""
+    name, module = fresh_process.run(code, package=False, HF_HOME=str(tmp_path / "home"))
+    assert name == "LLM2SLMForConditionalGeneration"
+    assert module.startswith("transformers_modules.")
+    for auto_class in (AutoModel, AutoModelForSeq2SeqLM):
+        assert type(auto_class.from_pretrained(tmp_path / "again")) is LLM2SLMForConditionalGeneration
 
 
 def test_the_snippet_of_the_card_runs(saved, tmp_path):

@@ -22,14 +22,15 @@ ONLY_TRANSFORMERS = """
 import sys
 sys.path.append({folder!r})
 import importlib.util
-assert not any(map(importlib.util.find_spec, ("modeling_llm2slm", "llm2slm", "peft", "datasets", "accelerate")))
+assert not any(map(importlib.util.find_spec, {absent!r}))
 """
 
 
 @functools.cache
-def only_transformers() -> str:
-    """A folder of links to torch, transformers and what these two require, as in an environment of their own."""
-    folder, wanted, seen = Path(tempfile.mkdtemp(prefix="only-transformers-")), ["torch", "transformers"], set()
+def only_transformers(*more: str) -> str:
+    """A folder of links to torch, transformers, `more` and what they require, as in an environment of their own."""
+    folder, wanted = Path(tempfile.mkdtemp(prefix="only-transformers-")), ["torch", "transformers", *more]
+    seen: set[str] = set()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     while wanted:
         name = wanted.pop()
@@ -48,11 +49,13 @@ def only_transformers() -> str:
     return str(folder)
 
 
-def start(code: str, package: bool = True, **environment: str) -> subprocess.Popen[str]:
-    """Start Python code; without the package there is only what transformers needs."""
+def start(code: str, package: bool = True, more: tuple[str, ...] = (), **environment: str) -> subprocess.Popen[str]:
+    """Start Python code; without the package there is only what transformers and `more` need."""
     flags = []
     if not package:
-        flags, code = ["-I", "-S"], ONLY_TRANSFORMERS.format(folder=only_transformers()) + code
+        absent = ["modeling_llm2slm", "llm2slm", "datasets", *([] if more else ["peft", "accelerate"])]
+        flags = ["-I", "-S"]
+        code = ONLY_TRANSFORMERS.format(folder=only_transformers(*more), absent=absent) + code
     paths = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen(
@@ -64,9 +67,9 @@ def start(code: str, package: bool = True, **environment: str) -> subprocess.Pop
     )
 
 
-def run(code: str, package: bool = True, **environment: str) -> Any:
+def run(code: str, package: bool = True, more: tuple[str, ...] = (), **environment: str) -> Any:
     """What the code prints on its last line, as JSON."""
-    process = start(code, package, **environment)
+    process = start(code, package, more, **environment)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors[-3000:]
     return json.loads(output.splitlines()[-1])

@@ -7,6 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.utils.dataclasses import get_module_class_from_name
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPTNeoXConfig,
+    MistralConfig,
+    OPTConfig,
+    PhiConfig,
+)
 
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
 from modeling_llm2slm.inference.parts import composite_parts
@@ -22,7 +31,7 @@ from tests.support.common import (
     same_tensors,
     t5_config,
 )
-from tests.support.families import LLMS
+from tests.support.families import CAUSAL, LLM, LLMS, partial
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
@@ -100,10 +109,24 @@ def test_a_prompt_without_hidden_states_is_an_error_that_names_the_fix(tmp_path:
             call(**pad_prompts(PROMPTS), **labels)
 
 
-@pytest.mark.parametrize("family", LLMS)
+# Families whose embeddings or weights are initialized in ways of their own, besides those of `LLMS`.
+MORE_LLMS = {
+    "gemma": partial(GemmaConfig, CAUSAL),
+    "gemma2": partial(Gemma2Config, CAUSAL, sliding_window=8, query_pre_attn_scalar=8),
+    "gemma3": partial(Gemma3TextConfig, CAUSAL, sliding_window=8, query_pre_attn_scalar=8),
+    "mistral": partial(MistralConfig, CAUSAL),
+    "phi": partial(PhiConfig, CAUSAL, num_key_value_heads=4),
+    "opt": partial(OPTConfig, hidden_size=32, ffn_dim=64, num_hidden_layers=3, num_attention_heads=4, pad_token_id=0,
+                   word_embed_proj_dim=32),
+    "gpt_neox": partial(GPTNeoXConfig, CAUSAL),
+}  # fmt: skip
+ALL_LLMS = LLMS | {name: LLM(name, name, config, layer=2) for name, config in MORE_LLMS.items()}
+
+
+@pytest.mark.parametrize("family", ALL_LLMS)
 def test_every_family_of_llms_keeps_its_embedding(family: str, tmp_path: Path) -> None:
     """Some families scale their embeddings by a number that no checkpoint holds."""
-    llm = LLMS[family]
+    llm = ALL_LLMS[family]
     config = LLM2SLMConfig(encoder=llm.config(vocab_size=120), decoder=gpt2_config(), encoder_layer=llm.layer)
     LLM2SLMForConditionalGeneration(config).save_pretrained(tmp_path)
     whole = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path)
@@ -133,3 +156,9 @@ def test_a_truncated_llm_and_an_encoder_decoder_slm(tmp_path: Path) -> None:
     assert torch.equal(
         model(**batch, llm_hidden_states=states, labels=labels).loss, whole(**batch, labels=labels).loss
     )
+
+
+def test_its_former_module_can_be_imported() -> None:
+    from modeling_llm2slm.without_llm import load_without_llm as former
+
+    assert former is load_without_llm

@@ -63,8 +63,8 @@ def test_lora_and_the_projector_train_and_the_llm_does_not(fusion: str) -> None:
     assert all(".decoder." in name and ".lora_" in name for name in lora)
     assert not [name for name in trained if ".llm." in name]
     assert {name.split(".lora_")[0].split(".decoder.")[1] for name in lora} == set(linears)
-    expected = {"projector", "prompt_embedding"} if fusion == "add" else {"projector"}
-    assert {name.split(".modules_to_save.")[0].split(".")[-1] for name in in_full} == expected
+    expected = {"projector.linear_1", "projector.linear_2", *(["prompt_embedding"] if fusion == "add" else [])}
+    assert {name.split(".modules_to_save.")[0].split(".encoder.")[1] for name in in_full} == expected
     assert not any(module.training for module in adapted.base_model.model.encoder.llm.modules())
     adapted(**training_batch()).loss.backward()
     for name, parameter in adapted.named_parameters():
