@@ -9,7 +9,33 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..files_llm2slm import first_line
 from .atomic import atomic_write
+
+
+def read_json(path: str | Path, fix: str, fields: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """
+    Return the object in a JSON file that this package wrote.
+
+    Args:
+        path: The file.
+        fix: What to do if it is damaged: the last sentence of the error.
+        fields: Types of the fields that are read from it.
+
+    Raises:
+        ValueError: If the file is not JSON, holds no object, or a field is missing or has another type.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # also a file that is not UTF-8
+        raise ValueError(f"{path} is damaged ({first_line(error)}). {fix}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: it holds a {type(value).__name__}, not a mapping. {fix}")
+    for name, kind in (fields or {}).items():
+        if not isinstance(value.get(name), kind) or isinstance(value[name], bool):
+            given = repr(value[name]) if name in value else "missing"
+            raise ValueError(f"{path} is damaged: {name} is {given}. {fix}")
+    return value
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -23,11 +23,14 @@ from .model import gather_sharded, load_to_train, merge_and_restore, refer_to_ll
 from .recipe import Recipe, parse_recipe, typed_recipe
 from .resuming import (
     REPORT,
+    TrainingFailed,
+    check_not_failed,
     check_same_recipe,
     check_start_is_kept,
     finished_report,
     last_checkpoint,
     prepare_output_dir,
+    record_failure,
 )
 from .trainer import TextToTextTrainer
 
@@ -52,6 +55,8 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: If the recipe is wrong, its data has bad rows, or it differs from the one of the run to resume.
         OSError: If a model or data cannot be read, or a checkpoint cannot be written.
+        TrainingFailed: If a loss or a gradient norm is not finite. The last good checkpoint is kept, and no model is
+            saved. It is a `ValueError`.
     """
     ours, arguments = parse_recipe(recipe)
     recipe = typed_recipe(recipe, ours, arguments)
@@ -59,6 +64,8 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
         recipe["bf16"] = arguments.bf16  # the report holds what was done
     finished = finished_report(arguments) if ours.resume else None
     checkpoint = last_checkpoint(arguments.output_dir) if ours.resume else None
+    if ours.resume:
+        check_not_failed(arguments.output_dir, recipe)
     if finished or checkpoint:
         check_same_recipe(ours, arguments)
     if finished:
@@ -96,7 +103,13 @@ def _train(
     if trainer.is_world_process_zero():
         prepare_output_dir(ours, arguments)
     start = time.time()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.check_weights()
+    except TrainingFailed as error:
+        if trainer.is_world_process_zero():
+            record_failure(arguments.output_dir, recipe, error)
+        raise
     if ours.streaming and trainer.state.global_step == 0:  # no worker alone can know that all workers have no rows
         raise ValueError(f"{ours.train_data}: no row can be used, see the warnings. Take other data.")
     report = _report(recipe, trainer, time.time() - start, checkpoint)
@@ -157,7 +170,7 @@ def _report(
         "steps": state.global_step,
         "epochs": state.epoch,
         "metric": trainer.metric,
-        "best_metric": state.best_metric,
+        "best_metric": state.best_metric if state.best_global_step is not None else None,
         "best_step": state.best_global_step,
         "parameters": trainer.text_to_text.parameters(),
         "trained_parameters": model.num_parameters(only_trainable=True),

@@ -31,7 +31,7 @@ from ..states.loading import load
 from ..states.store import is_complete
 from ..training.distillation import distill
 from ..training.recipe import load_recipe, parse_recipe, typed_recipe, with_current_names
-from ..training.resuming import REPORT, last_checkpoint
+from ..training.resuming import REPORT, last_checkpoint, last_failure
 from ..training.run import train
 
 
@@ -154,7 +154,8 @@ class Speedup:
             fixed["prompt_max_length"] = recipe.get("prompt_max_length")
         if (self.output / "start" / "config.json").is_file():
             fixed |= {name: record.get(name) for name in SETTINGS_OF_BUILD}
-        if (self.output / "model" / REPORT).is_file() or last_checkpoint(self.output / "model"):
+        trained, failed = (self.output / "model" / REPORT).is_file(), last_failure(self.output / "model")
+        if trained or (last_checkpoint(self.output / "model") and failed is None):
             fixed["recipe"] = recipe
         return fixed
 
