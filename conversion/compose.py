@@ -18,7 +18,7 @@ from modeling_llm2slm.states.loading import load, load_model, one_sentence
 
 from .build import check_part, float_dtype, new_processor, with_overrides
 from .output import output_folder, save_without_weights, write_weights
-from .report import Report, check_finite, probe, slm_logits
+from .report import Report, probe, slm_logits
 
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -113,7 +113,6 @@ def _put_together(llm: str, slm: str, config: dict[str, Any]) -> LLM2SLMForCondi
             auto_class = find_class(part_config)
         check_part(auto_class, part_config, path, role)
         parts[f"{part}_model"] = model = load_model(auto_class, path, **hub)
-        check_finite(model.state_dict())
     return LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(**parts, **config)
 
 

@@ -49,7 +49,9 @@ class PyTorchEngine(Engine):
                 )
             options.states.check(path, config, processor.tokenizer)
             auto_class = LLM2SLMWithoutLLM
-        model = load_model(auto_class, path, **_dtypes(config, options))
+        model = load_model(
+            auto_class, path, allow_nonfinite=options.allow_nonfinite, **_dtypes(config, options)
+        )
         model = to_device(model, options.device or "cpu").eval()
         if options.quantize is not None:
             quantize(model, options.quantize)

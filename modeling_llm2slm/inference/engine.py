@@ -54,6 +54,7 @@ class LoadOptions:
         quantize: Quantize the weights: `"int8"` or `"nf4"`, see [`quantize`]. The model can then only generate.
         keep_llm_dtype: For an LLM-to-SLM model: a frozen LLM keeps the dtype it was saved in, also where that is the
             SLM's dtype. An LLM that trains is loaded in `dtype`, like the SLM.
+        allow_nonfinite: Also load a model with weights that are not finite.
     """
 
     dtype: str | torch.dtype | None = None
@@ -63,6 +64,7 @@ class LoadOptions:
     states: StateStore | None = None
     quantize: str | None = None
     keep_llm_dtype: bool = False
+    allow_nonfinite: bool = False
 
 
 @dataclass(frozen=True)

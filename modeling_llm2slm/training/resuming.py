@@ -11,7 +11,7 @@ from typing import Any
 from transformers import Seq2SeqTrainingArguments
 
 from ..data.atomic import remove_unfinished
-from ..data.records import read_json, without_folders, without_secrets, write_json
+from ..data.records import COUNT, MAPPING, NUMBER, TEXT, read_json, without_folders, without_secrets, write_json
 from .batches import effective_batch_size
 from .recipe import Recipe, recipe_fields
 
@@ -19,8 +19,7 @@ from .recipe import Recipe, recipe_fields
 REPORT = "training.json"
 RECIPE = "recipe.json"
 FAILURE = "failure.json"
-# Fields of a report that are read again, with their types.
-REPORT_FIELDS: dict[str, Any] = {"steps": int, "epochs": (int, float, type(None)), "seconds": (int, float)}
+REPORT_FIELDS = {"steps": COUNT, "epochs": NUMBER, "seconds": NUMBER}
 FROM_SCRATCH = "Restore it, choose another output_dir, or train from scratch with resume: false."
 # Fields of the Trainer that a resumed run must keep: the optimizer, the learning rate schedule, the order of the data
 # and the choice of the best checkpoint depend on them. The fields of `Recipe` declare this themselves.
@@ -38,7 +37,7 @@ class TrainingFailed(ValueError):
 def last_checkpoint(output_dir: str | Path) -> str | None:
     """Return the newest complete checkpoint in a folder, or `None`."""
     # The Trainer writes trainer_state.json last, and not atomically.
-    states = [path for path in Path(output_dir).glob("checkpoint-*/trainer_state.json") if _is_json(path)]
+    states = [path for path in Path(output_dir).glob("checkpoint-*/trainer_state.json") if _is_complete(path)]
     checkpoints = sorted(states, key=lambda path: int(path.parent.name.rpartition("-")[2]))
     return str(checkpoints[-1].parent) if checkpoints else None
 
@@ -57,7 +56,7 @@ def record_failure(output_dir: str | Path, recipe: Mapping[str, Any], error: Tra
 def last_failure(output_dir: str | Path) -> dict[str, Any] | None:
     """Return the failure that ended the last training in an output folder, or `None`."""
     file = Path(output_dir) / FAILURE
-    return read_json(file, FROM_SCRATCH, {"message": str, "recipe": dict}) if file.is_file() else None
+    return read_json(file, FROM_SCRATCH, {"message": TEXT, "recipe": MAPPING}) if file.is_file() else None
 
 
 def check_not_failed(output_dir: str | Path, recipe: Mapping[str, Any]) -> None:
@@ -133,9 +132,9 @@ def fixed_settings(recipe: Recipe, arguments: Seq2SeqTrainingArguments) -> dict[
     return json.loads(json.dumps(settings, default=str))
 
 
-def _is_json(path: Path) -> bool:
+def _is_complete(path: Path) -> bool:
     try:
-        json.loads(path.read_text(encoding="utf-8"))
+        read_json(path, "")
     except ValueError:
         return False
     return True
