@@ -44,8 +44,21 @@ TEXT = Kind("a text", lambda value: isinstance(value, str))
 MAPPING = Kind("a mapping", lambda value: isinstance(value, dict))
 
 
+def mapping_to(kind: Kind) -> Kind:
+    """Return the kind of mappings whose values are all of one kind."""
+    return Kind(
+        f"a mapping from names, each to {kind.words}",
+        lambda value: isinstance(value, dict) and all(map(kind.holds, value.values())),
+    )
+
+
 def read_json(
-    path: str | Path, fix: str, fields: Mapping[str, Kind] | None = None, optional: bool = False
+    path: str | Path,
+    fix: str,
+    fields: Mapping[str, Kind] | None = None,
+    *,
+    optional: bool = False,
+    what: str = "a mapping",
 ) -> dict[str, Any]:
     """
     Return the mapping in a JSON file.
@@ -55,6 +68,7 @@ def read_json(
         fix: What to do if it is damaged: the last sentence of the error.
         fields: What the fields that are read from it may be.
         optional: Whether these fields may be missing or null.
+        what: What the file should hold, for the error.
 
     Raises:
         ValueError: If the file is not JSON, holds no mapping, or a field is missing or of another kind.
@@ -62,16 +76,29 @@ def read_json(
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # also a file that is not UTF-8
-        raise ValueError(f"{path} is damaged, as it is not JSON ({first_line(error)}). {fix}") from error
+        raise ValueError(f"{path} is truncated or corrupted and cannot be read ({first_line(error)}). {fix}") from error
+    check_fields(path, value, fix, fields or {}, optional=optional, what=what)
+    return value
+
+
+def check_fields(
+    path: str | Path,
+    value: Any,
+    fix: str,
+    fields: Mapping[str, Kind],
+    *,
+    optional: bool = False,
+    what: str = "a mapping",
+) -> None:
+    """Raise `ValueError`, see [`read_json`], unless a value in a file is a mapping with fields of these kinds."""
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged, as it holds a {type(value).__name__} in place of a mapping. {fix}")
-    for name, kind in (fields or {}).items():
+        raise ValueError(f"{path} cannot be read: it does not hold {what}. {fix}")
+    for name, kind in fields.items():
         if optional and value.get(name) is None:
             continue
         if name not in value or not kind.holds(value[name]):
             given = reprlib.repr(value[name]) if name in value else "missing"
-            raise ValueError(f"{path} is damaged: {name} is {given}, but it must be {kind.words}. {fix}")
-    return value
+            raise ValueError(f"{path} cannot be read: {name} is {given}, but it must be {kind.words}. {fix}")
 
 
 def write_json(path: str | Path, value: Any) -> None:

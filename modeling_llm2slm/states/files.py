@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..data.records import MAPPING, NUMBER, SWITCH, TEXT, WHOLE, Kind, read_json, whole_number
+from ..data.records import MAPPING, NUMBER, SWITCH, TEXT, WHOLE, Kind, mapping_to, read_json, whole_number
 from ..files_llm2slm import INDEX
 
 
@@ -17,10 +17,6 @@ IDS = Kind(
 SIDE = Kind("left or right", lambda value: value in ("left", "right"))
 SPECIAL_TOKEN = Kind("a text or a mapping", lambda value: isinstance(value, str | dict))
 LENGTH = Kind("a number above 0", lambda value: type(value) in (int, float) and value > 0)
-SHARDS = Kind(
-    "a mapping from tensors to files",
-    lambda value: isinstance(value, dict) and bool(value) and all(map(TEXT.holds, value.values())),
-)
 TOKENS = {f"{name}_token": SPECIAL_TOKEN for name in ("bos", "cls", "eos", "mask", "pad", "sep", "unk")}
 # Values that a library accepts when it loads a file, and fails on later, or whose error does not name the file.
 FILES: dict[str, dict[str, Kind]] = {
@@ -62,7 +58,7 @@ FILES: dict[str, dict[str, Kind]] = {
         "padding_side": SIDE,
         "truncation_side": SIDE,
     },
-    INDEX: {"weight_map": SHARDS},
+    INDEX: {"weight_map": mapping_to(TEXT)},
     "adapter_config.json": {"base_model_name_or_path": TEXT},
 }  # fmt: skip
 

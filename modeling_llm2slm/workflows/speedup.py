@@ -21,7 +21,7 @@ from ..data.atomic import atomic_write, remove_unfinished
 from ..data.bad_rows import good_rows
 from ..data.formats import parse_lines
 from ..data.loading import ROW, load_prompts
-from ..data.records import without_secrets, write_json
+from ..data.records import MAPPING, read_json, without_secrets, write_json
 from ..evaluation.agreement import compare
 from ..inference.engine import fingerprint_of
 from ..inference.text_to_text import TextToText
@@ -99,12 +99,7 @@ class Speedup:
                     "folder with --output."
                 )
             return
-        try:
-            begun = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(
-                f"{path} is truncated or corrupted ({error}). Choose another folder with --output."
-            ) from error
+        begun = read_json(path, "Choose another folder with --output.", {"recipe": MAPPING})
         before, now = self._fixed(begun), self._fixed(record)
         changed = next((name for name in now if before.get(name) != now[name]), None)
         if changed in CONTENTS:
