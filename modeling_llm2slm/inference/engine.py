@@ -125,6 +125,12 @@ class Contestant:
         """Whether its packages are installed."""
         return all(map(is_installed, self.packages))
 
+    def check_installed(self, name: str) -> None:
+        """Raise `ImportError` with the `pip` command if one of its packages is missing; `name` is its own name."""
+        for package in self.packages:
+            if not is_installed(package):
+                raise ImportError(f"{package} is not installed, which {name} needs. Try: pip install {package}")
+
 
 class Engine(ABC):
     """

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 from transformers import PreTrainedConfig
 
+from ..checkpoint_llm2slm import LLM_PREFIX
 from ..configuration_llm2slm import check_sizes, decoder_sizes, llm_sizes
-from ..files_llm2slm import first_line
+from ..data.resources import free_memory
+from ..files_llm2slm import first_line, open_weights, shape_of, weight_files
 from .files import check_files
-from .fingerprints import tensors_of
+from .fingerprints import checkpoint_folder, tensors_of
 
 
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 NO_FOLDER = "there is no such folder"
 UNREACHABLE = ("We couldn't connect to", "offline mode is enabled", "Cannot reach")  # words of its two libraries
 
@@ -56,6 +61,35 @@ def load_model(auto_class: Any, path: str | Path, *, allow_nonfinite: bool = Fal
     if not allow_nonfinite:
         check_finite(model.state_dict(), path)
     return model
+
+
+def check_memory(path: str | Path, dtype: Any, llm_dtype: Any = None, more: int = 0) -> None:
+    """
+    Raise `OSError`, before a checkpoint is loaded, if the memory that it needs is not free. Weights that keep their
+    dtype are mapped from their files and need none; those whose files are not on this machine are not counted.
+
+    Args:
+        path: The checkpoint, a folder or a name on the Hub.
+        dtype: The dtype to load it in.
+        llm_dtype: The dtype of the LLM of an LLM-to-SLM model. Default: `dtype`.
+        more: Bytes that are needed in addition to the weights.
+    """
+    try:
+        tensors = open_weights(weight_files(checkpoint_folder(path), on_hub=False))
+    except (OSError, ValueError):  # loading says what is wrong
+        tensors = {}
+    needed = more
+    for name, tensor in tensors.items():
+        target = (llm_dtype or dtype) if name.startswith(LLM_PREFIX) else dtype
+        stored = DTYPES.get(tensor.get_dtype())
+        target = getattr(torch, str(target).removeprefix("torch."), None)  # none: "auto" keeps the dtype
+        if stored is not None and target not in (None, stored):
+            needed += math.prod(shape_of(tensor)) * target.itemsize
+    if needed > (free := free_memory()):
+        raise OSError(
+            f"{path} needs {decimal(needed)} of memory in {dtype}, but {decimal(free)} are free. Free some memory, or "
+            "take a smaller model or a machine with more memory."
+        )
 
 
 def check_finite(tensors: Mapping[str, Any], path: str | Path) -> None:

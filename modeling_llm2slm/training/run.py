@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from transformers import Seq2SeqTrainingArguments, set_seed
 
+from ..checkpoint_llm2slm import LLM_PREFIX
 from ..data.atomic import atomic_write, check_replaceable
 from ..data.records import versions, without_secrets
+from ..data.resources import check_disk_space
+from ..evaluation.metrics import check_installed
 from ..inference.saving import check_not_replaced
 from ..inference.text_to_text import TextToText
 from .callbacks import ProgressLines, progress_lines
@@ -79,6 +82,8 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
             "or set resume: false."
         )
         return {**finished, "already_trained": True}
+    if ours.metric != "loss":
+        check_installed([ours.metric])
     check_replaceable(arguments.output_dir)
     check_start_is_kept(ours, arguments)
     set_seed(arguments.seed)
@@ -102,6 +107,7 @@ def _train(
     ProgressLines.replace_bar(trainer, lines)
     if trainer.is_world_process_zero():
         prepare_output_dir(ours, arguments)
+        check_disk_space(arguments.output_dir, _bytes_to_write(ours, arguments, text_to_text.model))
     start = time.time()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -118,6 +124,20 @@ def _train(
         _save(ours, arguments, trained, report, use_cache)
     trainer.accelerator.wait_for_everyone()
     return report
+
+
+def _bytes_to_write(ours: Recipe, arguments: Seq2SeqTrainingArguments, model: Any) -> int:
+    """Return the bytes of the trained model and, if any are saved, of one checkpoint: what a training needs at least."""
+    parameters = dict(model.named_parameters())
+    llm = sum(tensor.nbytes for name, tensor in parameters.items() if LLM_PREFIX in name)
+    rest = sum(tensor.nbytes for tensor in parameters.values()) - llm
+    trained = sum(tensor.nbytes for tensor in parameters.values() if tensor.requires_grad)
+    checkpoint = trained if ours.lora is not None else rest + (llm if ours.include_llm_in_checkpoints else 0)
+    if arguments.save_strategy == "no":
+        checkpoint = 0
+    elif ours.optimizer == "adamw" and arguments.optim.startswith("adamw_torch"):
+        checkpoint += 2 * trained
+    return rest + (llm if ours.include_llm else 0) + checkpoint
 
 
 def make_trainer(ours: Recipe, arguments: Seq2SeqTrainingArguments, text_to_text: TextToText) -> TextToTextTrainer:
