@@ -20,7 +20,7 @@ from modeling_llm2slm.states.loading import load, load_model, one_sentence
 
 from .build import check_part, float_dtype, new_processor, with_overrides
 from .output import output_folder, save_without_weights, write_weights
-from .report import Report, check_finite, probe, slm_logits
+from .report import Report, probe, slm_logits
 
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -117,8 +117,7 @@ def _put_together(llm: str, slm: str, config: dict[str, Any]) -> LLM2SLMForCondi
     has_head = fusion_of(LLM2SLMConfig(**configs, **own)).llm_has_head
     classes = {"encoder": llm_class(configs["encoder"], has_head), "decoder": slm_class(configs["decoder"])}
     for part, path in (("encoder", llm), ("decoder", slm)):
-        parts[f"{part}_model"] = model = load_model(classes[part], path, **_hub(part, config))
-        check_finite(model.state_dict())
+        parts[f"{part}_model"] = load_model(classes[part], path, **_hub(part, config))
     return LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(**parts, **config)
 
 

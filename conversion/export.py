@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from modeling_llm2slm.data.resources import check_disk_space
+from modeling_llm2slm.files_llm2slm import first_line, open_weights, shape_of, weight_files
 from modeling_llm2slm.inference.engine import exporting_engine
 from modeling_llm2slm.inference.model import LLM2SLMForConditionalGeneration
+from modeling_llm2slm.states.fingerprints import checkpoint_folder
 from modeling_llm2slm.states.loading import load_model
 
 from .output import composite_config, copy_processor, output_folder, size_of
-from .report import Report, check_finite, probe
+from .report import Report, probe
 
 
 def export(
@@ -43,20 +47,26 @@ def export(
     """
     target = exporting_engine(engine)
     target.check_export(weights)
-    composite_config(checkpoint)
+    config, stored = composite_config(checkpoint), target.weights[weights]
+    table = config.vocab_size * config.prompt_size * 4  # the embeddings are also a file of their own
+    check_disk_space(output, int(_parameters_in(checkpoint) * stored.bytes) + table)
     progress("loading")
     model = load_model(LLM2SLMForConditionalGeneration, checkpoint, dtype=torch.float32)
     model.float().eval()  # an LLM with a dtype of its own keeps that when it is loaded
     state = model.state_dict()
-    check_finite(state)
     texts = probe(model.config.encoder.vocab_size), probe(model.config.vocab_size)
     with torch.no_grad():
         expected = model(input_ids=texts[0], decoder_input_ids=texts[1]).logits
     report = Report(f"{checkpoint} becomes {output} for {engine}, weights in {weights}")
-    stored = target.weights[weights]
-    with output_folder(output, overwrite, int(size_of(state) / 4 * stored.bytes)) as folder:
+    with output_folder(output, overwrite, int(size_of(state) / 4 * stored.bytes) + table) as folder:
         folder.mkdir()
-        written = target.export(model, folder, weights, progress)
+        try:
+            written = target.export(model, folder, weights, progress)
+        except RuntimeError as error:  # of an engine; only some of them say that the disk is full
+            raise OSError(
+                f"{output} could not be written by {engine}; its disk may be full, or that of temporary files "
+                f"({first_line(error)}). Free disk space, or choose another disk."
+            ) from error
         copy_processor(checkpoint, folder, report)
         progress("comparing")
         with torch.no_grad():
@@ -64,3 +74,9 @@ def export(
         report.compare("outputs", (found, expected), stored.tolerance)
         report.add("bytes", sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
     return report
+
+
+def _parameters_in(checkpoint: str | Path) -> int:
+    """Return the number of parameters in the files of a checkpoint; those of a lean one are without the LLM's."""
+    weights = open_weights(weight_files(checkpoint_folder(checkpoint), on_hub=False))
+    return sum(math.prod(shape_of(tensor)) for tensor in weights.values())

@@ -12,11 +12,11 @@ from transformers import AutoConfig, EncoderDecoderConfig
 from modeling_llm2slm.files_llm2slm import open_weights, shape_of, weight_files
 from modeling_llm2slm.inference.model import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.parts_llm2slm import llm_class, slm_class
-from modeling_llm2slm.states.loading import load, load_model, with_article
+from modeling_llm2slm.states.loading import check_finite, load, load_model, with_article
 
 from .output import composite_config, copy_processor, output_folder, size_of
 from .parts import part_of_state
-from .report import Report, check_finite, composite_logits, groups, probe, slm_logits
+from .report import Report, composite_logits, groups, probe, slm_logits
 
 
 CROSS_ATTENTION = (".crossattention.", ".ln_cross_attn.")
@@ -65,7 +65,7 @@ def import_encoder_decoder(
         crossing = {name for name in state if any(mark in name for mark in CROSS_ATTENTION)}
         dropped |= crossing
         state = {name.removeprefix(f"{part}."): state[name][...] for name in state.keys() - crossing}
-        check_finite(state)
+        check_finite(state, checkpoint)
         part_config = getattr(config, part)
         part_config.add_cross_attention = False
         parts[f"{part}_model"] = taken = part_of_state(checkpoint, find_class(part_config), part_config, state)
@@ -179,7 +179,7 @@ def _copy_into(model: Any, found: dict[str, Any], projector: str | Path) -> None
                 "projector belongs to models of other widths."
             )
     values = {name: tensor[...] for name, tensor in found.items()}
-    check_finite(values)
+    check_finite(values, projector)
     with torch.no_grad():
         for name, tensor in values.items():
             own[name].copy_(tensor)

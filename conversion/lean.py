@@ -14,7 +14,7 @@ from modeling_llm2slm.inference.model import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.states.loading import load, load_model
 
 from .output import composite_config, copy_processor, output_folder, size_of
-from .report import Report, check_finite, composite_logits
+from .report import Report, composite_logits
 
 
 def lean(
@@ -96,7 +96,6 @@ def _save(
 ) -> Report:
     report = Report(f"{checkpoint} becomes {'full' if include_llm else 'lean'} in {output}")
     state = model.state_dict()
-    check_finite(state)
     left_out = {} if include_llm else model.encoder.llm.state_dict()
     named = None if include_llm else model.config.llm_source
     with output_folder(output, overwrite, size_of(state) - size_of(left_out), named) as folder:

@@ -10,7 +10,7 @@ from modeling_llm2slm.inference.model import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.states.loading import load_model, one_sentence
 
 from .output import composite_config, copy_processor, output_folder, size_of
-from .report import Report, check_finite, composite_logits
+from .report import Report, composite_logits
 
 
 def merge(
@@ -45,7 +45,6 @@ def merge(
         raise ValueError(f"{adapter} does not name the checkpoint that it adapts: name it with --base.")
     composite_config(place)
     model = load_model(LLM2SLMForConditionalGeneration, place)
-    check_finite(model.state_dict())
     source = model.config.llm_source
     with one_sentence(adapter):
         adapted: Any = PeftModel.from_pretrained(model, str(adapter)).eval()

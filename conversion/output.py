@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,13 +12,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from rich.filesize import decimal
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoProcessor
 from transformers.utils.logging import tqdm
 
 from modeling_llm2slm.configuration_llm2slm import LLM2SLMConfig
 from modeling_llm2slm.data.atomic import atomic_write
+from modeling_llm2slm.data.resources import check_disk_space
 from modeling_llm2slm.files_llm2slm import INDEX, WEIGHTS, first_line
 from modeling_llm2slm.inference.model import LLM2SLMProcessor
 from modeling_llm2slm.inference.saving import check_not_replaced
@@ -50,10 +49,7 @@ def output_folder(
     check_not_replaced(named, path, emptied=True)
     if path.exists() and (not path.is_dir() or any(path.iterdir())) and not overwrite:
         raise FileExistsError(f"{path} is not empty. Choose another folder, or add --overwrite (`overwrite=True`).")
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise OSError(f"{path} needs {decimal(needed)}, but {decimal(free)} are free. Choose another disk.")
+    check_disk_space(path, needed)
     with atomic_write(path, keep=False) as folder, _quiet():
         try:
             yield folder

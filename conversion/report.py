@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,14 +48,6 @@ class Report:
         if difference > tolerance * scale:
             raise ValueError(f"The {what} differ by {difference:.3g} of {scale:.3g} afterwards; nothing was written.")
         self.add(f"{what}, largest difference", "none" if difference == 0 else f"{difference:.2g} of {scale:.2g}")
-
-
-def check_finite(tensors: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for the first tensor that holds a NaN or an infinity."""
-    for name, tensor in tensors.items():
-        values = tensor[...]
-        if values.is_floating_point() and not bool(values.isfinite().all()):
-            raise ValueError(f"{name} holds values that are not finite: the checkpoint is damaged.")
 
 
 def groups(names: Iterable[str], group: Callable[[str], str]) -> str:

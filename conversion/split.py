@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 from modeling_llm2slm.checkpoint_llm2slm import LLM_PREFIX
 from modeling_llm2slm.files_llm2slm import open_weights, weight_files
 from modeling_llm2slm.parts_llm2slm import slm_class
-from modeling_llm2slm.states.loading import load_model
+from modeling_llm2slm.states.loading import check_finite, load_model
 
 from .output import composite_config, output_folder, processor_of, size_of
 from .parts import part_of_state
-from .report import Report, check_finite, probe, slm_logits
+from .report import Report, probe, slm_logits
 
 
 ENCODER, SLM = "encoder.", "decoder."  # without the LLM, the encoder holds the fusion modules
@@ -48,7 +48,7 @@ def split(
     }
     if not fusion:
         raise OSError(f"{checkpoint} is incomplete: it has no fusion modules.")
-    check_finite({**slm.state_dict(), **fusion})
+    check_finite({**slm.state_dict(), **fusion}, checkpoint)
     report = Report(f"{checkpoint} is split into {output}")
     with output_folder(output, overwrite, size_of(slm.state_dict()) + size_of(fusion)) as folder:
         slm.save_pretrained(folder / "slm")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -80,9 +79,7 @@ def info(model: ModelArgument) -> None:
 
     options: dict[str, Any] = {"dtype": "auto"} if engine_of(model).name == DEFAULT else {}  # shows the dtype stored
     print_model(model, load_text_to_text(model, **options))
-    report = Path(model) / "training.json"
-    if report.is_file():
-        trained = json.loads(report.read_text(encoding="utf-8"))
+    if (trained := _read_report(model)) is not None:
         print_line(f"Trained {count_of(trained['steps'], 'step')} in {trained['seconds']:.0f} s.")
 
 
@@ -117,12 +114,12 @@ def card(
 
     if not text_to_text.is_llm2slm:
         raise ValueError(f"{model} is not an LLM-to-SLM checkpoint; only these get a card.")
-    file, report = model / "README.md", model / "training.json"
+    file = model / "README.md"
     if file.is_file() and is_by_hand(file.read_text(encoding="utf-8")):
         raise FileExistsError(f"{file} was written by hand. Move it away first.")
     details = CardDetails(
         language=language, license=license, datasets=dataset or None, pipeline_tag=task, evaluations=evaluations,
-        compared=compared, training=_read_result(report) if report.is_file() else None,
+        compared=compared, training=_read_report(model),
     )  # fmt: skip
     text = model_card(text_to_text.model, name or model.name, details)
     with atomic_write(file) as temporary:
@@ -174,12 +171,20 @@ def print_model(name: str, text_to_text: TextToText) -> None:
 
 
 def _read_result(file: Path) -> dict[str, Any]:
+    from modeling_llm2slm.data.records import MAPPING, NUMBER, mapping_to, read_json
+
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {file}.")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} does not hold a result of `llm2slm evaluate`.")
-    return values
+    fields = {"scores": mapping_to(NUMBER), "speed": mapping_to(NUMBER), "signatures": MAPPING}
+    return read_json(file, "Write it again: llm2slm evaluate --output.", fields, optional=True, what="a result of `llm2slm evaluate`")
+
+
+def _read_report(model: str | Path) -> dict[str, Any] | None:
+    """Return the report of the training of a model, or `None` if there is none."""
+    from modeling_llm2slm.data.records import COUNT, MAPPING, NUMBER, read_json
+
+    file = Path(model) / "training.json"
+    if not file.is_file():
+        return None
+    fields = {"steps": COUNT, "seconds": NUMBER, "trained_parameters": COUNT, "recipe": MAPPING}
+    return read_json(file, "Restore or remove it.", fields, what="the report of a training")

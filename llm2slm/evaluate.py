@@ -126,6 +126,10 @@ def benchmark(
     from modeling_llm2slm.benchmark.cells import Cell, load_sweep
     from modeling_llm2slm.inference.engine import BenchmarkModels
 
+    if plots is not None:
+        from modeling_llm2slm.benchmark.plots import check_installed
+
+        check_installed()
     default = Path(str(files("modeling_llm2slm.configuration"))) / "benchmark.yaml"
     models = BenchmarkModels(work / "given", llm, llm2slm) if llm is not None and llm2slm is not None else None
     cells = [Cell()] if models is not None and sweep is None else load_sweep(sweep or default)

@@ -19,6 +19,7 @@ from .progress import counting
 
 
 if TYPE_CHECKING:
+    from modeling_llm2slm.inference.outputs import BlankOutputs
     from modeling_llm2slm.inference.text_to_text import TextToText
     from modeling_llm2slm.settings import GenerateFileSettings, LoadSettings, ServeSettings
 
@@ -162,23 +163,39 @@ def _write_outputs(
     text_to_text: TextToText, prompts: Iterator[str], batch_size: int, output: Path, options: dict[str, Any]
 ) -> None:
     from modeling_llm2slm.data.atomic import atomic_write
+    from modeling_llm2slm.inference.outputs import warn_of_blank_outputs
 
     outputs = text_to_text.generate(list(prompts), batch_size, **options)
+    warn_of_blank_outputs(outputs)
     with atomic_write(output) as temporary:
         temporary.write_text("".join(f"{one_line(text)}\n" for text in outputs), encoding="utf-8")
 
 
 def _stream(text_to_text: TextToText, prompts: Iterator[str], options: dict[str, Any]) -> None:
+    blank = _blank_outputs()
     for prompt in prompts:
+        pieces = []
         for piece in text_to_text.stream(prompt, **options):
             out.file.write(one_line(piece))
             out.file.flush()
+            pieces.append(piece)
         out.file.write("\n")
         out.file.flush()
+        blank.count(["".join(pieces)])
+    blank.warn()
 
 
 def _print_batches(text_to_text: TextToText, prompts: Iterator[str], batch_size: int, options: dict[str, Any]) -> None:
+    blank = _blank_outputs()
     while batch := list(islice(prompts, 16 * batch_size)):  # enough to batch prompts of similar length together
-        for text in text_to_text.generate(batch, batch_size, **options):
-            out.file.write(one_line(text) + "\n")
+        outputs = text_to_text.generate(batch, batch_size, **options)
+        out.file.writelines(one_line(text) + "\n" for text in outputs)
         out.file.flush()
+        blank.count(outputs)
+    blank.warn()
+
+
+def _blank_outputs() -> BlankOutputs:
+    from modeling_llm2slm.inference.outputs import BlankOutputs
+
+    return BlankOutputs()

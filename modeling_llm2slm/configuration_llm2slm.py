@@ -53,6 +53,7 @@ QUIRKS = {
 }
 # A checkpoint's config must not set these: they choose other files to read, or kernels to download and run.
 FOREIGN = {"transformers_weights", "attn_implementation", "_attn_implementation", "kernel_config", "fusion_config"}
+POSITIVE = ("num_attention_heads", "num_key_value_heads", "vocab_size")
 MAX_LAYERS = 1000  # far more than any model has; building one takes time and memory even without its weights
 
 
@@ -185,12 +186,7 @@ class LLM2SLMConfig(PreTrainedConfig):
         """Return the SLM's config; with `decoder=True`, that of its own decoder; with `encoder=True` the LLM's."""
         if encoder and not decoder:
             return self.encoder
-        if not (decoder and self.decoder.is_encoder_decoder):
-            return self.decoder
-        config = self.decoder.get_text_config(decoder=True)  # a copy, where two halves share one config
-        if (name := quirks_of(self.decoder).decoder_layers) is not None:  # transformers does not look for it there
-            config.num_hidden_layers = getattr(self.decoder, name)
-        return config
+        return decoder_sizes(self.decoder) if decoder else self.decoder
 
     def fits(self, prompt_length: int, output_length: int) -> bool:
         """Return whether prompt and output (its start token counts, its last does not) fit in the SLM's positions."""
@@ -239,9 +235,9 @@ class LLM2SLMConfig(PreTrainedConfig):
             source = getattr(self, name) or {}
             if not all(value is None or isinstance(value, str) for value in source.values()):
                 raise ValueError(f"`{name}` is {source!r}, but its values must be text.")
-        _check_sizes(llm_sizes(self.encoder), "encoder")
-        for config in (llm_sizes(self.decoder), self.get_text_config(decoder=True)):  # the SLM's two halves
-            _check_sizes(config, "decoder")
+        halves = llm_sizes(self.decoder), decoder_sizes(self.decoder)
+        for config, name in ((llm_sizes(self.encoder), "encoder"), *((half, "decoder") for half in halves)):
+            check_sizes(config, name)
         layers = llm_sizes(self.encoder).num_hidden_layers
         if self.encoder_layer is not None and self.encoder_layer not in range(layers + 1):
             raise ValueError(
@@ -275,6 +271,16 @@ def llm_sizes(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return the config that holds the sizes of what reads a prompt: `config`, or the encoder's in it (T5Gemma)."""
     encoder = getattr(config, "encoder", None)
     return encoder if isinstance(encoder, PreTrainedConfig) else config
+
+
+def decoder_sizes(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the config that holds the sizes of a model's decoder: a copy, where two halves share one config."""
+    if not config.is_encoder_decoder:
+        return config
+    sizes = config.get_text_config(decoder=True)
+    if (name := quirks_of(config).decoder_layers) is not None:  # transformers does not look for it there
+        sizes.num_hidden_layers = getattr(config, name)
+    return sizes
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
@@ -324,21 +330,30 @@ def _as_config(config: PreTrainedConfig | dict | None, name: str, default: type[
     return AutoConfig.for_model(**config)
 
 
-def _check_sizes(config: PreTrainedConfig, name: str) -> None:
-    hidden_size = getattr(config, "hidden_size", None)
+def check_sizes(config: PreTrainedConfig, name: str) -> None:
+    """Raise `ValueError` for sizes that no model can have, in the config called `name`."""
+    hidden_size, layers = getattr(config, "hidden_size", None), getattr(config, "num_hidden_layers", None)
     if not isinstance(hidden_size, int) or hidden_size < 1:
         raise ValueError(
             f"`{name}` ({config.model_type}) has hidden size {hidden_size!r}, but a positive one is needed. Pass the "
             "config of a text model; of a multimodal model, its `text_config`."
         )
-    layers, heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)
-    if layers is not None and not (isinstance(layers, int) and 0 <= layers <= MAX_LAYERS):
-        raise ValueError(f"`{name}` has {layers!r} layers, but a number up to {MAX_LAYERS} is needed.")
-    if heads and not getattr(config, quirks_of(config).head_size, None) and hidden_size % heads:
+    if layers is not None and not (isinstance(layers, int) and 1 <= layers <= MAX_LAYERS):
+        raise ValueError(f"`{name}` has {layers!r} layers, but a number up to {MAX_LAYERS} is needed, and at least 1.")
+    quirks, kind = quirks_of(config), f"`{name}` ({config.model_type})"
+    for size in (*POSITIVE, quirks.head_size, quirks.feed_forward_size):
+        value = getattr(config, size, None)
+        values = value if isinstance(value, list) else [value]  # one for each layer
+        if value is not None and not all(isinstance(one, int) and one > 0 for one in values):
+            raise ValueError(f"{kind} has {size} {value!r}, but it must be a positive whole number.")
+    heads, groups = (getattr(config, size, None) for size in POSITIVE[:2])
+    if isinstance(heads, int) and not getattr(config, quirks.head_size, None) and hidden_size % heads:
         raise ValueError(
-            f"`{name}` ({config.model_type}) has hidden size {hidden_size}, which is not divisible by its {heads} "
-            "attention heads. Change one of the two."
+            f"{kind} has hidden size {hidden_size}, which is not divisible by its {heads} attention heads. Change one "
+            "of the two."
         )
+    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+        raise ValueError(f"{kind} has {heads} attention heads, which {groups} key-value heads do not divide.")
 
 
 __all__ = ["LLM2SLMConfig"]

@@ -155,6 +155,7 @@ class LoadSettings(DeviceSettings):
         None, "Quantize the weights: int8 (torchao) or nf4 (bitsandbytes). On a CPU, export the model instead.",
         choices=("int8", "nf4"), panel=COMPUTE,
     )  # fmt: skip
+    allow_nonfinite: bool = option(False, "Also load a model with weights that are not finite.", panel=MODEL)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,6 +67,8 @@ class Benchmark:
             if unknown := set(cell.contestants) - set(self.contestants):
                 names = ", ".join(self.contestants)
                 raise ValueError(f"Contestant {unknown.pop()!r} does not exist. Choose from: {names}.")
+            for name in cell.contestants:
+                self.contestants[name].check_installed(name)
         self.result = self._load_result()
 
     def run(self) -> dict[str, Any]:

@@ -7,6 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..inference.engine import is_installed
+
+
+def check_installed() -> None:
+    """Raise `ImportError`, before anything is measured, if the package that plots is missing."""
+    if not is_installed("matplotlib"):
+        raise ImportError("matplotlib is not installed. Try: pip install 'modeling-llm2slm[benchmark]'")
+
 
 def plot(result: Mapping[str, Any], folder: Path) -> list[Path]:
     """

@@ -3,13 +3,102 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from ..files_llm2slm import first_line
 from .atomic import atomic_write
+
+
+class Kind(NamedTuple):
+    """
+    What a value in a JSON file may be.
+
+    Args:
+        words: How messages call it, such as "a whole number".
+        holds: Returns whether a value is one.
+    """
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def whole_number(minimum: float = -math.inf, maximum: float = math.inf) -> Kind:
+    """Return the kind of whole numbers within bounds."""
+    bounds = [f"{word} {bound:,}" for word, bound in (("from", minimum), ("to", maximum)) if math.isfinite(bound)]
+    return Kind(
+        " ".join(["a whole number", *bounds]),
+        lambda value: type(value) is int and minimum <= value <= maximum,
+    )
+
+
+WHOLE, COUNT = whole_number(), whole_number(minimum=0)
+NUMBER = Kind("a finite number", lambda value: type(value) in (int, float) and math.isfinite(value))
+SWITCH = Kind("true or false", lambda value: type(value) is bool)
+TEXT = Kind("a text", lambda value: isinstance(value, str))
+MAPPING = Kind("a mapping", lambda value: isinstance(value, dict))
+
+
+def mapping_to(kind: Kind) -> Kind:
+    """Return the kind of mappings whose values are all of one kind."""
+    return Kind(
+        f"a mapping from names, each to {kind.words}",
+        lambda value: isinstance(value, dict) and all(map(kind.holds, value.values())),
+    )
+
+
+def read_json(
+    path: str | Path,
+    fix: str,
+    fields: Mapping[str, Kind] | None = None,
+    *,
+    optional: bool = False,
+    what: str = "a mapping",
+) -> dict[str, Any]:
+    """
+    Return the mapping in a JSON file.
+
+    Args:
+        path: The file.
+        fix: What to do if it is damaged: the last sentence of the error.
+        fields: What the fields that are read from it may be.
+        optional: Whether these fields may be missing or null.
+        what: What the file should hold, for the error.
+
+    Raises:
+        ValueError: If the file is not JSON, holds no mapping, or a field is missing or of another kind.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # also a file that is not UTF-8
+        raise ValueError(f"{path} is truncated or corrupted and cannot be read ({first_line(error)}). {fix}") from error
+    check_fields(path, value, fix, fields or {}, optional=optional, what=what)
+    return value
+
+
+def check_fields(
+    path: str | Path,
+    value: Any,
+    fix: str,
+    fields: Mapping[str, Kind],
+    *,
+    optional: bool = False,
+    what: str = "a mapping",
+) -> None:
+    """Raise `ValueError`, see [`read_json`], unless a value in a file is a mapping with fields of these kinds."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} cannot be read: it does not hold {what}. {fix}")
+    for name, kind in fields.items():
+        if optional and value.get(name) is None:
+            continue
+        if name not in value or not kind.holds(value[name]):
+            given = reprlib.repr(value[name]) if name in value else "missing"
+            raise ValueError(f"{path} cannot be read: {name} is {given}, but it must be {kind.words}. {fix}")
 
 
 def write_json(path: str | Path, value: Any) -> None:

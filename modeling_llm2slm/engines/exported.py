@@ -11,7 +11,6 @@ length N, width d_slm.
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 
 from ..cache_llm2slm import PromptStates, as_prompt_states, check_continues, padding_to, reorder
 from ..configuration_llm2slm import LLM2SLMConfig
+from ..data.records import COUNT, MAPPING, TEXT, Kind, check_fields, mapping_to, read_json
 from ..fusion_llm2slm import fusion_of
 from ..generation_llm2slm import LLM2SLMGenerationMixin
 from ..inference.engine import engine
@@ -37,6 +37,17 @@ DEFAULTS_LEFT_OUT = (
     "cache_implementation", "cache_config", "max_cache_len", "use_cache", "prompt_lookup_num_tokens", "is_assistant",
     "output_attentions", "output_hidden_states",
 )  # fmt: skip
+FIX = "Export the checkpoint again: llm2slm export."
+COMPONENTS = Kind(
+    "a mapping from graphs to files of this folder",
+    lambda value: isinstance(value, dict) and {"prompt", "step"} <= value.keys() and all(map(_is_graph, value.values())),
+)
+DETAILS = {
+    "weights": TEXT,
+    "parameters": mapping_to(COUNT),
+    "decode": COUNT,
+    "options": MAPPING,
+}
 MASK_AHEAD = 256  # masks are allocated for this many more tokens
 
 
@@ -46,12 +57,20 @@ def is_exported(path: str | Path) -> bool:
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """Return the content of `export.json`; `OSError` if it is not JSON."""
+    """Return the content of `export.json`; `OSError` if it is damaged."""
     file = Path(path) / MANIFEST
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        manifest = read_json(file, FIX, {"export_format": TEXT, "components": COMPONENTS})
+        if "llm2slm" in manifest:
+            check_fields(file, manifest["llm2slm"], FIX, DETAILS)
     except ValueError as error:
-        raise OSError(f"{file} is damaged: {error}") from error
+        raise OSError(str(error)) from error
+    return manifest
+
+
+def _is_graph(component: Any) -> bool:
+    file = component.get("file") if isinstance(component, dict) else None
+    return isinstance(file, str) and bool(file) and Path(file).name == file
 
 
 def graph_size(path: str | Path, name: str) -> int:
@@ -225,11 +244,14 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
         manifest = read_manifest(path)
         graph_engine: Any = engine(manifest["export_format"])
         graph_engine.check_installed()
+        config, table = LLM2SLMConfig.from_pretrained(path), load_file(path / EMBEDDINGS).get("weight")
+        if table is None or table.dim() != 2 or table.shape[0] < config.vocab_size:
+            raise OSError(f"{EMBEDDINGS} is damaged: it does not hold {config.vocab_size} embeddings. {FIX}")
         return cls(
-            LLM2SLMConfig.from_pretrained(path),
+            config,
             GenerationConfig.from_pretrained(path),
             graph_engine.load_graphs(path, manifest),
-            load_file(path / EMBEDDINGS)["weight"],
+            table,
             {"engine": graph_engine.name, **manifest["llm2slm"]},
         )
 

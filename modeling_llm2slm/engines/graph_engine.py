@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -21,9 +22,10 @@ from transformers import AutoProcessor
 from ..inference.engine import BenchmarkModels, Contestant, Engine, LoadOptions, Progress, WeightFormat
 from ..inference.model import LLM2SLMForConditionalGeneration
 from ..inference.parts import composite_parts, count_parameters, decoding_modules
-from ..states.loading import load, one_sentence
+from ..states.loading import check_finite, load, one_sentence
 from .exported import (
     EMBEDDINGS,
+    FIX,
     MANIFEST,
     ExportedLLM2SLM,
     ExportedTextToText,
@@ -67,6 +69,10 @@ class GraphEngine(Engine):
         """
 
     @abstractmethod
+    def constants(self, file: Path) -> Iterator[tuple[str, Any]]:
+        """Yield the floating-point constants of a graph, each with its name, as arrays."""
+
+    @abstractmethod
     def exporter(self, weights: str, is_step: bool) -> tuple[Any, Any, Any]:
         """Return transformers' exporter, its config class, and the quantizer of a graph (`None` for floats)."""
 
@@ -87,8 +93,21 @@ class GraphEngine(Engine):
         self.check_installed()
         with one_sentence(path):
             model: Any = ExportedLLM2SLM.from_pretrained(path)
+        if not options.allow_nonfinite:
+            self._check_finite(Path(path), model)
         processor = load(AutoProcessor, path)
         return ExportedTextToText(model, processor, options.prompt_max_length, options.target_max_length)
+
+    def _check_finite(self, path: Path, model: ExportedLLM2SLM) -> None:
+        check_finite({EMBEDDINGS: model._embeddings}, path)
+        for component in read_manifest(path)["components"].values():
+            for name, values in self.constants(path / component["file"]):
+                extremes = (values.min(), values.max()) if values.size else ()
+                # A single infinity fills masks; no weight is a single number.
+                if not all(map(math.isfinite, extremes)) and (values.size > 1 or math.isnan(extremes[0])):
+                    raise OSError(
+                        f"{path} is damaged: {name} in {component['file']} holds values that are not finite. {FIX}"
+                    )
 
     def check_export(self, weights: str) -> None:
         super().check_export(weights)

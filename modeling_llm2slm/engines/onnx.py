@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,14 @@ class ONNXEngine(GraphEngine):
         session_options.intra_op_num_threads = torch.get_num_threads()
         exported = exported_model.from_pretrained(path, device="cpu", session_options=session_options)
         return {name: ONNXGraph(runner) for name, runner in exported.runners.items()}
+
+    def constants(self, file: Path) -> Iterator[tuple[str, Any]]:
+        import onnx
+
+        for tensor in onnx.load(str(file), load_external_data=False).graph.initializer:
+            values = onnx.numpy_helper.to_array(tensor, str(file.parent))
+            if values.dtype.kind == "f":
+                yield tensor.name, values
 
     def exporter(self, weights: str, is_step: bool) -> tuple[Any, Any, Any]:
         from transformers.exporters import OnnxConfig, OnnxExporter

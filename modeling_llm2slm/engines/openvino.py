@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,14 @@ class OpenVINOEngine(GraphEngine):
             except RuntimeError as error:  # several lines, the cause last
                 raise OSError(f"{file.stem} is damaged: {str(error).strip().splitlines()[-1]}") from error
         return graphs
+
+    def constants(self, file: Path) -> Iterator[tuple[str, Any]]:
+        import numpy as np
+        import openvino
+
+        for node in openvino.Core().read_model(file).get_ops():
+            if node.get_type_name() == "Constant" and node.get_element_type().is_real():
+                yield node.get_friendly_name(), node.get_data(dtype=np.float32)
 
     def exporter(self, weights: str, is_step: bool) -> tuple[Any, Any, Any]:
         from transformers.exporters import OpenVINOConfig, OpenVINOExporter

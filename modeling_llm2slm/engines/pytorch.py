@@ -16,14 +16,18 @@ from transformers import (
     AutoTokenizer,
     CompileConfig,
 )
+from transformers.initialization import no_init_weights
 
+from ..configuration_llm2slm import max_positions
 from ..inference.engine import DEFAULT, BenchmarkModels, Contestant, Engine, LoadOptions
 from ..inference.families import DecoderOnlyTextToText, EncoderDecoderTextToText, LLM2SLMTextToText
 from ..inference.model import LLM2SLMForConditionalGeneration
 from ..inference.text_to_text import TextToText
-from ..states.loading import load, load_model, to_device, with_article
+from ..states.loading import check_memory, load, load_model, to_device, with_article
 from ..states.without_llm import LLM2SLMWithoutLLM
-from .quantization import quantize
+from .quantization import check_quantizer, quantize
+
+MANY_POSITIONS = 2**15
 
 
 class PyTorchEngine(Engine):
@@ -36,6 +40,8 @@ class PyTorchEngine(Engine):
         return True
 
     def load(self, path: str | Path, options: LoadOptions) -> TextToText:
+        if options.quantize is not None:
+            check_quantizer(options.quantize)
         config = load(AutoConfig, path)
         composite, encoder_decoder = config.model_type == "llm2slm", getattr(config, "is_encoder_decoder", False)
         auto_class: Any = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
@@ -49,7 +55,10 @@ class PyTorchEngine(Engine):
                 )
             options.states.check(path, config, processor.tokenizer)
             auto_class = LLM2SLMWithoutLLM
-        model = load_model(auto_class, path, **_dtypes(config, options))
+        dtypes = _dtypes(config, options)
+        llm_dtype = dtypes.get("encoder_dtype") or getattr(config, "encoder_dtype", None)
+        check_memory(path, dtypes["dtype"], llm_dtype, 0 if composite else _mask_bytes(auto_class, config))
+        model = load_model(auto_class, path, allow_nonfinite=options.allow_nonfinite, **dtypes)
         model = to_device(model, options.device or "cpu").eval()
         if options.quantize is not None:
             quantize(model, options.quantize)
@@ -81,6 +90,14 @@ def _dtypes(config: Any, options: LoadOptions) -> dict[str, Any]:
         kept = config.encoder_dtype or config.dtype or torch.float32
         dtypes["encoder_dtype"] = str(kept if config.freeze_llm else dtypes["dtype"]).removeprefix("torch.")
     return dtypes
+
+
+def _mask_bytes(auto_class: Any, config: Any) -> int:
+    """Return the bytes of masks, whose size is the square of the max positions, if there are very many positions."""
+    if (max_positions(config) or 0) < MANY_POSITIONS:
+        return 0
+    with torch.device("meta"), no_init_weights():
+        return sum(buffer.nbytes for buffer in auto_class.from_config(config).buffers())
 
 
 def _load_llm(models: BenchmarkModels, folder: Path, device: str) -> Any:

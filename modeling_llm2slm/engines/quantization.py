@@ -6,12 +6,20 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..inference.engine import is_installed
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 
 
 # transformers' own `BitsAndBytesConfig` and `TorchAoConfig` quantize a whole model while it is loaded. Here only parts
 # of a loaded model are quantized, and NF4 leaves out the shapes that bitsandbytes computes wrongly on a CPU.
-QUANTIZATIONS = ("int8", "nf4")
+QUANTIZATIONS = {"int8": "torchao", "nf4": "bitsandbytes"}  # with the library that each needs
+
+
+def check_quantizer(to: str) -> None:
+    """Raise `ImportError`, before a model is loaded, if the library that quantizes to `to` is missing."""
+    library = QUANTIZATIONS.get(to)
+    if library is not None and not is_installed(library):
+        raise ImportError(f"Quantizing to {to} needs {library}: pip install 'modeling-llm2slm[quantization]'.")
 
 
 def quantize_llm(model: LLM2SLMForConditionalGeneration, to: str = "int8") -> None:

@@ -16,10 +16,11 @@ from ..data.bad_rows import is_text, report_bad_rows
 from ..data.conversations import conversation_in, read_conversations, sources_of
 from ..data.loading import ROW, load_rows, whole_row
 from ..data.records import versions
+from ..inference.outputs import warn_of_blank_outputs
 from ..inference.text_to_text import TextToText
 from ..settings import EvaluateSettings
 from .evaluate import loaded, without_long_prompts
-from .metrics import score, score_with_signatures
+from .metrics import check_installed, score, score_with_signatures
 from .timing import speed, time_in_turns, time_output
 
 
@@ -55,12 +56,14 @@ def compare(
         ValueError: If the data has bad rows or prompts that are too long, and `settings.skip_bad_rows` is not set.
     """
     generate_kwargs = settings.generate_kwargs() | generate_kwargs
+    check_installed()
     rows = _load(data, settings)
     models = {"model": loaded(model, settings), "llm": loaded(llm, settings)}
     if settings.skip_bad_rows:
         rows = without_long_prompts(list(models.values()), rows, str(data), generate_kwargs)
     prompts = rows["prompt"][:]
     outputs, llm_outputs = (each.generate(prompts, settings.batch_size, **generate_kwargs) for each in models.values())
+    warn_of_blank_outputs(outputs)
     agreement, signatures = score_with_signatures(outputs, llm_outputs)
     references = rows["target"][:] if "target" in rows.column_names else None
     return {

@@ -13,9 +13,10 @@ from datasets import Dataset
 from ..data.bad_rows import good_rows
 from ..data.loading import load_examples
 from ..data.records import versions
+from ..inference.outputs import warn_of_blank_outputs
 from ..inference.text_to_text import TextToText
 from ..settings import EvaluateSettings
-from .metrics import score_with_signatures
+from .metrics import check_installed, score_with_signatures
 from .timing import speed, time_in_turns, time_output
 
 
@@ -42,12 +43,14 @@ def evaluate(
         ValueError: If the data has bad rows or prompts that are too long, and `settings.skip_bad_rows` is not set.
     """
     generate_kwargs = settings.generate_kwargs() | generate_kwargs
+    check_installed()
     examples = load_examples(data, settings, settings.target_column, number_rows=True)
     text_to_text = loaded(model, settings)
     if settings.skip_bad_rows:
         examples = without_long_prompts([text_to_text], examples, str(data), generate_kwargs)
     prompts, references = examples["prompt"][:], examples["target"][:]
     outputs = text_to_text.generate(prompts, settings.batch_size, **generate_kwargs)
+    warn_of_blank_outputs(outputs)
     scores, signatures = score_with_signatures(outputs, references)
     timed = {"model": partial(time_output, text_to_text, **generate_kwargs)}
     return {

@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from ..data.records import versions
+from ..inference.engine import is_installed
 from ..settings import METRICS
 
 
+PACKAGES = {"sacrebleu": "sacrebleu", "chrf": "sacrebleu", "rouge": "rouge-score"}
 Scorer = Callable[[Sequence[str], Sequence[str]], tuple[float, str]]
 
 
@@ -39,6 +41,14 @@ def score_with_signatures(
     wanted = tuple(METRICS) if metrics is None else metrics
     results = {name: scorer(outputs, references) for name, scorer in SCORERS.items() if name in wanted}
     return {name: value for name, (value, _) in results.items()}, {name: text for name, (_, text) in results.items()}
+
+
+def check_installed(metrics: Sequence[str] = tuple(METRICS)) -> None:
+    """Raise `ImportError`, before anything is generated, if a package that computes one of the metrics is missing."""
+    for name in metrics:
+        package = PACKAGES.get(METRICS[name].hub_type)
+        if package is not None and not is_installed(package):
+            raise ImportError(f"{package} is not installed. Try: pip install 'modeling-llm2slm[train]'")
 
 
 def _sacrebleu(name: str, outputs: Sequence[str], references: Sequence[str]) -> tuple[float, str]:

@@ -54,6 +54,7 @@ class LoadOptions:
         quantize: Quantize the weights: `"int8"` or `"nf4"`, see [`quantize`]. The model can then only generate.
         keep_llm_dtype: For an LLM-to-SLM model: a frozen LLM keeps the dtype it was saved in, also where that is the
             SLM's dtype. An LLM that trains is loaded in `dtype`, like the SLM.
+        allow_nonfinite: Also load a model with weights that are not finite.
     """
 
     dtype: str | torch.dtype | None = None
@@ -63,6 +64,7 @@ class LoadOptions:
     states: StateStore | None = None
     quantize: str | None = None
     keep_llm_dtype: bool = False
+    allow_nonfinite: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,12 @@ class Contestant:
     def can_run(self) -> bool:
         """Whether its packages are installed."""
         return all(map(is_installed, self.packages))
+
+    def check_installed(self, name: str) -> None:
+        """Raise `ImportError` with the `pip` command if one of its packages is missing; `name` is its own name."""
+        for package in self.packages:
+            if not is_installed(package):
+                raise ImportError(f"{package} is not installed, which {name} needs. Try: pip install {package}")
 
 
 class Engine(ABC):

@@ -22,7 +22,7 @@ from ..data.processes import processes
 from ..settings import GenerateFileSettings
 from .batching import BatchLimits, OutputId, PromptTable
 from .engine import fingerprint_of
-from .outputs import OutputParts, one_line, writing
+from .outputs import OutputParts, one_line, warn_of_blank_outputs, writing
 from .text_to_text import Features, TextToText, is_sampled
 
 
@@ -96,9 +96,8 @@ def generate_file(
     rank, world = processes(settings.overwrite)
     check_writable(output)
     rows = _load(data, output, settings)
-    text_to_text = TextToText.from_pretrained(
-        model, device=settings.device, prompt_max_length=settings.prompt_max_length, quantize=settings.quantize
-    )
+    loading = {name: getattr(settings, name) for name in ("device", "prompt_max_length", "quantize", "allow_nonfinite")}
+    text_to_text = TextToText.from_pretrained(model, **loading)
     generate_kwargs = text_to_text.with_limit({**settings.generate_kwargs(), **generate_kwargs})
     rows, table = _fitting_rows(text_to_text, rows, data, settings, generate_kwargs)
     parts = OutputParts(
@@ -120,6 +119,7 @@ def generate_file(
     seconds = time.perf_counter() - start if batches else 0.0
     if counts.truncated:
         logger.warning(f"{counts.truncated} outputs were cut at {counts.longest} tokens. Set a higher max_new_tokens.")
+    warn_of_blank_outputs(parts.outputs.values())
     _finish(output, rows, settings.column, table, parts)
     return GenerationReport(
         len(rows), len(rows) - len(table.rows), counts.kept, counts.tokens, seconds, counts.truncated

@@ -1,12 +1,51 @@
-"""Outputs of a run, stored as they are generated, so that an interrupted run resumes."""
+"""Outputs of a run, stored as they are generated, so that an interrupted run resumes; and those that are blank."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+logger = logging.getLogger(__name__)
+
+
+class BlankOutputs:
+    """
+    Counts outputs without a visible character, to warn of them once.
+
+    Attributes:
+        blank: Number of blank outputs.
+        total: Number of all outputs.
+    """
+
+    def __init__(self) -> None:
+        self.blank = self.total = 0
+
+    def count(self, outputs: Iterable[str]) -> None:
+        """Count more outputs."""
+        for output in outputs:
+            self.total += 1
+            self.blank += not output.strip()
+
+    def warn(self) -> None:
+        """Log a warning with the count and the likely causes, if any output is blank."""
+        if self.blank:
+            logger.warning(
+                f"{self.blank:,} of {self.total:,} outputs {'is' if self.blank == 1 else 'are'} blank. Likely causes: "
+                "the model is not trained, its tokenizer is another one than in training, or its weights or hidden "
+                "states are not finite."
+            )
+
+
+def warn_of_blank_outputs(outputs: Iterable[str]) -> None:
+    """Log one warning, with the count and the likely causes, if any of all outputs of a run is blank."""
+    counted = BlankOutputs()
+    counted.count(outputs)
+    counted.warn()
 
 
 class OutputParts:

@@ -26,6 +26,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ..inference.outputs import BlankOutputs
 from ..inference.text_stream import TextStream
 from ..inference.text_to_text import TextToText
 from ..settings import ServeSettings
@@ -126,6 +127,7 @@ class Batcher:
         self.text_to_text = text_to_text
         self.settings = settings or ServeSettings()
         self.running = self.prompts = self.failed = self.tokens = self.batches = 0
+        self._blank = BlankOutputs()
         self._waiting: list[Job] = []
         self._changed = threading.Condition()
         self._stopping = False
@@ -215,6 +217,14 @@ class Batcher:
         self.batches += 1
         self.prompts += sum(completion.finish_reason is not None for completion in completions)
         self.tokens += sum(len(completion.tokens) for completion in completions)
+        self._warn_of_blank([completion.text for completion in completions if completion.finish_reason])
+
+    def _warn_of_blank(self, outputs: list[str]) -> None:
+        """Log the number of blank outputs at the first one, the tenth, the hundredth and so on."""
+        before = len(str(self._blank.blank or ""))
+        self._blank.count(outputs)
+        if len(str(self._blank.blank or "")) > before:
+            self._blank.warn()
 
     def _generate(self, completions: list[_Completion]) -> None:
         jobs = [completion.job for completion in completions]
@@ -243,6 +253,7 @@ class _Completion:
         self.job = job
         self.decoding = job.decoding
         self.tokens: list[int] = []
+        self.text = ""  # as far as it was sent
         self.finish_reason: FinishReason | None = None
         self.generator: torch.Generator | None = None
         self._text = TextStream(text_to_text.tokenizer, job.decoding.stop)
@@ -264,7 +275,7 @@ class _Completion:
             if self._text.stopped:
                 self._finish("stop")
             elif self.job.stream and (text := self._text.take()):
-                self.job.send(Piece(text, None, len(self.tokens)))
+                self._send(text)
 
     def set_tokens(self, tokens: Sequence[int]) -> None:
         """Set all tokens of a finished output, and send its text."""
@@ -275,7 +286,11 @@ class _Completion:
     def _finish(self, reason: FinishReason) -> None:
         self._text.finish(self.tokens)
         self.finish_reason = "stop" if self._text.stopped else reason
-        self.job.send(Piece(self._text.take(finished=True), self.finish_reason, len(self.tokens)))
+        self._send(self._text.take(finished=True))
+
+    def _send(self, text: str) -> None:
+        self.text += text
+        self.job.send(Piece(text, self.finish_reason, len(self.tokens)))
 
 
 class _EachRow(StoppingCriteria):

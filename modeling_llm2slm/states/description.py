@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..data.atomic import atomic_write
+from ..configuration_llm2slm import llm_sizes
+from ..data.records import COUNT, TEXT, Kind, read_json, whole_number, write_json
 from .fingerprints import llm_fingerprint, tokenizer_fingerprint
 
 
@@ -30,6 +30,12 @@ NAMES = {
     "data": "set of prompts",
     "hidden_size": "hidden size",
     "dtype": "dtype",
+}
+FIELDS = {
+    **dict.fromkeys(("llm", "tokenizer", "data"), TEXT),
+    **dict.fromkeys(("prompts", "tokens", "format"), COUNT),
+    "hidden_size": whole_number(1),
+    "dtype": Kind("bfloat16, float16 or float32", lambda value: value in ("bfloat16", "float16", "float32")),
 }
 INDEX = np.dtype([("key", "S32"), ("shard", "<i4"), ("start", "<i8"), ("length", "<i4")])
 
@@ -85,10 +91,10 @@ class StoreDescription:
         path = folder / DESCRIPTION
         if not path.is_file():
             raise FileNotFoundError(f"{folder} is not a store of hidden states. Create one: llm2slm encode.")
+        values = read_json(path, "Encode again: llm2slm encode --overwrite.", FIELDS)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
             description = cls(**values)
-        except (ValueError, TypeError) as error:
+        except TypeError as error:  # a field that does not exist
             raise ValueError(f"{path} cannot be read ({error}). Encode again: llm2slm encode --overwrite.") from error
         if description.format != FORMAT:
             raise ValueError(f"{folder} has format {description.format}, not {FORMAT}. Encode again with --overwrite.")
@@ -96,8 +102,7 @@ class StoreDescription:
 
     def write(self, folder: Path) -> None:
         """Write `store.json`."""
-        with atomic_write(folder / DESCRIPTION) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        write_json(folder / DESCRIPTION, asdict(self))
 
     def check(self, needed: StoreDescription, folder: Path, names: Sequence[str] = tuple(NAMES)) -> None:
         """Raise `ValueError` with the first of the fields `names` whose value is not the one that is needed."""
@@ -156,7 +161,10 @@ def read_index(files: Sequence[Path]) -> np.ndarray:
         try:
             with safe_open(file, framework="np") as tensors:
                 keys, lengths = tensors.get_tensor("keys"), tensors.get_tensor("lengths")
-        except (SafetensorError, OSError) as error:
+                rows = tensors.get_slice("states").get_shape()[0]
+            if keys.shape != (len(lengths), 32) or lengths.sum() != rows:
+                raise ValueError(f"{rows:,} hidden states do not belong to {len(keys):,} prompts")
+        except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(
                 f"{file} is damaged ({error}). Remove it and run the same llm2slm encode again: it encodes what is "
                 "missing."

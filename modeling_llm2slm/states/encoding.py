@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
-from rich.filesize import decimal
 from transformers import AutoConfig
 
 from ..configuration_llm2slm import LLM2SLMConfig
+from ..data import resources
 from ..data.bad_rows import good_rows
 from ..data.conversations import encode_prompts
 from ..data.loading import ROW, load_prompts
@@ -165,11 +164,6 @@ def check_disk_space(folder: str | Path, description: StoreDescription) -> None:
     """Raise `OSError` if the hidden states that the folder does not hold yet do not fit on its disk."""
     folder = Path(folder)
     stored = sum(file.stat().st_size for file in folder.glob(SHARDS))
-    needed = description.nbytes - stored
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise OSError(
-            f"{folder} needs {decimal(needed)} for {description.tokens:,} tokens, but its disk has {decimal(free)} "
-            "free. Free disk space, choose another disk, or encode fewer prompts (--limit)."
-        )
+    purpose = f" for {description.tokens:,} tokens"
+    fix = "Free disk space, choose another disk, or encode fewer prompts (--limit)."
+    resources.check_disk_space(folder, description.nbytes - stored, purpose, fix)

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import Seq2SeqTrainer
 
-from ..engines.quantization import quantize_llm
+from ..engines.quantization import check_quantizer, quantize_llm
 from ..inference.factory import describe_source
 from ..inference.saving import lean_source
 from ..inference.text_to_text import TextToText
@@ -28,6 +28,8 @@ def load_to_train(recipe: Recipe) -> TextToText:
         ValueError: If `lora` or `quantize_llm` is set for a model that is not LLM-to-SLM, or `lora` has an unknown
             field.
     """
+    if recipe.quantize_llm:
+        check_quantizer(recipe.quantize_llm)
     text_to_text = TextToText.from_pretrained(
         recipe.model,
         prompt_max_length=recipe.prompt_max_length,

@@ -369,6 +369,7 @@ DEFAULTS: dict[str, Any] = {
     "logging_steps": 50,
     "remove_unused_columns": False,
     "disable_tqdm": False,
+    "logging_nan_inf_filter": False,  # it would leave losses that are not finite out of the validation loss
 }
 REQUIRED = ("model", "train_data", "output_dir")
 STEPS_BETWEEN_CHECKPOINTS = 500  # in a stream, whose epochs do not end

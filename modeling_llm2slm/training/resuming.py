@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import Seq2SeqTrainingArguments
 
 from ..data.atomic import remove_unfinished
-from ..data.records import without_folders, write_json
+from ..data.records import COUNT, MAPPING, NUMBER, TEXT, read_json, without_folders, without_secrets, write_json
 from .batches import effective_batch_size
 from .recipe import Recipe, recipe_fields
 
 
 REPORT = "training.json"
 RECIPE = "recipe.json"
+FAILURE = "failure.json"
+REPORT_FIELDS = {"steps": COUNT, "epochs": NUMBER, "seconds": NUMBER}
+FROM_SCRATCH = "Restore it, choose another output_dir, or train from scratch with resume: false."
 # Fields of the Trainer that a resumed run must keep: the optimizer, the learning rate schedule, the order of the data
 # and the choice of the best checkpoint depend on them. The fields of `Recipe` declare this themselves.
 FIXED = (
@@ -26,18 +30,46 @@ FIXED = (
 )  # fmt: skip
 
 
+class TrainingFailed(ValueError):
+    """The loss or the gradient norm of a training is not finite."""
+
+
 def last_checkpoint(output_dir: str | Path) -> str | None:
     """Return the newest complete checkpoint in a folder, or `None`."""
     # The Trainer writes trainer_state.json last, and not atomically.
-    states = [path for path in Path(output_dir).glob("checkpoint-*/trainer_state.json") if _is_json(path)]
+    states = [path for path in Path(output_dir).glob("checkpoint-*/trainer_state.json") if _is_complete(path)]
     checkpoints = sorted(states, key=lambda path: int(path.parent.name.rpartition("-")[2]))
     return str(checkpoints[-1].parent) if checkpoints else None
 
 
 def last_report(output_dir: str | Path) -> dict[str, Any]:
-    """Return the report in an output folder, or an empty mapping."""
+    """Return the report in an output folder, or an empty mapping; raise `ValueError` if it is damaged."""
     file = Path(output_dir) / REPORT
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() and _is_json(file) else {}
+    return read_json(file, FROM_SCRATCH, REPORT_FIELDS) if file.is_file() else {}
+
+
+def record_failure(output_dir: str | Path, recipe: Mapping[str, Any], error: TrainingFailed) -> None:
+    """Record that a training failed, and with which recipe."""
+    write_json(Path(output_dir) / FAILURE, {"message": str(error), "recipe": _as_recorded(recipe)})
+
+
+def last_failure(output_dir: str | Path) -> dict[str, Any] | None:
+    """Return the failure that ended the last training in an output folder, or `None`."""
+    file = Path(output_dir) / FAILURE
+    return read_json(file, FROM_SCRATCH, {"message": TEXT, "recipe": MAPPING}) if file.is_file() else None
+
+
+def check_not_failed(output_dir: str | Path, recipe: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if the training in an output folder failed with the same recipe."""
+    failure = last_failure(output_dir)
+    if failure is not None and failure["recipe"] == _as_recorded(recipe):
+        raise ValueError(
+            f"The training in {output_dir} failed with this recipe, and would fail again. {failure['message']}"
+        )
+
+
+def _as_recorded(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(without_secrets(recipe), default=str))
 
 
 def finished_report(arguments: Seq2SeqTrainingArguments) -> dict[str, Any] | None:
@@ -51,14 +83,16 @@ def finished_report(arguments: Seq2SeqTrainingArguments) -> dict[str, Any] | Non
 def check_same_recipe(recipe: Recipe, arguments: Seq2SeqTrainingArguments) -> None:
     """Raise `ValueError` if the run in the output folder, which is to be resumed, started with another recipe."""
     file = Path(arguments.output_dir) / RECIPE
-    if not (file.is_file() and _is_json(file)):
+    if not file.is_file():
         return
-    begun, now = json.loads(file.read_text(encoding="utf-8")), fixed_settings(recipe, arguments)
+    begun, now = read_json(file, FROM_SCRATCH), fixed_settings(recipe, arguments)
+    failed = last_failure(arguments.output_dir) is not None
     for name in now:
         if name in begun and begun[name] != now[name]:
+            repeat = "Choose" if failed else f"Set it to {begun[name]} again, choose"
             raise ValueError(
                 f"{arguments.output_dir} was started with {name}: {begun[name]}, and cannot resume with {now[name]}. "
-                f"Set it to {begun[name]} again, choose another output_dir, or train from scratch with resume: false."
+                f"{repeat} another output_dir, or train from scratch with resume: false."
             )
 
 
@@ -74,6 +108,7 @@ def prepare_output_dir(recipe: Recipe, arguments: Seq2SeqTrainingArguments) -> N
     output_dir = Path(arguments.output_dir)
     remove_unfinished(output_dir)
     remove_unfinished(output_dir / "checkpoint-*")
+    (output_dir / FAILURE).unlink(missing_ok=True)
     if not recipe.resume:
         (output_dir / REPORT).unlink(missing_ok=True)
         for checkpoint in output_dir.glob("checkpoint-*"):
@@ -97,9 +132,9 @@ def fixed_settings(recipe: Recipe, arguments: Seq2SeqTrainingArguments) -> dict[
     return json.loads(json.dumps(settings, default=str))
 
 
-def _is_json(path: Path) -> bool:
+def _is_complete(path: Path) -> bool:
     try:
-        json.loads(path.read_text(encoding="utf-8"))
+        read_json(path, "")
     except ValueError:
         return False
     return True

@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from transformers import Seq2SeqTrainingArguments, set_seed
 
+from ..checkpoint_llm2slm import LLM_PREFIX
 from ..data.atomic import atomic_write, check_replaceable
 from ..data.records import versions, without_secrets
+from ..data.resources import check_disk_space
+from ..evaluation.metrics import check_installed
 from ..inference.saving import check_not_replaced
 from ..inference.text_to_text import TextToText
 from .callbacks import ProgressLines, progress_lines
@@ -23,11 +26,14 @@ from .model import gather_sharded, load_to_train, merge_and_restore, refer_to_ll
 from .recipe import Recipe, parse_recipe, typed_recipe
 from .resuming import (
     REPORT,
+    TrainingFailed,
+    check_not_failed,
     check_same_recipe,
     check_start_is_kept,
     finished_report,
     last_checkpoint,
     prepare_output_dir,
+    record_failure,
 )
 from .trainer import TextToTextTrainer
 
@@ -52,6 +58,8 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: If the recipe is wrong, its data has bad rows, or it differs from the one of the run to resume.
         OSError: If a model or data cannot be read, or a checkpoint cannot be written.
+        TrainingFailed: If a loss or a gradient norm is not finite. The last good checkpoint is kept, and no model is
+            saved. It is a `ValueError`.
     """
     ours, arguments = parse_recipe(recipe)
     recipe = typed_recipe(recipe, ours, arguments)
@@ -59,6 +67,8 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
         recipe["bf16"] = arguments.bf16  # the report holds what was done
     finished = finished_report(arguments) if ours.resume else None
     checkpoint = last_checkpoint(arguments.output_dir) if ours.resume else None
+    if ours.resume:
+        check_not_failed(arguments.output_dir, recipe)
     if finished or checkpoint:
         check_same_recipe(ours, arguments)
     if finished:
@@ -72,6 +82,8 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
             "or set resume: false."
         )
         return {**finished, "already_trained": True}
+    if ours.metric != "loss":
+        check_installed([ours.metric])
     check_replaceable(arguments.output_dir)
     check_start_is_kept(ours, arguments)
     set_seed(arguments.seed)
@@ -95,8 +107,15 @@ def _train(
     ProgressLines.replace_bar(trainer, lines)
     if trainer.is_world_process_zero():
         prepare_output_dir(ours, arguments)
+        check_disk_space(arguments.output_dir, _bytes_to_write(ours, arguments, text_to_text.model))
     start = time.time()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.check_weights()
+    except TrainingFailed as error:
+        if trainer.is_world_process_zero():
+            record_failure(arguments.output_dir, recipe, error)
+        raise
     if ours.streaming and trainer.state.global_step == 0:  # no worker alone can know that all workers have no rows
         raise ValueError(f"{ours.train_data}: no row can be used, see the warnings. Take other data.")
     report = _report(recipe, trainer, time.time() - start, checkpoint)
@@ -105,6 +124,20 @@ def _train(
         _save(ours, arguments, trained, report, use_cache)
     trainer.accelerator.wait_for_everyone()
     return report
+
+
+def _bytes_to_write(ours: Recipe, arguments: Seq2SeqTrainingArguments, model: Any) -> int:
+    """Return the bytes of the trained model and, if any are saved, of one checkpoint: what a training needs at least."""
+    parameters = dict(model.named_parameters())
+    llm = sum(tensor.nbytes for name, tensor in parameters.items() if LLM_PREFIX in name)
+    rest = sum(tensor.nbytes for tensor in parameters.values()) - llm
+    trained = sum(tensor.nbytes for tensor in parameters.values() if tensor.requires_grad)
+    checkpoint = trained if ours.lora is not None else rest + (llm if ours.include_llm_in_checkpoints else 0)
+    if arguments.save_strategy == "no":
+        checkpoint = 0
+    elif ours.optimizer == "adamw" and arguments.optim.startswith("adamw_torch"):
+        checkpoint += 2 * trained
+    return rest + (llm if ours.include_llm else 0) + checkpoint
 
 
 def make_trainer(ours: Recipe, arguments: Seq2SeqTrainingArguments, text_to_text: TextToText) -> TextToTextTrainer:
@@ -157,7 +190,7 @@ def _report(
         "steps": state.global_step,
         "epochs": state.epoch,
         "metric": trainer.metric,
-        "best_metric": state.best_metric,
+        "best_metric": state.best_metric if state.best_global_step is not None else None,
         "best_step": state.best_global_step,
         "parameters": trainer.text_to_text.parameters(),
         "trained_parameters": model.num_parameters(only_trainable=True),

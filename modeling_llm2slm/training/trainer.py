@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,11 +18,13 @@ from ..inference.text_to_text import TextToText
 from .batches import WithoutLength, data_seed, effective_batch_size
 from .callbacks import LogWhenSaved, SetEpoch
 from .optimization import parameter_groups, relative_adafactor
+from .resuming import TrainingFailed, last_checkpoint
 
 
 class TextToTextTrainer(Seq2SeqTrainer):
     """
-    A [`~transformers.Seq2SeqTrainer`] that also scores generated outputs, for every kind of model.
+    A [`~transformers.Seq2SeqTrainer`] that also scores generated outputs, for every kind of model. It raises
+    [`TrainingFailed`] at the first step whose loss or gradient norm is not finite, before the weights change.
 
     Args:
         text_to_text: The model with its processor.
@@ -56,6 +59,9 @@ class TextToTextTrainer(Seq2SeqTrainer):
         self.learning_rate_mapping = dict(learning_rate_mapping or {})
         self.optimizer_name = optimizer
         self.without_llm = without_llm
+        self._last_batch: dict[str, Any] = {}
+        self._last_learning_rate = self.args.learning_rate
+        self._checked_step = 0
         self.add_callback(LogWhenSaved())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -64,7 +70,53 @@ class TextToTextTrainer(Seq2SeqTrainer):
             state_dict = {name: tensor for name, tensor in state.items() if not name.startswith(LLM_PREFIX)}
         super()._save(output_dir, state_dict)
 
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._last_batch = dict(inputs)
+        self._last_learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._check_finite("training loss", loss, self.state.global_step + 1)
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        scaler = getattr(self.accelerator, "scaler", None)
+        # In float16, gradients that overflow are normal: the step is skipped, and the next one has a smaller scale.
+        if not self.args.fp16 or (scaler is not None and scaler.get_scale() < 1):
+            self._check_finite("gradient norm", norm, self.state.global_step + 1)
+        return norm
+
+    @torch.no_grad()
+    def check_weights(self) -> None:
+        """
+        Raise [`TrainingFailed`] if the last batch has no finite loss with the weights as they are now, which may be
+        saved before the next step computes a loss.
+        """
+        if not self._last_batch or self._checked_step == self.state.global_step:
+            return
+        model, training = self.model_wrapped, self.model_wrapped.training
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model.eval(), self._prepare_inputs(self._last_batch))
+        model.train(training)
+        self._check_finite("training loss", loss, self.state.global_step)
+        self._checked_step = self.state.global_step
+
+    def _check_finite(self, what: str, value: Any, step: int) -> None:
+        if value is None or math.isfinite(value):
+            return
+        args, fix = self.args, "Lower learning_rate or max_grad_norm, or raise warmup_steps"
+        precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "float32"
+        if precision != "float32":
+            fix += f", or set {precision}: false"
+        checkpoint = last_checkpoint(args.output_dir)
+        kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet."
+        raise TrainingFailed(
+            f"The {what} is {float(value)} at step {step}, with learning rate {self._last_learning_rate:g} in "
+            f"{precision}, so the training stops. {fix}, and train from scratch with resume: false or in another "
+            f"output_dir. {kept}"
+        )
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.check_weights()
         try:
             super()._save_checkpoint(*args, **kwargs)
         except RuntimeError as error:
@@ -120,6 +172,8 @@ class TextToTextTrainer(Seq2SeqTrainer):
         # In this method and not in evaluate(), so that callbacks such as early stopping see the metric as well.
         kwargs["prediction_loss_only"] = True
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss = output.metrics.get(f"{metric_key_prefix}_loss")
+        self._check_finite("validation loss", loss, self.state.global_step)
         if self.metric != "loss" and self.validation_examples is not None:
             outputs = self._generate(self.validation_examples["prompt"][:])
             scores = score(outputs, self.validation_examples["target"][:], [self.metric])

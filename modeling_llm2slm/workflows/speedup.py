@@ -28,7 +28,7 @@ from ..data.conversations import (
 )
 from ..data.formats import parse_lines
 from ..data.loading import ROW, load_prompts
-from ..data.records import without_secrets, write_json
+from ..data.records import MAPPING, read_json, without_secrets, write_json
 from ..evaluation.agreement import compare
 from ..inference.engine import fingerprint_of
 from ..inference.text_to_text import TextToText
@@ -38,7 +38,7 @@ from ..states.loading import load
 from ..states.store import is_complete
 from ..training.distillation import distill
 from ..training.recipe import load_recipe, parse_recipe, typed_recipe, with_current_names
-from ..training.resuming import REPORT, last_checkpoint
+from ..training.resuming import REPORT, last_checkpoint, last_failure
 from ..training.run import train
 
 
@@ -106,12 +106,7 @@ class Speedup:
                     "folder with --output."
                 )
             return
-        try:
-            begun = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(
-                f"{path} is truncated or corrupted ({error}). Choose another folder with --output."
-            ) from error
+        begun = read_json(path, "Choose another folder with --output.", {"recipe": MAPPING})
         before, now = self._fixed(begun), self._fixed(record)
         changed = next((name for name in now if before.get(name) != now[name]), None)
         if changed in CONTENTS:
@@ -161,7 +156,8 @@ class Speedup:
             fixed["prompt_max_length"] = recipe.get("prompt_max_length")
         if (self.output / "start" / "config.json").is_file():
             fixed |= {name: record.get(name) for name in SETTINGS_OF_BUILD}
-        if (self.output / "model" / REPORT).is_file() or last_checkpoint(self.output / "model"):
+        trained, failed = (self.output / "model" / REPORT).is_file(), last_failure(self.output / "model")
+        if trained or (last_checkpoint(self.output / "model") and failed is None):
             fixed["recipe"] = recipe
         return fixed
 

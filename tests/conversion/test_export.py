@@ -197,7 +197,7 @@ def test_an_exported_model_cannot_be_changed(folder, tmp_path) -> None:
     with pytest.raises(OSError, match="cannot be loaded"):
         TextToText.from_pretrained(broken)
     (broken / "export.json").write_text("{")
-    with pytest.raises(OSError, match="export.json is damaged"):
+    with pytest.raises(OSError, match="export.json is truncated or corrupted"):
         TextToText.from_pretrained(broken)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from modeling_llm2slm.conversion import output
 from modeling_llm2slm.conversion.compose import compose
+from modeling_llm2slm.data import resources
 from tests.support.common import is_mapped
 from tests.support.conversions import write_sources
 
@@ -33,7 +34,7 @@ def test_one_shard_at_a_time_is_in_memory(sources, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_an_error_before_the_work(sources, tmp_path, monkeypatch):
-    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(OSError, match=r"needs 213\.8 kB, but 1\.0 kB are free"):
         compose(sources / "llm", sources / "slm", tmp_path / "new")
     assert not list(tmp_path.iterdir())

@@ -11,10 +11,10 @@ import pandas
 import pytest
 import torch
 
+from modeling_llm2slm.data import resources
 from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.modeling_llm2slm import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.settings import EncodeSettings
-from modeling_llm2slm.states import encoding
 from modeling_llm2slm.states.encoding import encode
 from modeling_llm2slm.states.store import StateStore
 from tests.support.checkpoints import PAIRS, PROMPTS, write_checkpoint, write_pairs
@@ -118,9 +118,9 @@ def test_a_disk_that_is_too_small_is_an_error_before_any_work(
     composite: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
-    monkeypatch.setattr(encoding.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda _: usage)
     monkeypatch.setattr(LLM2SLMForConditionalGeneration, "encode_llm", None)
-    with pytest.raises(OSError, match=r"needs 1\.6 kB for 34 tokens, but its disk has 100 bytes free"):
+    with pytest.raises(OSError, match=r"needs 1\.6 kB for 34 tokens, but 100 bytes are free"):
         encode(composite, [data], tmp_path / "states")
     assert not (tmp_path / "states").exists()
 

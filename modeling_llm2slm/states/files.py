@@ -1,0 +1,74 @@
+"""The JSON files of a checkpoint: what their values may be, checked before libraries read them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..data.records import MAPPING, NUMBER, SWITCH, TEXT, WHOLE, Kind, mapping_to, read_json, whole_number
+from ..files_llm2slm import INDEX
+
+
+FIX = "Correct the file, or take another copy of the checkpoint."
+POSITIVE, FEW = whole_number(1), whole_number(1, 1000)
+IDS = Kind(
+    "a token id or a list of them",
+    lambda value: all(map(WHOLE.holds, value)) if isinstance(value, list) else WHOLE.holds(value),
+)
+SIDE = Kind("left or right", lambda value: value in ("left", "right"))
+SPECIAL_TOKEN = Kind("a text or a mapping", lambda value: isinstance(value, str | dict))
+LENGTH = Kind("a number above 0", lambda value: type(value) in (int, float) and value > 0)
+TOKENS = {f"{name}_token": SPECIAL_TOKEN for name in ("bos", "cls", "eos", "mask", "pad", "sep", "unk")}
+# Values that a library accepts when it loads a file, and fails on later, or whose error does not name the file.
+FILES: dict[str, dict[str, Kind]] = {
+    "config.json": {"model_type": TEXT},
+    "generation_config.json": {
+        **dict.fromkeys(("num_beams", "num_return_sequences"), FEW),
+        **dict.fromkeys(("max_length", "max_new_tokens", "max_cache_len"), POSITIVE),
+        **dict.fromkeys(
+            (
+                "bos_token_id", "decoder_start_token_id", "encoder_no_repeat_ngram_size", "min_length",
+                "min_new_tokens", "no_repeat_ngram_size", "num_assistant_tokens", "pad_token_id",
+                "prompt_lookup_num_tokens", "top_k",
+            ),
+            WHOLE,
+        ),
+        **dict.fromkeys(("begin_suppress_tokens", "eos_token_id", "forced_eos_token_id", "suppress_tokens"), IDS),
+        **dict.fromkeys(
+            (
+                "assistant_confidence_threshold", "encoder_repetition_penalty", "epsilon_cutoff", "eta_cutoff",
+                "guidance_scale", "length_penalty", "max_time", "min_p", "repetition_penalty", "temperature", "top_p",
+                "typical_p",
+            ),
+            NUMBER,
+        ),
+        **dict.fromkeys(
+            (
+                "do_sample", "output_attentions", "output_hidden_states", "output_logits", "output_scores",
+                "remove_invalid_values", "renormalize_logits", "return_dict_in_generate", "use_cache",
+            ),
+            SWITCH,
+        ),
+    },
+    "processor_config.json": {"prompt_max_length": POSITIVE, "target_max_length": whole_number(2)},
+    "special_tokens_map.json": TOKENS,
+    "tokenizer_config.json": {
+        **TOKENS,
+        "added_tokens_decoder": MAPPING,
+        "model_max_length": LENGTH,
+        "padding_side": SIDE,
+        "truncation_side": SIDE,
+    },
+    INDEX: {"weight_map": mapping_to(TEXT)},
+    "adapter_config.json": {"base_model_name_or_path": TEXT},
+}  # fmt: skip
+
+
+def check_files(folder: str | Path) -> None:
+    """Raise `OSError` for a JSON file of a local checkpoint that is damaged or holds a value that cannot work."""
+    for place in (Path(folder), Path(folder, "decoder_tokenizer")):
+        for name, fields in FILES.items():
+            if (place / name).is_file():
+                try:
+                    read_json(place / name, FIX, fields, optional=name != INDEX)
+                except ValueError as error:
+                    raise OSError(str(error)) from error
