@@ -13,7 +13,7 @@ from datasets import Dataset, Features, Value, load_dataset
 from ..files_llm2slm import first_line
 from ..settings import DataSettings
 from .bad_rows import check_columns, report_bad_rows, text_problem
-from .formats import FILE_FORMATS, ROW_ERROR, file_format_of, is_empty, is_jsonl, parse_lines, reading_options
+from .formats import ROW_ERROR, file_format_of, is_empty, parse_rows, unknown_format
 
 
 ROW = "_row"  # a column with the number of each row in its source, from 0
@@ -145,47 +145,53 @@ def _load(source: str, split: str, columns: Sequence[str], default_format: str |
         return _load_from_hub(source, split)
     file_format = file_format or default_format
     if file_format is None:
-        raise ValueError(f"{source} must end in {', '.join(FILE_FORMATS)}: the extension decides the format.")
+        raise ValueError(unknown_format(source))
     if is_empty(path):
         raise ValueError(f"{source} holds no rows.")
-    if is_jsonl(path):
-        return _load_lines(path, columns)
+    if file_format != "parquet":
+        return _load_rows(path, file_format, columns)
     try:
-        return load_dataset(file_format, data_files=str(path), split="train", **reading_options(path))
+        return load_dataset(file_format, data_files=str(path), split="train")
     except Exception as error:  # each reader raises its own exceptions
-        reason = first_line(error.__cause__ or error)
-        if "corresponds to no data" in reason:
-            raise ValueError(f"{source} holds no rows.") from error
-        raise ValueError(f"{source} cannot be read as {file_format}: {reason}") from error
+        raise ValueError(
+            f"{source} cannot be read as {file_format}: {first_line(error.__cause__ or error)}"
+        ) from error
 
 
-def _load_lines(path: Path, columns: Sequence[str]) -> Dataset:
-    """Load JSON lines: the given columns, each whole row as JSON, and why a row has no text in one of the columns."""
-    check_columns(str(path), columns, _column_names(path, columns))
-    features = Features({name: Value("string") for name in [*columns, LINE, ROW_ERROR]})
+def _load_rows(path: Path, file_format: str, columns: Sequence[str]) -> Dataset:
+    """
+    Load rows of text: the given columns, why a row has no text in one of them, and the whole row: for JSON as JSON, for
+    a table as its other columns.
+    """
+    names = _column_names(path, file_format, columns)
+    check_columns(str(path), columns, names)
+    kept = [*columns, LINE] if file_format == "json" else names
+    features = Features({name: Value("string") for name in [*kept, ROW_ERROR]})
     # `datasets` caches by these arguments: the modification time makes it read a changed file again.
-    arguments = {"path": path, "columns": tuple(columns), "changed": path.stat().st_mtime_ns}
-    return Dataset.from_generator(_lines_as_texts, features=features, gen_kwargs=arguments)
+    arguments = {"path": path, "columns": tuple(columns), "kept": tuple(kept), "changed": path.stat().st_mtime_ns}
+    return Dataset.from_generator(_rows_as_texts, features=features, gen_kwargs=arguments)
 
 
-def _column_names(path: Path, columns: Sequence[str]) -> list[str]:
-    """Return the column names of JSON lines, reading from the top until all of `columns` were found."""
+def _column_names(path: Path, file_format: str, columns: Sequence[str]) -> list[str]:
+    """Return the column names of rows, reading from the top until all of `columns` were found."""
     seen: dict[str, Any] = {}
-    for row in parse_lines(path, None):
+    for row in parse_rows(path, None):
         seen = row | seen
         if seen.keys() >= set(columns):
             break
     error = seen.pop(ROW_ERROR, None)
     if not seen:
-        raise ValueError(f"{path} cannot be read as json: {error}" if error else f"{path} holds no rows.")
+        raise ValueError(f"{path} cannot be read as {file_format}: {error}" if error else f"{path} holds no rows.")
     return list(seen)
 
 
-def _lines_as_texts(path: Path, columns: Sequence[str], changed: int) -> Iterator[Mapping[str, Any]]:
-    for number, row in enumerate(parse_lines(path, None)):
+def _rows_as_texts(
+    path: Path, columns: Sequence[str], kept: Sequence[str], changed: int
+) -> Iterator[Mapping[str, Any]]:
+    for number, row in enumerate(parse_rows(path, None)):
         problem = text_problem(row, columns, number)
-        texts = {name: row[name] if problem is None else None for name in columns}
-        yield {**texts, LINE: json.dumps(row), ROW_ERROR: problem}
+        texts = {name: row.get(name) if problem is None else None for name in kept if name != LINE}
+        yield {**texts, **({LINE: json.dumps(row)} if LINE in kept else {}), ROW_ERROR: problem}
 
 
 def _load_from_hub(name: str, split: str) -> Dataset:
