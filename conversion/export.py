@@ -11,10 +11,11 @@ from modeling_llm2slm.inference.engine import exporting_engine
 from modeling_llm2slm.inference.model import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.states.loading import load_model
 
-from .output import composite_config, copy_processor, output_folder, size_of
+from .output import composite_config, converts, copy_processor, output_folder, size_of
 from .report import Report, check_finite, probe
 
 
+@converts
 def export(
     checkpoint: str | Path,
     output: str | Path,
@@ -54,7 +55,7 @@ def export(
         expected = model(input_ids=texts[0], decoder_input_ids=texts[1]).logits
     report = Report(f"{checkpoint} becomes {output} for {engine}, weights in {weights}")
     stored = target.weights[weights]
-    with output_folder(output, overwrite, int(size_of(state) / 4 * stored.bytes)) as folder:
+    with output_folder(output, (checkpoint,), int(size_of(state) / 4 * stored.bytes)) as folder:
         folder.mkdir()
         written = target.export(model, folder, weights, progress)
         copy_processor(checkpoint, folder, report)

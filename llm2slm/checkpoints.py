@@ -48,23 +48,24 @@ def build(
     weights of that shape. With `--llm` alone the result is a plain encoder-decoder model, with `--slm` alone a plain
     decoder-only model.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
-        raise FileExistsError(f"{output} is not empty. Choose another folder, or add --overwrite.")
     quiet_libraries()
     from modeling_llm2slm.conversion.build import build as build_in_memory
     from modeling_llm2slm.conversion.build import is_config
     from modeling_llm2slm.conversion.compose import compose
     from modeling_llm2slm.data.atomic import atomic_write
+    from modeling_llm2slm.data.output_paths import claimed
 
     if llm and slm and not preset and not is_config(llm) and not is_config(slm):
         with steps("Build") as progress:
             report = compose(llm, slm, output, settings, overwrite=overwrite, progress=progress)
         print_report(report)
         return
-    text_to_text = build_in_memory(llm, slm, settings, preset=preset)
-    options = {"card": {"name": output.name}} if text_to_text.is_llm2slm else {}
-    with atomic_write(output, keep=not overwrite) as folder:
-        text_to_text.save_pretrained(folder, max_shard_size=settings.max_shard_size, **options)
+    sources = llm, slm, preset, settings.llm_tokenizer, settings.slm_tokenizer
+    with claimed(output, folder=True, overwrite=overwrite, inputs=sources):
+        text_to_text = build_in_memory(llm, slm, settings, preset=preset)
+        options = {"card": {"name": output.name}} if text_to_text.is_llm2slm else {}
+        with atomic_write(output, keep=not overwrite) as folder:
+            text_to_text.save_pretrained(folder, max_shard_size=settings.max_shard_size, **options)
     print_model(str(output), text_to_text)
 
 

@@ -160,8 +160,8 @@ def _load(source: str, split: str, columns: Sequence[str], default_format: str |
 
 def _load_rows(path: Path, file_format: str, columns: Sequence[str]) -> Dataset:
     """
-    Load rows of text: the given columns, why a row has no text in one of them, and the whole row: for JSON as JSON, for
-    a table as its other columns.
+    Load the rows of a file that is not Parquet: the given columns, why a row has no text in one of them, and the whole
+    row, which is JSON for JSON, and all columns for a table.
     """
     names = _column_names(path, file_format, columns)
     check_columns(str(path), columns, names)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..configuration_llm2slm import llm_sizes
 from ..data.atomic import atomic_write
+from ..data.causes import unreadable_file
 from .fingerprints import llm_fingerprint, tokenizer_fingerprint
 
 
@@ -154,6 +155,8 @@ def read_index(files: Sequence[Path]) -> np.ndarray:
             with safe_open(file, framework="np") as tensors:
                 keys, lengths = tensors.get_tensor("keys"), tensors.get_tensor("lengths")
         except (SafetensorError, OSError) as error:
+            if unreadable := unreadable_file(file):
+                raise OSError(unreadable) from error
             raise ValueError(
                 f"{file} is damaged ({error}). Remove it and run the same llm2slm encode again: it encodes what is "
                 "missing."

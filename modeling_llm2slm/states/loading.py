@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..data.causes import unreadable_file
 from ..files_llm2slm import first_line
 
 
@@ -53,6 +54,9 @@ def _sentence(path: str, error: Exception) -> str:
     has_no_config = str(error).startswith("Unrecognized model in") or "a file named config.json" in str(error)
     if has_no_config and Path(path).is_dir() and not Path(path, "config.json").exists():
         return f"{path} is not a checkpoint: it has no config.json."
+    unreadable = unreadable_file(path) if Path(path).exists() else None
+    if unreadable is not None:
+        return f"{path} cannot be loaded: {unreadable}"
     cause = _cause(path, error)
     if cause.startswith(NO_FOLDER) and any(words in cause for words in UNREACHABLE):
         cause = f"{NO_FOLDER}, and the Hub cannot be reached. Check the path, or download the model first."

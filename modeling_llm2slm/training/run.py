@@ -14,6 +14,7 @@ import torch
 from transformers import Seq2SeqTrainingArguments, set_seed
 
 from ..data.atomic import atomic_write, check_replaceable
+from ..data.output_paths import locked
 from ..data.records import versions, without_secrets
 from ..inference.saving import check_not_replaced
 from ..inference.text_to_text import TextToText
@@ -23,10 +24,12 @@ from .model import gather_sharded, load_to_train, merge_and_restore, refer_to_ll
 from .recipe import Recipe, parse_recipe, typed_recipe
 from .resuming import (
     REPORT,
+    check_folder,
     check_same_recipe,
     check_start_is_kept,
     finished_report,
     last_checkpoint,
+    last_report,
     prepare_output_dir,
 )
 from .trainer import TextToTextTrainer
@@ -51,15 +54,23 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         ValueError: If the recipe is wrong, its data has bad rows, or it differs from the one of the run to resume.
-        OSError: If a model or data cannot be read, or a checkpoint cannot be written.
+        OSError: If a model or data cannot be read, a checkpoint cannot be written, the output folder holds another
+            model, or another run writes to it.
     """
     ours, arguments = parse_recipe(recipe)
     recipe = typed_recipe(recipe, ours, arguments)
     if "bf16" in recipe:
         recipe["bf16"] = arguments.bf16  # the report holds what was done
+    check_folder(ours, arguments)
+    with locked(arguments.output_dir, arguments.process_index):
+        return _resume(ours, arguments, recipe)
+
+
+def _resume(ours: Recipe, arguments: Seq2SeqTrainingArguments, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Train, from the last checkpoint if there is one, unless the run has finished."""
     finished = finished_report(arguments) if ours.resume else None
     checkpoint = last_checkpoint(arguments.output_dir) if ours.resume else None
-    if finished or checkpoint:
+    if finished or checkpoint or (ours.resume and last_report(arguments.output_dir)):
         check_same_recipe(ours, arguments)
     if finished:
         counts = {name: finished[name] for name in ("steps", "epochs")}
@@ -73,6 +84,11 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
         )
         return {**finished, "already_trained": True}
     check_replaceable(arguments.output_dir)
+    if last_report(arguments.output_dir) and ours.resume and not checkpoint:
+        raise FileExistsError(
+            f"{arguments.output_dir} holds a finished training, and no checkpoint to resume from. Choose another "
+            "output_dir, or train from scratch with resume: false."
+        )
     check_start_is_kept(ours, arguments)
     set_seed(arguments.seed)
     lines = progress_lines(arguments)
