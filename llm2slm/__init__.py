@@ -12,7 +12,7 @@ import pkgutil
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup

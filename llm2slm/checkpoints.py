@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -83,7 +82,7 @@ def info(model: ModelArgument) -> None:
     print_model(model, load_text_to_text(model, **options))
     report = Path(model) / "training.json"
     if report.is_file():
-        trained = json.loads(report.read_text(encoding="utf-8"))
+        trained = _read_result(report)
         print_line(f"Trained {count_of(trained['steps'], 'step')} in {trained['seconds']:.0f} s.")
 
 
@@ -114,19 +113,20 @@ def card(
     evaluations, compared = ([_read_result(file) for file in files or []] for files in (evaluation, compare))
     text_to_text = load_text_to_text(str(model))
     from modeling_llm2slm.data.atomic import atomic_write
+    from modeling_llm2slm.data.output_paths import locked
     from modeling_llm2slm.inference.model_card import CardDetails, is_by_hand, model_card
 
     if not text_to_text.is_llm2slm:
         raise ValueError(f"{model} is not an LLM-to-SLM checkpoint; only these get a card.")
     file, report = model / "README.md", model / "training.json"
-    if file.is_file() and is_by_hand(file.read_text(encoding="utf-8")):
+    if file.is_file() and is_by_hand(file.read_text(encoding="utf-8", errors="replace")):
         raise FileExistsError(f"{file} was written by hand. Move it away first.")
     details = CardDetails(
         language=language, license=license, datasets=dataset or None, pipeline_tag=task, evaluations=evaluations,
         compared=compared, training=_read_result(report) if report.is_file() else None,
     )  # fmt: skip
     text = model_card(text_to_text.model, name or model.name, details)
-    with atomic_write(file) as temporary:
+    with locked(file), atomic_write(file) as temporary:
         temporary.write_text(str(text), encoding="utf-8")
     print_line(f"The card is in {file}.")
 
@@ -177,10 +177,9 @@ def print_model(name: str, text_to_text: TextToText) -> None:
 def _read_result(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {file}.")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+    from modeling_llm2slm.data.text import read_json
+
+    values = read_json(file)
     if not isinstance(values, dict):
         raise ValueError(f"{file} does not hold a result of `llm2slm evaluate`.")
     return values

@@ -113,6 +113,7 @@ def benchmark(
     ] = None,
     llm2slm: Annotated[str | None, typer.Option(help="The LLM-to-SLM checkpoint that is built on --llm.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Write plots to this folder.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace plots.")] = False,
 ) -> None:
     """
     Time the LLM, the SLM and LLM-to-SLM in turns, on every engine that is installed.
@@ -126,8 +127,13 @@ def benchmark(
     quiet_libraries()
     from modeling_llm2slm.benchmark.benchmark import Benchmark
     from modeling_llm2slm.benchmark.cells import Cell, load_sweep
+    from modeling_llm2slm.benchmark.plots import PLOTS, plot
+    from modeling_llm2slm.data.output_paths import check_output
     from modeling_llm2slm.inference.engine import BenchmarkModels
 
+    if plots is not None:
+        for name in PLOTS:
+            check_output(plots / name, overwrite=overwrite)
     default = Path(str(files("modeling_llm2slm.configuration"))) / "benchmark.yaml"
     models = BenchmarkModels(work / "given", llm, llm2slm) if llm is not None and llm2slm is not None else None
     cells = [Cell()] if models is not None and sweep is None else load_sweep(sweep or default)
@@ -136,8 +142,6 @@ def benchmark(
     _print_benchmark(result, [cell.key for cell in cells])
     print_line(f"All results are in {output}.")
     if plots is not None:
-        from modeling_llm2slm.benchmark.plots import plot
-
         for file in plot(result, plots):
             print_line(f"Plotted {file}.")
 

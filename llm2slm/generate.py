@@ -160,9 +160,16 @@ def _prompts(prompts: list[str] | None, file: Path | None, settings: GenerateFil
     else:
         if sys.stdin.isatty():
             print_note("Type one prompt on each line; end with Ctrl-D.")
-        for number, line in enumerate(sys.stdin, 1):
+        for number, line in enumerate(_lines_of_stdin(), 1):
             text = line.removeprefix("\ufeff") if number == 1 else line  # a byte-order mark
             yield without_end(check_text(text, f"Standard input, line {number}"))
+
+
+def _lines_of_stdin() -> Iterator[str]:
+    try:
+        yield from sys.stdin
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "Standard input") from error
 
 
 def _write_outputs(

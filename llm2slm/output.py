@@ -74,7 +74,7 @@ def prepare_streams() -> None:
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         stream = getattr(sys, name)
         if stream is None and os.open(os.devnull, os.O_WRONLY if mode == "r" else os.O_RDONLY) == number:
-            stream = open(number, mode, encoding="utf-8", closefd=False)
+            stream = open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 - open as long as Python runs
             setattr(sys, name, stream)
         if isinstance(stream, io.TextIOWrapper):
             if mode == "r":

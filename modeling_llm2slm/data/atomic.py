@@ -35,9 +35,9 @@ def atomic_write(path: str | os.PathLike, keep: bool = True) -> Iterator[Path]:
 
     If the body raises or the process dies, `path` is unchanged. A device or a pipe is written to at the end. A folder
     that exists is exchanged in one step. It keeps the files that were not written, but not weights and graphs of an
-    earlier model where new weights are written, as they would be loaded instead. A folder that receives neither weights
-    nor graphs, is the current directory or is a mount point stays the same folder: its files are replaced one by one,
-    `config.json` last.
+    earlier model where new weights are written, as they would be loaded instead. A folder that receives neither
+    weights nor graphs, is the current directory or is a mount point stays the same folder: its files are replaced one
+    by one, `config.json` last.
 
     Args:
         path: The file or folder. An `OSError` of the body names it, also if a full disk has no name.

@@ -42,6 +42,14 @@ def last_report(output_dir: str | Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() and _is_json(file) else {}
 
 
+def what_resumes(output_dir: str | Path, resume: bool) -> str:
+    """Return what the same command does after a run in this folder was interrupted."""
+    if not resume:
+        return "To resume, set resume: true: the same command trains from scratch."
+    begins = "" if last_checkpoint(output_dir) else " It starts from the beginning, as no checkpoint was written."
+    return f"Repeat the command to resume.{begins}"
+
+
 def finished_report(arguments: Seq2SeqTrainingArguments) -> dict[str, Any] | None:
     """Return the report of a run that has already trained for as many steps or epochs as the arguments ask for."""
     report = last_report(arguments.output_dir)

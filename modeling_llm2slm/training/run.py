@@ -38,7 +38,7 @@ from .trainer import TextToTextTrainer
 logger = logging.getLogger(__name__)
 
 
-def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def train(recipe: Mapping[str, Any], quiet: bool = False) -> dict[str, Any]:
     """
     Train a model as a recipe says, and save the best one to `output_dir`.
 
@@ -48,6 +48,7 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         recipe: The fields of [`Recipe`] and of [`~transformers.Seq2SeqTrainingArguments`] in one mapping.
+        quiet: Show no progress.
 
     Returns:
         The report; with `already_trained: True` if the run had finished before, and nothing was done.
@@ -63,10 +64,12 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
         recipe["bf16"] = arguments.bf16  # the report holds what was done
     check_folder(ours, arguments)
     with locked(arguments.output_dir, arguments.process_index):
-        return _resume(ours, arguments, recipe)
+        return _resume(ours, arguments, recipe, quiet)
 
 
-def _resume(ours: Recipe, arguments: Seq2SeqTrainingArguments, recipe: Mapping[str, Any]) -> dict[str, Any]:
+def _resume(
+    ours: Recipe, arguments: Seq2SeqTrainingArguments, recipe: Mapping[str, Any], quiet: bool
+) -> dict[str, Any]:
     """Train, from the last checkpoint if there is one, unless the run has finished."""
     finished = finished_report(arguments) if ours.resume else None
     checkpoint = last_checkpoint(arguments.output_dir) if ours.resume else None
@@ -91,7 +94,7 @@ def _resume(ours: Recipe, arguments: Seq2SeqTrainingArguments, recipe: Mapping[s
         )
     check_start_is_kept(ours, arguments)
     set_seed(arguments.seed)
-    lines = progress_lines(arguments)
+    lines = progress_lines(arguments, quiet)
     with lines or nullcontext():
         return _train(ours, arguments, recipe, checkpoint, lines)
 
