@@ -79,7 +79,7 @@ def remove_unfinished(path: Path) -> list[str]:
     """
     Remove what a killed [`atomic_write`] left, and return the names. A `*` in the name of `path` stands for any text.
 
-    A folder that was set aside to be replaced, while no other took its place, is put back.
+    A folder that was moved away to be replaced, while no other took its place, is put back.
     """
     path = Path(os.path.realpath(path))
     names = glob.escape(path.name).replace("[*]", "*")

@@ -106,9 +106,8 @@ def _check_writable(output: Path) -> None:
     try:
         with tempfile.TemporaryFile(dir=existing) as file:
             file.write(bytes(4096))
-        os.stat(existing / f".{8 * '0'}.{output.name}")  # as an atomic write names it: this may be too long
-    except FileNotFoundError:
-        return
+        with suppress(FileNotFoundError):
+            os.stat(existing / f".{8 * '0'}.{output.name}")  # as an atomic write names it: this may be too long
     except OSError as error:
         raise OSError(
             f"{output} cannot be written: {error.strerror or error}. Choose another output, or free some disk space."

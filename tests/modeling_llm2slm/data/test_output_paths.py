@@ -209,7 +209,7 @@ def test_the_next_run_removes_what_a_killed_one_left_and_says_so(
     assert "out: removed what an earlier run left unfinished (.0123abcd.out, " in caplog.text
 
 
-def test_a_folder_that_was_set_aside_is_put_back(tmp_path: Path) -> None:
+def test_a_folder_that_was_moved_away_is_put_back(tmp_path: Path) -> None:
     """A killed run may leave it so where the system cannot exchange two folders in one step."""
     earlier = tmp_path / ".0123abcd.old.out"
     earlier.mkdir()
