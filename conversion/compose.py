@@ -19,13 +19,14 @@ from modeling_llm2slm.settings import BuildSettings
 from modeling_llm2slm.states.loading import load, load_model, one_sentence
 
 from .build import check_part, float_dtype, new_processor, with_overrides
-from .output import output_folder, save_without_weights, write_weights
+from .output import converts, output_folder, save_without_weights, write_weights
 from .report import Report, probe, slm_logits
 
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
+@converts
 def compose(
     llm: str | Path,
     slm: str | Path,
@@ -73,7 +74,7 @@ def compose(
     state = {name: tensor for name, tensor in source.state_dict().items() if name not in source.all_tied_weights_keys}
     cast = _changed_dtypes(state, dtypes)
     needed = sum(tensor.numel() * cast.get(name, tensor.dtype).itemsize for name, tensor in state.items())
-    with output_folder(output, overwrite, needed) as folder:
+    with output_folder(output, (llm, slm), needed) as folder:
         progress("writing")
         save_without_weights(source, folder, Path(output).name)
         _write_dtypes(source, dtypes, folder)

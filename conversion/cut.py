@@ -17,7 +17,7 @@ from modeling_llm2slm.files_llm2slm import first_line
 from modeling_llm2slm.inference.parts import count_parameters
 from modeling_llm2slm.states.loading import load_model
 
-from .output import output_folder, size_of
+from .output import converts, output_folder, size_of
 from .parts import load_plain, tokenizer_of
 from .report import Report, probe, slm_logits
 
@@ -61,6 +61,7 @@ def cut(llm: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedModel:
     return model.train(llm.training)
 
 
+@converts
 def cut_checkpoint(
     llm: str | Path, output: str | Path, layers: int | Sequence[int], *, overwrite: bool = False
 ) -> Report:
@@ -81,7 +82,7 @@ def cut_checkpoint(
     model = cut(source, layers)
     kept = model.config.cut_from_layers
     report = Report(f"Layers {', '.join(map(str, kept))} of {llm} become {output}")
-    with output_folder(output, overwrite, size_of(model.state_dict())) as folder:
+    with output_folder(output, (llm,), size_of(model.state_dict())) as folder:
         model.save_pretrained(folder)
         tokenizer = tokenizer_of(llm)
         if tokenizer is not None:

@@ -15,10 +15,11 @@ from modeling_llm2slm.inference.model import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.states.fingerprints import checkpoint_folder
 from modeling_llm2slm.states.loading import load_model
 
-from .output import composite_config, copy_processor, output_folder, size_of
+from .output import composite_config, converts, copy_processor, output_folder, size_of
 from .report import Report, probe
 
 
+@converts
 def export(
     checkpoint: str | Path,
     output: str | Path,
@@ -58,7 +59,7 @@ def export(
     with torch.no_grad():
         expected = model(input_ids=texts[0], decoder_input_ids=texts[1]).logits
     report = Report(f"{checkpoint} becomes {output} for {engine}, weights in {weights}")
-    with output_folder(output, overwrite, int(size_of(state) / 4 * stored.bytes) + table) as folder:
+    with output_folder(output, (checkpoint,), int(size_of(state) / 4 * stored.bytes) + table) as folder:
         folder.mkdir()
         try:
             written = target.export(model, folder, weights, progress)

@@ -14,7 +14,7 @@ from modeling_llm2slm.inference.model import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.parts_llm2slm import llm_class, slm_class
 from modeling_llm2slm.states.loading import check_finite, load, load_model, with_article
 
-from .output import composite_config, copy_processor, output_folder, size_of
+from .output import composite_config, converts, copy_processor, output_folder, size_of
 from .parts import part_of_state
 from .report import Report, composite_logits, groups, probe, slm_logits
 
@@ -33,6 +33,7 @@ KNOWN_NAMES = {
 }
 
 
+@converts
 def import_encoder_decoder(
     checkpoint: str | Path, output: str | Path, *, fusion: str = "add", overwrite: bool = False
 ) -> Report:
@@ -76,7 +77,7 @@ def import_encoder_decoder(
     model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(**parts, fusion=fusion)
     model.config.llm_source = model.config.slm_source = None  # neither part is a checkpoint of its own
     report.add("projector", "new: train the result")
-    with output_folder(output, overwrite, size_of(model.state_dict())) as folder:
+    with output_folder(output, (checkpoint,), size_of(model.state_dict())) as folder:
         model.save_pretrained(folder, card={"name": Path(output).name})
         copy_processor(checkpoint, folder, report)
         written = load_model(LLM2SLMForConditionalGeneration, folder)
@@ -96,6 +97,7 @@ def _group(name: str) -> str:
     return mark.strip(".") if mark else ".".join(name.split(".")[: 2 if name.startswith("encoder.") else 1])
 
 
+@converts
 def import_projector(
     projector: str | Path,
     into: str | Path,
@@ -133,7 +135,7 @@ def import_projector(
     report.add("not imported", "the activation: a projector here has ReLU, one of LLaVA has GELU")
     expected = composite_logits(model)
     named = None if include_llm else model.config.llm_source
-    with output_folder(output, overwrite, size_of(model.state_dict()), named) as folder:
+    with output_folder(output, (projector, into, mapping), size_of(model.state_dict()), named) as folder:
         model.save_pretrained(folder, include_llm, card={"name": Path(output).name})
         copy_processor(into, folder, report)
         written = load_model(LLM2SLMForConditionalGeneration, folder)

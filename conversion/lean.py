@@ -13,10 +13,11 @@ from modeling_llm2slm.inference.factory import describe_source
 from modeling_llm2slm.inference.model import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.states.loading import load, load_model
 
-from .output import composite_config, copy_processor, output_folder, size_of
+from .output import composite_config, converts, copy_processor, output_folder, size_of
 from .report import Report, composite_logits
 
 
+@converts
 def lean(
     checkpoint: str | Path,
     output: str | Path,
@@ -53,6 +54,7 @@ def lean(
     return _save(model, checkpoint, output, False, overwrite, max_shard_size)
 
 
+@converts
 def full(
     checkpoint: str | Path,
     output: str | Path,
@@ -98,7 +100,8 @@ def _save(
     state = model.state_dict()
     left_out = {} if include_llm else model.encoder.llm.state_dict()
     named = None if include_llm else model.config.llm_source
-    with output_folder(output, overwrite, size_of(state) - size_of(left_out), named) as folder:
+    inputs = checkpoint, (model.config.llm_source or {}).get("name_or_path")
+    with output_folder(output, inputs, size_of(state) - size_of(left_out), named) as folder:
         model.save_pretrained(folder, include_llm, max_shard_size=max_shard_size, card={"name": Path(output).name})
         copy_processor(checkpoint, folder, report)
         written = load_model(LLM2SLMForConditionalGeneration, folder)

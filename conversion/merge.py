@@ -9,10 +9,11 @@ from typing import Any
 from modeling_llm2slm.inference.model import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.states.loading import load_model, one_sentence
 
-from .output import composite_config, copy_processor, output_folder, size_of
+from .output import composite_config, converts, copy_processor, output_folder, size_of
 from .report import Report, composite_logits
 
 
+@converts
 def merge(
     adapter: str | Path,
     output: str | Path,
@@ -53,7 +54,9 @@ def merge(
     with one_sentence(adapter):
         merged = adapted.merge_and_unload(safe_merge=True)
     merged.config.llm_source = source
-    with output_folder(output, overwrite, size_of(merged.state_dict()), None if include_llm else source) as folder:
+    with output_folder(
+        output, (adapter, place), size_of(merged.state_dict()), None if include_llm else source
+    ) as folder:
         merged.save_pretrained(folder, include_llm, card={"name": Path(output).name})
         copy_processor(place, folder, report)
         written = load_model(LLM2SLMForConditionalGeneration, folder)

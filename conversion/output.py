@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -18,6 +19,7 @@ from transformers.utils.logging import tqdm
 
 from modeling_llm2slm.configuration_llm2slm import LLM2SLMConfig
 from modeling_llm2slm.data.atomic import atomic_write
+from modeling_llm2slm.data.output_paths import check_not_input, claimed
 from modeling_llm2slm.data.resources import check_disk_space
 from modeling_llm2slm.files_llm2slm import INDEX, WEIGHTS, first_line
 from modeling_llm2slm.inference.model import LLM2SLMProcessor
@@ -27,28 +29,42 @@ from modeling_llm2slm.states.loading import load, with_article
 from .report import Report
 
 
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def converts(conversion: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Claim the folder `output` of a conversion before its work, see [`claimed`]."""
+
+    @functools.wraps(conversion)
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        values = inspect.signature(conversion).bind(*args, **kwargs).arguments
+        with claimed(values["output"], folder=True, overwrite=values.get("overwrite", False)):
+            return conversion(*args, **kwargs)
+
+    return run
+
+
 @contextmanager
 def output_folder(
-    path: str | Path, overwrite: bool, needed: int = 0, named: Mapping[str, Any] | None = None
+    path: str | Path, inputs: Iterable[Any], needed: int = 0, named: Mapping[str, Any] | None = None
 ) -> Iterator[Path]:
     """
     Yield a temporary folder that becomes `path` at the end.
 
     Args:
-        path: The output folder.
-        overwrite: Replace an existing folder that is not empty.
+        path: The output folder, which is claimed.
+        inputs: What the conversion reads, so the result must not replace it.
         needed: Size of the result in bytes; the disk must have as much free space.
         named: The source of an LLM that the result refers to, so the result must not replace it.
 
     Raises:
-        FileExistsError: If `path` exists and is not empty.
         OSError: If the disk is full, before or during the conversion.
-        ValueError: If the LLM is inside `path`.
+        ValueError: If an input or the LLM is inside `path`.
     """
     path = Path(path)
     check_not_replaced(named, path, emptied=True)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())) and not overwrite:
-        raise FileExistsError(f"{path} is not empty. Choose another folder, or add --overwrite (`overwrite=True`).")
+    check_not_input(path, inputs)
     check_disk_space(path, needed)
     with atomic_write(path, keep=False) as folder, _quiet():
         try:

@@ -15,7 +15,6 @@ from modeling_llm2slm.states.loading import load, load_model, one_sentence
 from .build import check_part
 from .compose import VOCABULARIES
 from .output import dtype_of
-from .report import check_finite
 
 
 def load_plain(source: str | Path) -> PreTrainedModel:
@@ -33,7 +32,6 @@ def load_plain(source: str | Path) -> PreTrainedModel:
         raise ValueError(f"{source} is quantized: take the checkpoint that it was made from.")
     check_part(slm_class(config), config, str(source), "LLM")
     model: PreTrainedModel = load_model(slm_class(config), source)
-    check_finite(model.state_dict())
     return model
 
 

@@ -18,7 +18,7 @@ from modeling_llm2slm.inference.parts import count_parameters
 from modeling_llm2slm.settings import PruneSettings
 from modeling_llm2slm.states.loading import load, load_model
 
-from .output import output_folder
+from .output import converts, output_folder
 from .parts import load_plain, tokenizer_of
 from .report import Report, slm_logits
 from .vocabulary import needed_tokens, prune_backend, read_backend
@@ -31,6 +31,7 @@ DROPPED = 1000  # dropped tokens whose text is encoded and decoded
 TOKEN_IDS = re.compile(r"token_(id|ids|index)$|^(begin_)?suppress_tokens$|^(bad|force)_words_ids$|^sequence_bias$")
 
 
+@converts
 def prune_vocabulary(
     llm: str | Path,
     output: str | Path,
@@ -68,7 +69,7 @@ def prune_vocabulary(
         raise OSError(f"{llm} has no tokenizer: save it into the folder of the model.")
     content = read_backend(tokenizer, llm)
     report = Report(f"{llm} with fewer tokens becomes {output}")
-    with output_folder(output, overwrite) as folder:
+    with output_folder(output, (llm, *corpus)) as folder:
         counts, sample = _count(tokenizer, _read(corpus, settings))
         report.add("tokens of the corpus", f"{counts.total():,}, {len(counts):,} different")
         rows, before = model.get_input_embeddings().weight.shape[0], count_parameters(model)

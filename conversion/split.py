@@ -12,7 +12,7 @@ from modeling_llm2slm.files_llm2slm import open_weights, weight_files
 from modeling_llm2slm.parts_llm2slm import slm_class
 from modeling_llm2slm.states.loading import check_finite, load_model
 
-from .output import composite_config, output_folder, processor_of, size_of
+from .output import composite_config, converts, output_folder, processor_of, size_of
 from .parts import part_of_state
 from .report import Report, probe, slm_logits
 
@@ -20,6 +20,7 @@ from .report import Report, probe, slm_logits
 ENCODER, SLM = "encoder.", "decoder."  # without the LLM, the encoder holds the fusion modules
 
 
+@converts
 def split(
     checkpoint: str | Path, output: str | Path, *, overwrite: bool = False, revision: str | None = None
 ) -> Report:
@@ -50,7 +51,7 @@ def split(
         raise OSError(f"{checkpoint} is incomplete: it has no fusion modules.")
     check_finite({**slm.state_dict(), **fusion}, checkpoint)
     report = Report(f"{checkpoint} is split into {output}")
-    with output_folder(output, overwrite, size_of(slm.state_dict()) + size_of(fusion)) as folder:
+    with output_folder(output, (checkpoint,), size_of(slm.state_dict()) + size_of(fusion)) as folder:
         slm.save_pretrained(folder / "slm")
         save_file(fusion, folder / "projector.safetensors", metadata={"format": "pt"})
         report.add("tokenizer of the SLM", _write_tokenizer(checkpoint, folder / "slm"))

@@ -9,21 +9,38 @@ from __future__ import annotations
 
 import os
 import pkgutil
+import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from .options import normalize_name
-from .output import exit_with, print_line
+from .output import exit_with, prepare_streams, print_interruption, print_line, set_quiet
 
 
+QUIET = "--quiet"
 # Modules whose commands come first in the help, in this order.
 ORDER = ("train", "data", "generate", "evaluate", "checkpoints", "convert")
 
+
+class Commands(TyperGroup):
+    """The group of all commands: tells what the next run does after one is interrupted."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            print_interruption(interrupt)
+            raise
+
+
 app = typer.Typer(
     name="llm2slm",
+    cls=Commands,
     help="A large frozen language model reads the prompt once, and a small one generates the output.",
     epilog="Set LLM2SLM_DEBUG=1 to see the traceback of an error.",
     no_args_is_help=True,
@@ -36,12 +53,23 @@ app = typer.Typer(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; an error becomes one sentence and a non-zero exit status."""
+    prepare_streams()
     try:
-        app(args=None if arguments is None else list(arguments), prog_name="llm2slm")
+        try:
+            app(args=_with_quiet_first(sys.argv[1:] if arguments is None else arguments), prog_name="llm2slm")
+        finally:
+            sys.stdout.flush()
     except (OSError, ValueError, ImportError) as error:
         if os.environ.get("LLM2SLM_DEBUG"):
             raise
         exit_with(error)
+
+
+def _with_quiet_first(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line with `--quiet` before the command, wherever it stands."""
+    end = words.index("--") if "--" in words else len(words)
+    rest = [word for word in words[:end] if word != QUIET]
+    return [*([QUIET] if len(rest) < end else []), *rest, *words[end:]]
 
 
 def _print_version(wanted: bool) -> None:
@@ -57,8 +85,11 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option(QUIET, help="Show errors and results only: no progress, no warnings.")
+    ] = False,
 ) -> None:
-    pass
+    set_quiet(quiet)
 
 
 def _groups() -> Iterator[typer.Typer]:

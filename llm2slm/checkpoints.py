@@ -47,23 +47,24 @@ def build(
     weights of that shape. With `--llm` alone the result is a plain encoder-decoder model, with `--slm` alone a plain
     decoder-only model.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
-        raise FileExistsError(f"{output} is not empty. Choose another folder, or add --overwrite.")
     quiet_libraries()
     from modeling_llm2slm.conversion.build import build as build_in_memory
     from modeling_llm2slm.conversion.build import is_config
     from modeling_llm2slm.conversion.compose import compose
     from modeling_llm2slm.data.atomic import atomic_write
+    from modeling_llm2slm.data.output_paths import claimed
 
     if llm and slm and not preset and not is_config(llm) and not is_config(slm):
         with steps("Build") as progress:
             report = compose(llm, slm, output, settings, overwrite=overwrite, progress=progress)
         print_report(report)
         return
-    text_to_text = build_in_memory(llm, slm, settings, preset=preset)
-    options = {"card": {"name": output.name}} if text_to_text.is_llm2slm else {}
-    with atomic_write(output, keep=not overwrite) as folder:
-        text_to_text.save_pretrained(folder, max_shard_size=settings.max_shard_size, **options)
+    sources = llm, slm, preset, settings.llm_tokenizer, settings.slm_tokenizer
+    with claimed(output, folder=True, overwrite=overwrite, inputs=sources):
+        text_to_text = build_in_memory(llm, slm, settings, preset=preset)
+        options = {"card": {"name": output.name}} if text_to_text.is_llm2slm else {}
+        with atomic_write(output, keep=not overwrite) as folder:
+            text_to_text.save_pretrained(folder, max_shard_size=settings.max_shard_size, **options)
     print_model(str(output), text_to_text)
 
 
@@ -110,19 +111,20 @@ def card(
     evaluations, compared = ([_read_result(file) for file in files or []] for files in (evaluation, compare))
     text_to_text = load_text_to_text(str(model))
     from modeling_llm2slm.data.atomic import atomic_write
+    from modeling_llm2slm.data.output_paths import locked
     from modeling_llm2slm.inference.model_card import CardDetails, is_by_hand, model_card
 
     if not text_to_text.is_llm2slm:
         raise ValueError(f"{model} is not an LLM-to-SLM checkpoint; only these get a card.")
     file = model / "README.md"
-    if file.is_file() and is_by_hand(file.read_text(encoding="utf-8")):
+    if file.is_file() and is_by_hand(file.read_text(encoding="utf-8", errors="replace")):
         raise FileExistsError(f"{file} was written by hand. Move it away first.")
     details = CardDetails(
         language=language, license=license, datasets=dataset or None, pipeline_tag=task, evaluations=evaluations,
         compared=compared, training=_read_report(model),
     )  # fmt: skip
     text = model_card(text_to_text.model, name or model.name, details)
-    with atomic_write(file) as temporary:
+    with locked(file), atomic_write(file) as temporary:
         temporary.write_text(str(text), encoding="utf-8")
     print_line(f"The card is in {file}.")
 
@@ -176,7 +178,8 @@ def _read_result(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {file}.")
     fields = {"scores": mapping_to(NUMBER), "speed": mapping_to(NUMBER), "signatures": MAPPING}
-    return read_json(file, "Write it again: llm2slm evaluate --output.", fields, optional=True, what="a result of `llm2slm evaluate`")
+    fix = "Write it again: llm2slm evaluate --output."
+    return read_json(file, fix, fields, optional=True, what="a result of `llm2slm evaluate`")
 
 
 def _read_report(model: str | Path) -> dict[str, Any] | None:

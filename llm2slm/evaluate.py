@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from .loading import check_output, load_text_to_text, quiet_libraries
-from .options import ModelArgument, ResultFile, with_settings
+from .loading import claimed, load_text_to_text, quiet_libraries
+from .options import ModelArgument, OverwriteFile, ResultFile, with_settings
 from .output import count_of, number_table, one_line, out, print_line, resumable, size
 from .progress import duration, steps
 
@@ -33,6 +33,7 @@ def evaluate(
     loading: LoadSettings,
     output: ResultFile = None,
     against: Annotated[str | None, typer.Option(help="Compare with this LLM; references are not needed then.")] = None,
+    overwrite: OverwriteFile = False,
 ) -> None:
     """
     Score a model's outputs: BLEU and chrF (sacrebleu), ROUGE, exact match, and time per output.
@@ -43,21 +44,21 @@ def evaluate(
 
     `llm2slm evaluate runs/model prompts.txt --against google-t5/t5-large`
     """
-    check_output(output)
-    text_to_text = load_text_to_text(model, loading, prompt_max_length=settings.prompt_max_length)
-    quiet_libraries(data=True)
-    about = {"model": model, "data": Path(data).name}
-    if against is not None:
-        from modeling_llm2slm.evaluation.agreement import compare
+    with claimed(output, overwrite=overwrite, inputs=(model, data, against)):
+        text_to_text = load_text_to_text(model, loading, prompt_max_length=settings.prompt_max_length)
+        quiet_libraries(data=True)
+        about = {"model": model, "data": Path(data).name}
+        if against is not None:
+            from modeling_llm2slm.evaluation.agreement import compare
 
-        on_same_device = replace(loading, quantize=None)
-        llm = load_text_to_text(against, on_same_device, prompt_max_length=settings.prompt_max_length)
-        comparison = compare(text_to_text, llm, data, settings)
-        _write_and_show({**about, "against": against, **comparison}, output, print_comparison)
-        return
-    from modeling_llm2slm.evaluation.evaluate import evaluate as evaluate_model
+            on_same_device = replace(loading, quantize=None)
+            llm = load_text_to_text(against, on_same_device, prompt_max_length=settings.prompt_max_length)
+            comparison = compare(text_to_text, llm, data, settings)
+            _write_and_show({**about, "against": against, **comparison}, output, print_comparison)
+            return
+        from modeling_llm2slm.evaluation.evaluate import evaluate as evaluate_model
 
-    _write_and_show({**about, **evaluate_model(text_to_text, data, settings)}, output, _print_scores)
+        _write_and_show({**about, **evaluate_model(text_to_text, data, settings)}, output, _print_scores)
 
 
 @commands.command(rich_help_panel="Training")
@@ -73,6 +74,7 @@ def plan(
         list[str] | None, typer.Option(help="PRESET=FOLDER, if the SLM's tokenizer cannot be downloaded; repeatable.")
     ] = None,
     output: ResultFile = None,
+    overwrite: OverwriteFile = False,
 ) -> None:
     """
     Estimate the speed-up and the cost of LLM-to-SLM on this machine, before any training.
@@ -86,12 +88,12 @@ def plan(
     from modeling_llm2slm.workflows.plan import SLMS
     from modeling_llm2slm.workflows.plan import plan as make_plan
 
-    check_output(output)
-    with steps("Planning") as progress:
-        result = make_plan(
-            llm, data, settings, presets=preset or tuple(SLMS), slm_tokenizers=tokenizers, progress=progress
-        )
-    _write_and_show({"llm": llm, "data": Path(data).name, **result}, output, _print_plan)
+    with claimed(output, overwrite=overwrite, inputs=(llm, data, *(preset or ()), *tokenizers.values())):
+        with steps("Planning") as progress:
+            result = make_plan(
+                llm, data, settings, presets=preset or tuple(SLMS), slm_tokenizers=tokenizers, progress=progress
+            )
+        _write_and_show({"llm": llm, "data": Path(data).name, **result}, output, _print_plan)
 
 
 @commands.command(rich_help_panel=PANEL)
@@ -111,6 +113,7 @@ def benchmark(
     ] = None,
     llm2slm: Annotated[str | None, typer.Option(help="The LLM-to-SLM checkpoint that is built on --llm.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Write plots to this folder.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace plots.")] = False,
 ) -> None:
     """
     Time the LLM, the SLM and LLM-to-SLM in turns, on every engine that is installed.
@@ -124,12 +127,16 @@ def benchmark(
     quiet_libraries()
     from modeling_llm2slm.benchmark.benchmark import Benchmark
     from modeling_llm2slm.benchmark.cells import Cell, load_sweep
+    from modeling_llm2slm.benchmark.plots import PLOTS, plot
+    from modeling_llm2slm.data.output_paths import check_output
     from modeling_llm2slm.inference.engine import BenchmarkModels
 
     if plots is not None:
         from modeling_llm2slm.benchmark.plots import check_installed
 
         check_installed()
+        for name in PLOTS:
+            check_output(plots / name, overwrite=overwrite)
     default = Path(str(files("modeling_llm2slm.configuration"))) / "benchmark.yaml"
     models = BenchmarkModels(work / "given", llm, llm2slm) if llm is not None and llm2slm is not None else None
     cells = [Cell()] if models is not None and sweep is None else load_sweep(sweep or default)
@@ -138,8 +145,6 @@ def benchmark(
     _print_benchmark(result, [cell.key for cell in cells])
     print_line(f"All results are in {output}.")
     if plots is not None:
-        from modeling_llm2slm.benchmark.plots import plot
-
         for file in plot(result, plots):
             print_line(f"Plotted {file}.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .loading import check_output, load_text_to_text, local_device, quiet_libraries
+from .loading import claimed, load_text_to_text, local_device, quiet_libraries
 from .options import ModelArgument, is_given, refuse_given, with_settings
 from .output import count_of, one_line, out, print_line, print_note, resumable
 from .progress import counting
@@ -63,16 +64,16 @@ def generate(
     if file is not None and output is not None:
         _generate_file(model, file, output, settings)
         return
-    check_output(output)
-    text_to_text = _load(model, settings)
-    batch_size = settings.batch_size if is_given(context, "batch_size") else 1
-    texts = islice(_prompts(prompts, file, settings), settings.limit)
-    if output is not None:
-        _write_outputs(text_to_text, texts, batch_size, output, settings.generate_kwargs())
-    elif batch_size == 1 and settings.num_beams == 1:
-        _stream(text_to_text, texts, settings.generate_kwargs())
-    else:
-        _print_batches(text_to_text, texts, batch_size, settings.generate_kwargs())
+    with claimed(output, overwrite=settings.overwrite, inputs=(model,)):
+        text_to_text = _load(model, settings)
+        batch_size = settings.batch_size if is_given(context, "batch_size") else 1
+        texts = islice(_prompts(prompts, file, settings), settings.limit)
+        if output is not None:
+            _write_outputs(text_to_text, texts, batch_size, output, settings.generate_kwargs())
+        elif batch_size == 1 and settings.num_beams == 1:
+            _stream(text_to_text, texts, settings.generate_kwargs())
+        else:
+            _print_batches(text_to_text, texts, batch_size, settings.generate_kwargs())
 
 
 @commands.command(rich_help_panel=PANEL)
@@ -108,9 +109,11 @@ def serve(
 
 def _refuse_options_without_effect(context: typer.Context, file: Path | None, output: Path | None) -> None:
     if file is None or output is None:
-        refuse_given(context, ("batch_tokens", "column", "overwrite"), "belongs to --file with --output")
+        refuse_given(context, ("batch_tokens", "column"), "belongs to --file with --output")
     elif not output.name.endswith((".jsonl", ".jsonl.gz")):
         refuse_given(context, ("column",), "needs an --output that ends in .jsonl or .jsonl.gz")
+    if output is None:
+        refuse_given(context, ("overwrite",), "belongs to --output")
     if file is None:
         refuse_given(context, ("prompt_column", "skip_bad_rows"), "belongs to --file")
 
@@ -146,8 +149,10 @@ def _load(model: str, settings: GenerateFileSettings) -> TextToText:
 
 
 def _prompts(prompts: list[str] | None, file: Path | None, settings: GenerateFileSettings) -> Iterator[str]:
+    from modeling_llm2slm.data.text import check_text, from_command_line, without_end
+
     if prompts:
-        yield from prompts
+        yield from (from_command_line(prompt, f"Prompt {number}") for number, prompt in enumerate(prompts, 1))
     elif file is not None:
         quiet_libraries(data=True)
         from modeling_llm2slm.data.loading import load_prompts
@@ -156,32 +161,46 @@ def _prompts(prompts: list[str] | None, file: Path | None, settings: GenerateFil
     else:
         if sys.stdin.isatty():
             print_note("Type one prompt on each line; end with Ctrl-D.")
-        yield from (line.rstrip("\r\n") for line in sys.stdin)
+        for number, line in enumerate(_lines_of_stdin(), 1):
+            text = line.removeprefix("\ufeff") if number == 1 else line  # a byte-order mark
+            yield without_end(check_text(text, f"Standard input, line {number}"))
+
+
+def _lines_of_stdin() -> Iterator[str]:
+    try:
+        yield from sys.stdin
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "Standard input") from error
 
 
 def _write_outputs(
     text_to_text: TextToText, prompts: Iterator[str], batch_size: int, output: Path, options: dict[str, Any]
 ) -> None:
     from modeling_llm2slm.data.atomic import atomic_write
+    from modeling_llm2slm.data.formats import open_file
     from modeling_llm2slm.inference.outputs import warn_of_blank_outputs
 
     outputs = text_to_text.generate(list(prompts), batch_size, **options)
     warn_of_blank_outputs(outputs)
-    with atomic_write(output) as temporary:
-        temporary.write_text("".join(f"{one_line(text)}\n" for text in outputs), encoding="utf-8")
+    with (
+        atomic_write(output) as temporary,
+        open_file(temporary, "wt", encoding="utf-8", errors="backslashreplace") as written,
+    ):
+        written.writelines(f"{one_line(text)}\n" for text in outputs)
 
 
 def _stream(text_to_text: TextToText, prompts: Iterator[str], options: dict[str, Any]) -> None:
     blank = _blank_outputs()
     for prompt in prompts:
-        pieces = []
-        for piece in text_to_text.stream(prompt, **options):
-            out.file.write(one_line(piece))
-            out.file.flush()
-            pieces.append(piece)
+        text = ""
+        with closing(text_to_text.stream(prompt, **options)) as pieces:  # stops the model if nothing can be written
+            for piece in pieces:
+                out.file.write(one_line(piece))
+                out.file.flush()
+                text += piece
         out.file.write("\n")
         out.file.flush()
-        blank.count(["".join(pieces)])
+        blank.count([text])
     blank.warn()
 
 

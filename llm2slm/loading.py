@@ -1,8 +1,10 @@
-"""What commands do before their work: quiet the libraries, load a model, check the output, choose the device."""
+"""What commands do before their work: quiet the libraries, load a model, claim the output, choose the device."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +32,16 @@ def quiet_libraries(data: bool = False) -> None:
         disable_progress_bars()
 
 
-def check_output(output: Path | None) -> None:
-    """Raise `OSError` before the work if an output file cannot be written."""
-    if output is not None:
-        from modeling_llm2slm.inference.files import check_writable
+@contextmanager
+def claimed(output: Path | None, **options: Any) -> Iterator[None]:
+    """Claim an output file, if there is one, before the work, see `modeling_llm2slm.data.output_paths`."""
+    if output is None:
+        yield
+        return
+    from modeling_llm2slm.data import output_paths
 
-        check_writable(output)
+    with output_paths.claimed(output, **options):
+        yield
 
 
 def local_device(device: str) -> str:

@@ -31,6 +31,7 @@ ModelArgument = Annotated[
 OutputArgument = Annotated[Path, typer.Argument(help="The folder to write to.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")]
 ResultFile = Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")]
+OverwriteFile = Annotated[bool, typer.Option("--overwrite", help="Replace the file.")]
 
 
 def normalize_name(name: str) -> str:

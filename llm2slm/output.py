@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import functools
+import io
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from rich.console import Console
@@ -14,22 +17,15 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
+from .options import load_module
+
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 out = Console()
 err = Console(stderr=True)
-
-# What to do about an error of the operating system, by its number.
-REMEDIES = {
-    errno.EACCES: "Change its permissions, or choose another place.",
-    errno.EPERM: "Change its permissions, or choose another place.",
-    errno.ENOSPC: "Free some space, or choose another disk.",
-    errno.EDQUOT: "Free some space, or choose another disk.",
-    errno.ENOENT: "Check the path.",
-    errno.EEXIST: "It is a file, but a folder is needed: choose another place.",
-}
+LIBRARY = "modeling_llm2slm"
 
 # The extra of the package that installs a module; all others belong to `train`.
 EXTRAS = {
@@ -47,8 +43,44 @@ def print_line(text: str, **style: Any) -> None:
 
 
 def print_note(text: str) -> None:
-    """Print one line of plain text to standard error."""
-    err.print(text, soft_wrap=True, highlight=False, markup=False)
+    """Print one line of plain text to standard error, unless `--quiet` is given. A failure stops no command."""
+    if not is_quiet():
+        _print_error(text)
+
+
+def _print_error(text: str, **style: Any) -> None:
+    with suppress(OSError, ValueError):
+        err.print(text, soft_wrap=True, highlight=False, **{"markup": False, **style})
+
+
+def set_quiet(quiet: bool) -> None:
+    """Choose whether errors and results only are shown: no progress, no notes and no warnings."""
+    logging.getLogger(LIBRARY).setLevel(logging.ERROR if quiet else logging.NOTSET)
+    if quiet:
+        warnings.simplefilter("ignore")
+
+
+def is_quiet() -> bool:
+    """Return whether `--quiet` is given."""
+    return logging.getLogger(LIBRARY).level == logging.ERROR
+
+
+def prepare_streams() -> None:
+    """
+    Make the standard streams UTF-8, whatever the locale, and read lines that end at a line feed.
+
+    A stream that is closed gets a file that cannot be used, so that no file opened later takes its number.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        stream = getattr(sys, name)
+        if stream is None and os.open(os.devnull, os.O_WRONLY if mode == "r" else os.O_RDONLY) == number:
+            stream = open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 - open as long as Python runs
+            setattr(sys, name, stream)
+        if isinstance(stream, io.TextIOWrapper):
+            if mode == "r":
+                stream.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")
+            else:
+                stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def number_table(*headers: str, **options: Any) -> Table:
@@ -78,33 +110,46 @@ def count_of(number: int, noun: str) -> str:
 
 
 def resumable(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Tell the user of a command that resumes what to do after Ctrl-C."""
+    """Tell the user of a command that resumes what to do after Ctrl-C, unless the command itself does."""
 
     @functools.wraps(command)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         try:
             return command(*args, **kwargs)
-        except KeyboardInterrupt:
-            print_note("Interrupted. Repeat the command to resume.")
-            raise
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(str(interrupt) or "Interrupted. Repeat the command to resume.") from None
 
     return run
 
 
+def print_interruption(interrupt: KeyboardInterrupt) -> None:
+    """Print what the next run does after Ctrl-C."""
+    _print_error(str(interrupt) or "Interrupted. Repeat the command to start again.")
+
+
 def exit_with(error: Exception) -> NoReturn:
     """Print an error as one sentence and exit with status 1. A pipe that its reader closed ends quietly."""
-    if isinstance(error, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1)
-    err.print(f"[bold red]Error:[/] {escape(_sentence(error))}", soft_wrap=True, highlight=False)
+    place = None if _can_write(sys.stdout) else "Standard output"
+    if not isinstance(error, BrokenPipeError):
+        _print_error(f"[bold red]Error:[/] {escape(_sentence(error, place))}", markup=True)
+    for stream in (sys.stdout, sys.stderr):
+        if not _can_write(stream):  # what is left in it would fail again when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     raise SystemExit(1)
 
 
-def _sentence(error: Exception) -> str:
+def _can_write(stream: Any) -> bool:
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _sentence(error: Exception, place: str | None) -> str:
     if isinstance(error, ModuleNotFoundError):
         extra = EXTRAS.get(error.name or "", "train")
         return f"{error.name} is not installed. Try: pip install 'modeling-llm2slm[{extra}]'"
-    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-        remedy = REMEDIES.get(error.errno, "Choose another place.")
-        return f"{error.filename}: {(error.strerror or type(error).__name__).lower()}. {remedy}"
-    return " ".join(str(error).split()) or type(error).__name__
+    causes = load_module("modeling_llm2slm.data.causes")
+    sentence = causes.sentence_of(error, place) if isinstance(error, OSError) else None
+    return sentence or " ".join(str(error).split()) or type(error).__name__

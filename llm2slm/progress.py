@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .output import err, print_note
+from .output import err, is_quiet, print_note
 
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def duration(seconds: float) -> str:
 
 
 def _is_silent() -> bool:
-    return os.environ.get("RANK", "0") != "0"  # torchrun starts several processes; the first one reports
+    return is_quiet() or os.environ.get("RANK", "0") != "0"  # of the processes of torchrun, the first one reports
 
 
 class _Bars:

@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 from .evaluate import print_comparison
 from .loading import local_device, quiet_libraries
 from .options import extra_options, load_module, with_settings
-from .output import count_of, print_line, resumable
+from .output import count_of, is_quiet, print_line, resumable
 from .progress import counting
 
 
@@ -119,14 +119,13 @@ def speedup(
 
     settings = replace(settings, recipe=recipe)
     with counting("prompts") as count:
-        run = Speedup(settings, output, local_device(device), count)
+        run = Speedup(settings, output, local_device(device), count, is_quiet())
         result = run.run(lambda stage, command: print_line(f"{stage}  {command}"))
     print_comparison({"data": "test.jsonl", **result})
     print_line(f"The model is in {output}/model.")
 
 
 @commands.command(cls=RecipeCommand, rich_help_panel=PANEL, context_settings=EXTRA_OPTIONS)
-@resumable
 def train(
     context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="A YAML file.", show_default=False)],
@@ -144,10 +143,16 @@ def train(
     overrides = dict(extra_options(context.args))
     quiet_libraries(data=True)
     from modeling_llm2slm.training.recipe import load_recipe
+    from modeling_llm2slm.training.resuming import what_resumes
     from modeling_llm2slm.training.run import train as train_model
 
     settings = load_recipe(recipe, overrides)
-    report = train_model(settings)
+    try:
+        report = train_model(settings, quiet=is_quiet())
+    except KeyboardInterrupt:
+        resumes = str(settings.get("resume", True)).lower() != "false"
+        output_dir = os.path.expandvars(str(settings["output_dir"]))
+        raise KeyboardInterrupt(f"Interrupted. {what_resumes(output_dir, resumes)}") from None
     if report.get("already_trained"):  # a warning has said so
         return
     print_line(f"Trained {count_of(report['steps'], 'step')} in {report['seconds']:.0f} s.")

@@ -32,8 +32,7 @@ def weight_files(source: str | Path, on_hub: bool, subfolder: str = "", **hub: A
 
     def fetch(name: str) -> Path | None:
         if not on_hub:
-            file = Path(source, subfolder, name)
-            return file if file.is_file() else None
+            return file if (file := Path(source, subfolder, name)).is_file() else None
         try:
             return Path(hf_hub_download(str(source), name, subfolder=subfolder or None, **hub))
         except EntryNotFoundError:  # also: not in the cache, and no network
@@ -78,10 +77,11 @@ def open_weights(files: Iterable[str | Path]) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     for file in files:
         try:
+            open(file, "rb").close()  # an error of the system has its own words
             handle = safe_open(str(file), framework="pt")
             names = handle.keys()
             tensors.update({name: handle.get_slice(name) for name in names})
-        except (SafetensorError, FileNotFoundError) as error:
+        except SafetensorError as error:
             raise OSError(f"{Path(file).name} is damaged or incomplete: {first_line(error)}") from error
     return tensors
 

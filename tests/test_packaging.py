@@ -127,7 +127,9 @@ def test_what_is_imported_is_declared() -> None:
     # Trainer imports accelerate by itself, and models are saved and loaded with safetensors.
     found = imported(files) | {"accelerate", "safetensors"}
     assert base | train <= found
-    assert found <= base | train | optional | {"pydantic-core"}  # pydantic installs its own version of it
+    # pydantic installs its own version of pydantic-core, and huggingface-hub installs filelock.
+    assert found <= base | train | optional | {"pydantic-core", "filelock"}
+    assert any(Requirement(line).name == "filelock" for line in metadata.requires("huggingface-hub") or [])
 
 
 def test_constraints_lie_within_the_declared_ranges() -> None:

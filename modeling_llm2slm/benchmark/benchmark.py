@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from ..data.atomic import atomic_write
+from ..data.atomic import atomic_write, remove_unfinished
+from ..data.output_paths import check_output, locked
 from ..data.records import write_json
 from ..evaluation.timing import Timing, median_timing, time_in_turns
 from ..files_llm2slm import weight_files
@@ -43,6 +44,7 @@ class Benchmark:
         progress: Called with a few words at every step.
 
     Raises:
+        OSError: If the output cannot be written.
         ValueError: If the output belongs to another machine, device or checkpoint, or a cell names an unknown
             contestant.
     """
@@ -69,10 +71,16 @@ class Benchmark:
                 raise ValueError(f"Contestant {unknown.pop()!r} does not exist. Choose from: {names}.")
             for name in cell.contestants:
                 self.contestants[name].check_installed(name)
+        check_output(output, overwrite=True, inputs=(models.llm, models.llm2slm) if models is not None else ())
+        check_output(work, folder=True, overwrite=True)
         self.result = self._load_result()
 
     def run(self) -> dict[str, Any]:
         """Measure the missing cells, and return the whole result."""
+        with locked(self.output), locked(self.work):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         torch.set_num_threads(self.settings.threads)
         for preset in dict.fromkeys(cell.preset for cell in self.cells):
             cells = [cell for cell in self.cells if cell.preset == preset]
@@ -130,6 +138,7 @@ class Benchmark:
         contestant, folder = self.contestants[name], models.folder / name
         if contestant.make is not None and not folder.exists():
             self.progress(f"making {name}")
+            remove_unfinished(folder)
             with atomic_write(folder) as temporary:
                 temporary.mkdir()
                 contestant.make(models, temporary)

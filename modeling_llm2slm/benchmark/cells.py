@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 import yaml
 
+from ..data.text import read_text
+
 
 FIRST_ID = 10  # lower token ids are special
 MAX_CELLS = 40
@@ -55,7 +57,7 @@ def load_sweep(path: str | Path) -> list[Cell]:
         ValueError: If the file has no such list, the list has more than 40 cells, or a cell has an unknown field.
     """
     try:
-        rows = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["cells"]
+        rows = yaml.safe_load(read_text(path))["cells"]
         cells = [Cell(**row | {"contestants": tuple(row.get("contestants", ()))}) for row in rows]
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a sweep: {' '.join(str(error).split())}") from error

@@ -7,7 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..data.atomic import atomic_write
 from ..inference.engine import is_installed
+
+
+PLOTS = ("time.svg", "speed-up.svg", "throughput.svg")
 
 
 def check_installed() -> None:
@@ -29,12 +33,12 @@ def plot(result: Mapping[str, Any], folder: Path) -> list[Path]:
         The files. A plot with fewer than two cells is not written.
     """
     cells = list(result["cells"].values())
-    plots: list[tuple[str, str, str, str, Callable[..., float]]] = [
-        ("time.svg", "output", "output length, tokens", "seconds per output", lambda cell, row: row["seconds"]),
-        ("speed-up.svg", "prompt", "prompt length, tokens", "times as fast as the LLM", _speed_up),
-        ("throughput.svg", "batch", "batch size", "tokens per second", lambda cell, row: row["tokens_per_second"]),
+    plots: list[tuple[str, str, str, Callable[..., float]]] = [
+        ("output", "output length, tokens", "seconds per output", lambda cell, row: row["seconds"]),
+        ("prompt", "prompt length, tokens", "times as fast as the LLM", _speed_up),
+        ("batch", "batch size", "tokens per second", lambda cell, row: row["tokens_per_second"]),
     ]
-    files = [_plot(cells, folder / name, axis, x, y, value) for name, axis, x, y, value in plots]
+    files = [_plot(cells, folder / name, *one) for name, one in zip(PLOTS, plots, strict=True)]
     return [file for file in files if file is not None]
 
 
@@ -72,8 +76,8 @@ def drawing(file: Path) -> Iterator[Any]:
     yield axes
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, metadata={"Date": None})
+    with atomic_write(file) as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None})
     pyplot.close(figure)
 
 

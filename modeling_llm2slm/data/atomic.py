@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import glob
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
 
@@ -30,10 +33,11 @@ def atomic_write(path: str | os.PathLike, keep: bool = True) -> Iterator[Path]:
     """
     Yield a temporary path next to `path` to write a file or a folder to, and move it to `path` at the end.
 
-    If the body raises or the process dies, `path` is unchanged. A folder that exists is exchanged in one step. It
-    keeps the files that were not written, but not weights and graphs of an earlier model where new weights are
-    written, as they would be loaded instead. A folder that receives neither weights nor graphs, is the current
-    directory or is a mount point stays the same folder: its files are replaced one by one, `config.json` last.
+    If the body raises or the process dies, `path` is unchanged. A device or a pipe is written to at the end. A folder
+    that exists is exchanged in one step. It keeps the files that were not written, but not weights and graphs of an
+    earlier model where new weights are written, as they would be loaded instead. A folder that receives neither
+    weights nor graphs, is the current directory or is a mount point stays the same folder: its files are replaced one
+    by one, `config.json` last.
 
     Args:
         path: The file or folder. An `OSError` of the body names it, also if a full disk has no name.
@@ -42,6 +46,10 @@ def atomic_write(path: str | os.PathLike, keep: bool = True) -> Iterator[Path]:
     Raises:
         PermissionError: See [`check_replaceable`].
     """
+    if is_stream(path):
+        with _named(Path(path), Path(path)), _copied_to_stream(Path(path)) as temporary:
+            yield temporary
+        return
     path = Path(os.path.realpath(path))
     check_replaceable(path)
     temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")  # as deep as `path`: relative paths stay true
@@ -67,11 +75,44 @@ def check_replaceable(path: str | os.PathLike) -> None:
         )
 
 
-def remove_unfinished(path: Path) -> None:
-    """Remove what a killed [`atomic_write`] left. A `*` in the name of `path` stands for any text."""
+def remove_unfinished(path: Path) -> list[str]:
+    """
+    Remove what a killed [`atomic_write`] left, and return the names. A `*` in the name of `path` stands for any text.
+
+    A folder that was moved away to be replaced, while no other took its place, is put back.
+    """
     path = Path(os.path.realpath(path))
-    for left in path.parent.glob(f".{HEX}.{glob.escape(path.name).replace('[*]', '*')}"):
+    names = glob.escape(path.name).replace("[*]", "*")
+    for earlier in path.parent.glob(f".{HEX}.old.{names}"):
+        if not os.path.lexists(earlier.with_name(earlier.name.partition(".old.")[2])):
+            earlier.rename(earlier.with_name(earlier.name.partition(".old.")[2]))
+    removed = [left for pattern in (names, f"old.{names}") for left in path.parent.glob(f".{HEX}.{pattern}")]
+    for left in removed:
         _remove(left)
+    return sorted({left.name for left in removed})
+
+
+def is_stream(path: str | os.PathLike) -> bool:
+    """Return whether a path is a device, a pipe, a socket or an open file of a process: written to, never replaced."""
+    if os.path.abspath(path).startswith(("/dev/std", "/dev/fd/", "/proc/self/fd/")):
+        return True
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+@contextmanager
+def _copied_to_stream(path: Path) -> Iterator[Path]:
+    """Yield a temporary path for a file, and copy it to a device or a pipe at the end."""
+    with TemporaryDirectory() as folder:
+        temporary = Path(folder, path.name)
+        yield temporary
+        if temporary.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+        with open(temporary, "rb") as content, open(path, "ab") as stream:  # standard output may be a file
+            shutil.copyfileobj(content, stream)
 
 
 def _remove(path: Path) -> None:

@@ -14,7 +14,7 @@ from ..files_llm2slm import first_line
 from ..settings import DataSettings
 from .bad_rows import check_columns, report_bad_rows, text_problem
 from .conversations import REPLACEMENTS, conversation_in, read_conversations, sources_of
-from .formats import FILE_FORMATS, ROW_ERROR, file_format_of, is_empty, is_jsonl, parse_lines, reading_options
+from .formats import ROW_ERROR, file_format_of, is_empty, parse_rows, unknown_format
 
 
 ROW = "_row"  # a column with the number of each row in its source, from 0
@@ -167,47 +167,55 @@ def _load(source: str, split: str, columns: Sequence[str], default_format: str |
         return _load_from_hub(source, split)
     file_format = file_format or default_format
     if file_format is None:
-        raise ValueError(f"{source} must end in {', '.join(FILE_FORMATS)}: the extension decides the format.")
+        raise ValueError(unknown_format(source))
     if is_empty(path):
         raise ValueError(f"{source} holds no rows.")
-    if is_jsonl(path):
-        return _load_lines(path, columns)
+    if file_format != "parquet":
+        return _load_rows(path, file_format, columns)
     try:
-        return load_dataset(file_format, data_files=str(path), split="train", **reading_options(path))
+        return load_dataset(file_format, data_files=str(path), split="train")
     except Exception as error:  # each reader raises its own exceptions
-        reason = first_line(error.__cause__ or error)
-        if "corresponds to no data" in reason:
-            raise ValueError(f"{source} holds no rows.") from error
-        raise ValueError(f"{source} cannot be read as {file_format}: {reason}") from error
+        raise ValueError(
+            f"{source} cannot be read as {file_format}: {first_line(error.__cause__ or error)}"
+        ) from error
 
 
-def _load_lines(path: Path, columns: Sequence[str]) -> Dataset:
-    """Load JSON lines: the given columns, each whole row as JSON, and why a row has no text in one of the columns."""
-    names = _column_names(path, columns)
+def _load_rows(path: Path, file_format: str, columns: Sequence[str]) -> Dataset:
+    """
+    Load the rows of a file that is not Parquet: the given columns, why a row has no text in one of them, and the whole
+    row, which is JSON for JSON, and all columns for a table.
+    """
+    names = _column_names(path, file_format, columns)
     sources = sources_of(columns, names)
     check_columns(str(path), list(sources.values()), names)
-    features = Features({name: Value("string") for name in [*columns, LINE, ROW_ERROR]})
+    kept = [*columns, LINE] if file_format == "json" else list(dict.fromkeys([*names, *columns]))
+    features = Features({name: Value("string") for name in [*kept, ROW_ERROR]})
     # `datasets` caches by these arguments: the modification time makes it read a changed file again.
-    arguments = {"path": path, "sources": sources, "changed": path.stat().st_mtime_ns}
-    return Dataset.from_generator(_lines_as_texts, features=features, gen_kwargs=arguments)
+    arguments = {"path": path, "sources": sources, "kept": tuple(kept), "changed": path.stat().st_mtime_ns}
+    return Dataset.from_generator(_rows_as_texts, features=features, gen_kwargs=arguments)
 
 
-def _column_names(path: Path, columns: Sequence[str]) -> list[str]:
-    """Return the column names of JSON lines, reading from the top until all of `columns` were found."""
+def _column_names(path: Path, file_format: str, columns: Sequence[str]) -> list[str]:
+    """Return the column names of rows, reading from the top until all of `columns` were found."""
     seen: dict[str, Any] = {}
-    for row in parse_lines(path, None):
+    for row in parse_rows(path, None):
         seen = row | seen
         if seen.keys() >= set(sources_of(columns, seen).values()):
             break
     error = seen.pop(ROW_ERROR, None)
     if not seen:
-        raise ValueError(f"{path} cannot be read as json: {error}" if error else f"{path} holds no rows.")
+        raise ValueError(f"{path} cannot be read as {file_format}: {error}" if error else f"{path} holds no rows.")
     return list(seen)
 
 
-def _lines_as_texts(path: Path, sources: Mapping[str, str], changed: int) -> Iterator[Mapping[str, Any]]:
-    for number, row in enumerate(parse_lines(path, None)):
-        yield {**_texts(row, sources, number), LINE: json.dumps(row)}
+def _rows_as_texts(
+    path: Path, sources: Mapping[str, str], kept: Sequence[str], changed: int
+) -> Iterator[Mapping[str, Any]]:
+    for number, row in enumerate(parse_rows(path, None)):
+        texts = _texts(row, sources, number)
+        whole = {LINE: json.dumps(row)} if LINE in kept else {}
+        others = {name: row.get(name) if texts[ROW_ERROR] is None else None for name in kept if name not in texts}
+        yield {**others, **texts, **whole}
 
 
 def _load_from_hub(name: str, split: str) -> Dataset:

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ..files_llm2slm import first_line
 from .bad_rows import check_columns, report_bad_rows, text_problem
 from .conversations import read_conversations, sources_of
-from .formats import ROW_ERROR, file_format_of, parse_lines, reading_options
+from .formats import ROW_ERROR, file_format_of, parse_rows, unknown_format
 from .order import grouped_order, lengths, seeded
 
 
@@ -163,16 +163,18 @@ class StreamedFeatures(IterableDataset):
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         path = Path(self.source).expanduser()
-        if path.is_file() and ".jsonl" in path.suffixes:
-            yield from parse_lines(path, self.settings.limit)
-            return
         file_format = file_format_of(path)
+        if path.is_file() and file_format not in ("parquet", None):
+            yield from parse_rows(path, self.settings.limit)
+            return
         if not path.is_file() and file_format is not None:
             raise FileNotFoundError(f"There is no data file {self.source}.")
+        if path.is_file() and file_format is None:
+            raise ValueError(unknown_format(self.source))
         name, _, configuration = self.source.partition(":")
         try:
             rows = (
-                load_dataset(file_format, data_files=str(path), split="train", streaming=True, **reading_options(path))
+                load_dataset("parquet", data_files=str(path), split="train", streaming=True)
                 if path.is_file()
                 else load_dataset(name, configuration or None, split=self.settings.split, streaming=True)
             )

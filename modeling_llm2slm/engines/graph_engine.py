@@ -102,7 +102,7 @@ class GraphEngine(Engine):
         check_finite({EMBEDDINGS: model._embeddings}, path)
         for component in read_manifest(path)["components"].values():
             for name, values in self.constants(path / component["file"]):
-                extremes = (values.min(), values.max()) if values.size else ()
+                extremes = [values.min(), values.max()] if values.size else []
                 # A single infinity fills masks; no weight is a single number.
                 if not all(map(math.isfinite, extremes)) and (values.size > 1 or math.isnan(extremes[0])):
                     raise OSError(

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from datasets import Dataset
 
-from ..data.atomic import atomic_write
+from ..data.atomic import atomic_write, is_stream
 from ..data.bad_rows import good_rows
 from ..data.formats import is_jsonl, open_file
 from ..data.loading import ROW, load_rows, whole_row
+from ..data.output_paths import claimed
 from ..data.processes import processes
 from ..settings import GenerateFileSettings
 from .batching import BatchLimits, OutputId, PromptTable
@@ -86,7 +88,8 @@ def generate_file(
         generate_kwargs: Arguments of `model.generate()`, in addition to `settings.generate_kwargs()`.
 
     Raises:
-        OSError: If the output cannot be written.
+        FileExistsError: If the output exists and `settings.overwrite` is not set.
+        OSError: If the output cannot be written, or another run writes to it.
         ValueError: If the outputs would replace the prompts, a prompt and its output do not fit into the model's
             positions, or an interrupted run had another model, other data or other settings.
     """
@@ -94,46 +97,48 @@ def generate_file(
     if settings.column == settings.prompt_column and is_jsonl(output):
         raise ValueError(f"Column {settings.column!r} holds the prompts. Name another one for the outputs (--column).")
     rank, world = processes(settings.overwrite)
-    check_writable(output)
-    rows = _load(data, output, settings)
-    loading = {name: getattr(settings, name) for name in ("device", "prompt_max_length", "quantize", "allow_nonfinite")}
-    text_to_text = TextToText.from_pretrained(model, **loading)
-    generate_kwargs = text_to_text.with_limit({**settings.generate_kwargs(), **generate_kwargs})
-    rows, table = _fitting_rows(text_to_text, rows, data, settings, generate_kwargs)
-    parts = OutputParts(
-        output, _run_settings(model, text_to_text, table, settings, generate_kwargs), rank, settings.overwrite
-    )
-    batches = table.batches(limits, parts.outputs, rank, world)
-    counts = _Counts(text_to_text, table, parts, generate_kwargs.get("max_new_tokens", 0), world, progress)
-    prompts = rows.select_columns([settings.prompt_column])
+    with ExitStack() as stack:
+        stack.enter_context(claimed(output, overwrite=settings.overwrite, inputs=(model, data), rank=rank))
+        rows = _load(data, output, settings)
+        loading = ("device", "prompt_max_length", "quantize", "allow_nonfinite")
+        text_to_text = TextToText.from_pretrained(model, **{name: getattr(settings, name) for name in loading})
+        generate_kwargs = text_to_text.with_limit({**settings.generate_kwargs(), **generate_kwargs})
+        rows, table = _fitting_rows(text_to_text, rows, data, settings, generate_kwargs)
+        run_settings = _run_settings(model, text_to_text, table, settings, generate_kwargs)
+        parts = OutputParts(stack.enter_context(_place_of_parts(output)), run_settings, rank, settings.overwrite)
+        batches = table.batches(limits, parts.outputs, rank, world)
+        counts = _Counts(text_to_text, table, parts, generate_kwargs.get("max_new_tokens", 0), world, progress)
+        prompts = rows.select_columns([settings.prompt_column])
 
-    def features_of(indices: list[int]) -> Features:
-        return text_to_text.features(prompts[indices][settings.prompt_column])
+        def features_of(indices: list[int]) -> Features:
+            return text_to_text.features(prompts[indices][settings.prompt_column])
 
-    start = time.perf_counter()
-    options = {"overlap": settings.overlap, "seed": settings.seed, "known": parts.outputs, **generate_kwargs}
-    for ids, tokens in text_to_text.generate_batches(table, batches, features_of, limits, **options):
-        texts = text_to_text.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        parts.keep({table.key(one): text for one, text in zip(ids, texts, strict=True)})
-        counts.add(ids, tokens)
-    seconds = time.perf_counter() - start if batches else 0.0
-    if counts.truncated:
-        logger.warning(f"{counts.truncated} outputs were cut at {counts.longest} tokens. Set a higher max_new_tokens.")
-    warn_of_blank_outputs(parts.outputs.values())
-    _finish(output, rows, settings.column, table, parts)
-    return GenerationReport(
-        len(rows), len(rows) - len(table.rows), counts.kept, counts.tokens, seconds, counts.truncated
-    )
+        start = time.perf_counter()
+        options = {"overlap": settings.overlap, "seed": settings.seed, "known": parts.outputs, **generate_kwargs}
+        for ids, tokens in text_to_text.generate_batches(table, batches, features_of, limits, **options):
+            texts = text_to_text.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            parts.keep({table.key(one): text for one, text in zip(ids, texts, strict=True)})
+            counts.add(ids, tokens)
+        seconds = time.perf_counter() - start if batches else 0.0
+        if counts.truncated:
+            logger.warning(
+                f"{counts.truncated} outputs were cut at {counts.longest} tokens. Set a higher max_new_tokens."
+            )
+        warn_of_blank_outputs(parts.outputs.values())
+        _finish(output, rows, settings.column, table, parts)
+        return GenerationReport(
+            len(rows), len(rows) - len(table.rows), counts.kept, counts.tokens, seconds, counts.truncated
+        )
 
 
-def check_writable(output: Path) -> None:
-    """Raise `OSError` unless the file `output` can be created and written to."""
-    with writing(output, "Choose another output, or free some disk space."):
-        if output.is_dir():
-            raise IsADirectoryError(21, "it is a folder")
-        existing = next(parent for parent in output.absolute().parents if parent.exists())
-        with tempfile.TemporaryFile(dir=existing) as file:
-            file.write(bytes(4096))
+@contextmanager
+def _place_of_parts(output: Path) -> Iterator[Path]:
+    """Yield the path that the parts of an output are named after. Nothing is resumed from those of a device."""
+    if is_stream(output):
+        with TemporaryDirectory() as folder:
+            yield Path(folder, output.name)
+    else:
+        yield output
 
 
 class _Counts:

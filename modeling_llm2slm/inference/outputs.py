@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class OutputParts:
         output: The final file. Parts are written to its folder.
         settings: The settings that an output depends on, in addition to its prompt.
         rank: Number of this process.
-        overwrite: Remove parts of other settings.
+        overwrite: Remove parts of other settings. Those of the same settings are resumed.
 
     Attributes:
         outputs: Each output so far, by its key.
@@ -71,7 +72,7 @@ class OutputParts:
         self.output = output
         self.settings = json.loads(json.dumps(settings))
         self.path = output.with_name(f"{output.name}.part-{rank}" if rank else f"{output.name}.part")
-        if overwrite:
+        if overwrite and any(self._settings_of(path) != self.settings for path in self._paths()):
             self.remove()
         self.outputs = self.read_all()
         self._empty = self._cut_torn_line() == 0
@@ -93,14 +94,27 @@ class OutputParts:
         outputs: dict[str, str] = {}
         for path in self._paths():
             lines = self._complete_lines(path)
-            if next(lines, self.settings) != self.settings:
+            if self._settings_of(path) != self.settings:
                 raise ValueError(
                     f"{path} belongs to a run with another model, other data or other settings. Repeat those, remove "
                     "the file, or add --overwrite."
                 )
-            for line in lines:
+            for line in islice(lines, 1, None):
                 outputs.update(line)
         return outputs
+
+    def _settings_of(self, path: Path) -> Any:
+        """Return the settings in the first line of a file, or those of this run if that line was not finished."""
+        with path.open("rb") as file:
+            line = file.readline()
+        if not line.endswith(b"\n") and line[:1] in b"{":
+            return self.settings
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is not an unfinished output of an earlier run. Move it away, or choose another output."
+            ) from error
 
     def remove(self) -> None:
         """Remove the files."""

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -211,7 +211,7 @@ class TextToText:
                 chosen = take_rows(inputs, [row_of[prompt_index] for prompt_index, _ in piece])
                 yield piece, self.write(chosen, **generate_kwargs)
 
-    def stream(self, prompt: Any, **generate_kwargs: Any) -> Iterator[str]:
+    def stream(self, prompt: Any, **generate_kwargs: Any) -> Generator[str]:
         """
         Generate for one prompt, and yield the text piece by piece.
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..configuration_llm2slm import llm_sizes
+from ..data.causes import unreadable_file
 from ..data.records import COUNT, TEXT, Kind, read_json, whole_number, write_json
 from .fingerprints import llm_fingerprint, tokenizer_fingerprint
 
@@ -165,6 +165,8 @@ def read_index(files: Sequence[Path]) -> np.ndarray:
             if keys.shape != (len(lengths), 32) or lengths.sum() != rows:
                 raise ValueError(f"{rows:,} hidden states do not belong to {len(keys):,} prompts")
         except (SafetensorError, OSError, ValueError) as error:
+            if unreadable := unreadable_file(file):
+                raise OSError(unreadable) from error
             raise ValueError(
                 f"{file} is damaged ({error}). Remove it and run the same llm2slm encode again: it encodes what is "
                 "missing."

@@ -16,11 +16,12 @@ from ..data import resources
 from ..data.bad_rows import good_rows
 from ..data.conversations import encode_prompts
 from ..data.loading import ROW, load_prompts
+from ..data.output_paths import claimed
 from ..data.processes import processes, share
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..processing_llm2slm import LLM2SLMProcessor
 from ..settings import EncodeSettings
-from .description import SHARDS, StoreDescription, describe, index_prompts
+from .description import DESCRIPTION, SHARDS, StoreDescription, describe, index_prompts, read_index
 from .loading import load, load_model, to_device
 from .store import remove_store
 from .writer import StateWriter
@@ -56,34 +57,37 @@ def encode(
         The description of the store.
 
     Raises:
+        FileExistsError: If `output` holds other files than a store, unless `settings.overwrite` is set.
         ValueError: If `output` is a store of something else, the model is not an LLM-to-SLM model, or a prompt is too
             long for the LLM.
-        OSError: If the model cannot be loaded, or the disk is too small.
+        OSError: If the model cannot be loaded, the disk is too small, or another run writes to the store.
     """
-    encoder = _Encoder(model, settings)
-    prompts, index = encoder.read(data)
-    description = describe(model, encoder.config, encoder.processor.tokenizer, index, settings.dtype)
     rank, world = processes(settings.overwrite)
-    if settings.overwrite:
-        remove_store(output)
-    check_disk_space(output, description)
-    writer = StateWriter(output, description, settings.shard_bytes, rank)
-    rows = _shortest_first(index)
-    missing = rows[~np.isin(index["key"][rows], writer.done)]
-    announce(description, int(index["length"][missing].sum()) * description.bytes_per_token)
-    done = len(rows) - len(missing)
-    progress(done, len(rows))
-    # Shares are cut from all rows and not from the missing ones, as another process may have written some already.
-    own = share(rows, settings.batch_size, rank, world)
-    own = own[np.isin(own, missing)]
-    for start in range(0, len(own), settings.batch_size):
-        ids = encoder.token_ids(prompts[own[start : start + settings.batch_size]]["prompt"])
-        for prompt, states in zip(ids, encoder.encode(ids), strict=True):
-            writer.add(prompt, states)
-        done = min(done + world * len(ids), len(rows))
+    keeps = settings.overwrite or Path(output, DESCRIPTION).is_file() or any(Path(output).glob(SHARDS))
+    with claimed(output, folder=True, overwrite=keeps, inputs=(model,), rank=rank):
+        encoder = _Encoder(model, settings)
+        prompts, index = encoder.read(data)
+        description = describe(model, encoder.config, encoder.processor.tokenizer, index, settings.dtype)
+        if settings.overwrite and not _is_unfinished(output, description):
+            remove_store(output)
+        check_disk_space(output, description)
+        writer = StateWriter(output, description, settings.shard_bytes, rank)
+        rows = _shortest_first(index)
+        missing = rows[~np.isin(index["key"][rows], writer.done)]
+        announce(description, int(index["length"][missing].sum()) * description.bytes_per_token)
+        done = len(rows) - len(missing)
         progress(done, len(rows))
-    writer.flush()
-    return description
+        # Shares are cut from all rows and not from the missing ones, as another process may have written some already.
+        own = share(rows, settings.batch_size, rank, world)
+        own = own[np.isin(own, missing)]
+        for start in range(0, len(own), settings.batch_size):
+            ids = encoder.token_ids(prompts[own[start : start + settings.batch_size]]["prompt"])
+            for prompt, states in zip(ids, encoder.encode(ids), strict=True):
+                writer.add(prompt, states)
+            done = min(done + world * len(ids), len(rows))
+            progress(done, len(rows))
+        writer.flush()
+        return description
 
 
 class _Encoder:
@@ -133,6 +137,15 @@ class _Encoder:
         batch = self.processor.tokenizer.pad(features, return_tensors="pt", verbose=False).to(self.model.device)
         states = self.model.encode_llm(batch["input_ids"], batch["attention_mask"])
         return [row[mask.bool()] for row, mask in zip(states, batch["attention_mask"], strict=True)]
+
+
+def _is_unfinished(folder: str | Path, description: StoreDescription) -> bool:
+    """Return whether an interrupted run has begun the store that is described."""
+    try:
+        StoreDescription.read(Path(folder)).check(description, Path(folder))
+        return len(read_index(sorted(Path(folder).glob(SHARDS)))) < description.prompts
+    except (OSError, ValueError):
+        return False
 
 
 def _load(path: str | Path) -> tuple[Any, LLM2SLMProcessor]:

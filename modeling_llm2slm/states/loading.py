@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from ..checkpoint_llm2slm import LLM_PREFIX
 from ..configuration_llm2slm import check_sizes, decoder_sizes, llm_sizes
+from ..data.causes import unreadable_file
 from ..data.resources import free_memory
 from ..files_llm2slm import first_line, open_weights, shape_of, weight_files
 from .files import check_files
@@ -139,6 +140,9 @@ def _sentence(path: str, error: Exception) -> str:
         return f"{path} is not a checkpoint: it has no config.json."
     if str(error).startswith(f"{path} cannot be loaded: "):
         return first_line(error)
+    unreadable = unreadable_file(path) if Path(path).exists() else None
+    if unreadable is not None:
+        return f"{path} cannot be loaded: {unreadable}"
     cause = _cause(path, error)
     if cause.startswith(NO_FOLDER) and any(words in cause for words in UNREACHABLE):
         cause = f"{NO_FOLDER}, and the Hub cannot be reached. Check the path, or download the model first."

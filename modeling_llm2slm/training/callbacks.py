@@ -114,8 +114,10 @@ class ProgressLines(TrainerCallback):
         return f"{self.activity}: {', '.join(words)}"
 
 
-def progress_lines(arguments: TrainingArguments) -> ProgressLines | None:
+def progress_lines(arguments: TrainingArguments, quiet: bool = False) -> ProgressLines | None:
     """Return lines of progress for a training whose output shows no bar; `None` where the Trainer shows one."""
+    if quiet:
+        return ProgressLines(write=lambda line: None)
     if arguments.process_index > 0 or (not arguments.disable_tqdm and (sys.stderr.isatty() or is_in_notebook())):
         return None
     return ProgressLines()

@@ -10,6 +10,8 @@ from typing import Any
 from transformers import AutoConfig
 
 from ..data.formats import is_jsonl
+from ..data.output_paths import check_output
+from ..data.processes import processes
 from ..inference.files import generate_file
 from ..settings import DistillSettings, GenerateFileSettings
 from ..states.loading import load
@@ -50,8 +52,7 @@ def distill(
     output = Path(output)
     if not is_jsonl(output):
         raise ValueError(f"{output} must end in .jsonl or .jsonl.gz.")
-    if output.exists() and not settings.overwrite:
-        raise FileExistsError(f"{output} exists. Choose another file, or add --overwrite.")
+    check_output(output, overwrite=settings.overwrite or processes(settings.overwrite)[0] > 0, inputs=(llm, data))
     if not getattr(load(AutoConfig, llm), "is_encoder_decoder", False):
         raise ValueError(
             f"{llm} is decoder-only, so nothing marks where a prompt ends and its output begins: take an "

@@ -398,8 +398,10 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         FileNotFoundError: If the file does not exist.
         ValueError: If the file is not a YAML mapping.
     """
+    from ..data.text import read_text
+
     try:
-        recipe = read_yaml(Path(path).read_text(encoding="utf-8"))
+        recipe = read_yaml(read_text(path))
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no recipe {path}.") from None
     except yaml.YAMLError as error:

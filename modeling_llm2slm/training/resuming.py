@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from transformers import Seq2SeqTrainingArguments
 
 from ..data.atomic import remove_unfinished
+from ..data.output_paths import MODEL_FILES, check_output
 from ..data.records import COUNT, MAPPING, NUMBER, TEXT, read_json, without_folders, without_secrets, write_json
 from .batches import effective_batch_size
 from .recipe import Recipe, recipe_fields
@@ -72,6 +74,14 @@ def _as_recorded(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(without_secrets(recipe), default=str))
 
 
+def what_resumes(output_dir: str | Path, resume: bool) -> str:
+    """Return what the same command does after a run in this folder was interrupted."""
+    if not resume:
+        return "To resume, set resume: true: the same command trains from scratch."
+    begins = "" if last_checkpoint(output_dir) else " It starts from the beginning, as no checkpoint was written."
+    return f"Repeat the command to resume.{begins}"
+
+
 def finished_report(arguments: Seq2SeqTrainingArguments) -> dict[str, Any] | None:
     """Return the report of a run that has already trained for as many steps or epochs as the arguments ask for."""
     report = last_report(arguments.output_dir)
@@ -94,6 +104,31 @@ def check_same_recipe(recipe: Recipe, arguments: Seq2SeqTrainingArguments) -> No
                 f"{arguments.output_dir} was started with {name}: {begun[name]}, and cannot resume with {now[name]}. "
                 f"{repeat} another output_dir, or train from scratch with resume: false."
             )
+
+
+def check_folder(recipe: Recipe, arguments: Seq2SeqTrainingArguments) -> None:
+    """
+    Raise an error for an output folder that a training must not replace.
+
+    Raises:
+        FileExistsError: If it holds a model that no training has written.
+        ValueError: If the training starts from it.
+    """
+    folder = Path(arguments.output_dir)
+    check_output(folder, folder=True, overwrite=True)
+    if os.path.exists(recipe.model) and folder.exists() and os.path.samefile(recipe.model, folder):
+        result = "the trained model" if recipe.include_llm else "a lean checkpoint"
+        raise ValueError(
+            f"The training starts from {recipe.model}, which {result} in {folder} would replace. Choose another "
+            "output_dir."
+        )
+    holds_model = folder.is_dir() and any(map(_is_of_model, os.listdir(folder)))
+    if holds_model and not (folder / RECIPE).is_file():
+        raise FileExistsError(f"{folder} holds a model that no training has written. Choose another output_dir.")
+
+
+def _is_of_model(name: str) -> bool:
+    return (MODEL_FILES.fullmatch(name) is not None and not name.endswith(".py")) or name.startswith("checkpoint-")
 
 
 def check_start_is_kept(recipe: Recipe, arguments: Seq2SeqTrainingArguments) -> None:

@@ -15,6 +15,7 @@ from transformers import Seq2SeqTrainingArguments, set_seed
 
 from ..checkpoint_llm2slm import LLM_PREFIX
 from ..data.atomic import atomic_write, check_replaceable
+from ..data.output_paths import locked
 from ..data.records import versions, without_secrets
 from ..data.resources import check_disk_space
 from ..evaluation.metrics import check_installed
@@ -27,11 +28,13 @@ from .recipe import Recipe, parse_recipe, typed_recipe
 from .resuming import (
     REPORT,
     TrainingFailed,
+    check_folder,
     check_not_failed,
     check_same_recipe,
     check_start_is_kept,
     finished_report,
     last_checkpoint,
+    last_report,
     prepare_output_dir,
     record_failure,
 )
@@ -41,7 +44,7 @@ from .trainer import TextToTextTrainer
 logger = logging.getLogger(__name__)
 
 
-def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def train(recipe: Mapping[str, Any], quiet: bool = False) -> dict[str, Any]:
     """
     Train a model as a recipe says, and save the best one to `output_dir`.
 
@@ -51,13 +54,15 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         recipe: The fields of [`Recipe`] and of [`~transformers.Seq2SeqTrainingArguments`] in one mapping.
+        quiet: Show no progress.
 
     Returns:
         The report; with `already_trained: True` if the run had finished before, and nothing was done.
 
     Raises:
         ValueError: If the recipe is wrong, its data has bad rows, or it differs from the one of the run to resume.
-        OSError: If a model or data cannot be read, or a checkpoint cannot be written.
+        OSError: If a model or data cannot be read, a checkpoint cannot be written, the output folder holds another
+            model, or another run writes to it.
         TrainingFailed: If a loss or a gradient norm is not finite. The last good checkpoint is kept, and no model is
             saved. It is a `ValueError`.
     """
@@ -65,11 +70,20 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
     recipe = typed_recipe(recipe, ours, arguments)
     if "bf16" in recipe:
         recipe["bf16"] = arguments.bf16  # the report holds what was done
+    check_folder(ours, arguments)
+    with locked(arguments.output_dir, arguments.process_index):
+        return _resume(ours, arguments, recipe, quiet)
+
+
+def _resume(
+    ours: Recipe, arguments: Seq2SeqTrainingArguments, recipe: Mapping[str, Any], quiet: bool
+) -> dict[str, Any]:
+    """Train, from the last checkpoint if there is one, unless the run has finished."""
     finished = finished_report(arguments) if ours.resume else None
     checkpoint = last_checkpoint(arguments.output_dir) if ours.resume else None
     if ours.resume:
         check_not_failed(arguments.output_dir, recipe)
-    if finished or checkpoint:
+    if finished or checkpoint or (ours.resume and last_report(arguments.output_dir)):
         check_same_recipe(ours, arguments)
     if finished:
         counts = {name: finished[name] for name in ("steps", "epochs")}
@@ -85,9 +99,14 @@ def train(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if ours.metric != "loss":
         check_installed([ours.metric])
     check_replaceable(arguments.output_dir)
+    if last_report(arguments.output_dir) and ours.resume and not checkpoint:
+        raise FileExistsError(
+            f"{arguments.output_dir} holds a finished training, and no checkpoint to resume from. Choose another "
+            "output_dir, or train from scratch with resume: false."
+        )
     check_start_is_kept(ours, arguments)
     set_seed(arguments.seed)
-    lines = progress_lines(arguments)
+    lines = progress_lines(arguments, quiet)
     with lines or nullcontext():
         return _train(ours, arguments, recipe, checkpoint, lines)
 
@@ -127,7 +146,7 @@ def _train(
 
 
 def _bytes_to_write(ours: Recipe, arguments: Seq2SeqTrainingArguments, model: Any) -> int:
-    """Return the bytes of the trained model and, if any are saved, of one checkpoint: what a training needs at least."""
+    """Return the bytes that a training needs at least: those of its model and, if it saves any, of one checkpoint."""
     parameters = dict(model.named_parameters())
     llm = sum(tensor.nbytes for name, tensor in parameters.items() if LLM_PREFIX in name)
     rest = sum(tensor.nbytes for tensor in parameters.values()) - llm

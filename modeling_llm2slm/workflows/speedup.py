@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -28,6 +29,7 @@ from ..data.conversations import (
 )
 from ..data.formats import parse_lines
 from ..data.loading import ROW, load_prompts
+from ..data.output_paths import MODEL_FILES, check_output, locked
 from ..data.records import MAPPING, read_json, without_secrets, write_json
 from ..evaluation.agreement import compare
 from ..inference.engine import fingerprint_of
@@ -45,7 +47,10 @@ from ..training.run import train
 SPLITS = ("train", "validation", "test")
 Progress = Callable[[str, int, int], None]
 RECORD = "speedup.json"
-RESULTS = ("distilled.jsonl", *(f"{split}.jsonl" for split in SPLITS), "start", "states", "model", "evaluation.json")
+RESULTS = (
+    "distilled.jsonl", *(f"{split}.jsonl" for split in SPLITS), "start", "states", "recipe.yaml", "model",
+    "evaluation.json",
+)  # fmt: skip
 # Settings that may not change after a stage has begun.
 SETTINGS_OF_DISTILL = ("llm", "prompts", "prompt_column", "limit", "held_out", "num_beams", "max_new_tokens")
 SETTINGS_OF_BUILD = ("llm", "llm_sha256", "slm", "slm_tokenizer", "fusion", "encoder_dtype", "max_new_tokens")
@@ -64,6 +69,7 @@ class Speedup:
             `evaluation.json`.
         device: Device of the LLM. Training uses the accelerator of this machine, if it has one.
         progress: Called with the stage, the number of prompts that are done, and of all.
+        quiet: Show no progress of the training.
 
     Raises:
         ValueError: If the folder holds a run with other settings, a recipe field is wrong or is set by the speed-up
@@ -77,11 +83,13 @@ class Speedup:
         output: str | Path,
         device: str = "cpu",
         progress: Progress = lambda stage, done, total: None,
+        quiet: bool = False,
     ):
         self.settings = settings
         self.output = Path(output)
         self.device = device
         self.progress = progress
+        self.quiet = quiet
         # Fail here, before hours of work, if a later stage would.
         if is_config(settings.llm):
             raise ValueError(
@@ -97,9 +105,11 @@ class Speedup:
 
     def _check_folder(self) -> None:
         """Raise `ValueError` if the folder holds a run with other settings, or results of something else."""
+        check_output(self.output, folder=True, overwrite=True)
         path, record = self.output / RECORD, self._record  # hashes the prompts now, before the LLM reads them
         if not path.is_file():
-            foreign = [name for name in RESULTS if (self.output / name).exists()]
+            names = os.listdir(self.output) if self.output.is_dir() else []
+            foreign = sorted(name for name in names if name in RESULTS or MODEL_FILES.fullmatch(name))
             if foreign:
                 raise ValueError(
                     f"{self.output} has {foreign[0]}, which no speed-up wrote (there is no {RECORD}). Choose another "
@@ -214,9 +224,10 @@ class Speedup:
         Returns:
             The evaluation, see [`compare`].
         """
-        for stage, (command, work) in self.stages().items():
-            announce(stage, command)
-            work()
+        with locked(self.output):
+            for stage, (command, work) in self.stages().items():
+                announce(stage, command)
+                work()
         return json.loads((self.output / "evaluation.json").read_text(encoding="utf-8"))
 
     def distill(self) -> None:
@@ -300,7 +311,7 @@ class Speedup:
         with atomic_write(self.output / "recipe.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(without_secrets(recipe), sort_keys=False), encoding="utf-8")
         if not (self.output / "model" / REPORT).is_file():
-            train(recipe)
+            train(recipe, quiet=self.quiet)
 
     def _paths(self) -> dict[str, str]:
         return {

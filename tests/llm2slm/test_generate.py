@@ -36,7 +36,7 @@ def test_prompts_in_arguments_file_and_standard_input_give_the_same_outputs(comp
 
 def test_each_piece_is_shown_when_it_is_generated(composite, monkeypatch):
     seen: list[str] = []
-    monkeypatch.setattr(TextToText, "stream", lambda *_, **__: iter(["one ", "two"]))
+    monkeypatch.setattr(TextToText, "stream", lambda *_, **__: (piece for piece in ("one ", "two")))
     written = io.StringIO()
     monkeypatch.setattr(written, "flush", lambda: seen.append(written.getvalue()))
     monkeypatch.setattr(sys, "stdout", written)
@@ -101,7 +101,7 @@ def test_both_limits_of_a_batch_reach_generate_file(words, limits, tmp_path, mon
     [
         (("src1", "--batch-tokens", 50), "--batch-tokens belongs to --file with --output"),
         (("src1", "--output", "OUT.jsonl", "--column", "mt"), "--column belongs to --file with --output"),
-        (("--file", "FILE", "--overwrite"), "--overwrite belongs to --file with --output"),
+        (("--file", "FILE", "--overwrite"), "--overwrite belongs to --output"),
         (("src1", "--prompt-column", "source"), "--prompt-column belongs to --file"),
         (("src1", "--skip-bad-rows"), "--skip-bad-rows belongs to --file"),
         (

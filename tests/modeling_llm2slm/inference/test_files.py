@@ -87,7 +87,7 @@ class TestColumns:
         for bad in ("", "{\n"):
             with Path(data).open("a") as file:
                 file.write(bad)
-            generate_file(composite, data, output, settings(skip_bad_rows=True))
+            generate_file(composite, data, output, settings(skip_bad_rows=True, overwrite=True))
             found = [json.loads(line) for line in output.read_text().splitlines()]
             assert [
                 {**row, "model_output": new["model_output"]} for row, new in zip(rows, found, strict=True)

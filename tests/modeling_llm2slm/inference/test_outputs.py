@@ -30,3 +30,21 @@ def test_files_removed_by_another_process_are_no_error(tmp_path: Path, monkeypat
 
 def test_line_ends_of_every_kind_become_spaces() -> None:
     assert one_line("a\rb\r\nc\x0bd\x85e\u2028f\n") == "a b c d e f "
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("content", [b"my notes\n", b"no line end", b"\xff\n"])
+def test_a_file_of_somebody_else_is_not_taken_for_parts(tmp_path: Path, content: bytes, overwrite: bool) -> None:
+    part = tmp_path / "outputs.txt.part"
+    part.write_bytes(content)
+    with pytest.raises(ValueError, match=r"outputs\.txt\.part is not an unfinished output of an earlier run"):
+        OutputParts(tmp_path / "outputs.txt", {"seed": 1}, overwrite=overwrite)
+    assert part.read_bytes() == content
+
+
+@pytest.mark.parametrize(("seed", "kept"), [(1, {"a": "b"}), (2, {})])
+def test_parts_of_the_same_settings_are_resumed_even_to_overwrite(
+    tmp_path: Path, seed: int, kept: dict[str, str]
+) -> None:
+    OutputParts(tmp_path / "outputs.txt", {"seed": 1}).keep({"a": "b"})
+    assert OutputParts(tmp_path / "outputs.txt", {"seed": seed}, overwrite=True).outputs == kept

@@ -137,3 +137,29 @@ def test_other_data_and_models_without_an_llm_are_errors(composite: str, data: s
         encode(write_checkpoint("slm", tmp_path), [data], tmp_path / "no")
     with pytest.raises(ValueError, match="dtype is 'int8'"):
         encode(composite, [data], tmp_path / "no", EncodeSettings(dtype="int8"))
+
+
+def test_a_folder_of_something_else_stays(composite: str, data: str, tmp_path: Path) -> None:
+    for name, message in (("states", "states is not empty"), (composite, "would replace")):
+        folder, overwrite = tmp_path / name, name == composite
+        folder.mkdir(exist_ok=True)
+        (folder / "mine.txt").touch()
+        with pytest.raises((FileExistsError, ValueError), match=message):
+            encode(composite, [data], folder, EncodeSettings(overwrite=overwrite))
+        assert not list(folder.glob("st*"))
+    (Path(composite) / "mine.txt").unlink()
+    encode(composite, [data], tmp_path / "states", EncodeSettings(overwrite=True))
+    assert (tmp_path / "states" / "mine.txt").exists()
+
+
+def test_an_interrupted_store_is_resumed_even_to_overwrite(
+    composite: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = EncodeSettings(batch_size=2, shard_bytes=1, overwrite=True)
+    encode(composite, [data], tmp_path / "states", settings)
+    first = sorted((tmp_path / "states").glob("*.safetensors"))[0]
+    to_write: list[int] = []
+    first.unlink()
+    encode(composite, [data], tmp_path / "states", settings, announce=lambda _, size: to_write.append(size))
+    encode(composite, [data], tmp_path / "states", settings, announce=lambda _, size: to_write.append(size))
+    assert 0 < to_write[0] < to_write[1]

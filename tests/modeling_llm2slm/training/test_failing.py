@@ -44,7 +44,9 @@ def test_a_training_that_diverges_saves_no_model(recipe, checkpoints, kind, vali
     recipe = {**recipe, "model": checkpoints[kind], "learning_rate": 1e30, "metric": "loss"}
     if not validated:
         recipe["validation_data"] = None
-    with pytest.raises(TrainingFailed, match=r"is (nan|inf) at step \d, with learning rate \S+e\+\d\d in float32.*Lower"):
+    with pytest.raises(
+        TrainingFailed, match=r"is (nan|inf) at step \d, with learning rate \S+e\+\d\d in float32.*Lower"
+    ):
         train(recipe)
     assert files(recipe["output_dir"]) == {"recipe.json", "failure.json"}
 
@@ -63,7 +65,9 @@ def test_the_last_good_checkpoint_is_kept(recipe, monkeypatch, value, accumulate
     recipe, out = {**recipe, **size}, Path(recipe["output_dir"])
     with monkeypatch.context() as patch:
         fail_at(patch, 5 * accumulated - (accumulated - 1), value)  # the first batch of step 5
-        with pytest.raises(TrainingFailed, match=f"training loss is (nan|inf) at step 5.*The last good checkpoint is {out}/"):
+        with pytest.raises(
+            TrainingFailed, match=f"training loss is (nan|inf) at step 5.*The last good checkpoint is {out}/"
+        ):
             train(recipe)
     assert last_checkpoint(out) == str(out / "checkpoint-4")
     assert all(tensor.isfinite().all() for tensor in weights(out / "checkpoint-4").values())
@@ -112,9 +116,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(recipe, monkeypatch):
 @pytest.mark.parametrize("values", [[NAN, NAN], [NAN, 1.0]])
 def test_a_validation_loss_that_is_not_finite_ends_the_training(recipe, monkeypatch, values):
     losses = iter([1.0, 1.0, *values])
-    monkeypatch.setattr(
-        Seq2SeqTrainer, "prediction_step", lambda *_, **__: (torch.tensor(next(losses)), None, None)
-    )
+    monkeypatch.setattr(Seq2SeqTrainer, "prediction_step", lambda *_, **__: (torch.tensor(next(losses)), None, None))
     recipe = {**recipe, "metric": "loss", "per_device_eval_batch_size": 4}
     with pytest.raises(TrainingFailed, match=r"validation loss is nan at step 4.*checkpoint-2\.$"):
         train(recipe)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from modeling_llm2slm.data.output_paths import locked
+from modeling_llm2slm.training import run
 from modeling_llm2slm.training.resuming import last_checkpoint
 from modeling_llm2slm.training.run import train
 from tests.support.checkpoints import PAIRS, stopped_at, write_pairs
@@ -141,3 +144,53 @@ def test_finished_run_is_not_trained_further(recipe):
     assert again["steps"] == first["steps"] == 2
     assert Path(recipe["output_dir"], "model.safetensors").read_bytes() == weights
     assert train({**recipe, "max_steps": 3})["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "model.safetensors", "adapter_config.json", "checkpoint-4/trainer_state.json", "store.json"],
+)
+@pytest.mark.parametrize("resume", [True, False])
+def test_folder_of_another_model_stays(recipe, name, resume, monkeypatch):
+    monkeypatch.setattr(run, "load_to_train", lambda *_: pytest.fail("the model was loaded"))
+    file = Path(recipe["output_dir"], name)
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"out holds a model that no training has written\. Choose another"):
+        train({**recipe, "resume": resume})
+    assert file.read_text() == "mine"
+
+
+def test_folder_with_other_files_is_used(recipe):
+    folder = Path(recipe["output_dir"])
+    folder.mkdir()
+    for name in ("recipe.yaml", "notes.txt", "prepare.py"):
+        (folder / name).touch()
+    assert train({**recipe, "max_steps": 1})["steps"] == 1
+    assert (folder / "prepare.py").exists()
+
+
+def test_model_is_not_trained_in_its_own_place(recipe, checkpoints, tmp_path):
+    shutil.copytree(checkpoints["slm"], tmp_path / "model")
+    (tmp_path / "link").symlink_to("model")
+    for output_dir in ("model", "link"):
+        with pytest.raises(ValueError, match="which the trained model in .* would replace. Choose another output_dir"):
+            train({**recipe, "model": str(tmp_path / "model"), "output_dir": str(tmp_path / output_dir)})
+
+
+def test_finished_model_without_checkpoints_is_not_replaced(recipe):
+    train({**recipe, "num_train_epochs": 1})
+    out = Path(recipe["output_dir"])
+    for checkpoint in out.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    with pytest.raises(FileExistsError, match="holds a finished training, and no checkpoint to resume from"):
+        train(recipe)
+    with pytest.raises(ValueError, match="was started with learning_rate"):
+        train({**recipe, "learning_rate": 1.0})
+    assert train({**recipe, "resume": False})["steps"] == 6
+
+
+def test_two_runs_do_not_share_a_folder(recipe):
+    with locked(recipe["output_dir"]), pytest.raises(BlockingIOError, match="out is being written by another run"):
+        train(recipe)
+    assert not Path(recipe["output_dir"]).exists()
