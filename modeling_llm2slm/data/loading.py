@@ -12,8 +12,8 @@ from datasets import Dataset, Features, Value, load_dataset
 
 from ..files_llm2slm import first_line
 from ..settings import DataSettings
-from .bad_rows import check_columns, report_bad_rows, text_problem
-from .formats import FILE_FORMATS, ROW_ERROR, file_format_of, is_empty, is_jsonl, parse_lines, reading_options
+from .bad_rows import check_columns, is_text, report_bad_rows, text_problem
+from .formats import FILE_FORMATS, ROW_ERROR, file_format_of, is_empty, is_parsed, is_table, parse_rows
 
 
 ROW = "_row"  # a column with the number of each row in its source, from 0
@@ -148,10 +148,10 @@ def _load(source: str, split: str, columns: Sequence[str], default_format: str |
         raise ValueError(f"{source} must end in {', '.join(FILE_FORMATS)}: the extension decides the format.")
     if is_empty(path):
         raise ValueError(f"{source} holds no rows.")
-    if is_jsonl(path):
-        return _load_lines(path, columns)
+    if is_parsed(path):
+        return _load_parsed(path, columns)
     try:
-        return load_dataset(file_format, data_files=str(path), split="train", **reading_options(path))
+        return load_dataset(file_format, data_files=str(path), split="train")
     except Exception as error:  # each reader raises its own exceptions
         reason = first_line(error.__cause__ or error)
         if "corresponds to no data" in reason:
@@ -159,33 +159,43 @@ def _load(source: str, split: str, columns: Sequence[str], default_format: str |
         raise ValueError(f"{source} cannot be read as {file_format}: {reason}") from error
 
 
-def _load_lines(path: Path, columns: Sequence[str]) -> Dataset:
-    """Load JSON lines: the given columns, each whole row as JSON, and why a row has no text in one of the columns."""
-    check_columns(str(path), columns, _column_names(path, columns))
-    features = Features({name: Value("string") for name in [*columns, LINE, ROW_ERROR]})
-    # `datasets` caches by these arguments: the modification time makes it read a changed file again.
-    arguments = {"path": path, "columns": tuple(columns), "changed": path.stat().st_mtime_ns}
-    return Dataset.from_generator(_lines_as_texts, features=features, gen_kwargs=arguments)
+def _load_parsed(path: Path, columns: Sequence[str]) -> Dataset:
+    """Load JSON or a table: the given columns, each whole row, and why a row has no text in one of the columns."""
+    names = _column_names(path, columns)
+    check_columns(str(path), columns, names)
+    others = names if is_table(path) else [LINE]
+    features = Features({name: Value("string") for name in dict.fromkeys([*others, *columns, ROW_ERROR])})
+    # `datasets` caches by these arguments (and splits lists): the modification time makes it read a changed file again.
+    arguments = {"path": path, "columns": tuple(columns), "names": tuple(names), "changed": path.stat().st_mtime_ns}
+    return Dataset.from_generator(_rows_as_texts, features=features, gen_kwargs=arguments)
 
 
 def _column_names(path: Path, columns: Sequence[str]) -> list[str]:
-    """Return the column names of JSON lines, reading from the top until all of `columns` were found."""
+    """Return the column names of parsed rows, reading from the top until all of `columns` were found."""
     seen: dict[str, Any] = {}
-    for row in parse_lines(path, None):
+    for row in parse_rows(path):
         seen = row | seen
         if seen.keys() >= set(columns):
             break
     error = seen.pop(ROW_ERROR, None)
     if not seen:
-        raise ValueError(f"{path} cannot be read as json: {error}" if error else f"{path} holds no rows.")
+        kind = file_format_of(path)
+        raise ValueError(f"{path} cannot be read as {kind}: {error}" if error else f"{path} holds no rows.")
     return list(seen)
 
 
-def _lines_as_texts(path: Path, columns: Sequence[str], changed: int) -> Iterator[Mapping[str, Any]]:
-    for number, row in enumerate(parse_lines(path, None)):
+def _rows_as_texts(
+    path: Path, columns: Sequence[str], names: Sequence[str], changed: int
+) -> Iterator[Mapping[str, Any]]:
+    for number, row in enumerate(parse_rows(path)):
         problem = text_problem(row, columns, number)
         texts = {name: row[name] if problem is None else None for name in columns}
-        yield {**texts, LINE: json.dumps(row), ROW_ERROR: problem}
+        if is_table(path):
+            cells = {name: row.get(name) or "" for name in names}
+            texts = {name: cell if is_text(cell) else None for name, cell in cells.items()} | texts
+        else:
+            texts[LINE] = json.dumps(row)
+        yield {**texts, ROW_ERROR: problem}
 
 
 def _load_from_hub(name: str, split: str) -> Dataset:

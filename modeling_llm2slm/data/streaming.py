@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..files_llm2slm import first_line
 from .bad_rows import check_columns, report_bad_rows, text_problem
-from .formats import ROW_ERROR, file_format_of, parse_lines, reading_options
+from .formats import ROW_ERROR, file_format_of, is_parsed, parse_rows
 from .order import grouped_order, lengths, seeded
 
 
@@ -157,8 +157,8 @@ class StreamedFeatures(IterableDataset):
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         path = Path(self.source).expanduser()
-        if path.is_file() and ".jsonl" in path.suffixes:
-            yield from parse_lines(path, self.settings.limit)
+        if path.is_file() and is_parsed(path):
+            yield from parse_rows(path, self.settings.limit)
             return
         file_format = file_format_of(path)
         if not path.is_file() and file_format is not None:
@@ -166,7 +166,7 @@ class StreamedFeatures(IterableDataset):
         name, _, configuration = self.source.partition(":")
         try:
             rows = (
-                load_dataset(file_format, data_files=str(path), split="train", streaming=True, **reading_options(path))
+                load_dataset(file_format, data_files=str(path), split="train", streaming=True)
                 if path.is_file()
                 else load_dataset(name, configuration or None, split=self.settings.split, streaming=True)
             )

@@ -19,7 +19,7 @@ from ..configuration_llm2slm import LLM2SLMConfig, check_length
 from ..conversion.build import build, float_dtype, is_config, part_config
 from ..data.atomic import atomic_write, remove_unfinished
 from ..data.bad_rows import good_rows
-from ..data.formats import parse_lines
+from ..data.formats import parse_rows
 from ..data.loading import ROW, load_prompts
 from ..data.records import without_secrets, write_json
 from ..evaluation.agreement import compare
@@ -253,7 +253,7 @@ class Speedup:
 
     def _split(self, distilled: Path) -> None:
         column = self.settings.prompt_column
-        texts = sorted({row[column] for row in parse_lines(distilled, None)}, key=_hash)
+        texts = sorted({row[column] for row in parse_rows(distilled)}, key=_hash)
         if len(texts) < 3:
             raise ValueError(f"{self.settings.prompts} has {len(texts)} different prompts; a split needs at least 3.")
         held_out = max(min(self.settings.held_out, len(texts) // 10), 1)
@@ -263,7 +263,7 @@ class Speedup:
                 atomic_write(self.output / f"{split}.jsonl") as temporary,
                 temporary.open("w", encoding="utf-8", errors="backslashreplace") as file,  # halves of surrogate pairs
             ):
-                for row in parse_lines(distilled, None):
+                for row in parse_rows(distilled):
                     if place.get(row[column], "train") == split:
                         file.write(json.dumps({**row, "prompt": row[column]}, ensure_ascii=False) + "\n")
 
