@@ -143,11 +143,15 @@ def train(
     """
     overrides = dict(extra_options(context.args))
     quiet_libraries(data=True)
-    from modeling_llm2slm.training.recipe import load_recipe
+    from modeling_llm2slm.training.recipe import RecipeError, load_recipe
     from modeling_llm2slm.training.run import train as train_model
 
     settings = load_recipe(recipe, overrides)
-    report = train_model(settings)
+    try:
+        report = train_model(settings)
+    except RecipeError as error:
+        by_option = str(error).partition(" ")[0].partition(".")[0] in overrides
+        raise ValueError(str(error) if by_option else f"{recipe}: {error}") from error
     if report.get("already_trained"):  # a warning has said so
         return
     print_line(f"Trained {count_of(report['steps'], 'step')} in {report['seconds']:.0f} s.")

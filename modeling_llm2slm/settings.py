@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 
 LARGEST_INTEGER = 2**63 - 1  # tensors hold 64 bits
@@ -79,14 +79,14 @@ def check_value(name: str, value: Any, bounds: Mapping[str, Any], kind: Any = An
 
     Args:
         name: The name of the setting.
-        value: Its value. `None` stands for the default, and is always accepted.
-        bounds: `minimum` and `maximum` (inclusive), `above` and `below` (exclusive), `limit` (a technical maximum, which
-            the help leaves out), `also` (a number outside them that has a meaning of its own), `choices`, and
+        value: Its value. `None` stands for the default where the type includes it.
+        bounds: `minimum` and `maximum` (inclusive), `above` and `below` (exclusive), `limit` (a technical maximum,
+            which the help leaves out), `also` (a number outside them that has a meaning of its own), `choices`, and
             `pattern` (a regular expression, and a description of it). Other keys are ignored. Any number must be
             finite, and an integer must fit 64 bits.
         kind: A type hint: numbers, `bool`, `str`, literals, lists and mappings of these, and unions.
     """
-    if value is None:
+    if value is None and has_type(None, kind):
         return
     wanted = next(_unmet(value, bounds, kind), None)
     if wanted is not None:
@@ -95,7 +95,7 @@ def check_value(name: str, value: Any, bounds: Mapping[str, Any], kind: Any = An
 
 def _unmet(value: Any, bounds: Mapping[str, Any], kind: Any) -> Any:
     """Yield what a value must be and is not."""
-    if not _has_type(value, kind):
+    if not has_type(value, kind):
         yield describe_type(kind)
     choices, pattern = bounds.get("choices"), bounds.get("pattern")
     if choices is not None and value not in choices:
@@ -122,21 +122,24 @@ def _unmet_bounds(value: Any, bounds: Mapping[str, Any]) -> Any:
             also = f", or {bounds['also']}" if "also" in bounds else ""
             yield f"{words} {bounds[bound]}{also}"
     if isinstance(value, Integral):
-        if not -LARGEST_INTEGER <= value <= LARGEST_INTEGER:
+        if not -LARGEST_INTEGER - 1 <= value <= LARGEST_INTEGER:
             yield "a whole number of at most 64 bits"
     elif not abs(value) <= sys.float_info.max:
         yield "a finite number"
 
 
-def _has_type(value: Any, kind: Any) -> bool:
+def has_type(value: Any, kind: Any) -> bool:
+    """Return whether a value is of a type, see [`check_value`]. A switch is no number."""
     origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return has_type(value, arguments[0])
     if origin in (Union, UnionType):
-        return any(_has_type(value, part) for part in arguments)
+        return any(has_type(value, part) for part in arguments)
     if origin is Literal:
         return any(value == choice and type(value) is type(choice) for choice in arguments)
     if origin is list:
         is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-        return is_list and all(_has_type(entry, arguments[0]) for entry in value)
+        return is_list and all(has_type(entry, arguments[0]) for entry in value)
     number = {int: Integral, float: Real}.get(kind)
     if number is not None:
         return isinstance(value, number) and not isinstance(value, bool)
@@ -161,7 +164,7 @@ class _Shortened(reprlib.Repr):
 
     def __init__(self) -> None:
         super().__init__()
-        self.maxstring = self.maxother = self.maxlong = 60
+        self.maxstring = self.maxother = 35
         self.maxlevel = 3
 
     def repr_int(self, x: int, level: int) -> str:

@@ -165,7 +165,7 @@ def _load_parsed(path: Path, columns: Sequence[str]) -> Dataset:
     check_columns(str(path), columns, names)
     others = names if is_table(path) else [LINE]
     features = Features({name: Value("string") for name in dict.fromkeys([*others, *columns, ROW_ERROR])})
-    # `datasets` caches by these arguments (and splits lists): the modification time makes it read a changed file again.
+    # `datasets` caches by these arguments: the modification time makes it read a changed file again. It splits lists.
     arguments = {"path": path, "columns": tuple(columns), "names": tuple(names), "changed": path.stat().st_mtime_ns}
     return Dataset.from_generator(_rows_as_texts, features=features, gen_kwargs=arguments)
 

@@ -19,7 +19,7 @@ from ..data.bad_rows import good_rows
 from ..data.formats import is_jsonl, open_file
 from ..data.loading import ROW, load_rows, whole_row
 from ..data.processes import processes
-from ..settings import GenerateFileSettings
+from ..settings import GenerateFileSettings, check_generate_arguments
 from .batching import BatchLimits, OutputId, PromptTable
 from .engine import fingerprint_of
 from .outputs import OutputParts, one_line, writing
@@ -91,6 +91,7 @@ def generate_file(
             positions, or an interrupted run had another model, other data or other settings.
     """
     output, limits = Path(output), BatchLimits(settings.batch_size, settings.batch_tokens)
+    check_generate_arguments(generate_kwargs)
     if settings.column == settings.prompt_column and is_jsonl(output):
         raise ValueError(f"Column {settings.column!r} holds the prompts. Name another one for the outputs (--column).")
     rank, world = processes(settings.overwrite)

@@ -30,7 +30,7 @@ from ..states.encoding import encode
 from ..states.loading import load
 from ..states.store import is_complete
 from ..training.distillation import distill
-from ..training.recipe import load_recipe, parse_recipe, typed_recipe, with_current_names
+from ..training.recipe import check_trainable, load_recipe, parse_recipe, typed_recipe, with_current_names
 from ..training.resuming import REPORT, last_checkpoint
 from ..training.run import train
 
@@ -82,6 +82,7 @@ class Speedup:
             )
         self._check_fields()
         self.recipe, self.arguments = parse_recipe(self._recipe())
+        check_trainable(self.recipe, self.arguments)
         self._check_folder()
         llm, tokenizer = load(AutoConfig, settings.llm), settings.slm_tokenizer or settings.llm
         decoder = part_config(settings.slm, tokenizer)
