@@ -173,21 +173,21 @@ def print_model(name: str, text_to_text: TextToText) -> None:
 
 
 def _read_result(file: Path) -> dict[str, Any]:
-    from modeling_llm2slm.data.records import MAPPING, NUMBER, mapping_to, read_json
+    from modeling_llm2slm.data.records import MAPPING, NUMBER, mapping_to, read_record
 
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {file}.")
     fields = {"scores": mapping_to(NUMBER), "speed": mapping_to(NUMBER), "signatures": MAPPING}
     fix = "Write it again: llm2slm evaluate --output."
-    return read_json(file, fix, fields, optional=True, what="a result of `llm2slm evaluate`")
+    return read_record(file, fix, fields, optional=True, what="a result of `llm2slm evaluate`")
 
 
 def _read_report(model: str | Path) -> dict[str, Any] | None:
     """Return the report of the training of a model, or `None` if there is none."""
-    from modeling_llm2slm.data.records import COUNT, MAPPING, NUMBER, read_json
+    from modeling_llm2slm.data.records import COUNT, MAPPING, NUMBER, read_record
 
     file = Path(model) / "training.json"
     if not file.is_file():
         return None
     fields = {"steps": COUNT, "seconds": NUMBER, "trained_parameters": COUNT, "recipe": MAPPING}
-    return read_json(file, "Restore or remove it.", fields, what="the report of a training")
+    return read_record(file, "Restore or remove it.", fields, what="the report of a training")

@@ -124,7 +124,7 @@ def _parameter(field: Field[Any], annotation: Any) -> inspect.Parameter:
         option,  # alone: a switch gets no --no-... of its own
         help=metadata["help"],
         min=metadata.get("minimum"),
-        max=metadata.get("maximum"),
+        max=metadata.get("maximum"),  # a technical limit is not shown; the settings class checks it
         rich_help_panel=metadata.get("panel"),
         show_default=field.default not in (None, "", False),
     )

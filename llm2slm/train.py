@@ -142,7 +142,7 @@ def train(
     """
     overrides = dict(extra_options(context.args))
     quiet_libraries(data=True)
-    from modeling_llm2slm.training.recipe import load_recipe
+    from modeling_llm2slm.training.recipe import RecipeError, load_recipe
     from modeling_llm2slm.training.resuming import what_resumes
     from modeling_llm2slm.training.run import train as train_model
 
@@ -153,6 +153,9 @@ def train(
         resumes = str(settings.get("resume", True)).lower() != "false"
         output_dir = os.path.expandvars(str(settings["output_dir"]))
         raise KeyboardInterrupt(f"Interrupted. {what_resumes(output_dir, resumes)}") from None
+    except RecipeError as error:
+        by_option = str(error).partition(" ")[0].partition(".")[0] in overrides
+        raise ValueError(str(error) if by_option else f"{recipe}: {error}") from error
     if report.get("already_trained"):  # a warning has said so
         return
     print_line(f"Trained {count_of(report['steps'], 'step')} in {report['seconds']:.0f} s.")

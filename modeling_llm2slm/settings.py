@@ -7,48 +7,179 @@ line loads this file without the package, which imports transformers: it may imp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import re
+import reprlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, NamedTuple
+from difflib import get_close_matches
+from functools import cache
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+
+LARGEST_INTEGER = 2**63 - 1  # tensors hold 64 bits
+
+# Bounds and patterns that several settings share, also those of recipes and of HTTP requests.
+BEAMS = {"minimum": 1, "limit": 1024}
+LENGTH = {"minimum": 1, "limit": 2**31 - 1}
+TARGET_LENGTH = {**LENGTH, "minimum": 2}  # the end token is one of them
+OUTPUT_LENGTH = {"minimum": 1, "limit": 2**20}  # beam search allocates all of it
+TEMPERATURE = {"minimum": 0.001, "maximum": 2}  # below, logits overflow when they are divided by it
+TOP_P = {"above": 0, "maximum": 1}
+SEED = {"minimum": 0, "limit": 2**32 - 1}  # of weights and data: NumPy takes no others
+PROCESSES = {"minimum": 1, "limit": 1024}
+PENALTY = {"minimum": 0.001, "maximum": 1000}
+EPOCHS = {"above": 0, "limit": 10**6}
+WAIT = {"limit": 10**9}  # timers take no longer times
+DEVICE = {"pattern": (r"[a-z]+(:\d{1,4})?", "a device such as cpu, cuda or cuda:1")}
+FILE_SIZE = {"pattern": (r"\d*[1-9]\d{0,9} *[KMGT]?B", "a size such as 500MB or 1GB")}
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
     """
-    Declare a setting.
+    Declare a setting. Its annotation is its type.
 
     Args:
         default: Its default; `None` where it is decided at run time, `MISSING` for a required setting.
         help: One line: the help text on the command line and in the reference.
-        metadata: `minimum` and `maximum` (inclusive bounds of a number), `above` (exclusive lower bound), `choices`,
-            `panel` (the group of options in the help) and `cli=False` (not on the command line).
+        metadata: The bounds of [`check_value`], `panel` (the group of options in the help) and `cli=False` (not on the
+            command line).
     """
     return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Base of all settings: checks bounds and choices when it is created, and raises `ValueError` with the field."""
+    """
+    Base of all settings: checks types, bounds and choices when it is created, and raises `ValueError` with the field.
+    """
 
     def __post_init__(self) -> None:
-        for setting in fields(self):
-            check_value(setting.name, getattr(self, setting.name), setting.metadata)
+        for setting, kind in types_of(type(self)).items():
+            value = getattr(self, setting.name)
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
+                object.__setattr__(self, setting.name, value)
+            check_value(setting.name, value, setting.metadata, kind)
 
 
-def check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
-    """Raise `ValueError` where a value is outside the bounds or choices that [`option`] declared."""
-    if value is None:
+@cache
+def types_of(settings: type[Settings]) -> dict[Any, Any]:
+    """Return the type of each field of a settings class."""
+    hints = get_type_hints(settings)
+    return {setting: hints[setting.name] for setting in fields(settings)}
+
+
+def check_value(name: str, value: Any, bounds: Mapping[str, Any], kind: Any = Any) -> None:
+    """
+    Raise `ValueError` where a value has another type than `kind`, or is outside its bounds.
+
+    Args:
+        name: The name of the setting.
+        value: Its value. `None` stands for the default where the type includes it.
+        bounds: `minimum` and `maximum` (inclusive), `above` and `below` (exclusive), `limit` (a technical maximum,
+            which the help leaves out), `also` (a number outside them that has a meaning of its own), `choices`, and
+            `pattern` (a regular expression, and a description of it). Other keys are ignored. Any number must be
+            finite, and an integer must fit 64 bits.
+        kind: A type hint: numbers, `bool`, `str`, literals, lists and mappings of these, and unions.
+    """
+    if value is None and has_type(None, kind):
         return
-    choices = metadata.get("choices")
+    wanted = next(_unmet(value, bounds, kind), None)
+    if wanted is not None:
+        raise ValueError(f"{name} is {shown(value)}, but it must be {wanted}.")
+
+
+def _unmet(value: Any, bounds: Mapping[str, Any], kind: Any) -> Any:
+    """Yield what a value must be and is not."""
+    if not has_type(value, kind):
+        yield describe_type(kind)
+    choices, pattern = bounds.get("choices"), bounds.get("pattern")
     if choices is not None and value not in choices:
-        raise ValueError(f"{name} is {value!r}, but it must be one of: {', '.join(map(str, choices))}.")
-    bounds = {
-        "minimum": ("at least", lambda bound: value >= bound),
-        "maximum": ("at most", lambda bound: value <= bound),
+        yield f"one of: {', '.join(map(str, choices))}"
+    if isinstance(value, str):
+        if "\0" in value or not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+            yield "text without NUL characters and halves of surrogate pairs"
+        if pattern is not None and not re.fullmatch(pattern[0], value):
+            yield pattern[1]
+    if isinstance(value, Real) and not isinstance(value, bool):
+        yield from _unmet_bounds(value, bounds)
+
+
+def _unmet_bounds(value: Any, bounds: Mapping[str, Any]) -> Any:
+    tests: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "above": ("above", lambda bound: value > bound),
+        "minimum": ("at least", lambda bound: value >= bound),
+        "below": ("below", lambda bound: value < bound),
+        "maximum": ("at most", lambda bound: value <= bound),
+        "limit": ("at most", lambda bound: value <= bound),
     }
-    for bound, (words, holds) in bounds.items():
-        if bound in metadata and not holds(metadata[bound]):  # NaN fails every comparison
-            raise ValueError(f"{name} is {value!r}, but it must be {words} {metadata[bound]}.")
+    for bound, (words, holds) in tests.items():
+        if bound in bounds and value != bounds.get("also") and not holds(bounds[bound]):  # NaN fails every comparison
+            also = f", or {bounds['also']}" if "also" in bounds else ""
+            yield f"{words} {bounds[bound]}{also}"
+    if isinstance(value, Integral):
+        if not -LARGEST_INTEGER - 1 <= value <= LARGEST_INTEGER:
+            yield "a whole number of at most 64 bits"
+    elif not abs(value) <= sys.float_info.max:
+        yield "a finite number"
+
+
+def has_type(value: Any, kind: Any) -> bool:
+    """Return whether a value is of a type, see [`check_value`]. A switch is no number."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return has_type(value, arguments[0])
+    if origin in (Union, UnionType):
+        return any(has_type(value, part) for part in arguments)
+    if origin is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in arguments)
+    if origin is list:
+        is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+        return is_list and all(has_type(entry, arguments[0]) for entry in value)
+    number = {int: Integral, float: Real}.get(kind)
+    if number is not None:
+        return isinstance(value, number) and not isinstance(value, bool)
+    return kind is Any or isinstance(value, origin or kind)
+
+
+def describe_type(kind: Any) -> str:
+    """Return a type in words: `a whole number`, `text`, `true or false`."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(describe_type(part) for part in arguments if part is not NoneType)
+    if origin is Literal:
+        return " or ".join(map(repr, arguments))
+    if origin is list:
+        return f"a list with {describe_type(arguments[0])} in each place"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return words.get(kind, "a mapping of names to values")
+
+
+class _Shortened(reprlib.Repr):
+    """Shows values of any size and depth in a few words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 35
+        self.maxlevel = 3
+
+    def repr_int(self, x: int, level: int) -> str:
+        return f"a number of {x.bit_length()} bits" if x.bit_length() > 128 else repr(x)
+
+
+def shown(value: Any) -> str:
+    """Return a value as error messages show it, shortened if it is long."""
+    return _Shortened().repr(value)
+
+
+def unknown_name(owner: str, name: object, known: Sequence[str]) -> str:
+    """Return the message for a name that is not among the `known` ones, with the nearest of them."""
+    nearest = get_close_matches(str(name)[:100], known, n=1, cutoff=0.5)
+    return f"{owner} has no field {shown(name)}." + (f" Did you mean {nearest[0]}?" if nearest else "")
 
 
 class Metric(NamedTuple):
@@ -88,7 +219,7 @@ TRUNCATE = "Truncate prompts to this many tokens."
 class DeviceSettings(Settings):
     """Where to compute."""
 
-    device: str = option("cpu", "Device: cpu, cuda, cuda:1, mps.", panel=COMPUTE)
+    device: str = option("cpu", "Device: cpu, cuda, cuda:1, mps.", panel=COMPUTE, **DEVICE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +232,7 @@ class DataSettings(Settings):
     skip_bad_rows: bool = option(
         False, "Skip rows that hold no text or are too long, with a warning that lists them.", panel=DATA
     )
-    prompt_max_length: int | None = option(None, TRUNCATE, minimum=1, panel=DATA)
+    prompt_max_length: int | None = option(None, TRUNCATE, panel=DATA, **LENGTH)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +240,9 @@ class DecodingSettings(Settings):
     """How long outputs may be and how they are searched for."""
 
     max_new_tokens: int | None = option(
-        None, "Longest output, in tokens. Default: the model's own, or 128.", minimum=1, panel=GENERATION
+        None, "Longest output, in tokens. Default: the model's own, or 128.", panel=GENERATION, **OUTPUT_LENGTH
     )
-    num_beams: int = option(1, "Number of beams; 1 is greedy decoding.", minimum=1, panel=GENERATION)
+    num_beams: int = option(1, "Number of beams; 1 is greedy decoding.", panel=GENERATION, **BEAMS)
 
     def generate_kwargs(self) -> dict[str, Any]:
         """Arguments of `generate()`. Greedy or beams unless sampling is asked for, whatever a checkpoint's default."""
@@ -124,11 +255,10 @@ class SamplingSettings(DecodingSettings):
     """How to generate, with sampling."""
 
     sample: bool = option(False, "Sample instead of greedy decoding.", panel=GENERATION)
-    temperature: float | None = option(None, "Sampling temperature (> 0).", above=0, panel=GENERATION)
+    temperature: float | None = option(None, "Sampling temperature.", panel=GENERATION, **TEMPERATURE)
     top_p: float | None = option(
-        None, "Sample from the most likely tokens with this total probability (0 to 1).", above=0, maximum=1,
-        panel=GENERATION,
-    )  # fmt: skip
+        None, "Sample from the most likely tokens with this total probability (0 to 1).", panel=GENERATION, **TOP_P
+    )
     seed: int | None = option(None, "Random seed for sampling.", panel=GENERATION)
 
     def __post_init__(self) -> None:
@@ -145,6 +275,65 @@ class SamplingSettings(DecodingSettings):
                 "top_p": 1.0 if self.top_p is None else self.top_p,
             }
         return kwargs
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateArguments(Settings):
+    """
+    Arguments of transformers' `generate()`, as recipes and [`TextToText.generate`] take them.
+    """
+
+    max_new_tokens: int | None = option(None, "Longest output, in tokens.", **OUTPUT_LENGTH)
+    max_length: int | None = option(None, "Longest output, in tokens, with the start token.", **OUTPUT_LENGTH)
+    min_new_tokens: int | None = option(None, "Shortest output, in tokens.", **{**OUTPUT_LENGTH, "minimum": 0})
+    min_length: int | None = option(
+        None, "Shortest output, in tokens, with the start token.", **{**OUTPUT_LENGTH, "minimum": 0}
+    )
+    max_time: float | None = option(None, "Seconds after which generation stops.", above=0)
+    num_beams: int | None = option(None, "Number of beams.", **BEAMS)
+    early_stopping: bool | Literal["never"] | None = option(None, "When beam search stops.")
+    length_penalty: float | None = option(None, "Exponent of the length in the score of a beam.")
+    num_return_sequences: int | None = option(None, "Outputs per prompt.", minimum=1, maximum=1)
+    do_sample: bool | None = option(None, "Sample instead of taking the most likely token.")
+    temperature: float | None = option(None, "Sampling temperature.", sampling=True, **TEMPERATURE)
+    top_k: int | None = option(None, "Sample from this many tokens; 0 is all.", sampling=True, minimum=0)
+    top_p: float | None = option(None, "Sample from tokens with this total probability.", sampling=True, **TOP_P)
+    min_p: float | None = option(
+        None, "Sample from tokens with this part of the top probability.", sampling=True, minimum=0, maximum=1
+    )
+    typical_p: float | None = option(None, "Sample typical tokens with this mass.", sampling=True, above=0, maximum=1)
+    epsilon_cutoff: float | None = option(None, "Least probability sampled.", sampling=True, minimum=0, below=1)
+    eta_cutoff: float | None = option(None, "Least probability by entropy.", sampling=True, minimum=0, below=1)
+    repetition_penalty: float | None = option(None, "Divides the logits of tokens that occurred.", **PENALTY)
+    encoder_repetition_penalty: float | None = option(None, "The same for tokens of the prompt.", **PENALTY)
+    no_repeat_ngram_size: int | None = option(None, "Length of token sequences that may not repeat.", minimum=0)
+    encoder_no_repeat_ngram_size: int | None = option(None, "The same for sequences of the prompt.", minimum=0)
+    bad_words_ids: list[list[int]] | None = option(None, "Token sequences that are not generated.")
+    suppress_tokens: list[int] | None = option(None, "Tokens that are not generated.")
+    begin_suppress_tokens: list[int] | None = option(None, "Tokens that do not come first.")
+    forced_bos_token_id: int | None = option(None, "The first token.", minimum=0)
+    forced_eos_token_id: int | list[int] | None = option(None, "The last token at the longest length.", minimum=0)
+    bos_token_id: int | None = option(None, "The start token.", minimum=0)
+    eos_token_id: int | list[int] | None = option(None, "The end token, or several.", minimum=0)
+    pad_token_id: int | None = option(None, "The padding token.", minimum=0)
+    decoder_start_token_id: int | None = option(None, "The token before the first.", minimum=0)
+    renormalize_logits: bool | None = option(None, "Normalize the logits after they were changed.")
+    remove_invalid_values: bool | None = option(None, "Replace NaN and infinity in the logits.")
+    use_cache: bool | None = option(None, "Keep keys and values of earlier tokens.")
+
+
+def check_generate_arguments(arguments: Mapping[str, Any], owner: str = "") -> None:
+    """
+    Raise `ValueError` if an argument of `generate()` has a value that no model can use.
+
+    Args:
+        arguments: Arguments of `generate()`. Those that are not in [`GenerateArguments`] are not checked.
+        owner: Where they come from, for the message: `"generation."`.
+    """
+    for argument, kind in types_of(GenerateArguments).items():
+        value = arguments.get(argument.name)
+        if not hasattr(value, "dtype"):  # `generate()` also takes token ids as tensors
+            check_value(f"{owner}{argument.name}", value, argument.metadata, kind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,11 +364,11 @@ class BuildSettings(Settings):
     decoder_dtype: str | None = option(None, "dtype of the SLM. Default: its own.", panel=MODEL)
     encoder_revision: str | None = option(None, "Revision of the LLM on the Hub.", panel=MODEL)
     decoder_revision: str | None = option(None, "Revision of the SLM on the Hub.", panel=MODEL)
-    prompt_max_length: int | None = option(None, TRUNCATE, minimum=1, panel=MODEL)
-    target_max_length: int | None = option(None, "Truncate targets to this many tokens.", minimum=2, panel=MODEL)
-    max_new_tokens: int | None = option(None, "Longest output, in tokens.", minimum=1, panel=MODEL)
-    seed: int = option(0, "Random seed for new weights.", panel=MODEL)
-    max_shard_size: str = option("1GB", "Maximum size of a weight file.", panel=MODEL)
+    prompt_max_length: int | None = option(None, TRUNCATE, panel=MODEL, **LENGTH)
+    target_max_length: int | None = option(None, "Truncate targets to this many tokens.", panel=MODEL, **TARGET_LENGTH)
+    max_new_tokens: int | None = option(None, "Longest output, in tokens.", panel=MODEL, **OUTPUT_LENGTH)
+    seed: int = option(0, "Random seed for new weights.", panel=MODEL, **SEED)
+    max_shard_size: str = option("1GB", "Maximum size of a weight file.", panel=MODEL, **FILE_SIZE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +414,7 @@ class DistillSettings(DecodingSettings, DeviceSettings, DataSettings):
     """How the LLM writes targets to train on."""
 
     column: str = option("llm_output", "Column for the LLM's outputs.", panel=DATA)
-    num_beams: int = option(4, "Number of beams; 1 is greedy decoding.", minimum=1, panel=GENERATION)
+    num_beams: int = option(4, "Number of beams; 1 is greedy decoding.", panel=GENERATION, **BEAMS)
     batch_size: int = option(32, "Prompts per batch.", minimum=1, panel=COMPUTE)
     overwrite: bool = option(False, "Replace an existing output, or the parts that an interrupted run left.")
 
@@ -246,13 +435,13 @@ class PlanSettings(DeviceSettings):
     """What `plan` measures and what the planned training would be."""
 
     prompt_column: str = option("prompt", "Column that holds the prompts.", panel=DATA)
-    prompt_max_length: int | None = option(None, TRUNCATE, minimum=1, panel=DATA)
+    prompt_max_length: int | None = option(None, TRUNCATE, panel=DATA, **LENGTH)
     skip_bad_rows: bool = option(False, "Skip rows that hold no text, with a warning that lists them.", panel=DATA)
     timed_prompts: int = option(4, "Generate for this many prompts.", minimum=1)
-    epochs: float = option(5, "Number of epochs assumed by the estimate.", above=0, panel="Planned training")
+    epochs: float = option(5, "Number of epochs assumed by the estimate.", panel="Planned training", **EPOCHS)
     batch_size: int = option(32, "Batch size assumed by the estimate.", minimum=1, panel="Planned training")
-    num_beams: int = option(4, "Number of beams in the distillation assumed by the estimate.", minimum=1, cli=False)
-    max_new_tokens: int = option(128, "Longest output, in tokens.", minimum=1, panel=GENERATION)
+    num_beams: int = option(4, "Number of beams in the distillation assumed by the estimate.", cli=False, **BEAMS)
+    max_new_tokens: int = option(128, "Longest output, in tokens.", panel=GENERATION, **OUTPUT_LENGTH)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,8 +465,8 @@ class SpeedupSettings(Settings):
         500, "Prompts to hold out for validation, and as many for the test; at most a tenth each.", minimum=1,
         panel=DATA,
     )  # fmt: skip
-    num_beams: int = option(4, "Number of beams for the LLM's outputs.", minimum=1, panel=GENERATION)
-    max_new_tokens: int = option(128, "Longest output, in tokens.", minimum=1, panel=GENERATION)
+    num_beams: int = option(4, "Number of beams for the LLM's outputs.", panel=GENERATION, **BEAMS)
+    max_new_tokens: int = option(128, "Longest output, in tokens.", panel=GENERATION, **OUTPUT_LENGTH)
     batch_size: int = option(32, "Prompts per batch for the LLM.", minimum=1, panel=COMPUTE)
     recipe: Mapping[str, Any] = field(default_factory=dict, metadata={"help": "Recipe fields.", "cli": False})
 
@@ -288,23 +477,25 @@ class ServeSettings(Settings):
 
     name: str = option("", "Name of the model in requests. Default: that of its folder.")
     max_batch: int = option(16, "Prompts per batch.", minimum=1, panel="Batching")
-    max_wait: float = option(5, "Milliseconds a batch waits for more prompts.", minimum=0, panel="Batching")
+    max_wait: float = option(5, "Milliseconds a batch waits for more prompts.", panel="Batching", minimum=0, **WAIT)
     max_queue: int = option(64, "Prompts that may wait; more are refused with 503.", minimum=1, panel="Limits")
     max_prompt_tokens: int | None = option(
-        None, "Longest prompt, in tokens. Default: the checkpoint's limit, or 2048.", minimum=1, panel="Limits"
+        None, "Longest prompt, in tokens. Default: the checkpoint's limit, or 2048.", panel="Limits", **LENGTH
     )
     max_new_tokens: int | None = option(
         None, "Longest output a request may ask for, in tokens. Default: 1024, or the checkpoint's limit if larger.",
-        minimum=1, panel="Limits",
+        panel="Limits", **OUTPUT_LENGTH,
     )  # fmt: skip
     max_body: int = option(1_000_000, "Largest request, in bytes.", minimum=1, cli=False)
-    num_beams: int = option(1, "Number of beams; above 1, no streaming and no sampling.", minimum=1, panel=GENERATION)
-    timeout: float = option(120, "Seconds after which a request fails.", minimum=0.1, panel="Limits")
-    shutdown_timeout: float = option(30, "Seconds that running requests get at shutdown.", minimum=1, panel="Limits")
+    num_beams: int = option(1, "Number of beams; above 1, no streaming and no sampling.", panel=GENERATION, **BEAMS)
+    timeout: float = option(120, "Seconds after which a request fails.", panel="Limits", minimum=0.1, **WAIT)
+    shutdown_timeout: float = option(
+        30, "Seconds that running requests get at shutdown.", panel="Limits", minimum=1, **WAIT
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkSettings(DeviceSettings):
     """Where and on what a benchmark runs."""
 
-    threads: int = option(1, "CPU threads of each contestant.", minimum=1, panel=COMPUTE)
+    threads: int = option(1, "CPU threads of each contestant.", panel=COMPUTE, **PROCESSES)

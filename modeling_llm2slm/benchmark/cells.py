@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 
-from ..data.text import read_text
+from ..data.parsing import read_yaml
 
 
 FIRST_ID = 10  # lower token ids are special
@@ -57,9 +56,9 @@ def load_sweep(path: str | Path) -> list[Cell]:
         ValueError: If the file has no such list, the list has more than 40 cells, or a cell has an unknown field.
     """
     try:
-        rows = yaml.safe_load(read_text(path))["cells"]
+        rows = read_yaml(path)["cells"]
         cells = [Cell(**row | {"contestants": tuple(row.get("contestants", ()))}) for row in rows]
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a sweep: {' '.join(str(error).split())}") from error
     if len(cells) > MAX_CELLS:
         raise ValueError(f"{path} has {len(cells)} cells; the most is {MAX_CELLS}.")

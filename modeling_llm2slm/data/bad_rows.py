@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..settings import shown
 from .formats import ROW_ERROR, file_format_of
 
 
@@ -31,7 +32,7 @@ def text_problem(row: Mapping[str, Any], columns: Sequence[str], number: int) ->
     """
     for column in columns:
         if not is_text(row.get(column)):
-            return row.get(ROW_ERROR) or f"the {column} of row {number} is {row.get(column)!r}, not text"
+            return row.get(ROW_ERROR) or f"the {column} of row {number} is {shown(row.get(column))}, not text"
     return None
 
 

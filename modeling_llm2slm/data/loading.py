@@ -198,7 +198,7 @@ def _load_rows(path: Path, file_format: str, columns: Sequence[str]) -> Dataset:
 def _column_names(path: Path, file_format: str, columns: Sequence[str]) -> list[str]:
     """Return the column names of rows, reading from the top until all of `columns` were found."""
     seen: dict[str, Any] = {}
-    for row in parse_rows(path, None):
+    for row in parse_rows(path):
         seen = row | seen
         if seen.keys() >= set(sources_of(columns, seen).values()):
             break
@@ -211,7 +211,7 @@ def _column_names(path: Path, file_format: str, columns: Sequence[str]) -> list[
 def _rows_as_texts(
     path: Path, sources: Mapping[str, str], kept: Sequence[str], changed: int
 ) -> Iterator[Mapping[str, Any]]:
-    for number, row in enumerate(parse_rows(path, None)):
+    for number, row in enumerate(parse_rows(path)):
         texts = _texts(row, sources, number)
         whole = {LINE: json.dumps(row)} if LINE in kept else {}
         others = {name: row.get(name) if texts[ROW_ERROR] is None else None for name in kept if name not in texts}

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from ..files_llm2slm import first_line
 from .atomic import atomic_write
+from .parsing import read_json
 
 
 class Kind(NamedTuple):
@@ -52,7 +53,7 @@ def mapping_to(kind: Kind) -> Kind:
     )
 
 
-def read_json(
+def read_record(
     path: str | Path,
     fix: str,
     fields: Mapping[str, Kind] | None = None,
@@ -74,8 +75,8 @@ def read_json(
         ValueError: If the file is not JSON, holds no mapping, or a field is missing or of another kind.
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # also a file that is not UTF-8
+        value = read_json(path)
+    except ValueError as error:  # also a file that is not UTF-8
         raise ValueError(
             f"{path} is truncated or corrupted and cannot be read ({first_line(error)}). {fix}"
         ) from error
@@ -92,7 +93,7 @@ def check_fields(
     optional: bool = False,
     what: str = "a mapping",
 ) -> None:
-    """Raise `ValueError`, see [`read_json`], unless a value in a file is a mapping with fields of these kinds."""
+    """Raise `ValueError`, see [`read_record`], unless a value in a file is a mapping with fields of these kinds."""
     if not isinstance(value, dict):
         raise ValueError(f"{path} cannot be read: it does not hold {what}. {fix}")
     for name, kind in fields.items():

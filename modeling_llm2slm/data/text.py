@@ -5,12 +5,9 @@ after a carriage return.
 
 from __future__ import annotations
 
-import json
 import os
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any
 
 
 def text_problem_of(text: str) -> str | None:
@@ -42,15 +39,18 @@ def decode_lines(lines: Iterable[bytes]) -> Iterator[str]:
             yield text
 
 
-def read_text(path: str | os.PathLike) -> str:
+def read_text(path: str | os.PathLike, limit: int) -> str:
     """
-    Return the content of a text file.
+    Return the content of a text file of at most `limit` bytes.
 
     Raises:
         OSError: If the file cannot be opened.
-        ValueError: If it is not UTF-8; with the path and the line.
+        ValueError: If it is larger, or if it is not UTF-8; with the path and the line.
     """
-    content = Path(path).read_bytes()
+    with open(path, "rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"{path} has more than {limit:,} bytes, which no such file needs. Check the path.")
     if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
         raise ValueError(f"{path} is UTF-16, not UTF-8. Save it as UTF-8.")
     lines = content.removeprefix(BOM_UTF8).decode("utf-8", "surrogateescape").split("\n")
@@ -59,14 +59,6 @@ def read_text(path: str | os.PathLike) -> str:
         if problem is not None:
             raise ValueError(f"{path}: line {number} {problem}. Save the file as UTF-8.")
     return "\n".join(lines)
-
-
-def read_json(path: str | os.PathLike) -> Any:
-    """Return the value in a JSON file. See [`read_text`]; text that is not JSON raises `ValueError` too."""
-    try:
-        return json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
 
 
 def from_command_line(text: str, where: str) -> str:

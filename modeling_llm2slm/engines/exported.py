@@ -22,7 +22,7 @@ from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 
 from ..cache_llm2slm import PromptStates, as_prompt_states, check_continues, padding_to, reorder
 from ..configuration_llm2slm import LLM2SLMConfig
-from ..data.records import COUNT, MAPPING, TEXT, Kind, check_fields, mapping_to, read_json
+from ..data.records import COUNT, MAPPING, TEXT, Kind, check_fields, mapping_to, read_record
 from ..fusion_llm2slm import fusion_of
 from ..generation_llm2slm import LLM2SLMGenerationMixin
 from ..inference.engine import engine
@@ -62,7 +62,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     """Return the content of `export.json`; `OSError` if it is damaged."""
     file = Path(path) / MANIFEST
     try:
-        manifest = read_json(file, FIX, {"export_format": TEXT, "components": COMPONENTS})
+        manifest = read_record(file, FIX, {"export_format": TEXT, "components": COMPONENTS})
         if "llm2slm" in manifest:
             check_fields(file, manifest["llm2slm"], FIX, DETAILS)
     except ValueError as error:

@@ -28,6 +28,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from ..files_llm2slm import first_line
+from ..settings import LENGTH, TARGET_LENGTH, check_value
 from ..states.fingerprints import checkpoint_fingerprint
 from ..states.store import StateStore
 
@@ -65,6 +66,10 @@ class LoadOptions:
     quantize: str | None = None
     keep_llm_dtype: bool = False
     allow_nonfinite: bool = False
+
+    def __post_init__(self) -> None:
+        check_value("prompt_max_length", self.prompt_max_length, LENGTH, int | None)
+        check_value("target_max_length", self.target_max_length, TARGET_LENGTH, int | None)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ..data.formats import is_jsonl, open_file
 from ..data.loading import ROW, load_rows, whole_row
 from ..data.output_paths import claimed
 from ..data.processes import processes
-from ..settings import GenerateFileSettings
+from ..settings import GenerateFileSettings, check_generate_arguments
 from .batching import BatchLimits, OutputId, PromptTable
 from .engine import fingerprint_of
 from .outputs import OutputParts, one_line, warn_of_blank_outputs, writing
@@ -94,6 +94,7 @@ def generate_file(
             positions, or an interrupted run had another model, other data or other settings.
     """
     output, limits = Path(output), BatchLimits(settings.batch_size, settings.batch_tokens)
+    check_generate_arguments(generate_kwargs)
     if settings.column == settings.prompt_column and is_jsonl(output):
         raise ValueError(f"Column {settings.column!r} holds the prompts. Name another one for the outputs (--column).")
     rank, world = processes(settings.overwrite)

@@ -16,6 +16,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedToke
 
 from ..data.conversations import as_prompt, is_conversation
 from ..data.order import seeded
+from ..settings import check_generate_arguments, check_value
 from ..states.fingerprints import tokenizer_fingerprint
 from ..states.store import StateStore
 from .batching import BatchLimits, OutputId, PromptTable, can_overlap, one_ahead, prompts_of, take_rows
@@ -137,14 +138,15 @@ class TextToText:
             One output per prompt, in the order of the prompts.
 
         Raises:
-            ValueError: If a prompt is empty, or a prompt and its output do not fit into the model's positions. This is
-                checked before any compute.
+            ValueError: If an argument is outside its bounds, see [`GenerateArguments`], a prompt is empty, or a prompt
+                and its output do not fit into the model's positions. This is checked before any compute.
         """
         tokens = self.generate_tokens(prompts, batch_size, **generate_kwargs)
         return self.tokenizer.batch_decode(tokens, skip_special_tokens=True) if tokens else []
 
     def generate_tokens(self, prompts: Sequence[Any], batch_size: int = 32, **generate_kwargs: Any) -> list[list[int]]:
         """Generate like [`~TextToText.generate`], but return the token ids of each output, the end token included."""
+        check_value("batch_size", batch_size, {"minimum": 1}, int)
         if not prompts:
             return []
         if isinstance(prompts, str):
@@ -342,6 +344,7 @@ class TextToText:
 
     def _prepare(self, prompts: list[str], generate_kwargs: dict[str, Any]) -> tuple[Features, dict[str, Any]]:
         """Return features and arguments of `generate()`, checked before any compute."""
+        check_generate_arguments(generate_kwargs)
         features, generate_kwargs = self.features(prompts), self.with_limit(generate_kwargs)
         lengths = [len(ids) for ids in features["input_ids"]]
         for length in {min(lengths), max(lengths)}:

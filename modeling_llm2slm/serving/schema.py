@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
@@ -20,6 +19,8 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 from starlette.exceptions import HTTPException
 
+from ..data.parsing import parse_json
+from ..settings import OUTPUT_LENGTH, TEMPERATURE, TOP_P, check_value, shown
 from .scheduler import Decoding, FinishReason, Piece
 
 
@@ -85,6 +86,16 @@ def _only_neutral(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
+def _within(**bounds: Any) -> AfterValidator:
+    """Return a validator that accepts what settings with these bounds do; [`CompletionRequest`] describes them."""
+
+    def check(value: Any) -> Any:
+        check_value("", value, bounds)
+        return value
+
+    return AfterValidator(check)
+
+
 def _sentence(message: str) -> PydanticCustomError:
     return PydanticCustomError("sentence", "{message}", {"message": message})
 
@@ -115,10 +126,16 @@ class CompletionRequest(BaseModel):
 
     prompt: Texts = Field(min_length=1, description="a string, or a list of 1 to {max_prompts} strings")
     model: str | None = Field(None, description="a string")
-    max_tokens: int | None = Field(None, ge=1, description="a whole number from 1 to {max_tokens}")
-    temperature: float | None = Field(None, ge=0, le=2, description="a number from 0 to 2")
-    top_p: float | None = Field(None, gt=0, le=1, description="a number above 0 and at most 1")
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="a whole number of at most 64 bits")
+    max_tokens: Annotated[int | None, _within(**OUTPUT_LENGTH)] = Field(
+        None, description="a whole number from 1 to {max_tokens}"
+    )
+    temperature: Annotated[float | None, _within(**TEMPERATURE, also=0)] = Field(
+        None, description=f"0, or a number from {TEMPERATURE['minimum']} to {TEMPERATURE['maximum']}"
+    )
+    top_p: Annotated[float | None, _within(**TOP_P)] = Field(
+        None, description=f"a number above {TOP_P['above']} and at most {TOP_P['maximum']}"
+    )
+    seed: Annotated[int | None, _within()] = Field(None, description="a whole number of at most 64 bits")
     stop: StopTexts | None = Field(None, description="a string, or a list of up to 4 strings, none of them empty")
     stream: bool | None = Field(None, description="true or false")
     stream_options: StreamOptions | None = Field(None, description="an object with include_usage, true or false")
@@ -174,8 +191,8 @@ class CompletionRequest(BaseModel):
 def parse_request(body: bytes, limits: Limits) -> CompletionRequest:
     """Return the request in a body, or raise [`RequestError`] with the first thing that is wrong."""
     try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError) as error:
+        fields = parse_json(body)
+    except ValueError as error:
         raise RequestError(400, f"The request is not JSON: {error}.") from None
     if not isinstance(fields, dict):
         raise RequestError(400, "The request must be a JSON object.")
@@ -186,28 +203,26 @@ def parse_request(body: bytes, limits: Limits) -> CompletionRequest:
         param = str(first["loc"][0]) if first["loc"] else None
         raise RequestError(400, _message(first, limits), param) from None
     if request.model not in (None, limits.model):
-        message = f"This server has no model {request.model!r}. Its model is {limits.model!r}."
+        message = f"This server has no model {shown(request.model)}. Its model is {limits.model!r}."
         raise RequestError(404, message, "model")
     return request
 
 
 def _message(error: ErrorDetails, limits: Limits) -> str:
     """Return an error of pydantic as one sentence."""
-    kind, path = error["type"], ".".join(map(str, error["loc"]))
+    kind, path, given = error["type"], ".".join(str(part)[:40] for part in error["loc"]), shown(error["input"])
     if kind == "sentence":
         return error["msg"]
     if kind == "string_unicode":
         return HALF_A_CHARACTER
-    shown = repr(error["input"])
-    shown = shown if len(shown) <= 40 else f"{shown[:40]}..."
     name = str(error["loc"][0])
     field = CompletionRequest.model_fields.get(name)
     if field is None or field.description is None:
-        return f"{path} is {shown}, which is not supported. Leave it out."
+        return f"{path} is {given}, which is not supported. Leave it out."
     rule = field.description.format(**asdict(limits))
     if kind == "missing":
         return f"{path} is missing. It must be {rule}."
-    return f"{path} is {shown}, but {'it' if path == name else name} must be {rule}."
+    return f"{path} is {given}, but {'it' if path == name else name} must be {rule}."
 
 
 class Choice(BaseModel):

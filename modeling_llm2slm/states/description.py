@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..data.causes import unreadable_file
-from ..data.records import COUNT, TEXT, Kind, read_json, whole_number, write_json
+from ..data.records import COUNT, TEXT, Kind, read_record, whole_number, write_json
 from .fingerprints import llm_fingerprint, tokenizer_fingerprint
 
 
@@ -91,7 +91,7 @@ class StoreDescription:
         path = folder / DESCRIPTION
         if not path.is_file():
             raise FileNotFoundError(f"{folder} is not a store of hidden states. Create one: llm2slm encode.")
-        values = read_json(path, "Encode again: llm2slm encode --overwrite.", FIELDS)
+        values = read_record(path, "Encode again: llm2slm encode --overwrite.", FIELDS)
         try:
             description = cls(**values)
         except TypeError as error:  # a field that does not exist

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..data.records import MAPPING, NUMBER, SWITCH, TEXT, WHOLE, Kind, mapping_to, read_json, whole_number
+from ..data.records import MAPPING, NUMBER, SWITCH, TEXT, WHOLE, Kind, mapping_to, read_record, whole_number
 from ..files_llm2slm import INDEX
 
 
@@ -69,6 +69,6 @@ def check_files(folder: str | Path) -> None:
         for name, fields in FILES.items():
             if (place / name).is_file():
                 try:
-                    read_json(place / name, FIX, fields, optional=name != INDEX)
+                    read_record(place / name, FIX, fields, optional=name != INDEX)
                 except ValueError as error:
                     raise OSError(str(error)) from error

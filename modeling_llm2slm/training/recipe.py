@@ -6,18 +6,17 @@ the package, which imports transformers: at its top it may import the standard l
 only.
 """
 
-import difflib
 import logging
 import os
 import re
 import types
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import Field as DataclassField
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-import yaml
 from pydantic import (
     AliasChoices,
     BaseModel,
@@ -27,10 +26,26 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
     ValidationInfo,
+    field_validator,
     model_validator,
 )
 
-from ..settings import METRICS
+from ..settings import (
+    EPOCHS,
+    LENGTH,
+    METRICS,
+    PROCESSES,
+    SEED,
+    TARGET_LENGTH,
+    GenerateArguments,
+    check_generate_arguments,
+    check_value,
+    describe_type,
+    has_type,
+    shown,
+    types_of,
+    unknown_name,
+)
 
 
 if TYPE_CHECKING:
@@ -43,48 +58,27 @@ DATA, MODEL, OPTIMIZATION, VALIDATION = "Data", "Model", "Optimization", "Valida
 EXAMPLES = {"generation": "{num_beams: 4}", "learning_rate_mapping": "{projector: 1e-3}", "lora": "{r: 8}"}
 
 
-class _Loader(yaml.SafeLoader):
-    """
-    Reads numbers, switches and texts by YAML 1.2: `1e-3` and `012` are decimal numbers; `no`, `on`, `1:30` and
-    `2026-01-31` are texts.
-    """
+def _structure(value: Any) -> Any:
+    """Return the list or mapping that a command line gives as text; other values as they are."""
+    if not (isinstance(value, str) and value.strip().startswith(("{", "["))):
+        return value
+    from ..data.parsing import parse_yaml  # here, because the command line loads this file without the package
 
-    def construct_integer(self, node: yaml.ScalarNode) -> int:
-        text = str(self.construct_scalar(node))
-        return int(text, 0 if text.startswith(("0o", "0x")) else 10)
-
-
-_REPLACED = ("bool", "float", "int", "timestamp")
-_FLOAT = r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in _REPLACED]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _tag, _pattern, _first in (
-    ("bool", "(?i:true|false)", "tTfF"),
-    ("int", r"[-+]?\d+|0o[0-7]+|0x[\da-fA-F]+", "-+0123456789"),  # before float, which matches integers too
-    ("float", _FLOAT, "-+.0123456789"),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^({_pattern})$"), list(_first))
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
-
-
-def read_yaml(text: str) -> Any:
-    """Return what a YAML text holds, by the rules of YAML 1.2; raise `yaml.YAMLError` if it is not YAML."""
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of the safe loader
+    try:
+        return parse_yaml(value)
+    except ValueError:
+        return value  # its type is wrong, and the schema reports that
 
 
 def _mapping(value: Any, info: ValidationInfo) -> Any:
     """Read a mapping that a command line gives as text."""
-    mapping = value
-    if isinstance(value, str):
-        try:
-            mapping = read_yaml(value)
-        except yaml.YAMLError:
-            mapping = None
+    mapping = _structure(value)
     if not isinstance(mapping, Mapping):
         example = EXAMPLES[info.field_name or ""]
-        raise ValueError(f"{info.field_name} is {value!r}, but it must map names to values, such as {example}.")
+        raise ValueError(f"{info.field_name} is {shown(value)}, but it must map names to values, such as {example}.")
+    unnamed = next((key for key in mapping if not isinstance(key, str)), None)
+    if unnamed is not None:
+        raise ValueError(f"{info.field_name} has the name {shown(unnamed)}, but names must be texts.")
     return dict(mapping)
 
 
@@ -92,14 +86,16 @@ def _names(value: Any, info: ValidationInfo) -> Any:
     """Read names of columns: a list, or text such as `a, b` or `[a, b]`."""
     if not isinstance(value, str):
         return value
+    if isinstance(names := _structure(value), list):
+        return names
     if value.strip().startswith("["):
-        try:
-            return read_yaml(value)
-        except yaml.YAMLError:
-            raise ValueError(
-                f"{info.field_name} is {value!r}, but it must be a name or a list, such as [target, llm_output]."
-            ) from None
+        raise ValueError(
+            f"{info.field_name} is {shown(value)}, but it must be a name or a list, such as [target, llm_output]."
+        )
     return [name.strip() for name in value.split(",")]
+
+
+PYDANTIC_BOUNDS = {"minimum": "ge", "above": "gt", "below": "lt", "maximum": "le", "limit": "le"}
 
 
 def _field(
@@ -120,16 +116,17 @@ def _field(
         default: Its default; none for a required field.
         fixed: Whether a resumed run must keep it: always, never, or with `streaming`.
         speedup: Whether `llm2slm speedup` takes it; it sets the others itself, or has options of its own for them.
-        bounds: Bounds and aliases, see [`pydantic.Field`].
+        bounds: Bounds, see [`check_value`], and arguments of [`pydantic.Field`].
     """
     extra: dict[str, Any] = {"group": group, "fixed": fixed, "speedup": speedup}
+    bounds = {PYDANTIC_BOUNDS.get(name, name): bound for name, bound in bounds.items()}
     return Field(default, description=description, json_schema_extra=extra, **bounds)
 
 
-Rate = Annotated[float, Field(allow_inf_nan=False)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Options = Annotated[dict[str, Any], BeforeValidator(_mapping)]
 LearningRates = Annotated[dict[str, Rate], BeforeValidator(_mapping)]
-Columns = Annotated[list[str], BeforeValidator(_names)]
+Columns = Annotated[list[str], Field(min_length=1), BeforeValidator(_names)]
 if TYPE_CHECKING:
     Metric = str
 else:
@@ -145,7 +142,12 @@ class Recipe(BaseModel):
     """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, populate_by_name=True, coerce_numbers_to_str=True, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        populate_by_name=True,
+        coerce_numbers_to_str=True,
+        protected_namespaces=(),
+        str_min_length=1,
     )
 
     model: str = _field(
@@ -179,21 +181,21 @@ class Recipe(BaseModel):
         speedup=False,
     )
     train_samples: int | None = _field(
-        DATA, "Train on this many rows, from the top. Default: all.", None, ge=1, fixed=True
+        DATA, "Train on this many rows, from the top. Default: all.", None, minimum=1, fixed=True
     )
     validation_samples: int | None = _field(
-        DATA, "Validate on this many rows, from the top. Default: all.", None, ge=1, fixed=True
+        DATA, "Validate on this many rows, from the top. Default: all.", None, minimum=1, fixed=True
     )
     prompt_max_length: int | None = _field(
-        DATA, "Truncate prompts to this many tokens. Default: never.", None, ge=1, fixed=True
+        DATA, "Truncate prompts to this many tokens. Default: never.", None, fixed=True, **LENGTH
     )
     target_max_length: int | None = _field(
         DATA,
         "Truncate targets to this many tokens. Default: never.",
         None,
-        ge=2,
         validation_alias=AliasChoices("target_max_length", "answer_max_length"),
         fixed=True,
+        **TARGET_LENGTH,
     )
     optimizer: Literal["adamw", "adafactor"] = _field(
         OPTIMIZATION,
@@ -264,11 +266,38 @@ class Recipe(BaseModel):
         fixed=True,
     )
     shuffle_buffer: int = _field(
-        DATA, "Number of rows among which streaming shuffles.", 10_000, ge=1, fixed="streaming"
+        DATA, "Number of rows among which streaming shuffles.", 10_000, minimum=1, fixed="streaming"
     )
     preprocessing_num_workers: int | None = _field(
-        DATA, "Processes that tokenize the data. Default: only the main one.", None, ge=1
+        DATA, "Processes that tokenize the data. Default: only the main one.", None, **PROCESSES
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_switch(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse `true` for a number, which pydantic takes as 1."""
+        _refuse_switch(str(info.field_name), value, cls.__annotations__[info.field_name or ""])
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _check_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """Check what pydantic does not: characters, and numbers beyond 64 bits."""
+        for entry in value if isinstance(value, list) else [value]:
+            check_value(str(info.field_name), entry, {})
+        return value
+
+    @field_validator("learning_rate_mapping")
+    @classmethod
+    def _check_patterns(cls, mapping: dict[str, float]) -> dict[str, float]:
+        for pattern in mapping:
+            try:
+                re.compile(pattern)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ValueError(
+                    f"learning_rate_mapping has {shown(pattern)}, which is not a regular expression: {error}."
+                ) from None
+        return mapping
 
     @model_validator(mode="after")
     def _check_llm(self) -> "Recipe":
@@ -357,6 +386,12 @@ def _type_text(kind: Any) -> str:
     return {"dict": "mapping", "str": "text", "list": "list"}.get(name, name)
 
 
+def _refuse_switch(name: str, value: Any, kind: Any) -> None:
+    """Raise `ValueError` for a switch in place of a number: Python counts with switches."""
+    if isinstance(value, bool) and has_type(1, kind) and not has_type(value, kind):
+        raise ValueError(f"{name} is {str(value).lower()}, but it must be {describe_type(kind)}.")
+
+
 def _is_enum(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Enum)
 
@@ -373,12 +408,50 @@ DEFAULTS: dict[str, Any] = {
 }
 REQUIRED = ("model", "train_data", "output_dir")
 STEPS_BETWEEN_CHECKPOINTS = 500  # in a stream, whose epochs do not end
+BATCH, SPAN = {"minimum": 1, "limit": 2**31 - 1}, {"above": 0}
+# Bounds of the Trainer's numbers, where they are other than finite and at least 0; choices are those of transformers.
+TRAINER_BOUNDS: dict[str, dict[str, Any]] = {
+    "per_device_train_batch_size": BATCH,
+    "per_device_eval_batch_size": BATCH,
+    "gradient_accumulation_steps": BATCH,
+    "eval_accumulation_steps": BATCH,
+    "torch_empty_cache_steps": BATCH,
+    "num_train_epochs": EPOCHS,
+    "max_steps": {**BATCH, "also": -1},
+    "logging_steps": SPAN,
+    "eval_steps": SPAN,
+    "save_steps": SPAN,
+    "save_total_limit": BATCH,
+    "adam_beta1": {"minimum": 0, "below": 1},
+    "adam_beta2": {"minimum": 0, "below": 1},
+    "label_smoothing_factor": {"minimum": 0, "below": 1},
+    "seed": SEED,
+    "data_seed": SEED,
+    "dataloader_num_workers": {**PROCESSES, "minimum": 0},
+    "dataloader_prefetch_factor": PROCESSES,
+    "ddp_bucket_cap_mb": BATCH,
+    "ddp_timeout": {"minimum": 1, "limit": 10**9},
+    "local_rank": {"minimum": 0, "also": -1},
+}
+LORA_BOUNDS: dict[str, dict[str, Any]] = {
+    "r": {"minimum": 1, "limit": 2**16},
+    "lora_alpha": {"above": 0},
+    "lora_dropout": {"minimum": 0, "below": 1},
+}
+# The packages of the integrations that are not named like them.
+REPORT_PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit"}
+EMPTY = {
+    "string_too_short": "text that is not empty",
+    "too_short": "a list that is not empty",
+    "string_unicode": "text without halves of surrogate pairs",
+}
 # Fields of the Trainer that would have no effect, or another one than expected, each with what to do instead.
 REFUSED = {
     "resume_from_checkpoint": "training resumes from the last checkpoint in output_dir; to start elsewhere, set model",
     "predict_with_generate": "training generates outputs where a metric, such as bleu, needs them",
     "generation_num_beams": "set generation: {num_beams: 4}",
     "generation_max_length": "set generation: {max_new_tokens: 64}",
+    "generation_config": "set generation: {num_beams: 4}",
     "push_to_hub": "it would upload checkpoints and not the model; upload output_dir when training has finished",
 }
 
@@ -398,14 +471,12 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         FileNotFoundError: If the file does not exist.
         ValueError: If the file is not a YAML mapping.
     """
-    from ..data.text import read_text
+    from ..data.parsing import read_yaml
 
     try:
-        recipe = read_yaml(read_text(path))
+        recipe = read_yaml(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no recipe {path}.") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} is not a recipe: it must map names to values, such as `model: path/to/checkpoint`.")
     return {**with_current_names(recipe), **with_current_names(overrides or {})}
@@ -415,7 +486,7 @@ def with_current_names(recipe: Mapping[Any, Any]) -> dict[str, Any]:
     """Return a recipe whose names are in snake_case and up to date, and whose paths are texts, as in a file."""
     current: dict[str, Any] = {}
     for name, value in recipe.items():
-        key = str(name).replace("-", "_")
+        key = str(name)[:100].replace("-", "_")
         key = FORMER_NAMES.get(key, key)
         if key in current:
             raise ValueError(f"The recipe sets {key} twice, under two spellings or names: leave out one of the two.")
@@ -452,6 +523,10 @@ FORMER_NAMES = {
 }
 
 
+class RecipeError(ValueError):
+    """A field of a recipe that is wrong. The message begins with its name, if one field alone is wrong."""
+
+
 def parse_recipe(recipe: Mapping[str, Any]) -> "tuple[Recipe, Seq2SeqTrainingArguments]":
     """
     Split a flat recipe into our fields and those of the Trainer, and validate both.
@@ -464,21 +539,38 @@ def parse_recipe(recipe: Mapping[str, Any]) -> "tuple[Recipe, Seq2SeqTrainingArg
             kebab-case. `None` stands for a field's default.
 
     Raises:
-        ValueError: If a name is unknown (the error suggests the nearest one), a required field is missing, a value has
-            the wrong type or is out of bounds, fields contradict each other, or an environment variable is not set.
+        RecipeError: If a name is unknown (the error suggests the nearest one), a required field is missing, a value
+            has the wrong type or is out of bounds, fields contradict each other, or an environment variable is not
+            set.
     """
+    try:
+        return _parse(recipe)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+
+
+def _parse(recipe: Mapping[str, Any]) -> "tuple[Recipe, Seq2SeqTrainingArguments]":
     import torch
-    from transformers import GenerationConfig
+
+    from ..data.parsing import check_depth
 
     recipe = with_current_names(recipe)
+    for name, value in recipe.items():
+        try:
+            check_depth(value)
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be used: {error}.") from None
+        for number in _integers(value):  # the larger ones cannot even be written as text
+            check_value(name, number, {})
     _check_names(recipe)
-    values = {name: _expanded(value) for name, value in recipe.items() if value is not None}
+    values = {name: _expanded(name, value) for name, value in recipe.items() if value is not None}
     try:
         ours = Recipe(**{name: value for name, value in values.items() if name in Recipe.model_fields})
     except ValidationError as error:
         raise ValueError(_sentence(error)) from None
-    for name in ours.generation:
-        _check_name(name, list(vars(GenerationConfig())), "generation")
+    _check_generation(ours.generation)
+    if ours.lora is not None:
+        ours = ours.model_copy(update={"lora": _lora_options(ours.lora)})
     theirs = {name: value for name, value in values.items() if name not in Recipe.model_fields}
     arguments = _training_arguments(ours, theirs)
     if arguments.bf16 and arguments.use_cpu and torch.backends.cpu.get_cpu_capability() == "AVX2":
@@ -505,21 +597,60 @@ def _check_names(recipe: Mapping[str, Any]) -> None:
 
 def _check_name(name: str, known: Sequence[str], owner: str) -> None:
     if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f" Did you mean {nearest[0]}?" if nearest else ""
-        raise ValueError(f"{owner} has no field {name!r}.{hint}")
+        raise ValueError(unknown_name(owner, name, known))
 
 
-def _expanded(value: Any) -> Any:
+def _check_generation(generation: Mapping[str, Any]) -> None:
+    known = {field.name: field.metadata for field in types_of(GenerateArguments)}
+    for name in generation:
+        _check_name(name, list(known), "generation")
+    check_generate_arguments(generation, "generation.")
+    for name, value in generation.items():
+        if known[name].get("sampling") and value is not None and not generation.get("do_sample"):
+            raise ValueError(f"generation.{name} needs sampling: add do_sample: true, or leave it out.")
+
+
+def _lora_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments of `peft.LoraConfig` in the types that it declares, or raise `ValueError`."""
+    from peft import LoraConfig, PeftConfig
+
+    hints = get_type_hints(LoraConfig)
+    known = [name for name in hints.keys() - get_type_hints(PeftConfig).keys() if not _needs_object(hints[name])]
+    typed = {}
+    for name, value in options.items():
+        _check_name(name, sorted(known), "lora")
+        kind = float if name == "lora_alpha" else hints[name]  # an integer there, but any number works
+        typed[name] = _typed(f"lora.{name}", kind, value, LORA_BOUNDS.get(name, {"minimum": 0}))
+    try:
+        LoraConfig(**{"target_modules": ["all"], **typed})
+    except Exception as error:  # each option raises its own exceptions
+        raise ValueError(f"lora is {shown(options)}, which peft refuses: {_cause(error)}.") from error
+    return typed
+
+
+def _needs_object(kind: Any) -> bool:
+    """Return whether values of a type are objects of a dataclass, which no recipe can hold."""
+    return all(part is types.NoneType or is_dataclass(part) for part in get_args(kind) or (kind,))
+
+
+def _integers(value: Any) -> Iterator[int]:
+    if isinstance(value, dict | list):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _integers(entry)
+    elif isinstance(value, int):
+        yield value
+
+
+def _expanded(field: str, value: Any) -> Any:
     """Return a value with environment variables expanded, in texts and lists of texts."""
     if isinstance(value, list):
-        return [_expanded(entry) for entry in value]
+        return [_expanded(field, entry) for entry in value]
     if not isinstance(value, str):
         return value
     text = os.path.expandvars(value)
     if "${" in text:
         name = text.partition("${")[2].partition("}")[0]
-        raise ValueError(f"The recipe uses the environment variable {name}, which is not set.")
+        raise ValueError(f"{field} uses the environment variable {shown(name)}, which is not set.")
     return text
 
 
@@ -529,7 +660,8 @@ def _training_arguments(ours: Recipe, values: Mapping[str, Any]) -> "Seq2SeqTrai
     from transformers import Seq2SeqTrainingArguments
 
     hints = get_type_hints(Seq2SeqTrainingArguments)
-    typed = {name: _typed(name, hints[name], value) for name, value in values.items()}
+    declared = {field.name: field for field in fields(Seq2SeqTrainingArguments)}
+    typed = {name: _typed(name, hints[name], value, _trainer_bounds(declared[name])) for name, value in values.items()}
     if ours.validation_data and typed.get("eval_strategy") == "no":
         raise ValueError("eval_strategy is 'no', but validation_data is set: remove one of them.")
     # Without use_cpu, the Trainer refuses bf16 on a CPU.
@@ -540,25 +672,52 @@ def _training_arguments(ours: Recipe, values: Mapping[str, Any]) -> "Seq2SeqTrai
             "metric_for_best_model": f"eval_{ours.metric}",
             "greater_is_better": ours.metric != "loss",
         }
+    complete = {**defaults, **_checkpoint_times(ours, typed), **typed}
     try:
-        return Seq2SeqTrainingArguments(**{**defaults, **_checkpoint_times(ours, typed), **typed})
-    except ValueError as error:
-        raise ValueError(f"The recipe is wrong: {' '.join(str(error).split())}") from error
+        return Seq2SeqTrainingArguments(**complete)
+    except Exception as error:  # each field raises its own exceptions
+        culprit = next((name for name in typed if _fails({**defaults, "output_dir": "x", name: typed[name]})), None)
+        given = f"{culprit} is {shown(typed[culprit])}" if culprit else "The recipe has fields"
+        raise ValueError(f"{given}, which the Trainer refuses: {_cause(error)}.") from error
 
 
-def _typed(name: str, hint: Any, value: Any) -> Any:
-    """Return a value of a Trainer field in the type that its dataclass declares."""
+def _fails(values: Mapping[str, Any]) -> bool:
+    """Return whether the Trainer refuses a field by itself."""
+    from transformers import Seq2SeqTrainingArguments
+
+    try:
+        Seq2SeqTrainingArguments(**values)
+    except Exception:  # each field raises its own exceptions
+        return True
+    return False
+
+
+def _cause(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300].removesuffix(".")
+
+
+def _trainer_bounds(field: DataclassField[Any]) -> dict[str, Any]:
+    """Return the bounds of a field of the Trainer."""
+    choices = field.metadata.get("choices")
+    return {**TRAINER_BOUNDS.get(field.name, {"minimum": 0}), **({"choices": tuple(choices)} if choices else {})}
+
+
+def _typed(name: str, hint: Any, value: Any, bounds: Mapping[str, Any]) -> Any:
+    """Return a value in the type that the dataclass of the Trainer, or of LoRA, declares, within its bounds."""
+    _refuse_switch(name, value, hint)
     choices = [part for part in get_args(hint) if _is_enum(part)]
-    if isinstance(value, str) and value.startswith(("{", "[")):  # a command line gives mappings and lists as text
-        value = read_yaml(value)
+    value = _structure(value)
     adapter = TypeAdapter(
         choices[0] if choices else hint, config=ConfigDict(arbitrary_types_allowed=True, coerce_numbers_to_str=True)
     )
     try:
-        return adapter.validate_python(value)
+        typed = adapter.validate_python(value)
     except ValidationError as error:
         wanted = " or ".join(dict.fromkeys(map(_wanted, error.errors())))
-        raise ValueError(f"{name} is {value!r}, but it must be {wanted}.") from None
+        raise ValueError(f"{name} is {shown(value)}, but it must be {wanted}.") from None
+    for entry in typed if isinstance(typed, list) else [typed]:
+        check_value(name, entry, bounds)
+    return typed
 
 
 def _checkpoint_times(ours: Recipe, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -580,7 +739,17 @@ def _checkpoint_times(ours: Recipe, values: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _check_together(ours: Recipe, arguments: "Seq2SeqTrainingArguments") -> None:
-    """Raise `ValueError` where fields contradict each other."""
+    """Raise `ValueError` where fields contradict each other, or name what does not exist."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    known = {f"{prefix}{metric}" for prefix in ("", "eval_") for metric in ("loss", ours.metric)}
+    if arguments.load_best_model_at_end and arguments.metric_for_best_model not in known:
+        raise ValueError(
+            f"metric_for_best_model is {shown(arguments.metric_for_best_model)}, but it must be one of: "
+            f"{', '.join(sorted(known))}."
+        )
+    for name in arguments.report_to:
+        _check_name(name, list(INTEGRATION_TO_CALLBACK), "report_to")
     if arguments.save_only_model and ours.resume:
         raise ValueError(
             "save_only_model saves nothing that training could resume from: set resume: false as well, or leave it "
@@ -595,6 +764,43 @@ def _check_together(ours: Recipe, arguments: "Seq2SeqTrainingArguments") -> None
     arguments.accelerator_config.dispatch_batches = False  # batches of different lengths cannot be sent as one
 
 
+def check_trainable(ours: Recipe, arguments: "Seq2SeqTrainingArguments") -> None:
+    """
+    Raise [`RecipeError`], before anything is loaded, if the Trainer could not make the optimizer or the learning rate
+    schedule, or if a package that `report_to` names is not installed.
+    """
+    from transformers.integrations import get_available_reporting_integrations
+
+    _check_optimizer(ours, arguments)
+    for name in arguments.report_to:
+        if name not in get_available_reporting_integrations():
+            package = REPORT_PACKAGES.get(name, name)
+            raise RecipeError(
+                f"report_to has {name!r}, which is not installed. Try: pip install {package}, or set report_to: none."
+            )
+
+
+def _check_optimizer(ours: Recipe, arguments: "Seq2SeqTrainingArguments") -> None:
+    import torch
+    from transformers import Trainer, get_scheduler
+
+    try:
+        if ours.optimizer == "adamw":
+            Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except Exception as error:  # each optimizer raises its own exceptions
+        raise RecipeError(f"optim is {arguments.optim.value!r}, which cannot be used: {_cause(error)}.") from error
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=arguments.learning_rate)
+    options = arguments.lr_scheduler_kwargs
+    try:
+        get_scheduler(arguments.lr_scheduler_type, optimizer, 0, 1000, options)
+    except Exception as error:  # each schedule raises its own exceptions
+        raise RecipeError(
+            f"lr_scheduler_kwargs is {shown(options)}, which the schedule {arguments.lr_scheduler_type.value!r} "
+            f"refuses: {_cause(error)}."
+        ) from error
+
+
 def _sentence(error: ValidationError) -> str:
     """Return the first problem that pydantic found, as one sentence with the field, its value and what it may be."""
     first = error.errors(include_url=False)[0]
@@ -602,11 +808,13 @@ def _sentence(error: ValidationError) -> str:
         return first["msg"].removeprefix("Value error, ")
     name, *keys = first["loc"]
     keys = [key for key in keys if isinstance(key, str | int)]
-    given = f"has {first['input']!r} for {keys[0]!r}" if keys else f"is {first['input']!r}"
+    given = f"has {shown(first['input'])} for {shown(keys[0])}" if keys else f"is {shown(first['input'])}"
     return f"{name} {given}, but it must be {_wanted(first)}."
 
 
 def _wanted(problem: Mapping[str, Any]) -> str:
     """Return what pydantic wants of a value: `a valid integer`, `'adamw' or 'adafactor'`."""
+    if problem["type"] in EMPTY:
+        return EMPTY[problem["type"]]
     message = problem["msg"].removeprefix("Input should be ")
     return re.sub(r", (unable to|got a) .*", "", message).replace("dictionary", "mapping")

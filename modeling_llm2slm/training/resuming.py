@@ -13,7 +13,7 @@ from transformers import Seq2SeqTrainingArguments
 
 from ..data.atomic import remove_unfinished
 from ..data.output_paths import MODEL_FILES, check_output
-from ..data.records import COUNT, MAPPING, NUMBER, TEXT, read_json, without_folders, without_secrets, write_json
+from ..data.records import COUNT, MAPPING, NUMBER, TEXT, read_record, without_folders, without_secrets, write_json
 from .batches import effective_batch_size
 from .recipe import Recipe, recipe_fields
 
@@ -47,7 +47,7 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 def last_report(output_dir: str | Path) -> dict[str, Any]:
     """Return the report in an output folder, or an empty mapping; raise `ValueError` if it is damaged."""
     file = Path(output_dir) / REPORT
-    return read_json(file, FROM_SCRATCH, REPORT_FIELDS) if file.is_file() else {}
+    return read_record(file, FROM_SCRATCH, REPORT_FIELDS) if file.is_file() else {}
 
 
 def record_failure(output_dir: str | Path, recipe: Mapping[str, Any], error: TrainingFailed) -> None:
@@ -58,7 +58,7 @@ def record_failure(output_dir: str | Path, recipe: Mapping[str, Any], error: Tra
 def last_failure(output_dir: str | Path) -> dict[str, Any] | None:
     """Return the failure that ended the last training in an output folder, or `None`."""
     file = Path(output_dir) / FAILURE
-    return read_json(file, FROM_SCRATCH, {"message": TEXT, "recipe": MAPPING}) if file.is_file() else None
+    return read_record(file, FROM_SCRATCH, {"message": TEXT, "recipe": MAPPING}) if file.is_file() else None
 
 
 def check_not_failed(output_dir: str | Path, recipe: Mapping[str, Any]) -> None:
@@ -95,7 +95,7 @@ def check_same_recipe(recipe: Recipe, arguments: Seq2SeqTrainingArguments) -> No
     file = Path(arguments.output_dir) / RECIPE
     if not file.is_file():
         return
-    begun, now = read_json(file, FROM_SCRATCH), fixed_settings(recipe, arguments)
+    begun, now = read_record(file, FROM_SCRATCH), fixed_settings(recipe, arguments)
     failed = last_failure(arguments.output_dir) is not None
     for name in now:
         if name in begun and begun[name] != now[name]:
@@ -169,7 +169,7 @@ def fixed_settings(recipe: Recipe, arguments: Seq2SeqTrainingArguments) -> dict[
 
 def _is_complete(path: Path) -> bool:
     try:
-        read_json(path, "")
+        read_record(path, "")
     except ValueError:
         return False
     return True

@@ -24,7 +24,7 @@ from ..inference.text_to_text import TextToText
 from .callbacks import ProgressLines, progress_lines
 from .features import training_data
 from .model import gather_sharded, load_to_train, merge_and_restore, refer_to_llm, source_of_llm
-from .recipe import Recipe, parse_recipe, typed_recipe
+from .recipe import Recipe, check_trainable, parse_recipe, typed_recipe
 from .resuming import (
     REPORT,
     TrainingFailed,
@@ -67,6 +67,7 @@ def train(recipe: Mapping[str, Any], quiet: bool = False) -> dict[str, Any]:
             saved. It is a `ValueError`.
     """
     ours, arguments = parse_recipe(recipe)
+    check_trainable(ours, arguments)
     recipe = typed_recipe(recipe, ours, arguments)
     if "bf16" in recipe:
         recipe["bf16"] = arguments.bf16  # the report holds what was done

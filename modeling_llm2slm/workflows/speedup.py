@@ -27,10 +27,10 @@ from ..data.conversations import (
     sources_of,
     write_conversations,
 )
-from ..data.formats import parse_lines
+from ..data.formats import parse_rows
 from ..data.loading import ROW, load_prompts
 from ..data.output_paths import MODEL_FILES, check_output, locked
-from ..data.records import MAPPING, read_json, without_secrets, write_json
+from ..data.records import MAPPING, read_record, without_secrets, write_json
 from ..evaluation.agreement import compare
 from ..inference.engine import fingerprint_of
 from ..inference.text_to_text import TextToText
@@ -39,7 +39,7 @@ from ..states.encoding import encode
 from ..states.loading import load
 from ..states.store import is_complete
 from ..training.distillation import distill
-from ..training.recipe import load_recipe, parse_recipe, typed_recipe, with_current_names
+from ..training.recipe import check_trainable, load_recipe, parse_recipe, typed_recipe, with_current_names
 from ..training.resuming import REPORT, last_checkpoint, last_failure
 from ..training.run import train
 
@@ -97,6 +97,7 @@ class Speedup:
             )
         self._check_fields()
         self.recipe, self.arguments = parse_recipe(self._recipe())
+        check_trainable(self.recipe, self.arguments)
         self._check_folder()
         llm, tokenizer = load(AutoConfig, settings.llm), settings.slm_tokenizer or settings.llm
         decoder = part_config(settings.slm, tokenizer)
@@ -116,7 +117,7 @@ class Speedup:
                     "folder with --output."
                 )
             return
-        begun = read_json(path, "Choose another folder with --output.", {"recipe": MAPPING})
+        begun = read_record(path, "Choose another folder with --output.", {"recipe": MAPPING})
         before, now = self._fixed(begun), self._fixed(record)
         changed = next((name for name in now if before.get(name) != now[name]), None)
         if changed in CONTENTS:
@@ -267,7 +268,7 @@ class Speedup:
 
     def _split(self, distilled: Path) -> None:
         column = self.settings.prompt_column
-        texts = sorted({_prompt_of(row, column) for row in parse_lines(distilled, None)}, key=_hash)
+        texts = sorted({_prompt_of(row, column) for row in parse_rows(distilled)}, key=_hash)
         if len(texts) < 3:
             raise ValueError(f"{self.settings.prompts} has {len(texts)} different prompts; a split needs at least 3.")
         held_out = max(min(self.settings.held_out, len(texts) // 10), 1)
@@ -277,7 +278,7 @@ class Speedup:
                 atomic_write(self.output / f"{split}.jsonl") as temporary,
                 temporary.open("w", encoding="utf-8", errors="backslashreplace") as file,  # halves of surrogate pairs
             ):
-                for row in parse_lines(distilled, None):
+                for row in parse_rows(distilled):
                     prompt = _prompt_of(row, column)
                     if place.get(prompt, "train") == split:
                         values = {**row, "prompt": conversation_in(prompt) or prompt}

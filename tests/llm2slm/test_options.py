@@ -49,7 +49,8 @@ def test_values_arrive_in_the_types_of_the_fields() -> None:
         (["--num-beams", "0"], "0 is not in the range x>=1|greater than or equal to 1"),
         (["--quantize", "int3"], "int8"),
         (["--temperature", "1"], "temperature and top_p need sampling"),
-        (["--sample", "--temperature", "0"], "temperature is 0.0, but it must be above 0"),
+        (["--sample", "--temperature", "0"], "greater than or equal to 0.001"),
+        (["--num-beams", "1000000"], "num_beams is 1000000, but it must be at most 1024"),
         (["--overlap"], "No such option"),  # not on the command line
     ],
 )

@@ -42,7 +42,7 @@ def required(settings_class: Any) -> dict[str, str]:
         (ServeSettings, {"timeout": 0}, "timeout is 0, but it must be at least 0.1"),
         (PlanSettings, {"epochs": 0}, "epochs is 0, but it must be above 0"),
         (SamplingSettings, {"sample": True, "top_p": 1.1}, "top_p is 1.1, but it must be at most 1"),
-        (SamplingSettings, {"sample": True, "temperature": 0}, "temperature is 0, but it must be above 0"),
+        (SamplingSettings, {"sample": True, "temperature": 0}, "temperature is 0, but it must be at least 0.001"),
         (LoadSettings, {"quantize": "int4"}, "quantize is 'int4', but it must be one of: int8, nf4"),
         (EncodeSettings, {"dtype": "int8"}, "dtype is 'int8', but it must be one of: bfloat16, float16, float32"),
     ],

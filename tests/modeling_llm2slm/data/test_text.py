@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from modeling_llm2slm.data.loading import load_examples, load_prompts
+from modeling_llm2slm.data.parsing import read_json
 from modeling_llm2slm.data.streaming import StreamedFeatures, StreamSettings
-from modeling_llm2slm.data.text import check_text, from_command_line, read_json, read_text
+from modeling_llm2slm.data.text import check_text, from_command_line, read_text
 from modeling_llm2slm.settings import DataSettings
 
 
@@ -97,7 +98,7 @@ def test_a_json_file_holds_rows_in_several_forms(tmp_path: Path, text: str, rows
 
 def test_a_text_file_is_read_whole_or_named_with_the_line(tmp_path: Path) -> None:
     path = write(tmp_path / "recipe.yaml", b"\xef\xbb\xbfmodel: a\r\nseed: 1\n")
-    assert read_text(path) == "model: a\r\nseed: 1\n"
+    assert read_text(path, 100) == "model: a\r\nseed: 1\n"
     assert read_json(write(path, b'\xef\xbb\xbf{"a": 1}')) == {"a": 1}
     for content, message in (
         (b"a: 1\nb: \xff\n", r"recipe\.yaml: line 2 is not UTF-8 \(byte 0xff\)\. Save the file as UTF-8\."),
@@ -105,11 +106,13 @@ def test_a_text_file_is_read_whole_or_named_with_the_line(tmp_path: Path) -> Non
         ("a: 1".encode("utf-16"), "recipe.yaml is UTF-16, not UTF-8"),
     ):
         with pytest.raises(ValueError, match=message):
-            read_text(write(path, content))
-    with pytest.raises(ValueError, match=r"recipe\.yaml is not JSON"):
+            read_text(write(path, content), 100)
+    with pytest.raises(ValueError, match=r"recipe\.yaml is not usable JSON"):
         read_json(write(path, b"{"))
+    with pytest.raises(ValueError, match=r"recipe\.yaml has more than 3 bytes"):
+        read_text(write(path, b"long"), 3)
     with pytest.raises(IsADirectoryError, match="Is a directory"):
-        read_text(tmp_path)
+        read_text(tmp_path, 100)
 
 
 def test_text_of_the_command_line_is_utf_8(tmp_path: Path) -> None:

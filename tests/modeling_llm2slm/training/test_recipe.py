@@ -13,8 +13,8 @@ import yaml
 
 from modeling_llm2slm.engines.quantization import QUANTIZATIONS
 from modeling_llm2slm.settings import METRICS
-from modeling_llm2slm.training import recipe as recipes
-from modeling_llm2slm.training.recipe import Recipe, load_recipe, parse_recipe, recipe_fields
+from modeling_llm2slm.training.recipe import Recipe, RecipeError, load_recipe, parse_recipe, recipe_fields
+from modeling_llm2slm.training.run import train
 
 
 RECIPES = Path(__file__).parents[3] / "configuration" / "recipes"
@@ -86,17 +86,6 @@ class TestRecipe:
         }  # fmt: skip
         assert parse_recipe({**NEEDED, **recipe, "warmup_steps": 0})[1].eval_strategy == "no"
 
-    @pytest.mark.parametrize(
-        ("text", "value"),
-        [
-            ("012", 12), ("0o14", 12), ("0x1F", 31), ("+7", 7), ("-0", 0), ("1:30", "1:30"), ("0b11", "0b11"),
-            ("1_000", "1_000"), ("2026-01-31", "2026-01-31"), ("12.0", 12.0),
-        ],
-    )  # fmt: skip
-    def test_numbers_are_read_by_the_rules_of_yaml_1_2(self, text, value):
-        read = recipes.read_yaml(text)
-        assert (read, type(read)) == (value, type(value))
-
     def test_names_are_taken_in_kebab_case_and_as_they_were_called_before(self, tmp_path):
         path = tmp_path / "recipe.yaml"
         path.write_text("answer-column: old\nmax-steps: 3\nanswer_max_length: 9\n")
@@ -140,6 +129,35 @@ class TestRecipe:
             ({"lora": "{r: 8"}, r"lora is '\{r: 8', but it must map names to values"),
             ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type is 'cosin', but it must be 'linear', 'cosine'"),
             ({"bf16": "maybe"}, "bf16 is 'maybe', but it must be a valid boolean"),
+            ({"learning_rate": float("inf")}, "learning_rate is inf, but it must be a finite number"),
+            ({"max_steps": -5}, "max_steps is -5, but it must be at least 1, or -1"),
+            ({"num_train_epochs": True}, "num_train_epochs is true, but it must be a number"),
+            ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0, but it must be at least 1"),
+            ({"seed": 2**32}, "seed is 4294967296, but it must be at most 4294967295"),
+            ({"log_level": "loud"}, "log_level is 'loud', but it must be one of: detail, debug"),
+            ({"report_to": "wandbb"}, "report_to has no field 'wandbb'. Did you mean wandb"),
+            ({"accelerator_config": "no.json"}, "accelerator_config is 'no.json', which the Trainer refuses: "),
+            (
+                {"metric_for_best_model": "x", "load_best_model_at_end": True, "validation_data": "v"},
+                "one of: eval_loss",
+            ),
+            ({"lora": {"r": "x"}}, "lora.r is 'x', but it must be a valid integer"),
+            ({"lora": {"r": 0}}, "lora.r is 0, but it must be at least 1"),
+            ({"lora": {"rank": 8}}, "lora has no field 'rank'. Did you mean rank_pattern"),
+            ({"lora": {"lora_dropout": 2}}, "lora.lora_dropout is 2.0, but it must be below 1"),
+            ({"lora": {"inference_mode": True}}, "lora has no field 'inference_mode'"),
+            ({"generation": {"num_beams": 10**6}}, "generation.num_beams is 1000000, but it must be at most 1024"),
+            ({"generation": {"top_p": 7, "do_sample": True}}, "generation.top_p is 7, but it must be at most 1"),
+            ({"generation": {"top_p": 0.5}}, "generation.top_p needs sampling: add do_sample: true"),
+            ({"generation": {"max_new_tokens": "many"}}, "max_new_tokens is 'many', but it must be a whole number"),
+            ({"generation": {"num_return_sequences": 2}}, "num_return_sequences is 2, but it must be at most 1"),
+            (
+                {"learning_rate_mapping": {"(": 1}},
+                r"learning_rate_mapping has '\(', which is not a regular expression",
+            ),
+            ({"train_data": "a\0b"}, "train_data is 'a.x00b', but it must be text without NUL"),
+            ({"validation_data": ""}, "validation_data is '', but it must be text that is not empty"),
+            ({"target_column": []}, "target_column is \\[\\], but it must be a list that is not empty"),
             ({"max_steps": 3.5}, r"max_steps is 3\.5, but it must be a valid integer"),
             ({"train_samples": 0}, "train_samples is 0, but it must be greater than or equal to 1"),
             ({"quantize_llm": "int3"}, "quantize_llm is 'int3', but it must be 'int8' or 'nf4'"),
@@ -168,13 +186,30 @@ class TestRecipe:
                 {"streaming": True, "max_steps": 1, "train_sampling_strategy": "sequential"},
                 "random or group_by_length",
             ),
-            ({"model": "${LLM2SLM_NOT_SET}/x"}, "environment variable LLM2SLM_NOT_SET, which is not set"),
+            (
+                {"model": "${LLM2SLM_NOT_SET}/x"},
+                "model uses the environment variable 'LLM2SLM_NOT_SET', which is not set",
+            ),
         ],
     )
     def test_wrong_recipe_is_refused_in_one_line(self, change, message):
         with pytest.raises(ValueError, match=message) as caught:
             parse_recipe({**NEEDED, **change})
         assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"lr_scheduler_kwargs": {"x": 1}}, "lr_scheduler_kwargs is {'x': 1}, which the schedule 'linear' "),
+            ({"optim_args": "x"}, "optim is 'adamw_torch.*', which cannot be used: "),
+            ({"report_to": "wandb"}, "report_to has 'wandb', which is not installed. Try: pip install wandb"),
+            ({"report_to": ["comet_ml"]}, "pip install comet-ml, or set report_to: none"),
+        ],
+    )
+    def test_what_the_trainer_cannot_make_is_refused_before_anything_is_loaded(self, change, message, monkeypatch):
+        monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: [])
+        with pytest.raises(RecipeError, match=message):
+            train({**NEEDED, **change})
 
     def test_environment_variables_are_expanded(self, monkeypatch):
         monkeypatch.setenv("LLM2SLM_SOMEWHERE", "/some where")
