@@ -11,6 +11,9 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import ModelOutput
 
 
+NO_PROMPT = "There is no prompt: pass `input_ids`, `llm_hidden_states` or `encoder_outputs`."
+
+
 @dataclass
 class PromptStates(ModelOutput):
     """
@@ -32,6 +35,10 @@ class PromptStates(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        torch.serialization.add_safe_globals([cls])  # `torch.load` reads saved ones with its defaults
+
     @property
     def copies(self) -> int:
         """`int`: Number of beams or samples of each prompt."""
@@ -49,10 +56,15 @@ class PromptStates(ModelOutput):
         return replace(self, **repeated)
 
 
+torch.serialization.add_safe_globals([PromptStates])
+
+
 def as_prompt_states(
     encoder_outputs: PromptStates | ModelOutput | tuple, attention_mask: torch.Tensor | None, check: bool = False
 ) -> PromptStates:
     """Return `encode_prompt`'s output itself, or a bare `last_hidden_state` with its mask as `PromptStates`."""
+    if not encoder_outputs or not encoder_outputs[0].numel():
+        raise ValueError(NO_PROMPT)
     states, own_mask = encoder_outputs[0], getattr(encoder_outputs, "attention_mask", None)
     optional = [getattr(encoder_outputs, name, None) for name in ("hidden_states", "attentions")]
     if own_mask is None:
