@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """State of an LLM-to-SLM model between steps: the prompt as the SLM reads it, the SLM's cache, masks, positions."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -35,9 +35,13 @@ class PromptStates(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
+    # `torch.load` reads saved states with its defaults: it knows the class, and sets no items of a dictionary.
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        torch.serialization.add_safe_globals([cls])  # `torch.load` reads saved ones with its defaults
+        torch.serialization.add_safe_globals([cls])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))
 
     @property
     def copies(self) -> int:

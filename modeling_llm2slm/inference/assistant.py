@@ -118,6 +118,6 @@ def check_outputs_of_drafts(config: Any, generation_config: GenerationConfig) ->
 
 def _shallow(module: Any, module_class: type) -> Any:
     """Return a module of its own over the same children."""
-    copied = object.__new__(module_class)
+    copied: Any = object.__new__(module_class)
     copied.__dict__ = module.__dict__ | {"_modules": dict(module._modules)}
     return copied
