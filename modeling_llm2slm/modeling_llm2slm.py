@@ -388,11 +388,11 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
                 raise ValueError(f"`{name}` is not supported, as two models read the prompt. Pass token ids.")
         if decoder_input_ids is None and labels is None:
             raise ValueError("There is no output to score or continue: pass `labels` or `decoder_input_ids`.")
-        for name, tokens in (("labels", labels), ("decoder_input_ids", decoder_input_ids)):
-            if tokens is not None:
-                check_token_ids(name, tokens, "SLM", self.config.vocab_size)
+        if labels is not None:
+            check_token_ids("labels", labels, "SLM", self.config.vocab_size)
         if decoder_input_ids is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        check_token_ids("decoder_input_ids", decoder_input_ids, "SLM", self.config.vocab_size)
         if labels is not None and (scored := decoder_input_ids[:, _kept(logits_to_keep)].shape) != labels.shape:
             raise ValueError(
                 f"`labels` have shape {tuple(labels.shape)}, but there will be logits for {tuple(scored)}. Cut them "

@@ -79,6 +79,14 @@ class LLM2SLMForConditionalGeneration(modeling_llm2slm.LLM2SLMForConditionalGene
         """
         return assistant.as_assistant_of(self, llm)
 
+    def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Set the attention implementation of both models; a `dict` names those of `"encoder"` and `"decoder"`."""
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        if isinstance(attn_implementation, dict):
+            # T5's stacks have copies of its config, and would follow the whole model's implementation.
+            for name, part in (("encoder", self.encoder.llm), ("decoder", self.decoder)):
+                part.set_attn_implementation(attn_implementation.get(name, part.config._attn_implementation))
+
     def _validate_generation_mode(self, mode: Any, generation_config: GenerationConfig, *args: Any) -> None:
         # Stock generation splits the outputs of a draft by token, and fails after the compute if it cannot.
         super()._validate_generation_mode(mode, generation_config, *args)
