@@ -3,13 +3,16 @@
 """State of an LLM-to-SLM model between steps: the prompt as the SLM reads it, the SLM's cache, masks, positions."""
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import ModelOutput
+
+
+NO_PROMPT = "There is no prompt: pass `input_ids`, `llm_hidden_states` or `encoder_outputs`."
 
 
 @dataclass
@@ -32,6 +35,14 @@ class PromptStates(ModelOutput):
     attention_mask: torch.Tensor = None  # type: ignore[assignment]
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+
+    # `torch.load` reads saved states with its defaults: it knows the class, and sets no items of a dictionary.
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        torch.serialization.add_safe_globals([cls])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))
 
     @property
     def copies(self) -> int:
@@ -66,10 +77,15 @@ class CachedPromptStates(PromptStates):
     last_embeds: torch.Tensor | None = None
 
 
+torch.serialization.add_safe_globals([PromptStates, CachedPromptStates])
+
+
 def as_prompt_states(
     encoder_outputs: PromptStates | ModelOutput | tuple, attention_mask: torch.Tensor | None, check: bool = False
 ) -> PromptStates:
     """Return `encode_prompt`'s output itself, or a bare `last_hidden_state` with its mask as `PromptStates`."""
+    if not encoder_outputs or not encoder_outputs[0].numel():
+        raise ValueError(NO_PROMPT)
     states, own_mask = encoder_outputs[0], getattr(encoder_outputs, "attention_mask", None)
     optional = [getattr(encoder_outputs, name, None) for name in ("hidden_states", "attentions")]
     if own_mask is None:

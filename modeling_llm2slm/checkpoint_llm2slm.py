@@ -9,8 +9,10 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -43,6 +45,34 @@ _REQUEST: ContextVar[LoadRequest | None] = ContextVar("llm2slm_load_request", de
 
 class LLM2SLMCheckpointMixin:
     """Loading of full and lean checkpoints, and saving of full ones."""
+
+    encoder: Any
+
+    def initialize_weights(self) -> None:
+        """Initialize weights that were not loaded; the fusion's at the end of a load, when LLM and SLM can run."""
+        super().initialize_weights()  # type: ignore[misc]
+        weights = self._fusion_weights()
+        self._new = {name for name in weights if not getattr(weights[name], "_is_hf_initialized", False)}
+        if _REQUEST.get() is None:
+            self._initialize_fusion()
+
+    @torch.no_grad()
+    def _initialize_fusion(self) -> None:
+        weights = self._fusion_weights()
+        new = self._new & weights.keys()  # an adapter may have replaced some
+        if any(weights[name].is_meta or not weights[name].is_floating_point() for name in new):
+            raise ValueError(
+                f"The checkpoint lacks `encoder.{min(new)}`, which cannot be initialized if quantized or offloaded. "
+                "Load and save the model once without `quantization_config` and offloading."
+            )
+        if new:
+            loaded = {name: weights[name].clone() for name in weights.keys() - new}
+            self.encoder.fusion.initialize(self.encoder)
+            for name, weight in loaded.items():
+                weights[name].copy_(weight)
+
+    def _fusion_weights(self) -> dict[str, nn.Parameter]:
+        return dict(nn.ModuleDict(self.encoder.new_modules()).named_parameters())
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, *, include_llm: bool | None = None, card: Any = None, **kwargs: Any
@@ -91,7 +121,8 @@ class LLM2SLMCheckpointMixin:
             loaded = super().from_pretrained(  # type: ignore[misc]
                 pretrained_model_name_or_path, *args, use_safetensors=True, **kwargs
             )
-            (loaded[0] if isinstance(loaded, tuple) else loaded).eval()  # records the special ids
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            model.eval()._initialize_fusion()  # `eval()` records the special ids
             return loaded
         except (AttributeError, KeyError, OverflowError, TypeError) as error:  # no model has such values
             raise ValueError(f"{path} cannot be loaded: {type(error).__name__}, {first_line(error)}") from error

@@ -367,4 +367,5 @@ def embedding_rms(model: Any) -> float:
 def probe_ids(table: torch.Tensor, count: int) -> torch.Tensor:
     """Return up to `count` token ids, spread evenly over a vocabulary."""
     step = max(table.shape[0] // count, 1)
-    return torch.arange(0, table.shape[0], step, device=table.device)[:count]
+    device = None if table.is_meta else table.device  # hooks of offloaded weights move the ids
+    return torch.arange(0, table.shape[0], step, device=device)[:count]

@@ -19,6 +19,7 @@ from .cache_llm2slm import (
     mask_and_positions,
 )
 from .configuration_llm2slm import LLM2SLMConfig
+from .parts_llm2slm import check_token_ids
 
 
 def check_generation(config: LLM2SLMConfig, generation_config: GenerationConfig) -> None:
@@ -62,6 +63,8 @@ class LLM2SLMGenerationMixin(GenerationMixin):
         check_generation(self.config, generation_config)
         states, mask = model_kwargs.get("encoder_outputs"), model_kwargs.get("attention_mask")
         start, new = model_kwargs.get("decoder_input_ids"), generation_config.max_new_tokens
+        if start is not None:
+            check_token_ids("decoder_input_ids", start, "SLM", self.config.vocab_size)
         output_length = (generation_config.max_length or 2) - 1
         if new is not None:
             output_length = new + (start.shape[1] if start is not None else 1) - 1
@@ -74,13 +77,11 @@ class LLM2SLMGenerationMixin(GenerationMixin):
         return generation_config, model_kwargs | {"output_length": output_length}
 
     def _prepare_model_inputs(self, inputs: Any, bos_token_id: Any, model_kwargs: dict[str, Any]) -> Any:
-        # Stock generation does not take the LLM's hidden states for a prompt.
+        # Without token ids, stock generation takes the SLM's start token for a prompt.
         given = (inputs, model_kwargs.get("input_ids"), model_kwargs.get("encoder_outputs"))
-        states = model_kwargs.get("llm_hidden_states")
-        if states is not None and all(prompt is None for prompt in given):
-            prompt = self.get_encoder()(
-                None, model_kwargs.get("attention_mask"), states, model_kwargs["output_length"], return_dict=True
-            )
+        if all(prompt is None for prompt in given):
+            states, mask = model_kwargs.get("llm_hidden_states"), model_kwargs.get("attention_mask")
+            prompt = self.get_encoder()(None, mask, states, model_kwargs["output_length"], return_dict=True)
             model_kwargs.update(encoder_outputs=prompt, attention_mask=prompt.attention_mask)
         return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
 

@@ -27,6 +27,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput, Model
 from transformers.utils.generic import can_return_tuple
 
 from .cache_llm2slm import (
+    NO_PROMPT,
     LLM2SLMCache,
     PromptStates,
     as_llm2slm_cache,
@@ -41,13 +42,19 @@ from .cache_llm2slm import (
     repeat_outputs,
 )
 from .checkpoint_llm2slm import LLM2SLMCheckpointMixin
-from .configuration_llm2slm import LLM2SLMConfig
+from .configuration_llm2slm import LLM2SLMConfig, llm_sizes
 from .fusion_llm2slm import fusion_of, probe_ids
 from .generation_llm2slm import LLM2SLMGenerationMixin
-from .parts_llm2slm import build_llm, check_parts, keep_special_ids, reading_arguments, slm_class
-
-
-NO_PROMPT = "There is no prompt: pass `input_ids`, `llm_hidden_states` or `encoder_outputs`."
+from .parts_llm2slm import (
+    build_llm,
+    check_parts,
+    check_token_ids,
+    keep_special_ids,
+    output_flags,
+    reading_arguments,
+    select_layers,
+    slm_class,
+)
 
 
 class LLM2SLMPreTrainedModel(PreTrainedModel):
@@ -69,8 +76,6 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
     Everything that turns a prompt into what the SLM reads: the (frozen) LLM and the modules of the fusion. It is a
     `PreTrainedModel` because transformers takes tied weights, fp32 modules and modules not to split from those.
     """
-
-    recent: Any = None  # in an assistant: the last output of its LLM, which is not computed a second time
 
     def __init__(self, config: LLM2SLMConfig, llm: PreTrainedModel | None = None):
         super().__init__(config)
@@ -95,11 +100,7 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
 
     def train(self, mode: bool = True) -> "LLM2SLMEncoder":
         """Set the mode of the fusion's modules, and of the LLM unless it is frozen."""
-        llm_mode = self.llm.training
         super().train(mode)
-        if self.recent is not None:  # in an assistant, the LLM belongs to the caller
-            self.llm.train(llm_mode)
-            return self
         # CODEPATH: freeze_llm=True. A load makes all parameters trainable again, but ends in `eval()`, and so here.
         if self.config.freeze_llm:
             self.llm.eval().requires_grad_(False)
@@ -118,18 +119,16 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
         attention_mask = self.prompt_mask(input_ids, attention_mask, llm_hidden_states)
         self.check_prompt(attention_mask, output_length)
         if llm_hidden_states is None:
-            wanted = {key: True for key in ("output_attentions", "output_hidden_states") if kwargs.get(key)}
-            llm_outputs = self.run_llm(input_ids, attention_mask, **wanted)
+            flags = output_flags(kwargs, self.config, self.config.encoder)
+            llm_outputs = self.run_llm(input_ids, attention_mask, **flags)
         else:
             llm_outputs = BaseModelOutput(last_hidden_state=llm_hidden_states)
         return self.fusion.read_prompt(self, llm_outputs, input_ids, attention_mask)
 
-    def run_llm(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor, **kwargs: Any) -> ModelOutput:
+    def run_llm(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor, **flags: Any) -> ModelOutput:
         """Return the LLM's output in the layout of its input, without a gradient if the LLM is frozen."""
         if input_ids is None:
             raise ValueError(NO_PROMPT)
-        if self.recent is not None and (known := self.recent.find(input_ids, attention_mask)) is not None:
-            return BaseModelOutput(last_hidden_state=known)
         self.config.check_llm_length(input_ids.shape[1])
         order = padding_to(self.fusion.llm_padding, attention_mask)  # and back
         back, mask = order.argsort(dim=-1), reorder(attention_mask, order)
@@ -139,7 +138,7 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
                 attention_mask=mask,
                 return_dict=True,
                 **reading_arguments(self.llm) | self.fusion.llm_arguments(mask),
-                **kwargs,
+                **{name: bool(flag) for name, flag in flags.items()},
             )
         states = self.fusion.states_of(outputs)
         if states.dtype == torch.float16 and not states.isfinite().all():
@@ -147,9 +146,10 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
                 "The LLM's hidden states overflow in float16. Load it in bfloat16: `encoder_dtype='bfloat16'`."
             )
         outputs.last_hidden_state = reorder(states, back)
-        if kwargs.get("output_hidden_states"):
-            outputs.hidden_states = tuple(reorder(layer, back) for layer in outputs.hidden_states)
-        if kwargs.get("output_attentions"):
+        if layers := flags.get("output_hidden_states"):
+            states = tuple(reorder(layer, back) for layer in outputs.hidden_states)
+            outputs.hidden_states = select_layers(states, layers)
+        if flags.get("output_attentions"):
             outputs.attentions = tuple(reorder(reorder(layer, back, 2), back, 3) for layer in outputs.attentions)
         return outputs
 
@@ -175,8 +175,12 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
     ) -> torch.Tensor:
         """Return the prompt's mask `(B, N)`: as given, else inferred from the LLM's pad id (`generate()` does not)."""
         prompt = input_ids if input_ids is not None else llm_hidden_states
-        if prompt is None:
+        if prompt is None or not prompt.numel():
             raise ValueError(NO_PROMPT)
+        if input_ids is not None:
+            check_token_ids("input_ids", input_ids, "LLM", llm_sizes(self.config.encoder).vocab_size)
+            if self.fusion.table == "slm":
+                check_token_ids("input_ids", input_ids, "SLM", self.config.vocab_size)
         if attention_mask is not None:
             if attention_mask.shape != prompt.shape[:2]:
                 given, needed = tuple(attention_mask.shape), tuple(prompt.shape[:2])
@@ -245,13 +249,6 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         check_parts(self.encoder.llm, self.decoder)
         self.post_init()
         self.train(self.training)  # freezes the LLM
-
-    def initialize_weights(self) -> None:
-        """Initialize weights that were not loaded; the fusion's last, as they depend on those of LLM and SLM."""
-        super().initialize_weights()
-        weights = [weight for module in self.encoder.new_modules().values() for weight in module.parameters()]
-        if not any(getattr(weight, "_is_hf_initialized", False) for weight in weights):
-            self.encoder.fusion.initialize(self.encoder)
 
     def train(self, mode: bool = True) -> "LLM2SLMForConditionalGeneration":
         """Set the mode of all modules but a frozen LLM, and undo `Trainer`'s change of the SLM's special ids."""
@@ -396,8 +393,11 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
                 raise ValueError(f"`{name}` is not supported, as two models read the prompt. Pass token ids.")
         if decoder_input_ids is None and labels is None:
             raise ValueError("There is no output to score or continue: pass `labels` or `decoder_input_ids`.")
+        if labels is not None:
+            check_token_ids("labels", labels, "SLM", self.config.vocab_size)
         if decoder_input_ids is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        check_token_ids("decoder_input_ids", decoder_input_ids, "SLM", self.config.vocab_size)
         if labels is not None and (scored := decoder_input_ids[:, _kept(logits_to_keep)].shape) != labels.shape:
             raise ValueError(
                 f"`labels` have shape {tuple(labels.shape)}, but there will be logits for {tuple(scored)}. Cut them "
@@ -423,7 +423,10 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
             mask = mask[::copies] if mask is not None else None
         # CODEPATH: encoder-decoder SLMs (T5-small) against decoder-only ones (GPT-2).
         decode = self._decode_with_encoder if self.config.decoder.is_encoder_decoder else self._decode_after_prompt
-        outputs = decode(prompt, tokens, mask, **kwargs)
+        flags = output_flags(kwargs, self.config, self.config.decoder)
+        outputs = decode(prompt, tokens, mask, **kwargs | {name: bool(flag) for name, flag in flags.items()})
+        layers = select_layers(outputs.decoder_hidden_states, flags["output_hidden_states"])
+        outputs.decoder_hidden_states = layers
         return repeat_outputs(outputs, copies) if copies > 1 else outputs
 
     def _decode_after_prompt(

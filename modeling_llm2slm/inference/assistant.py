@@ -8,9 +8,12 @@ import weakref
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
 from ..fusion_llm2slm import probe_ids
+from ..modeling_llm2slm import LLM2SLMEncoder
 
 
 class RecentStates:
@@ -43,10 +46,30 @@ class RecentStates:
         self.local = threading.local()
 
 
+class AssistantEncoder(LLM2SLMEncoder):
+    """The encoder of an assistant, whose LLM belongs to the caller and has mostly just read the prompt."""
+
+    recent: RecentStates
+
+    def train(self, mode: bool = True) -> AssistantEncoder:
+        """Set the mode of the fusion's modules only."""
+        llm_mode = self.llm.training
+        nn.Module.train(self, mode)
+        self.llm.train(llm_mode)
+        return self
+
+    def run_llm(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor, **flags: Any) -> ModelOutput:
+        """Return the LLM's last output if it is that of these prompts, else run the LLM."""
+        known = self.recent.find(input_ids, attention_mask) if input_ids is not None else None
+        if known is not None:
+            return BaseModelOutput(last_hidden_state=known)
+        return super().run_llm(input_ids, attention_mask, **flags)
+
+
 def as_assistant_of(model: Any, llm: PreTrainedModel) -> Any:
     """See [`LLM2SLMForConditionalGeneration.as_assistant_of`]."""
     check_assistant(model, llm)
-    encoder, assistant = _shallow(model.encoder), _shallow(model)
+    encoder, assistant = _shallow(model.encoder, AssistantEncoder), _shallow(model, type(model))
     encoder.llm, assistant.encoder = llm.get_encoder(), encoder
     encoder.recent = RecentStates(encoder.llm, owner=encoder)
     assistant.generation_config = copy.deepcopy(model.generation_config)
@@ -83,8 +106,18 @@ def _are_close(first: torch.Tensor, second: torch.Tensor) -> bool:
     return torch.allclose(first[rows].float(), second[rows.to(second.device)].to(first.device).float(), rtol=1e-2)
 
 
-def _shallow(module: Any) -> Any:
+def check_outputs_of_drafts(config: Any, generation_config: GenerationConfig) -> None:
+    """Raise `ValueError` for outputs that stock generation cannot split by drafted token."""
+    reason = "is not supported with prompt lookup or an assistant: stock generation"
+    if generation_config.output_attentions and not config.decoder.is_encoder_decoder:
+        raise ValueError(f"`output_attentions` {reason} cuts off attention to the prompt. Leave it out.")
+    layers = generation_config.output_hidden_states
+    if layers and layers is not True:
+        raise ValueError(f"A choice of layers in `output_hidden_states` {reason} needs all of them. Pass `True`.")
+
+
+def _shallow(module: Any, module_class: type) -> Any:
     """Return a module of its own over the same children."""
-    copied = object.__new__(type(module))
+    copied: Any = object.__new__(module_class)
     copied.__dict__ = module.__dict__ | {"_modules": dict(module._modules)}
     return copied

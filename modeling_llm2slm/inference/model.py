@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel, ProcessorMixin
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, ProcessorMixin
+from transformers.generation import GenerationMode
 
 from .. import modeling_llm2slm, processing_llm2slm
 from ..data.atomic import atomic_write
@@ -92,6 +93,20 @@ class LLM2SLMForConditionalGeneration(modeling_llm2slm.LLM2SLMForConditionalGene
             ValueError: If tokenizer, vocabulary size or start id are not the LLM's, or it is another LLM.
         """
         return assistant.as_assistant_of(self, llm)
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Set the attention implementation of both models; a `dict` names those of `"encoder"` and `"decoder"`."""
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        if isinstance(attn_implementation, dict):
+            # T5's stacks have copies of its config, and would follow the whole model's implementation.
+            for name, part in (("encoder", self.encoder.llm), ("decoder", self.decoder)):
+                part.set_attn_implementation(attn_implementation.get(name, part.config._attn_implementation))
+
+    def _validate_generation_mode(self, mode: Any, generation_config: GenerationConfig, *args: Any) -> None:
+        # Stock generation splits the outputs of a draft by token, and fails after the compute if it cannot.
+        super()._validate_generation_mode(mode, generation_config, *args)
+        if mode == GenerationMode.ASSISTED_GENERATION and generation_config.return_dict_in_generate:
+            assistant.check_outputs_of_drafts(self.config, generation_config)
 
     def save_pretrained(
         self,

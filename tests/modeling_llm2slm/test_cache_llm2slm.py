@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +59,17 @@ def test_given_prompt_states_are_returned_themselves() -> None:
     assert as_prompt_states(states, states.attention_mask, check=True) is states
     with pytest.raises(ValueError, match="belong to different prompts"):
         as_prompt_states(states, torch.ones(2, 3), check=True)
+
+
+def test_saved_states_load_with_the_defaults_of_torch(tmp_path: Path) -> None:
+    """Also those of a fusion's own class, which no list names."""
+    for states in (prompt_states(), PromptStates(torch.randn(2, 3, 4), hidden_states=(torch.randn(2, 3, 4), None))):
+        torch.save({"row": [states]}, tmp_path / "states.pt")
+        loaded = torch.load(tmp_path / "states.pt")["row"][0]
+        assert type(loaded) is type(states)
+        assert list(loaded) == list(states)
+        torch.testing.assert_close(dict(loaded), dict(states))
+        torch.testing.assert_close(dict(copy.deepcopy(states)), dict(states))
 
 
 @pytest.mark.parametrize("kind", ["output", "tuple"])

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from modeling_llm2slm import LLM2SLMForConditionalGeneration, checkpoint_llm2slm, files_llm2slm
+from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, checkpoint_llm2slm, files_llm2slm
 from modeling_llm2slm.states.without_llm import load_without_llm
 from tests.support import families
 from tests.support.common import (
@@ -160,6 +160,110 @@ class TestLean:
         assert model.config.llm_source["name_or_path"] == "google/t5"
         load(copy / "lean", encoder_pretrained_model_name_or_path="other/t5", encoder_revision="main")
         assert (asked["repo_id"], asked["revision"]) == ("other/t5", "main")
+
+
+def parts_of(family: str, width: int = 32) -> dict[str, Any]:
+    """Return the arguments of a config: an LLM of this family, and a GPT-2 of some width."""
+    encoder = families.LLMS[family].config(vocab_size=families.LLM_VOCAB_SIZE)
+    decoder = families.SLMS["gpt2"].config(n_embd=width)
+    return {"encoder": encoder, "decoder": decoder, "encoder_layer": families.LLMS[family].layer}
+
+
+def fusion_weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: weight for name, weight in model.encoder.named_parameters() if not name.startswith("llm.")}
+
+
+def check_new(model: Any, new: str, saved: Any = None) -> None:
+    """Weights whose name contains `new` have the scale of a fresh model's, and all others are as saved."""
+    fresh = fusion_weights(LLM2SLMForConditionalGeneration(model.config))
+    for name, weight in fusion_weights(model).items():
+        if new in name and weight.dim() == 2:
+            assert 0.7 < weight.float().std() / fresh[name].float().std() < 1.4, name
+        elif new in name:
+            assert not weight.any(), name
+    for name, weight in (saved.state_dict() if saved is not None else {}).items():
+        if new not in name and not model.state_dict()[name].is_meta:
+            assert torch.equal(model.state_dict()[name], weight), name
+
+
+def without(folder: Path, *parts: str) -> Path:
+    """Remove from a checkpoint the weights whose names contain one of `parts`."""
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not any(part in name for part in parts)}
+    assert len(kept) < len(tensors)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module", params=families.LLMS)
+def saved(request, tmp_path_factory):
+    torch.manual_seed(0)
+    model = LLM2SLMForConditionalGeneration(LLM2SLMConfig(**parts_of(request.param))).eval()
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder / "whole")
+    for name, parts in {"no_fusion": ("projector", "prompt_embedding"), "no_embedding": ("prompt_emb",)}.items():
+        shutil.copytree(folder / "whole", folder / name)
+        without(folder / name, *parts)
+    return request.param, model, folder
+
+
+class TestNewWeights:
+    def test_without_those_of_the_fusion(self, saved):
+        _, model, folder = saved
+        for kwargs in ({}, {"device_map": "cpu"}, {"device_map": "auto"}):
+            loaded, info = LLM2SLMForConditionalGeneration.from_pretrained(
+                folder / "no_fusion", output_loading_info=True, **kwargs
+            )
+            assert info["missing_keys"] == {f"encoder.{name}" for name in fusion_weights(model)}
+            check_new(loaded, "encoder.p", model)
+            check_new(loaded, "p")
+        check_new(load(folder / "no_fusion", dtype=torch.bfloat16), "p")
+
+    def test_without_one_module_of_the_fusion(self, saved):
+        _, model, folder = saved
+        check_new(load(folder / "no_embedding"), "prompt_embedding", model)
+
+    def test_with_more_layers_in_the_projector(self, saved):
+        _, model, folder = saved
+        check_new(load(folder / "whole", projector_layers=3), "linear_3", model)
+
+    def test_with_an_slm_of_another_width(self, saved):
+        family, _, folder = saved
+        config = LLM2SLMConfig(**parts_of(family, width=48))
+        loaded = load(folder / "whole", config=config, ignore_mismatched_sizes=True)
+        check_new(loaded, "p")
+        assert loaded.config.hidden_size == 48
+
+    def test_from_an_empty_state_dict(self, saved):
+        config = LLM2SLMConfig(**parts_of(saved[0]))
+        loaded = LLM2SLMForConditionalGeneration.from_pretrained(None, config=config, state_dict={})
+        check_new(loaded, "p")
+        assert torch.isfinite(loaded(**pad_prompts(PROMPTS), labels=make_labels()).loss)
+
+    def test_of_another_fusion(self, saved, tmp_path):
+        family, *_ = saved
+        model = LLM2SLMForConditionalGeneration(LLM2SLMConfig(**parts_of(family), fusion="replace")).eval()
+        model.save_pretrained(tmp_path)
+        check_new(load(tmp_path, fusion="add"), "prompt_embedding", model)
+
+    @pytest.mark.parametrize("part", ["encoder.llm", "decoder"])
+    def test_with_a_model_on_the_disk(self, part, saved, tmp_path):
+        _, model, folder = saved
+        places = dict.fromkeys(("encoder.llm", "encoder.projector", "encoder.prompt_embedding", "decoder"), "cpu")
+        loaded = load(folder / "no_fusion", device_map=places | {part: "disk"}, offload_folder=tmp_path)
+        check_new(loaded, "encoder.p", model)
+        check_new(loaded, "p")
+
+    def test_that_are_offloaded_themselves_are_an_error(self, copy, tmp_path):
+        places = dict.fromkeys(("encoder.llm", "encoder.prompt_embedding", "decoder"), "cpu")
+        without(copy / "full", "projector")
+        with pytest.raises(ValueError, match="projector.linear_1.bias`, which cannot be initialized"):
+            load(copy / "full", device_map=places | {"encoder.projector": "disk"}, offload_folder=tmp_path)
+
+    def test_of_a_lean_checkpoint(self, copy):
+        saved = load(copy / "lean")
+        check_new(load(without(copy / "lean", "linear_2")), "linear_2", saved)
+        check_new(load(copy / "lean", quantization_config=RoundingConfig(), projector_layers=3), "linear_3")
 
 
 class TestAnotherLLM:

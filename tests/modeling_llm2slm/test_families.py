@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from pathlib import Path
@@ -23,6 +24,7 @@ from tests.support.common import (
     SlowReference,
     build_family,
     check_outputs_vary,
+    compose,
     count_calls,
     pad_prompts,
     reference_logits,
@@ -304,6 +306,118 @@ def test_lengths_of_what_is_returned(slm: str, cache: str) -> None:
             assert {layer.shape[-1] for layer in output.cross_attentions[step]} == {width}
     assert len(output.encoder_hidden_states) == 4
     assert len(output.encoder_attentions) == 3
+
+
+CHOICES = [True, 1, (0, -1), [-2], [9, -9, 1], [], 0, False, None]
+
+
+def chosen(states: tuple[torch.Tensor, ...], choice: Any) -> list[int] | None:
+    """Return the indices of the hidden states that a value of `output_hidden_states` requests."""
+    if not choice:
+        return None
+    indices = [choice] if type(choice) is int else range(len(states)) if choice is True else choice
+    return [range(len(states))[index] for index in indices if -len(states) <= index < len(states)]
+
+
+def check_chosen(actual: Any, states: tuple[torch.Tensor, ...], choice: Any) -> None:
+    """The hidden states that are chosen, each at its place, and `None` for the others."""
+    kept = chosen(states, choice)
+    if kept is None:
+        assert actual is None
+        return
+    assert [index for index, layer in enumerate(actual) if layer is not None] == sorted(set(kept))
+    assert len(actual) == len(states)
+    for index in kept:
+        torch.testing.assert_close(actual[index], states[index])
+
+
+LAYERS = [(slm, "t5") for slm in families.SLMS] + [("gpt2", llm) for llm in families.LLMS if llm != "t5"]
+
+
+@pytest.mark.parametrize(("slm", "llm"), LAYERS)
+def test_hidden_states_of_chosen_layers(slm: str, llm: str) -> None:
+    """Both models count their own layers, also those of an LLM that is cut, and of stacks of unequal depth."""
+    layer = families.LLMS[llm].layer or (2 if llm == "t5" else None)
+    model = compose(families.build_llm(llm), families.build_slm(slm), "add", encoder_layer=layer).model
+    batch = {**pad_prompts(PROMPTS, "left"), "decoder_input_ids": torch.tensor([[END, 5, 6]] * len(PROMPTS))}
+    with torch.no_grad():
+        whole = model(**batch, output_hidden_states=True)
+        for choice in CHOICES:
+            output = model(**batch, output_hidden_states=choice)
+            check_chosen(output.decoder_hidden_states, whole.decoder_hidden_states, choice)
+            check_chosen(output.encoder_hidden_states, whole.encoder_hidden_states, choice)
+            states = model.get_encoder()(**pad_prompts(PROMPTS, "left"), output_hidden_states=choice)
+            check_chosen(states.hidden_states, whole.encoder_hidden_states, choice)
+        for config in (model.config, model.config.encoder, model.config.decoder):
+            config.output_hidden_states = [0, -1]
+            output = model(**batch)
+            of_slm, of_llm = output.decoder_hidden_states, output.encoder_hidden_states
+            if config is not model.config.encoder:
+                check_chosen(of_slm, whole.decoder_hidden_states, [0, -1])
+            if config is not model.config.decoder:
+                check_chosen(of_llm, whole.encoder_hidden_states, [0, -1])
+            assert model(**batch, output_hidden_states=False).decoder_hidden_states is None
+            config.output_hidden_states = False
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "sampling", "beam"])
+@pytest.mark.parametrize("slm", families.SLMS)
+def test_generate_returns_hidden_states_of_chosen_layers(slm: str, strategy: str) -> None:
+    model = shared_family(slm).model
+    kwargs = {**pad_prompts(PROMPTS), **STRATEGIES[strategy], "max_new_tokens": 3, "return_dict_in_generate": True}
+    outputs = []
+    for choice in (True, [0, -1]):
+        torch.manual_seed(SEED)
+        outputs.append(model.generate(**kwargs, output_hidden_states=choice))
+    whole, some = outputs
+    assert some.sequences.tolist() == whole.sequences.tolist()
+    check_chosen(some.encoder_hidden_states, whole.encoder_hidden_states, [0, -1])
+    for step, states in zip(some.decoder_hidden_states, whole.decoder_hidden_states, strict=True):
+        check_chosen(step, states, [0, -1])
+    config = copy.deepcopy(model.generation_config)
+    config.update(output_hidden_states=[1], return_dict_in_generate=True)
+    states = model.generate(**pad_prompts(PROMPTS), generation_config=config, max_new_tokens=2).decoder_hidden_states
+    assert [layer is not None for layer in states[1][:3]] == [False, True, False]
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampling"])
+@pytest.mark.parametrize("kind", ASSISTED)
+@pytest.mark.parametrize("slm", ["gpt2", "gemma3", "t5", "bart"])
+def test_drafts_give_the_outputs_of_generation_without_them(slm: str, kind: str, do_sample: bool) -> None:
+    """Every `output_*` flag: the outputs of each step, or an error before any compute."""
+    model, pair = build_family(slm).model, (slm, "t5", "add")
+    model.set_attn_implementation("eager")
+    drafts, batch = assistants(shared_family(slm), kind, pair), pad_prompts(PROMPTS[:1])
+    kwargs = {**batch, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": do_sample}
+    fields = {
+        "output_scores": ("scores",),
+        "output_logits": ("logits",),
+        "output_hidden_states": ("decoder_hidden_states", "encoder_hidden_states"),
+        "output_attentions": ("decoder_attentions", "cross_attentions", "encoder_attentions"),
+    }
+    for flag, names in fields.items():
+        if flag == "output_attentions" and not model.config.decoder.is_encoder_decoder:
+            continue
+        drafted = model.generate(**kwargs, **drafts, return_dict_in_generate=True, **{flag: True})
+        plain = model.generate(**kwargs, return_dict_in_generate=True, **{flag: True})
+        for name in names:
+            first, second = getattr(drafted, name), getattr(plain, name)
+            assert torch.utils._pytree.tree_map(torch.Tensor.size, first) == (
+                torch.utils._pytree.tree_map(torch.Tensor.size, second)
+            )
+            if not do_sample:
+                torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)
+    wrong = [{"output_hidden_states": choice} for choice in (1, [0, -1])]
+    if not model.config.decoder.is_encoder_decoder:
+        wrong.append({"output_attentions": True})
+    for flags in wrong:
+        with (
+            count_calls(model.encoder.llm) as calls,
+            pytest.raises(ValueError, match="not supported with prompt lookup or an assistant"),
+        ):
+            model.generate(**kwargs, **drafts, return_dict_in_generate=True, **flags)
+        assert not calls
+        assert model.generate(**kwargs, **drafts, **flags).shape == (1, 7)  # tokens alone
 
 
 @pytest.mark.parametrize("slm", families.SLMS)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM
 
@@ -101,6 +102,21 @@ def test_training_export_and_model_card_support_a_registered_fusion(tmp_path):
     torch.testing.assert_close(
         graph(**prompt)["last_hidden_state"], model.encode_prompt(**prompt).last_hidden_state, rtol=1e-4, atol=1e-5
     )
+
+
+def test_weights_of_a_registered_fusion_that_were_saved_are_kept(tmp_path):
+    """Its `initialize` writes to all of its weights, and a checkpoint may hold some of them."""
+    saved = build()
+    saved.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["encoder.gate.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(loaded.encoder.map.weight, saved.encoder.map.weight)
+    del tensors["encoder.map.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path)
+    assert 0.45 < loaded.encoder.map.weight.std() < 0.55
 
 
 @dataclass

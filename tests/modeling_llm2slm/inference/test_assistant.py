@@ -110,7 +110,7 @@ def test_weights_are_shared_and_the_model_stays_as_it_was() -> None:
     assert assistant.decoder is model.decoder
     assert assistant.encoder.projector is model.encoder.projector
     assert model.encoder.llm is own
-    assert model.encoder.recent is None
+    assert not hasattr(model.encoder, "recent")
     assistant.generation_config.num_assistant_tokens = 3  # its own
     assert config.num_assistant_tokens != 3
     batch = pad_prompts(PROMPTS)
