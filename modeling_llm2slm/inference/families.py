@@ -112,7 +112,9 @@ class LLM2SLMTextToText(EncoderDecoderTextToText):
 
 class DecoderOnlyTextToText(TextToText):
     """
-    A decoder-only model, such as a GPT-2, on sequences of the form `[prompt] [separator] [target] [end]`.
+    A decoder-only model. It continues its prompt: `[start] [prompt] [target] [end]`, if its tokenizer begins a text
+    with a start token, as those of Gemma and Llama do. Otherwise, as for GPT-2, a separator marks where the prompt
+    ends: `[prompt] [separator] [target] [end]`.
 
     The separator is the tokenizer's start token, or its end token if it has no start token. Only the target and its
     end token count in the loss. Prompts are padded on the left for generation.
@@ -132,9 +134,15 @@ class DecoderOnlyTextToText(TextToText):
         return DataCollatorForTargets(self.tokenizer)
 
     def features(self, prompts: list[str], targets: list[str] | None = None) -> Features:
-        separator, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        separator = end if separator is None else separator
-        inputs = [ids + [separator] for ids in self._encode("prompts", prompts, self.prompt_max_length)]
+        start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        begins_with_start = start is not None and self.tokenizer("").input_ids[:1] == [start]
+        limit = self.prompt_max_length
+        if begins_with_start:  # as in an LLM-to-SLM processor, the limit counts the start token
+            limit = None if limit is None else limit - 1
+            inputs = [[start, *ids] for ids in self._encode("prompts", prompts, limit)]
+        else:
+            separator = end if start is None else start
+            inputs = [[*ids, separator] for ids in self._encode("prompts", prompts, limit)]
         features = {"input_ids": inputs}
         if targets is not None:
             longest = None if self.target_max_length is None else self.target_max_length - 1
