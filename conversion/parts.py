@@ -1,4 +1,4 @@
-"""A part of a composite checkpoint as a model of its own."""
+"""Models of their own: a part of a composite checkpoint, or an LLM or SLM alone."""
 
 from __future__ import annotations
 
@@ -6,11 +6,50 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_llm2slm.states.loading import one_sentence
+from modeling_llm2slm.configuration_llm2slm import LLM2SLMConfig
+from modeling_llm2slm.parts_llm2slm import slm_class
+from modeling_llm2slm.states.loading import load, load_model, one_sentence
 
+from .build import check_part
+from .compose import VOCABULARIES
 from .output import dtype_of
+from .report import check_finite
+
+
+def load_plain(source: str | Path) -> PreTrainedModel:
+    """
+    Load a decoder-only or encoder-decoder model with its head.
+
+    Raises:
+        OSError: If it cannot be loaded.
+        ValueError: If it is an LLM-to-SLM checkpoint, if it is quantized, or if a weight is not finite.
+    """
+    config = load(AutoConfig, source)
+    if isinstance(config, LLM2SLMConfig):
+        raise ValueError(f"{source} is an LLM-to-SLM checkpoint: take its LLM, or its SLM (`llm2slm convert split`).")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{source} is quantized: take the checkpoint that it was made from.")
+    check_part(slm_class(config), config, str(source), "LLM")
+    model: PreTrainedModel = load_model(slm_class(config), source)
+    check_finite(model.state_dict())
+    return model
+
+
+def tokenizer_of(source: str | Path) -> PreTrainedTokenizerBase | None:
+    """
+    Return the tokenizer of a model, or `None`.
+
+    transformers may load a tokenizer of special tokens alone from a folder without a vocabulary; it is ignored.
+    """
+    if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in VOCABULARIES):
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = load(AutoTokenizer, source)
+    except OSError:
+        return None
+    return tokenizer
 
 
 def part_of_state(

@@ -1,4 +1,4 @@
-"""Commands that convert a checkpoint to another form: `convert lean`, `full`, `merge`, `split` and `import`."""
+"""Commands that convert a checkpoint to another form: the group `convert`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from .loading import quiet_libraries
-from .options import OutputArgument, Overwrite
+from .options import OutputArgument, Overwrite, with_settings
 from .output import out
 from .progress import steps
 
 
 if TYPE_CHECKING:
     from modeling_llm2slm.conversion.report import Report
+    from modeling_llm2slm.settings import PruneSettings
 
 PANEL = "Checkpoints"
 commands = typer.Typer()
@@ -31,6 +32,12 @@ commands.add_typer(convert, name="convert", rich_help_panel=PANEL)
 
 CheckpointArgument = Annotated[
     str, typer.Argument(help="An LLM-to-SLM checkpoint: a folder, or a name on the Hub.", show_default=False)
+]
+PlainArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A decoder-only or encoder-decoder model: a folder, or a name on the Hub.", show_default=False
+    ),
 ]
 LLMOption = Annotated[
     str | None,
@@ -132,8 +139,29 @@ def import_from(
         _convert("importing", "import_projector", source, into, output, **options)
 
 
+@convert.command("prune-vocabulary")
+@with_settings
+def prune_vocabulary(
+    llm: PlainArgument,
+    output: OutputArgument,
+    corpus: Annotated[
+        list[str], typer.Option(help="A file, or a data set on the Hub; may be repeated.", show_default=False)
+    ],
+    settings: PruneSettings,
+    overwrite: Overwrite = False,
+) -> None:
+    """
+    Keep only the tokens that a corpus uses, in the tokenizer and in the embeddings.
+
+    `llm2slm convert prune-vocabulary google/gemma-3-270m runs/pruned --corpus train.jsonl`
+
+    The corpus keeps its tokens and their logits. Other texts are written in shorter tokens, without loss.
+    """
+    _convert("prune_vocabulary", "prune_vocabulary", llm, output, corpus, settings, overwrite=overwrite)
+
+
 def _convert(module: str, conversion: str, *arguments: Any, **options: Any) -> None:
-    quiet_libraries()
+    quiet_libraries(data=module == "prune_vocabulary")
     function: Callable[..., Report] = getattr(import_module(f"modeling_llm2slm.conversion.{module}"), conversion)
     with steps("Conversion"):
         report = function(*arguments, **options)

@@ -178,6 +178,17 @@ class BuildSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PruneSettings(DataSettings):
+    """Which texts decide the tokens of a pruned vocabulary."""
+
+    target_column: list[str] | None = option(
+        None, "Column that holds targets; may be repeated. Default: target.", panel=DATA
+    )
+    prompt_max_length: int | None = option(None, TRUNCATE, cli=False)  # whole prompts count
+    min_count: int = option(1, "Keep only tokens that the corpus uses this many times.", minimum=1, panel=DATA)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EncodeSettings(DeviceSettings, DataSettings):
     """How prompts become stored hidden states."""
 

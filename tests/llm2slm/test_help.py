@@ -48,7 +48,9 @@ def test_all_commands_are_found() -> None:
         "build", "train", "encode", "distill", "plan", "speedup", "export", "benchmark", "generate", "serve",
         "evaluate", "info", "card", "convert",
     }  # fmt: skip
-    assert {names[1] for names in COMMANDS if names[1:]} == {"lean", "full", "merge", "split", "import"}
+    assert {names[1] for names in COMMANDS if names[1:]} == {
+        "lean", "full", "merge", "split", "import", "prune-vocabulary",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("command", ["", "train", "generate", "convert import"])
