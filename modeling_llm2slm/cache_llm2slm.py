@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """State of an LLM-to-SLM model between steps: the prompt as the SLM reads it, the SLM's cache, masks, positions."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,6 +50,22 @@ class PromptStates(ModelOutput):
         return replace(self, **repeated)
 
 
+@dataclass
+class CachedPromptStates(PromptStates):
+    """
+    [`PromptStates`] of `fusion="cache"`, whose `last_hidden_state` `(B, N, d)` packs keys and values of the LLM.
+
+    Args:
+        first_logits (`torch.Tensor` of shape `(B, vocabulary)`, *optional*):
+            The LLM's logits for the first output token; `None` if its hidden states were given.
+        last_embeds (`torch.Tensor` of shape `(B, d_slm)`, *optional*):
+            With `llm_first_token=False`, the SLM's embedding of the last prompt token.
+    """
+
+    first_logits: torch.Tensor | None = None
+    last_embeds: torch.Tensor | None = None
+
+
 def as_prompt_states(
     encoder_outputs: PromptStates | ModelOutput | tuple, attention_mask: torch.Tensor | None, check: bool = False
 ) -> PromptStates:
@@ -92,6 +109,19 @@ def reorder(values: torch.Tensor, order: torch.Tensor, dim: int = 1) -> torch.Te
     return values.gather(dim, order.to(values.device).view(shape).expand_as(values))
 
 
+class PickedLayers(DynamicCache):
+    """Keeps, of what a model computes for its input, the keys and values of some layers; the model sees it empty."""
+
+    def __init__(self, layers: Collection[int]):
+        super().__init__()
+        self.picked: dict[int, Any] = dict.fromkeys(layers)
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if layer_idx in self.picked:
+            self.picked[layer_idx] = (keys, values)
+        return keys, values
+
+
 class LLM2SLMCache(EncoderDecoderCache):
     """
     The SLM's cache as `generate()` and callers see it: it counts output tokens only. The SLM itself works on
@@ -100,7 +130,7 @@ class LLM2SLMCache(EncoderDecoderCache):
 
     def __init__(self, slm_cache: Cache):
         super().__init__(slm_cache, DynamicCache())
-        self.prompt_length = 0  # N once the SLM has read the prompt
+        self.prompt_length = 0  # what the cache holds before the output, once it holds the prompt
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.self_attention_cache.get_seq_length(layer_idx) - self.prompt_length
@@ -137,7 +167,7 @@ def can_repeat(cache: Cache | None) -> bool:
 def has_read_prompt(cache: Cache | None) -> bool:
     """Return whether a cache holds the prompt, before the output or in the cross-attention."""
     if isinstance(cache, LLM2SLMCache):
-        return cache.prompt_length > 0
+        return cache.prompt_length > 0 or int(cache.get_seq_length()) > 0  # 0 before the output of `fusion="cache"`
     return bool(getattr(cache, "is_updated", {}).get(0))
 
 
@@ -178,7 +208,7 @@ def mask_and_positions(
     Return the SLM's mask over prompt, cached output and `output_length` new tokens (up to the end of a static cache),
     and the positions of what it reads now: the new tokens, and the prompt if it is not cached yet. Padding takes none.
     """
-    cache = cache if cache is not None and cache.prompt_length > 0 else None
+    cache = cache if has_read_prompt(cache) else None
     if cache is not None:
         check_prompt_width(cache.prompt_length, prompt_mask.shape[1])
     past_length = int(cache.get_seq_length()) if cache is not None else 0

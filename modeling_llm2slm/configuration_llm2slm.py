@@ -69,10 +69,17 @@ class LLM2SLMConfig(PreTrainedConfig):
         decoder (`PreTrainedConfig` or `dict`, *optional*, defaults to `GPT2Config()`): The SLM's config.
         fusion (`str`, *optional*, defaults to `"add"`):
             What the SLM reads for the prompt (paper section 3.2): `"replace"`, the projected hidden states; `"add"`,
-            these plus an embedding of the prompt tokens; or another [`Fusion`] that was registered.
+            these plus an embedding of the prompt tokens; `"cache"`, no embeddings but the LLM's own keys and values,
+            for an SLM that is made of layers of the LLM; or another [`Fusion`] that was registered.
         shared_tokenizer (`bool`, *optional*, defaults to `False`):
             Whether LLM and SLM have the same tokenizer. `fusion="add"` then uses the SLM's embedding of the prompt,
             and otherwise the LLM's (frozen) embedding followed by a trained linear map.
+        decoder_layers (`list[int]`, *optional*):
+            With `fusion="cache"`: for each layer of the SLM the layer of the LLM whose keys and values it continues.
+            Default: `cut_from_layers` of the SLM's config.
+        llm_first_token (`bool`, *optional*, defaults to `True`):
+            With `fusion="cache"`: take the first output token from the LLM's logits; the SLM computes the others, and
+            no loss trains it for the first. `False`: the SLM reads the last prompt token again to predict the first.
         encoder_layer (`int`, *optional*):
             Use `hidden_states[encoder_layer]` of the full LLM and build no layer above. Default: its
             `last_hidden_state`.
@@ -102,6 +109,8 @@ class LLM2SLMConfig(PreTrainedConfig):
     decoder: Any = None
     fusion: str = "add"
     shared_tokenizer: bool = False
+    decoder_layers: list[int] | None = None
+    llm_first_token: bool = True
     encoder_layer: int | None = None
     projector_layers: int = 2
     freeze_llm: bool = True
@@ -159,8 +168,8 @@ class LLM2SLMConfig(PreTrainedConfig):
 
     @property
     def llm_hidden_size(self) -> int:
-        """`int`: Width of the LLM's hidden states, `d_llm`."""
-        return llm_sizes(self.encoder).hidden_size
+        """`int`: Width of the LLM's hidden states, `d_llm`; with `fusion="cache"`, of a token's keys and values."""
+        return fusion_of(self).states_size or llm_sizes(self.encoder).hidden_size
 
     @property
     def prompt_size(self) -> int:
@@ -185,7 +194,7 @@ class LLM2SLMConfig(PreTrainedConfig):
 
     def fits(self, prompt_length: int, output_length: int) -> bool:
         """Return whether prompt and output (its start token counts, its last does not) fit in the SLM's positions."""
-        return fits(self.decoder, prompt_length, output_length)
+        return fits(self.decoder, prompt_length - fusion_of(self).shared_positions, output_length)
 
     def needs_output_mask(self, prompt_width: int, output_width: int) -> bool:
         """Return whether a padded batch is wider than the SLM's max positions, so that outputs need a mask."""
@@ -193,7 +202,8 @@ class LLM2SLMConfig(PreTrainedConfig):
 
     def check_length(self, prompt_length: int, output_length: int) -> None:
         """Raise `ValueError`, with both lengths and the fix, if [`~LLM2SLMConfig.fits`] is `False`."""
-        check_length(self.decoder, prompt_length, output_length, "SLM")
+        if not self.fits(prompt_length, output_length):
+            check_length(self.decoder, prompt_length, output_length, "SLM")
 
     def check_llm_length(self, width: int) -> None:
         """Raise `ValueError` if prompts padded to `width` need more positions than the LLM has."""
@@ -224,7 +234,7 @@ class LLM2SLMConfig(PreTrainedConfig):
             setattr(self, name, value)
 
     def _check_values(self) -> None:
-        fusion_of(self)
+        fusion = fusion_of(self)
         for name in ("llm_source", "slm_source"):
             source = getattr(self, name) or {}
             if not all(value is None or isinstance(value, str) for value in source.values()):
@@ -238,6 +248,7 @@ class LLM2SLMConfig(PreTrainedConfig):
                 f"`encoder_layer` is {self.encoder_layer!r}, but the LLM ({self.encoder.model_type}) has {layers} "
                 f"layers. Use 0 (the embeddings) to {layers}, or None for its last hidden state."
             )
+        fusion.prepare()
         if not 1 <= self.projector_layers <= MAX_LAYERS:
             raise ValueError(f"`projector_layers` is {self.projector_layers}, but must be from 1 to {MAX_LAYERS}.")
         positions = max_positions(self.decoder)

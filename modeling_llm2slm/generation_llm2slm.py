@@ -15,6 +15,7 @@ from .cache_llm2slm import (
     as_prompt_states,
     can_repeat,
     check_continues,
+    has_read_prompt,
     mask_and_positions,
 )
 from .configuration_llm2slm import LLM2SLMConfig
@@ -111,7 +112,9 @@ class LLM2SLMGenerationMixin(GenerationMixin):
         if prompt_in_cache:
             prompt = as_prompt_states(model_kwargs["encoder_outputs"], model_kwargs.get("attention_mask"))
             self.encoder.check_prompt(prompt.attention_mask, max_cache_length)
-            max_cache_length += prompt.attention_mask.shape[1]
+            max_cache_length += self.encoder.mask_before_output(prompt.attention_mask).shape[1]
+            if not has_read_prompt(model_kwargs.get("past_key_values")):
+                self.encoder.fusion.check_generation(prompt)
             if model_kwargs.get("past_key_values") is not None:
                 model_kwargs["past_key_values"] = as_llm2slm_cache(model_kwargs["past_key_values"])
         given = model_kwargs.get("past_key_values")
@@ -166,10 +169,10 @@ class LLM2SLMGenerationMixin(GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        if isinstance(past_key_values, LLM2SLMCache) and past_key_values.prompt_length > 0:
+        if isinstance(past_key_values, LLM2SLMCache) and has_read_prompt(past_key_values):
             prompt = as_prompt_states(model_inputs.pop("encoder_outputs"), model_inputs.pop("attention_mask", None))
             model_inputs["decoder_attention_mask"], model_inputs["decoder_position_ids"] = mask_and_positions(
-                prompt.attention_mask,
+                self.encoder.mask_before_output(prompt.attention_mask),
                 model_inputs.get("decoder_attention_mask"),
                 model_inputs["decoder_input_ids"].shape[1],
                 past_key_values,

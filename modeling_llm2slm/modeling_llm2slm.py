@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_outputs import BaseModelOutput, ModelOutput, Seq2SeqLMOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput, ModelOutput, Seq2SeqLMOutput
 from transformers.utils.generic import can_return_tuple
 
 from .cache_llm2slm import (
@@ -131,18 +131,17 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
         if self.recent is not None and (known := self.recent.find(input_ids, attention_mask)) is not None:
             return BaseModelOutput(last_hidden_state=known)
         self.config.check_llm_length(input_ids.shape[1])
-        # GPT-2 and BERT count positions from the first place on, so padding moves after the prompt, and back.
-        order = padding_to("right", attention_mask)
-        back = order.argsort(dim=-1)
+        order = padding_to(self.fusion.llm_padding, attention_mask)  # and back
+        back, mask = order.argsort(dim=-1), reorder(attention_mask, order)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_llm):
             outputs = self.llm(
                 input_ids=reorder(input_ids, order),
-                attention_mask=reorder(attention_mask, order),
+                attention_mask=mask,
                 return_dict=True,
-                **reading_arguments(self.llm),
+                **reading_arguments(self.llm) | self.fusion.llm_arguments(mask),
                 **kwargs,
             )
-        states = outputs.last_hidden_state
+        states = self.fusion.states_of(outputs)
         if states.dtype == torch.float16 and not states.isfinite().all():
             raise ValueError(
                 "The LLM's hidden states overflow in float16. Load it in bfloat16: `encoder_dtype='bfloat16'`."
@@ -207,6 +206,10 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
                 self.config.check_length(prompt, output)
         else:
             self.config.check_length(int(lengths.max()), int(output_length))
+
+    def mask_before_output(self, prompt_mask: torch.Tensor) -> torch.Tensor:
+        """Return the mask of what stands before the start token: the prompt, unless the two share a position."""
+        return prompt_mask[:, : prompt_mask.shape[1] - self.fusion.shared_positions]
 
     @torch.no_grad()
     def hidden_states_rms(self) -> float:
@@ -369,6 +372,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         loss = None
         if labels is not None:  # `num_items_in_batch` normalizes it over the whole effective batch
             sizes = {"vocab_size": self.config.vocab_size, "num_items_in_batch": num_items_in_batch}
+            positions = torch.arange(decoder_input_ids.shape[1])[_kept(logits_to_keep)]
+            labels = self.encoder.fusion.trained_labels(labels, positions)
             loss = self.loss_function(outputs.logits, labels, shift_labels=labels, **sizes)
         return Seq2SeqLMOutput(
             loss=loss,
@@ -436,8 +441,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         Run a decoder-only SLM on `[P ; E(start, output)]`, or on what follows a cache that begins with P. With
         `decoder_position_ids`, which `generate()` sets once the prompt is cached, the mask covers prompt and output.
         """
-        cache = as_llm2slm_cache(past_key_values)
-        if cache is None and use_cache:
+        cache, fusion = as_llm2slm_cache(past_key_values), self.encoder.fusion
+        if cache is None and (use_cache or fusion.fills_cache):
             cache = LLM2SLMCache(DynamicCache(config=self.config.decoder))
         output_length, prompt_length = tokens.shape[1], 0
         embeds, position_ids = self.get_input_embeddings()(tokens), decoder_position_ids
@@ -445,31 +450,42 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
             if prompt is None:
                 raise ValueError(NO_PROMPT)
             # Without a given mask, all rows have the same output length, and a number is cheaper to check.
-            width, given = prompt.attention_mask.shape[1], mask is not None
-            mask, position_ids = mask_and_positions(prompt.attention_mask, mask, output_length, cache)
-            output_mask = mask[:, width:]
+            prompt_mask, given = self.encoder.mask_before_output(prompt.attention_mask), mask is not None
+            mask, position_ids = mask_and_positions(prompt_mask, mask, output_length, cache)
+            output_mask = mask[:, prompt_mask.shape[1] :]
             self.encoder.check_prompt(prompt.attention_mask, output_mask.sum(-1) if given else output_mask.shape[1])
-            if cache is None or cache.prompt_length == 0:
-                prompt_length = width
-                embeds = self.encoder.fusion.prepend(prompt, embeds, cache)
-        if isinstance(logits_to_keep, torch.Tensor):
-            logits_to_keep = logits_to_keep + (embeds.shape[1] - output_length)
-
-        outputs = self.decoder(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=cache.self_attention_cache if cache is not None else None,
-            use_cache=use_cache,
-            logits_to_keep=output_length if isinstance(logits_to_keep, int) and not logits_to_keep else logits_to_keep,
-            return_dict=True,
-            **kwargs,
+            if not has_read_prompt(cache):
+                prompt_length = prompt_mask.shape[1]
+                embeds = fusion.prepend(prompt, embeds, cache)
+                output_length = min(output_length, embeds.shape[1])
+                position_ids = position_ids[:, position_ids.shape[1] - embeds.shape[1] :]
+        # CODEPATH: a fusion may have logits of the start token, which the SLM does not read then.
+        first = fusion.first_logits(prompt, embeds) if output_length < tokens.shape[1] else None
+        kept = logits_to_keep if first is None or isinstance(logits_to_keep, int) else 0
+        if isinstance(kept, torch.Tensor):
+            kept = kept + (embeds.shape[1] - output_length)
+        outputs = (
+            CausalLMOutput(logits=embeds.new_empty(0))
+            if not output_length
+            else self.decoder(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=cache.self_attention_cache if cache is not None else None,
+                use_cache=use_cache or fusion.fills_cache,
+                logits_to_keep=output_length if isinstance(kept, int) and not kept else kept,
+                return_dict=True,
+                **kwargs,
+            )
         )
         if prompt_length and cache is not None:
             cache.prompt_length = prompt_length
         hidden_states, attentions = outputs.hidden_states, outputs.attentions
+        logits = outputs.logits
+        if first is not None:
+            logits = torch.cat([first, logits], dim=1)[:, _kept(logits_to_keep)] if output_length else first
         return Seq2SeqLMOutput(
-            logits=outputs.logits,
+            logits=logits,
             past_key_values=cache if use_cache else None,
             decoder_hidden_states=hidden_states and tuple(layer[:, -output_length:] for layer in hidden_states),
             decoder_attentions=attentions and tuple(layer[:, :, -output_length:] for layer in attentions),

@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING, 
 from transformers.utils import logging
 
 from .configuration_llm2slm import LLM2SLMConfig, llm_sizes, quirks_of
+from .fusion_llm2slm import fusion_of
 
 
 logger = logging.get_logger(__name__)
@@ -28,7 +29,9 @@ logger = logging.get_logger(__name__)
 SLM_ARGUMENTS = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values", "logits_to_keep")
 
 
-def llm_class(config: PreTrainedConfig) -> Any:
+def llm_class(config: PreTrainedConfig, has_head: bool = False) -> Any:
+    if has_head:
+        return AutoModelForCausalLM
     return AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
 
 
@@ -39,12 +42,13 @@ def slm_class(config: PreTrainedConfig) -> Any:
 def build_llm(config: LLM2SLMConfig) -> PreTrainedModel:
     """Build the LLM of a configuration with new weights, in its own dtype."""
     dtype = getattr(torch, config.encoder_dtype) if config.encoder_dtype else torch.get_default_dtype()
-    llm = reader_of(llm_class(config.encoder).from_config(config.encoder, dtype=dtype))
+    fusion = fusion_of(config)
+    llm = reader_of(llm_class(config.encoder, fusion.llm_has_head).from_config(config.encoder, dtype=dtype))
     if dtype == torch.float16:  # `from_pretrained` does this too, but only for the dtype of the whole model
         for name, module in llm.named_modules():
             if name.rsplit(".", 1)[-1] in (llm._keep_in_fp32_modules or ()):
                 module.to(torch.float32)
-    return keep_layers(llm, config.encoder_layer)
+    return keep_layers(llm, fusion.llm_layer)
 
 
 def reader_of(llm: PreTrainedModel) -> PreTrainedModel:

@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..cache_llm2slm import labels_mask
+from ..fusion_llm2slm import fusion_of
 from ..processing_llm2slm import LLM2SLMProcessor
 
 
@@ -60,6 +61,9 @@ class DataCollatorForLLM2SLM:
                 # `Trainer` removes labels that it smooths. Without them only this mask tells which tokens are padding.
                 if self.model.config.needs_output_mask(batch["input_ids"].shape[1], batch["labels"].shape[1]):
                     batch["decoder_attention_mask"] = labels_mask(batch["labels"])
+                # `Trainer` divides the loss by the number of labels that are trained.
+                positions = torch.arange(batch["labels"].shape[1])
+                batch["labels"] = fusion_of(self.model.config).trained_labels(batch["labels"], positions)
         return batch
 
 

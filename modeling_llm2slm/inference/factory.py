@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,8 +14,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.utils import logging
 
 from ..checkpoint_llm2slm import HUB_ARGUMENTS, is_local, is_repo_id
-from ..configuration_llm2slm import LLM2SLMConfig, as_reader
+from ..configuration_llm2slm import LLM2SLMConfig
 from ..files_llm2slm import fingerprint
+from ..fusion_llm2slm import fusion_of
 from ..parts_llm2slm import keep_layers, llm_class, reader_of, slm_class
 from ..states.fingerprints import tokenizer_fingerprint
 from .saving import locate_llm
@@ -41,9 +43,13 @@ def build_from_pretrained(model_class: Any, llm: Any, slm: Any, **kwargs: Any) -
         )
     if "shared_tokenizer" not in config_kwargs:
         config_kwargs["shared_tokenizer"] = have_same_tokenizer(llm, slm, encoder_kwargs, decoder_kwargs)
-    encoder = load_llm(llm, config_kwargs.get("encoder_layer"), encoder_kwargs)
     decoder = load_slm(slm, decoder_kwargs)
-    config = LLM2SLMConfig(encoder=encoder.config, decoder=decoder.config, **config_kwargs)
+    if (given := encoder_kwargs.get("model")) is not None:
+        llm_config = given.config
+    else:
+        llm_config, encoder_kwargs = _load_config(llm, "encoder", encoder_kwargs)
+    config = LLM2SLMConfig(encoder=llm_config, decoder=decoder.config, **config_kwargs)
+    encoder = load_llm(llm, config, encoder_kwargs)
     config.dtype = decoder.dtype
     if encoder.dtype != decoder.dtype:
         config.encoder_dtype = str(encoder.dtype).removeprefix("torch.")
@@ -61,28 +67,28 @@ def pop_prefixed(kwargs: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {key.removeprefix(prefix): kwargs.pop(key) for key in list(kwargs) if key.startswith(prefix)}
 
 
-def load_llm(name_or_path: str | None, encoder_layer: int | None, kwargs: dict[str, Any]) -> PreTrainedModel:
-    """Load the LLM: the model in `kwargs`, else from `name_or_path`, without the layers above `encoder_layer`."""
-    given = kwargs.get("model")
+def load_llm(name_or_path: str | None, composite: LLM2SLMConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Load the LLM: the model in `kwargs`, else from `name_or_path`, without the layers that no fusion reads."""
+    given, fusion = kwargs.get("model"), fusion_of(composite)
+    layers = fusion.llm_layer
     if given is not None:
-        llm = reader_of(_check_class(given, "encoder", llm_class))
-        if encoder_layer is None:
+        llm = reader_of(_check_class(given, "encoder", functools.partial(llm_class, has_head=fusion.llm_has_head)))
+        if layers is None:
             return llm
         tensors = [*llm.parameters(), *llm.buffers()]  # the caller's model keeps its layers; the copy shares tensors
-        return keep_layers(copy.deepcopy(llm, {id(tensor): tensor for tensor in tensors}), encoder_layer)
-    config, kwargs = _load_config(name_or_path, "encoder", kwargs)
-    config = as_reader(config)
-    auto_class = llm_class(config)
-    if encoder_layer is None or type(config) not in auto_class._model_mapping:
+        return keep_layers(copy.deepcopy(llm, {id(tensor): tensor for tensor in tensors}), layers)
+    config = composite.encoder
+    auto_class = llm_class(config, fusion.llm_has_head)
+    if layers is None or type(config) not in auto_class._model_mapping:
         llm = reader_of(auto_class.from_pretrained(name_or_path, config=config, **kwargs))
-        return keep_layers(llm, encoder_layer)
+        return keep_layers(llm, layers)
 
     model_class = auto_class._model_mapping[type(config)]
 
     class CutModel(model_class):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
-            reader = keep_layers(reader_of(self), encoder_layer)
+            reader = keep_layers(reader_of(self), layers)
             self._keys_to_ignore_on_load_unexpected = reader._keys_to_ignore_on_load_unexpected
 
     llm = CutModel.from_pretrained(name_or_path, config=config, **kwargs)

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..configuration_llm2slm import llm_sizes
 from ..data.atomic import atomic_write
 from .fingerprints import llm_fingerprint, tokenizer_fingerprint
 
@@ -26,6 +25,7 @@ SHARDS = "states-*.safetensors"
 NAMES = {
     "llm": "LLM",
     "encoder_layer": "encoder_layer",
+    "decoder_layers": "decoder_layers",
     "tokenizer": "tokenizer",
     "data": "set of prompts",
     "hidden_size": "hidden size",
@@ -46,9 +46,10 @@ class StoreDescription:
         data: Fingerprint of the set of prompts.
         prompts: Number of different prompts.
         tokens: Number of their tokens.
-        hidden_size: Width of a hidden state, `d_llm`.
+        hidden_size: Width of a hidden state, `d_llm`; with `fusion="cache"`, of the keys and values of a token.
         dtype: dtype of the stored hidden states.
         format: Version of the layout.
+        decoder_layers: Layers whose keys and values are stored in place of hidden states, with `fusion="cache"`.
     """
 
     llm: str
@@ -60,6 +61,7 @@ class StoreDescription:
     hidden_size: int
     dtype: str = "bfloat16"
     format: int = FORMAT
+    decoder_layers: list[int] | None = None
 
     @property
     def bytes_per_token(self) -> int:
@@ -131,8 +133,9 @@ def describe(model: str | Path, config: Any, tokenizer: Any, index: np.ndarray, 
         data=hashlib.sha256(keys.tobytes()).hexdigest(),
         prompts=len(keys),
         tokens=int(index["length"][first].sum()),
-        hidden_size=llm_sizes(config.encoder).hidden_size,
+        hidden_size=config.llm_hidden_size,
         dtype=dtype,
+        decoder_layers=config.decoder_layers,
     )
 
 

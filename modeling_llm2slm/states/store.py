@@ -108,7 +108,9 @@ class StateStore:
                 "An LLM that trains (`freeze_llm=False`) changes its hidden states: train it without a store."
             )
         needed = describe(model, config, tokenizer, index_prompts([]), self.description.dtype)
-        self.description.check(needed, self.path, ["encoder_layer", "hidden_size", "tokenizer", "llm"])
+        self.description.check(
+            needed, self.path, ["encoder_layer", "decoder_layers", "hidden_size", "tokenizer", "llm"]
+        )
 
     def _find(self, ids: Sequence[int]) -> Any:
         key = prompt_key(ids)
