@@ -7,14 +7,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from ..data.formats import is_jsonl
 from ..data.output_paths import check_output
 from ..data.processes import processes
 from ..inference.files import generate_file
 from ..settings import DistillSettings, GenerateFileSettings
-from ..states.loading import load
 
 
 def distill(
@@ -33,7 +30,8 @@ def distill(
     started share the prompts.
 
     Args:
-        llm: The checkpoint of an encoder-decoder, a folder or a name on the Hub.
+        llm: The checkpoint of an LLM, a folder or a name on the Hub. A decoder-only one continues its prompts, see
+            [`DecoderOnlyTextToText`]; it should be tuned to.
         data: Prompts, see [`load_rows`].
         output: A file of JSON lines, `.jsonl` or `.jsonl.gz`.
         settings: Which rows to read, how to generate, and the column for the outputs, which replaces one of the same
@@ -46,18 +44,13 @@ def distill(
 
     Raises:
         FileExistsError: If the output exists and `settings.overwrite` is not set.
-        ValueError: If the output is not a `.jsonl`, the outputs would replace the prompts, the LLM is decoder-only, or
-            an unfinished output comes from another LLM or other settings.
+        ValueError: If the output is not a `.jsonl`, the outputs would replace the prompts, or an unfinished output
+            comes from another LLM or other settings.
     """
     output = Path(output)
     if not is_jsonl(output):
         raise ValueError(f"{output} must end in .jsonl or .jsonl.gz.")
     check_output(output, overwrite=settings.overwrite or processes(settings.overwrite)[0] > 0, inputs=(llm, data))
-    if not getattr(load(AutoConfig, llm), "is_encoder_decoder", False):
-        raise ValueError(
-            f"{llm} is decoder-only, so nothing marks where a prompt ends and its output begins: take an "
-            "encoder-decoder, or write the outputs to a column of the data with the LLM's own tools."
-        )
     shared = {field.name: getattr(settings, field.name) for field in fields(settings)}
     file_settings = GenerateFileSettings(**shared, batch_tokens=None)
     report = generate_file(llm, data, output, file_settings, progress=progress, **generate_kwargs)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import DataCollatorForSeq2Seq, GPT2LMHeadModel, StoppingCriteria, ViTConfig, ViTModel
 
 from modeling_llm2slm.inference.families import DecoderOnlyTextToText, LLM2SLMTextToText
@@ -122,6 +123,21 @@ def test_long_texts_are_truncated_with_a_warning_and_still_end(checkpoints, kind
     assert len(prompt) == (
         3 if kind != "slm" else 3 + 1 + 3
     )  # a decoder-only model has one sequence, with a separator
+
+
+def test_a_decoder_only_model_continues_a_prompt_that_its_tokenizer_starts(checkpoints):
+    text_to_text = TextToText.from_pretrained(checkpoints["slm"])
+    tokenizer = text_to_text.tokenizer
+    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(5)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, 5)]
+    )
+    features = text_to_text.features(PROMPTS[:1], TARGETS[:1])
+    prompt, target = (tokenizer(text, add_special_tokens=False).input_ids for text in (PROMPTS[0], TARGETS[0]))
+    assert features["input_ids"] == [[5, *prompt, *target, END]]
+    assert features["labels"] == [[-100] * (1 + len(prompt)) + [*target, END]]
+    text_to_text.prompt_max_length = 3
+    assert text_to_text.features(PROMPTS[:1])["input_ids"] == [[5, *prompt[:2]]]
 
 
 def test_each_kind_has_its_class(checkpoints):

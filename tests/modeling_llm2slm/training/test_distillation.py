@@ -174,7 +174,10 @@ def test_llm_that_samples_by_default_is_decoded_without_sampling(
     assert [row["llm_output"] for row in rows_of(tmp_path / "outputs.jsonl")] == expected
 
 
-def test_decoder_only_llm_is_refused(data: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is decoder-only.* take an encoder-decoder"):
-        distill(write_checkpoint("slm", tmp_path), data, tmp_path / "outputs.jsonl", SETTINGS)
-    assert not list(tmp_path.glob("outputs*"))
+def test_decoder_only_llm_writes_what_it_generates(data: str, tmp_path: Path) -> None:
+    llm = write_checkpoint("slm", tmp_path)
+    distill(llm, data, tmp_path / "outputs.jsonl", SETTINGS)
+    rows = rows_of(tmp_path / "outputs.jsonl")
+    text_to_text = TextToText.from_pretrained(llm)
+    kwargs = SETTINGS.generate_kwargs()
+    assert [row["llm_output"] for row in rows] == text_to_text.generate(PROMPTS, **kwargs)

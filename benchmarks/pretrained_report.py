@@ -1,0 +1,168 @@
+"""
+Report the experiment behind a pretrained LLM: scores with intervals by paired bootstrap, times in turns, a table.
+
+`python -m benchmarks.pretrained --report` calls this. It reads the outputs of the rows that are done, times their
+models and writes `docs/results/pretrained-<task>.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rouge_score.rouge_scorer import RougeScorer
+from transformers import AutoTokenizer
+
+from benchmarks.multi30k_report import bleu_of, interval, sentence_counts
+from modeling_llm2slm.data.records import versions, write_json
+from modeling_llm2slm.evaluation.timing import seconds_of, speed, time_in_turns, time_output
+from modeling_llm2slm.inference.text_to_text import TextToText
+
+
+OUTPUT = Path(__file__).parents[1] / "docs" / "results"
+ROUNDS, PROMPTS_ALONE, PROMPTS_IN_BATCHES, BATCH = 5, 20, 64, 32
+SETS = ("taxonomy_animal",)  # tasks whose references list things in no fixed order
+
+
+def report(experiment: Any, folder: Path = OUTPUT) -> None:
+    """Score, time, write and print the rows that are done."""
+    for task, rows in experiment.settings["rows"].items():
+        done = [name for name in rows if (experiment.folder(task, name) / "outputs.json").is_file()]
+        if not done:
+            continue
+        result: dict[str, Any] = {"task": experiment.settings["tasks"][task], "versions": versions(), "rows": {}}
+        for name in done:
+            result["rows"][name] = {"settings": rows[name], **_training(experiment.model(task, name))}
+        for split in ("validation", "test"):
+            for name, scores in _scores(experiment, task, done, split).items():
+                result["rows"][name][split] = scores
+        for name, times in _time(experiment, task, done).items():
+            result["rows"][name] |= times
+        result["not_run"] = [name for name in rows if name not in done]
+        write_json(folder / f"pretrained-{task}.json", result)
+        print(table(task, result), flush=True)
+
+
+def _training(folder: Path) -> dict[str, Any]:
+    record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    metric = f"eval_{record['metric']}"
+    kept = {key: record[key] for key in ("parameters", "trained_parameters", "steps", "seconds", "threads")}
+    return {**kept, "by_epoch": [entry[metric] for entry in record["log"] if metric in entry]}
+
+
+def _scores(experiment: Any, task: str, names: list[str], split: str) -> dict[str, dict[str, Any]]:
+    """Return the scores of each row on a split, with 95 % intervals, and compared with those of its LLM."""
+    examples = experiment.examples(task, split)
+    counts = {}
+    for name in names:
+        outputs = json.loads((experiment.folder(task, name) / "outputs.json").read_text(encoding="utf-8"))[split]
+        counts[name] = _counts(experiment.settings["tasks"][task]["metric"], outputs, examples)
+    tokenizer = AutoTokenizer.from_pretrained(experiment.runs / "vocabulary")
+    long = [len(tokenizer(row["target"], add_special_tokens=False).input_ids) > 1 for row in examples]
+    subsets = {"all": np.arange(len(examples)), "several_tokens": np.flatnonzero(long)}
+    kinds = np.array([row["task"] for row in examples])
+    scores = {}
+    for name, own in counts.items():
+        llm = _llm_of(experiment.row(task, name), name)
+        scores[name] = {key: _compared(own[chosen], counts[llm][chosen]) for key, chosen in subsets.items()}
+        scores[name]["by_task"] = {kind: _score(own[kinds == kind]) for kind in sorted(set(kinds))}
+    return scores
+
+
+def _llm_of(row: dict[str, Any], name: str) -> str:
+    return row.get("outputs_of") or row.get("behind") or row.get("cut") or name
+
+
+def _counts(metric: str, outputs: list[str], examples: list[dict[str, Any]]) -> np.ndarray:
+    """Return a row of numbers for each example, from which the score of any choice of examples follows."""
+    pairs = list(zip(outputs, examples, strict=True))
+    if metric == "bleu":
+        return sentence_counts(outputs, [example["target"] for example in examples])
+    if metric == "exact_match":
+        return np.array([[100.0 * _is_match(output, example)] for output, example in pairs])
+    scorer = RougeScorer(["rougeL", "rouge1", "rouge2"])
+
+    def rouge(output: str, references: list[str]) -> list[float]:
+        found = [scorer.score(reference, output) for reference in references]
+        return [100 * max(one[name].fmeasure for one in found) for name in scorer.rouge_types]
+
+    return np.array([rouge(output, example["references"]) for output, example in pairs])
+
+
+def _is_match(output: str, example: dict[str, Any]) -> bool:
+    """Return whether an output equals a reference without surrounding white space, or holds the same list."""
+    if example["task"] in SETS:
+        return any(_listed(output) == _listed(reference) for reference in example["references"])
+    return output.strip() in {reference.strip() for reference in example["references"]}
+
+
+def _listed(text: str) -> list[str]:
+    return sorted(part.strip() for part in text.split(","))
+
+
+def _score(counts: np.ndarray) -> float:
+    return bleu_of(counts) if counts.shape[1] == 10 else float(counts[:, 0].mean())
+
+
+def _compared(own: np.ndarray, llm: np.ndarray) -> dict[str, Any]:
+    """Return a score and its share of the LLM's, each with a 95 % interval; and further scores, if there are any."""
+    compared = {
+        "score": _score(own),
+        "interval": interval(lambda chosen: _score(own[chosen]), len(own)),
+        "share": _score(own) / _score(llm),
+        "share_interval": interval(lambda chosen: _score(own[chosen]) / max(_score(llm[chosen]), 1e-9), len(own)),
+    }
+    return {**compared, "others": own[:, 1:].mean(0).tolist()} if own.shape[1] == 3 else compared
+
+
+def _time(experiment: Any, task: str, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Time outputs one at a time and in batches, the models in turns; return medians over the rounds."""
+    prompts = [row["prompt"] for row in experiment.examples(task, "test")[:PROMPTS_IN_BATCHES]]
+    options = {"max_new_tokens": experiment.settings["tasks"][task]["max_new_tokens"], "do_sample": False}
+
+    def time_round(model: TextToText, _: int) -> dict[str, float]:
+        alone = time_in_turns({"model": partial(time_output, model, **options)}, prompts[:PROMPTS_ALONE])["model"]
+        batched = seconds_of(lambda: model.generate(prompts, BATCH, **options))
+        return {**speed(alone), "ms_per_output_in_batches": 1000 * batched / len(prompts)}
+
+    models = {
+        name: partial(time_round, TextToText.from_pretrained(experiment.model(task, name), dtype="float32"))
+        for name in names
+    }
+    rounds = time_in_turns(models, range(ROUNDS))
+    times: dict[str, dict[str, Any]] = {}
+    for name, own in rounds.items():
+        llm = rounds[_llm_of(experiment.row(task, name), name)]
+        times[name] = {"speed": {key: statistics.median(one[key] for one in own) for key in own[0]}}
+        for key in ("ms_per_output", "ms_per_output_in_batches"):
+            ratios = [one[key] / other[key] for one, other in zip(own, llm, strict=True)]
+            times[name][f"{key}_by_llm"] = statistics.median(ratios)
+    return times
+
+
+def table(task: str, result: dict[str, Any]) -> str:
+    """Return the rows of a task as a Markdown table."""
+    metric = result["task"]["metric"]
+    lines = [
+        f"### {task}, {metric}",
+        "",
+        "| row | validation | test | % of the LLM | several tokens, % of the LLM | decoding parameters "
+        "| ms per output | of the LLM | in batches, of the LLM |",
+        "| --- | --: | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    for name, row in result["rows"].items():
+        test, times = row["test"], row["speed"]
+        low, high = (100 * bound for bound in test["all"]["share_interval"])
+        cells = [
+            name, f"{row['validation']['all']['score']:.1f}", f"{test['all']['score']:.1f}",
+            f"{100 * test['all']['share']:.1f} ({low:.1f} to {high:.1f})",
+            f"{100 * test['several_tokens']['share']:.1f}", f"{row['parameters']['decode'] / 1e6:.0f}M",
+            f"{times['ms_per_output']:.0f}", f"{row['ms_per_output_by_llm']:.2f}",
+            f"{row['ms_per_output_in_batches_by_llm']:.2f}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"Not run: {', '.join(result['not_run']) or 'nothing'}."])
