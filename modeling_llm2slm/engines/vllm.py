@@ -12,7 +12,7 @@ import itertools
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HOME
@@ -20,6 +20,7 @@ from huggingface_hub.constants import HF_HOME
 from ..configuration_llm2slm import max_positions
 from ..data.atomic import atomic_write
 from ..inference.batching import BatchLimits, OutputId, PromptTable, prompts_of
+from ..inference.continuous import Generated
 from ..inference.engine import Engine, LoadOptions, engine, fingerprint_of
 from ..inference.families import LLM2SLMTextToText
 from ..inference.text_stream import TextStream
@@ -35,27 +36,8 @@ SAMPLING = {
 NEUTRAL = {"num_beams": 1, "do_sample": False, "use_cache": True}
 
 
-class Generated(NamedTuple):
-    """
-    The tokens so far of one output.
-
-    Args:
-        request: What [`VLLMTextToText.add`] returned.
-        index: The number of the output among those of its request.
-        tokens: Its token ids, the end token included.
-        finish_reason: `"stop"` at an end token, `"length"` at the limit; `None` while it continues.
-        logprobs: For each token, the log-probabilities by token id; `None` unless they were asked for.
-    """
-
-    request: str
-    index: int
-    tokens: Sequence[int]
-    finish_reason: str | None
-    logprobs: Any = None
-
-
 class VLLMEngine(Engine):
-    """vLLM for the SLM, on a CPU or a GPU; PyTorch for the LLM. It reads ordinary checkpoints with a decoder-only SLM."""
+    """vLLM for the SLM, on a CPU or a GPU, and PyTorch for the LLM. It reads checkpoints with a decoder-only SLM."""
 
     name = "vllm"
     packages = ("vllm",)
@@ -80,8 +62,8 @@ class VLLMEngine(Engine):
             raise ValueError(f"{path} is not an LLM-to-SLM model: serve it with vLLM itself (`vllm serve`).")
         if loaded.model.config.decoder.is_encoder_decoder:
             raise ValueError(
-                f"{path} has an encoder-decoder SLM, which vLLM does not serve. Take the engine pytorch, or export the "
-                "model with the engine openvino."
+                f"{path} has an encoder-decoder SLM, which vLLM does not serve. Take the engine pytorch, or export "
+                "the model with the engine openvino."
             )
         slm = plain_slm(path, loaded.model)
         made = VLLMTextToText(loaded.model, loaded.processor, options.prompt_max_length, options.target_max_length)
@@ -233,9 +215,7 @@ class VLLMTextToText(LLM2SLMTextToText):
         rows = self.rows(inputs)
         # Seeded by torch's generator, so that `torch.manual_seed` repeats the outputs.
         seeds = torch.randint(2**62, (len(rows),)).tolist() if generate_kwargs.get("do_sample") else [None] * len(rows)
-        return [
-            self.add(row, self.sampling(seed, **generate_kwargs)) for row, seed in zip(rows, seeds, strict=True)
-        ]
+        return [self.add(row, self.sampling(seed, **generate_kwargs)) for row, seed in zip(rows, seeds, strict=True)]
 
     def _run(self, add_next: Callable[[], bool]) -> Iterator[Generated]:
         """Step until nothing is left, and yield what is finished."""

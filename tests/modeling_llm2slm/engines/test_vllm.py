@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,10 @@ from transformers import AutoConfig, T5Config
 
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from modeling_llm2slm.inference.engine import LoadOptions, engine
-from modeling_llm2slm.inference.files import generate_file
 from modeling_llm2slm.inference.text_to_text import TextToText
-from modeling_llm2slm.settings import GenerateFileSettings
 from tests.support.checkpoints import write_checkpoint
 from tests.support.common import LLM_VOCAB_SIZE, SLM_VOCAB_SIZE, apart, llm_tokenizer, slm_tokenizer
+from tests.support.serving import serving
 
 
 pytest.importorskip("vllm", reason="make test-vllm installs it in an environment of its own")
@@ -99,6 +99,24 @@ def check_options(path: str) -> None:
 
 def test_streams_samples_and_ends(tmp_path: Path) -> None:
     apart(check_options, write_model("gpt2", tmp_path / "model"))
+
+
+def check_server(path: str) -> None:
+    model, reference = engine("vllm").load(path, LoadOptions()), TextToText.from_pretrained(path)
+    expected = reference.generate(PROMPTS, **GREEDY)
+    with serving(model, max_batch=32) as client, ThreadPoolExecutor(16) as pool:
+        texts = list(pool.map(lambda prompt: client.text(prompt=prompt, max_tokens=10), PROMPTS))
+        assert texts == expected
+        pieces = [
+            event["choices"][0]["text"] for event in client.events(prompt=PROMPTS[0], max_tokens=10, stream=True)
+        ]
+        assert "".join(pieces) == expected[0]
+        sampled = {"prompt": PROMPTS[1], "max_tokens": 10, "temperature": 1.5, "seed": 7}
+        assert client.text(**sampled) == client.text(**sampled)
+
+
+def test_the_server_generates_for_many_clients(tmp_path: Path) -> None:
+    apart(check_server, write_model("gpt2", tmp_path / "model"))
 
 
 def test_models_that_vllm_does_not_serve_are_refused(tmp_path: Path) -> None:
