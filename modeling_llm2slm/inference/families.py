@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from typing import Any
 
 import torch
 
 from ..configuration_llm2slm import check_length
-from ..data.collator import DataCollatorForLLM2SLM, DataCollatorForTargets
 from ..data.conversations import encode_prompts, write_conversations
-from .parts import Part, composite_parts
 from .text_to_text import Features, TextToText
 
 

@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from ..inference.text_to_text import TextToText
 from ..settings import ServeSettings
-from .scheduler import Batcher, Job, Piece, QueueFull
+from .scheduler import Batcher, Job, Piece, QueueFull, batcher_for
 from .schema import (
     CompletionRequest,
     CompletionResponse,
@@ -60,7 +60,7 @@ class Service:
         max_tokens = settings.max_new_tokens or max(DEFAULT_MAX_NEW_TOKENS, default_tokens)
         self.default_tokens = min(default_tokens, max_tokens)
         self.limits = Limits(settings.name, max_tokens, settings.max_queue, settings.num_beams)
-        self.batcher = Batcher(text_to_text, settings)
+        self.batcher = batcher_for(text_to_text, settings)
         self.open: set[_Completions] = set()
         self._registry = CollectorRegistry()
         self._registry.register(_BatcherMetrics(self.batcher))

@@ -1,5 +1,6 @@
 """
-Generate for prompts that arrive at any time: one thread takes those that wait and generates for them in a batch.
+Generate for prompts that arrive at any time: one thread takes those that wait and generates for them in a batch. An
+engine with continuous batching takes them into the batch that runs.
 
 Each output is sent token by token, ends where its own request says, and is finished as soon as it is complete: it does
 not wait for its batch. The loop is stock `generate()`: a stopping criterion sees every new token of every row, and a
@@ -26,6 +27,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ..inference.continuous import ContinuousTextToText
 from ..inference.outputs import BlankOutputs
 from ..inference.text_stream import TextStream
 from ..inference.text_to_text import TextToText
@@ -244,6 +246,99 @@ class Batcher:
         if with_beams:
             for completion, ids in zip(completions, outputs, strict=True):
                 completion.set_tokens(ids)
+
+
+class ContinuousBatcher(Batcher):
+    """
+    Generates with an engine that takes prompts into the running batch, see [`ContinuousTextToText`]. `max_batch`
+    limits the prompts that run, `max_wait` has no effect, and `batches` counts how often prompts were read.
+    """
+
+    text_to_text: Any
+
+    def __init__(self, text_to_text: Any, settings: ServeSettings | None = None):
+        super().__init__(text_to_text, settings)
+        if self.settings.num_beams > 1:
+            raise ValueError("num_beams is above 1, which this engine does not support: leave it out.")
+        self._running: dict[str, _Completion] = {}
+
+    def _work(self) -> None:
+        while not self._stopping:
+            try:
+                self._admit(self._arrived())
+                self._step()
+            except Exception as error:
+                logger.warning("A batch of %d prompts failed.", len(self._running), exc_info=error)
+                for completion in self._running.values():
+                    completion.job.send(error)
+                self.failed += len(self._running)
+                self._forget(list(self._running))
+        self._forget(list(self._running))
+
+    def _arrived(self) -> list[Job]:
+        """Return the jobs that fit into the running batch; wait for one if nothing runs."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._running or self._stopping)
+            self._drop_cancelled()
+            free = 0 if self._stopping else self.settings.max_batch - len(self._running)
+            jobs, self._waiting = self._waiting[:free], self._waiting[free:]
+            return jobs
+
+    def _admit(self, jobs: Sequence[Job]) -> None:
+        """Read the prompts of jobs, equal ones once, and add them to the running batch."""
+        if not jobs:
+            return
+        try:
+            prompts = list(dict.fromkeys(tuple(job.ids) for job in jobs))
+            features = {
+                "input_ids": [list(ids) for ids in prompts],
+                "attention_mask": [[1] * len(ids) for ids in prompts],
+            }
+            rows = dict(zip(prompts, self.text_to_text.rows(self.text_to_text.read(features)), strict=True))
+            for job in jobs:
+                request = self.text_to_text.add(rows[tuple(job.ids)], self._sampling(job.decoding))
+                self._running[request] = _Completion(job, self.text_to_text)
+        except Exception as error:
+            if len(jobs) > 1 and not any(completion.job in jobs for completion in self._running.values()):
+                for job in jobs:  # one prompt must not fail the others
+                    self._admit([job])
+                return
+            for job in jobs:
+                if all(completion.job is not job for completion in self._running.values()):
+                    job.send(error)
+                    self.failed += 1
+        self.batches += 1
+        self._batch, self.running = [completion.job for completion in self._running.values()], len(self._running)
+
+    def _sampling(self, decoding: Decoding) -> Any:
+        sampled = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p}
+        return self.text_to_text.sampling(
+            decoding.seed, max_new_tokens=decoding.max_tokens, **(sampled if decoding.temperature else {})
+        )
+
+    def _step(self) -> None:
+        if not self._running:
+            return
+        for one in self.text_to_text.step():
+            completion = self._running.get(one.request)
+            for token in one.tokens[len(completion.tokens) :] if completion is not None else ():
+                if not completion.done:
+                    completion.add_token(token)
+        self._forget([request for request, completion in self._running.items() if completion.done])
+
+    def _forget(self, requests: Sequence[str]) -> None:
+        """Count finished requests, and drop them and those that nobody waits for."""
+        self.text_to_text.abort(requests)
+        done = [self._running.pop(request) for request in requests]
+        self.prompts += sum(completion.finish_reason is not None for completion in done)
+        self.tokens += sum(len(completion.tokens) for completion in done)
+        self._batch, self.running = [completion.job for completion in self._running.values()], len(self._running)
+
+
+def batcher_for(text_to_text: TextToText, settings: ServeSettings) -> Batcher:
+    """Return the batcher that suits a model."""
+    kind = ContinuousBatcher if isinstance(text_to_text, ContinuousTextToText) else Batcher
+    return kind(text_to_text, settings)
 
 
 class _Completion:

@@ -8,8 +8,17 @@ from typing import Any
 
 import pytest
 
+from modeling_llm2slm.inference.continuous import Generated
 from modeling_llm2slm.inference.text_to_text import TextToText
-from modeling_llm2slm.serving.scheduler import Batcher, Decoding, Job, Piece, QueueFull
+from modeling_llm2slm.serving.scheduler import (
+    Batcher,
+    ContinuousBatcher,
+    Decoding,
+    Job,
+    Piece,
+    QueueFull,
+    batcher_for,
+)
 from modeling_llm2slm.settings import ServeSettings
 from tests.support.checkpoints import KINDS, PROMPTS, write_checkpoint
 from tests.support.serving import wait_until
@@ -50,3 +59,128 @@ class TestBatcher:
         batcher.submit([Job(ids[1], Decoding(4), done.append)])
         wait_until(lambda: len(done) == 2, seconds=5)
         batcher.stop()
+
+
+class StepByStep:
+    """A model with continuous batching, whose tokens are those of `generate()`, one for each request and step."""
+
+    def __init__(self, model: TextToText):
+        self.inner, self.model, self.tokenizer = model, model.model, model.tokenizer
+        self.reads: list[int] = []  # prompts of each call of `read`
+        self.most = self.added = 0
+        self.requests: dict[str, tuple[list[int], int]] = {}
+        self.error: Exception | None = None
+
+    def read(self, features: Any) -> Any:
+        self.reads.append(len(features["input_ids"]))
+        return features
+
+    def rows(self, inputs: Any) -> list[Any]:
+        return list(inputs["input_ids"])
+
+    def sampling(self, seed: int | None = None, logprobs: int | None = None, **generate_kwargs: Any) -> Any:
+        return generate_kwargs
+
+    def add(self, rows: Any, sampling: Any) -> str:
+        if rows == [1]:
+            raise ValueError("This prompt cannot be read.")
+        features = {"input_ids": [rows], "attention_mask": [[1] * len(rows)]}
+        (tokens,) = self.inner.write(self.inner.read(features), do_sample=False, **sampling)
+        self.added += 1
+        self.requests[str(self.added)] = (tokens, 0)
+        return str(self.added)
+
+    def step(self) -> list[Generated]:
+        if self.error is not None:
+            raise self.error
+        self.most = max(self.most, len(self.requests))
+        found = []
+        for request, (tokens, done) in self.requests.items():
+            self.requests[request] = (tokens, done + 1)
+            found.append(Generated(request, 0, tokens[: done + 1], "stop" if done + 1 == len(tokens) else None))
+        return found
+
+    def abort(self, requests: Any) -> None:
+        for request in requests:
+            del self.requests[request]
+
+
+class TestContinuousBatcher:
+    def submit(self, batcher: Batcher, model: TextToText, limits: list[int]) -> dict[int, list[Any]]:
+        found: dict[int, list[Any]] = {row: [] for row in range(len(limits))}
+        rows = model.features(PROMPTS[: len(limits)])["input_ids"]
+        batcher.submit(
+            [
+                Job(ids, Decoding(limit), found[row].append, stream=row % 2 == 0)
+                for row, (ids, limit) in enumerate(zip(rows, limits, strict=True))
+            ]
+        )
+        return found
+
+    def test_prompts_join_the_running_batch_and_leave_it_when_they_are_done(self, tmp_path: Path) -> None:
+        model = TextToText.from_pretrained(write_checkpoint("llm2slm", tmp_path))
+        limits = [3, 9, 5, 12, 1, 7, 20, 4]
+        expected = [
+            model.generate([prompt], max_new_tokens=limit)[0] for prompt, limit in zip(PROMPTS, limits, strict=True)
+        ]
+        steps = StepByStep(model)
+        batcher: Any = batcher_for(steps, ServeSettings(max_batch=3))  # type: ignore[arg-type]
+        assert isinstance(batcher, ContinuousBatcher)
+        found = self.submit(batcher, model, limits)
+        batcher.start()
+        wait_until(lambda: batcher.prompts == len(limits))
+        assert ["".join(piece.text for piece in found[row]) for row in found] == expected
+        assert [found[row][-1].tokens for row in found] == limits
+        assert steps.most == 3
+        assert not steps.requests
+        assert batcher.tokens == sum(limits)
+        batcher.stop()
+        with pytest.raises(QueueFull):
+            batcher.submit([Job([3], Decoding(3), print)])
+
+    def test_equal_prompts_are_read_once(self, model: TextToText) -> None:
+        steps, sent = StepByStep(model), []
+        batcher: Any = ContinuousBatcher(steps)
+        ids = model.features(PROMPTS[:1])["input_ids"][0]
+        batcher.submit([Job(ids, Decoding(4), sent.append) for _ in range(3)])
+        batcher.start()
+        wait_until(lambda: batcher.prompts == 3)
+        batcher.stop()
+        assert steps.reads == [1]
+        assert len({piece.text for piece in sent}) == 1
+
+    def test_a_prompt_that_fails_does_not_fail_the_others(self, tmp_path: Path) -> None:
+        model = TextToText.from_pretrained(write_checkpoint("llm2slm", tmp_path))
+        steps, sent = StepByStep(model), []
+        batcher: Any = ContinuousBatcher(steps)
+        found = self.submit(batcher, model, [3, 4])
+        batcher.submit([Job([1], Decoding(3), sent.append)])
+        batcher.start()
+        wait_until(lambda: batcher.prompts == 2)
+        assert [str(error) for error in sent] == ["This prompt cannot be read."]
+        assert all(found[row][-1].finish_reason for row in found)
+        steps.error = RuntimeError("out of memory")
+        found = self.submit(batcher, model, [3, 4])
+        wait_until(lambda: batcher.failed == 3)
+        assert all(found[row] == [steps.error] for row in found)
+        steps.error = None
+        found = self.submit(batcher, model, [3, 4])
+        wait_until(lambda: batcher.prompts == 4)
+        batcher.stop()
+
+    def test_a_cancelled_prompt_leaves_the_batch(self, tmp_path: Path) -> None:
+        model = TextToText.from_pretrained(write_checkpoint("llm2slm", tmp_path))
+        steps, sent = StepByStep(model), []
+        batcher: Any = ContinuousBatcher(steps)
+        job = Job(model.features(PROMPTS[:1])["input_ids"][0], Decoding(1000), lambda piece: job.cancel(), stream=True)
+        job.decoding = Decoding(20)
+        batcher.submit([job, Job(model.features(PROMPTS[1:2])["input_ids"][0], Decoding(6), sent.append)])
+        batcher.start()
+        wait_until(lambda: batcher.prompts == 1)
+        assert sent[-1].finish_reason
+        wait_until(lambda: not steps.requests)
+        batcher.stop()
+
+    def test_beams_are_refused(self, model: TextToText) -> None:
+        with pytest.raises(ValueError, match="num_beams is above 1"):
+            ContinuousBatcher(StepByStep(model), ServeSettings(num_beams=2))

@@ -1,0 +1,132 @@
+"""vLLM gives the tokens of `generate()`, alone and in mixed batches. `make test-vllm` runs this file."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, T5Config
+
+from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
+from modeling_llm2slm.inference.engine import LoadOptions, engine
+from modeling_llm2slm.inference.text_to_text import TextToText
+from tests.support.checkpoints import write_checkpoint
+from tests.support.common import LLM_VOCAB_SIZE, SLM_VOCAB_SIZE, apart, llm_tokenizer, slm_tokenizer
+from tests.support.serving import serving
+
+
+pytest.importorskip("vllm", reason="make test-vllm installs it in an environment of its own")
+
+END = SLM_VOCAB_SIZE - 1
+# Attention heads of width 64: vLLM has no narrower ones on a CPU.
+SIZES = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128}
+GROUPED = {**SIZES, "intermediate_size": 96, "num_key_value_heads": 1, "head_dim": 64}
+SLMS = {
+    "gpt2": {"n_embd": 128, "n_layer": 2, "n_head": 2, "n_positions": 128},
+    "llama": GROUPED,
+    "qwen3": GROUPED,
+    "opt": {**SIZES, "ffn_dim": 96, "word_embed_proj_dim": 128},
+    "gemma3_text": {**GROUPED, "sliding_window": 8},
+}
+PROMPTS = [" ".join(f"src{(7 * row + step) % 90}" for step in range(1 + row % 9)) for row in range(32)]
+GREEDY: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
+
+
+def write_model(family: str, folder: Path, fusion: str = "add") -> str:
+    torch.manual_seed(0)
+    llm = T5Config(
+        vocab_size=LLM_VOCAB_SIZE, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    ids = {"bos_token_id": END, "eos_token_id": END, "pad_token_id": END}
+    slm = AutoConfig.for_model(family, vocab_size=SLM_VOCAB_SIZE, **ids, **SLMS[family])
+    model = LLM2SLMForConditionalGeneration(LLM2SLMConfig(encoder=llm, decoder=slm, fusion=fusion))
+    for weight in model.decoder.parameters():
+        if weight.ndim > 1:
+            weight.data.mul_(6)  # so that outputs depend on the prompt
+    model.save_pretrained(folder)
+    LLM2SLMProcessor(llm_tokenizer(), slm_tokenizer()).save_pretrained(folder)
+    return str(folder)
+
+
+def check_family(path: str) -> None:
+    model, reference = engine("vllm").load(path, LoadOptions()), TextToText.from_pretrained(path)
+    expected = reference.generate_tokens(PROMPTS, **GREEDY)
+    assert len({tuple(tokens) for tokens in expected}) > 8
+    assert model.generate_tokens(PROMPTS, **GREEDY) == expected
+    assert model.generate_tokens(PROMPTS, batch_size=3, **GREEDY) == expected
+    assert [model.generate_tokens([prompt], **GREEDY)[0] for prompt in PROMPTS[:3]] == expected[:3]
+    assert not model.llm_engine.has_unfinished_requests()
+
+
+@pytest.mark.parametrize("family", SLMS)
+def test_greedy_tokens_are_those_of_generate(family: str, tmp_path: Path) -> None:
+    apart(check_family, write_model(family, tmp_path / "model", "add" if family == "gpt2" else "replace"))
+
+
+def check_options(path: str) -> None:
+    model, reference = engine("vllm").load(path, LoadOptions()), TextToText.from_pretrained(path)
+    text = reference.generate(PROMPTS[:1], **GREEDY)[0]
+    pieces = list(model.stream(PROMPTS[0], **GREEDY))
+    assert "".join(pieces) == text
+    assert len(pieces) > 1
+    stream = model.stream(PROMPTS[0], **GREEDY)
+    next(stream)
+    stream.close()
+    assert not model.llm_engine.has_unfinished_requests()
+    # Sampling repeats with a seed, gives each prompt its own samples, and differs from greedy decoding.
+    sampled = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 10}
+    outputs = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        outputs.append(model.generate_tokens(PROMPTS[:4], **sampled))
+    assert outputs[0] == outputs[1]
+    assert outputs[0] != model.generate_tokens(PROMPTS[:4], **GREEDY)
+    inputs = model.read(model.features(PROMPTS[:2]))
+    rows = model.write(inputs, num_return_sequences=3, **sampled)
+    assert len(rows) == 6
+    assert len({tuple(row) for row in rows}) > 2
+    # The end token of the generation config ends an output.
+    first = model.generate_tokens(PROMPTS[:1], **GREEDY)[0]
+    model.model.generation_config.eos_token_id = [END, first[2]]
+    assert model.write(model.read(model.features(PROMPTS[:1])), **GREEDY) == [first[: first.index(first[2]) + 1]]
+    for name, value in {"num_beams": 4, "penalty_alpha": 0.5}.items():
+        with pytest.raises(ValueError, match=f"{name}: take the engine pytorch"):
+            model.generate(PROMPTS[:1], **{name: value})
+
+
+def test_streams_samples_and_ends(tmp_path: Path) -> None:
+    apart(check_options, write_model("gpt2", tmp_path / "model"))
+
+
+def check_server(path: str) -> None:
+    model, reference = engine("vllm").load(path, LoadOptions()), TextToText.from_pretrained(path)
+    expected = reference.generate(PROMPTS, **GREEDY)
+    with serving(model, max_batch=32) as client, ThreadPoolExecutor(16) as pool:
+        texts = list(pool.map(lambda prompt: client.text(prompt=prompt, max_tokens=10), PROMPTS))
+        assert texts == expected
+        pieces = [
+            event["choices"][0]["text"] for event in client.events(prompt=PROMPTS[0], max_tokens=10, stream=True)
+        ]
+        assert "".join(pieces) == expected[0]
+        sampled = {"prompt": PROMPTS[1], "max_tokens": 10, "temperature": 1.5, "seed": 7}
+        assert client.text(**sampled) == client.text(**sampled)
+
+
+def test_the_server_generates_for_many_clients(tmp_path: Path) -> None:
+    apart(check_server, write_model("gpt2", tmp_path / "model"))
+
+
+def test_models_that_vllm_does_not_serve_are_refused(tmp_path: Path) -> None:
+    t5 = T5Config(vocab_size=LLM_VOCAB_SIZE, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+    t5.decoder_start_token_id = 0
+    LLM2SLMForConditionalGeneration(LLM2SLMConfig(encoder=t5, decoder=t5)).save_pretrained(tmp_path / "t5")
+    LLM2SLMProcessor(llm_tokenizer(), llm_tokenizer()).save_pretrained(tmp_path / "t5")
+    with pytest.raises(ValueError, match="encoder-decoder SLM, which vLLM does not serve. Take the engine pytorch"):
+        engine("vllm").load(tmp_path / "t5", LoadOptions())
+    with pytest.raises(ValueError, match="not an LLM-to-SLM model: serve it with vLLM itself"):
+        engine("vllm").load(write_checkpoint("slm", tmp_path), LoadOptions())
+    with pytest.raises(ValueError, match="does not quantize"):
+        engine("vllm").load(tmp_path / "t5", LoadOptions(quantize="int8"))
