@@ -15,6 +15,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 
 from benchmarks.pretrained_report import report
 from modeling_llm2slm.conversion.build import build
-from modeling_llm2slm.conversion.cut import cut
+from modeling_llm2slm.conversion.cut import cut_checkpoint
 from modeling_llm2slm.conversion.prune_vocabulary import prune_vocabulary
 from modeling_llm2slm.data.atomic import atomic_write
 from modeling_llm2slm.data.loading import load_examples
@@ -59,15 +60,15 @@ class Experiment:
         """Yield the name of each job, the file or folder that it writes last, and the job, in an order that works."""
         for task in self.settings["tasks"]:
             for split in SPLITS:
-                yield f"{task}/{split}", self.split(task, split), lambda t=task, s=split: self._write_data(t, s)
+                yield f"{task}/{split}", self.split(task, split), partial(self._write_data, task, split)
         yield "vocabulary", self.runs / "vocabulary", self._prune
         for task, rows in self.settings["rows"].items():
             for name, row in rows.items():
                 if "outputs_of" in row:
                     output = self._outputs(task, row)
-                    yield f"{task}/{output.stem}", output, lambda t=task, r=row: self._distill(t, r)
+                    yield f"{task}/{output.stem}", output, partial(self._distill, task, row)
                 folder = self.folder(task, name)
-                yield f"{task}/{name}", folder / "outputs.json", lambda t=task, n=name: self._do_row(t, n)
+                yield f"{task}/{name}", folder / "outputs.json", partial(self._do_row, task, name)
 
     def row(self, task: str, name: str) -> dict[str, Any]:
         """Return the settings of a row."""
@@ -139,7 +140,7 @@ class Experiment:
             return
         slm, tokenizer = output.with_name("slm"), self.runs / "vocabulary"
         if "cut" in row:
-            cut(self.model(task, row["cut"]), slm, row["layers"])
+            cut_checkpoint(self.model(task, row["cut"]), slm, row["layers"])
             source = str(slm)
         else:
             config = json.loads((tokenizer / "config.json").read_text(encoding="utf-8"))

@@ -147,8 +147,8 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
             )
         outputs.last_hidden_state = reorder(states, back)
         if layers := flags.get("output_hidden_states"):
-            states = tuple(reorder(layer, back) for layer in outputs.hidden_states)
-            outputs.hidden_states = select_layers(states, layers)
+            every = tuple(reorder(layer, back) for layer in outputs.hidden_states)
+            outputs.hidden_states = select_layers(every, layers)
         if flags.get("output_attentions"):
             outputs.attentions = tuple(reorder(reorder(layer, back, 2), back, 3) for layer in outputs.attentions)
         return outputs

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,7 @@ class VLLMTextToText(LLM2SLMTextToText):
     def write(self, inputs: dict[str, Any], **generate_kwargs: Any) -> list[list[int]]:
         requests = self._add_all(inputs, generate_kwargs)
         count = generate_kwargs.get("num_return_sequences") or 1
-        finished = {(one.request, one.index): one.tokens for one in self._run(lambda: False)}
+        finished = {(one.request, one.sample): one.tokens for one in self._run(lambda: False)}
         return [list(finished[request, index]) for request in requests for index in range(count)]
 
     def generate_batches(
@@ -192,7 +192,7 @@ class VLLMTextToText(LLM2SLMTextToText):
             for one in self._run(add_next):
                 yield [ids.pop(one.request)], [list(one.tokens)]
 
-    def stream(self, prompt: str, **generate_kwargs: Any) -> Iterator[str]:
+    def stream(self, prompt: Any, **generate_kwargs: Any) -> Generator[str]:
         features, generate_kwargs = self._prepare([prompt], generate_kwargs)
         (request,) = self._add_all(self.read(features), generate_kwargs)
         text, finished, seen = TextStream(self.tokenizer), False, 0

@@ -12,14 +12,14 @@ class Generated(NamedTuple):
 
     Args:
         request: What [`~ContinuousTextToText.add`] returned.
-        index: The number of the output among those of its request.
+        sample: The number of the output among those of its request.
         tokens: Its token ids, the end token included.
         finish_reason: `"stop"` at an end token, `"length"` at the limit; `None` while it continues.
         logprobs: For each token, the log-probabilities by token id; `None` unless they were asked for.
     """
 
     request: str
-    index: int
+    sample: int
     tokens: Sequence[int]
     finish_reason: str | None
     logprobs: Any = None

@@ -320,8 +320,8 @@ class ContinuousBatcher(Batcher):
         if not self._running:
             return
         for one in self.text_to_text.step():
-            completion = self._running.get(one.request)
-            for token in one.tokens[len(completion.tokens) :] if completion is not None else ():
+            completion = self._running[one.request]
+            for token in one.tokens[len(completion.tokens) :]:
                 if not completion.done:
                     completion.add_token(token)
         self._forget([request for request, completion in self._running.items() if completion.done])
