@@ -161,17 +161,13 @@ def _table_rows(file: Any, separator: str) -> Iterator[dict[str, Any] | str]:
     """Yield each row of a table. Every cell is text: empty cells, "NA" and numbers too."""
     csv.field_size_limit(MAX_ROW_BYTES)
     lines, names = _TableLines(file), None  # names: those of the header
-    reader = csv.reader(lines, delimiter=separator, strict=True)
-    while True:
+    reader = csv.reader(lines, delimiter=separator)
+    while not lines.are_exhausted:
         lines.are_too_long = False
         try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            if lines.are_exhausted:
-                raise EOFError("a quotation mark is not closed") from error
-            yield TOO_LONG if lines.are_too_long or "field larger" in str(error) else f"is not CSV ({error})"
+            cells = next(reader, [])
+        except csv.Error:  # a cell is longer than the limit
+            yield TOO_LONG
             continue
         if not cells or (len(cells) == 1 and cells[0].isspace()):
             continue
@@ -179,9 +175,11 @@ def _table_rows(file: Any, separator: str) -> Iterator[dict[str, Any] | str]:
             names = _unique(cells)
             continue
         problem = TOO_LONG if lines.are_too_long else next(filter(None, map(text_problem_of, cells)), None)
-        if problem is None and any(cells[len(names) :]):
+        if lines.are_exhausted:  # in the middle of a row
+            problem = "has a quotation mark that is not closed"
+        elif problem is None and any(cells[len(names) :]):
             problem = f"has {len(cells)} cells, but the header has {len(names)}"
-        texts = [cell.replace(RETURN, "\r") for cell in cells] + [""] * (len(names) - len(cells))
+        texts = (cell.replace(RETURN, "\r") for cell in cells)
         yield dict(zip(names, texts, strict=False)) if problem is None else problem
 
 

@@ -214,7 +214,7 @@ def _rows_as_texts(
     for number, row in enumerate(parse_rows(path)):
         texts = _texts(row, sources, number)
         whole = {LINE: json.dumps(row)} if LINE in kept else {}
-        others = {name: row.get(name) if texts[ROW_ERROR] is None else None for name in kept if name not in texts}
+        others = {name: row.get(name, "") if texts[ROW_ERROR] is None else None for name in kept if name not in texts}
         yield {**others, **texts, **whole}
 
 

@@ -98,7 +98,7 @@ BAD_JSON = [
     '{"prompt": "x", "target": "' + "y" * 2**24 + '"}', '{"prompt": "a" "target"}',
 ]  # fmt: skip
 BAD_TABLE = [
-    "a,b,c", '"a"b,c', '"a\udce9",b', "a", f"{'y' * (2**24 + 1)},a", "a,\udcff",
+    "a,b,c", '"a\udce9",b', "a", f"{'y' * (2**24 + 1)},a", "a,\udcff",
 ]  # fmt: skip
 
 
