@@ -69,11 +69,13 @@ def prepare_streams() -> None:
     """
     Make the standard streams UTF-8, whatever the locale, and read lines that end at a line feed.
 
-    A stream that is closed gets a file that cannot be used, so that no file opened later takes its number.
+    No file that is opened later takes the number of a stream that is closed: to read from it or to print a result to it
+    fails, and errors go nowhere.
     """
-    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+    streams = (("stdin", "r", os.O_WRONLY), ("stdout", "w", os.O_RDONLY), ("stderr", "w", os.O_WRONLY))
+    for number, (name, mode, flags) in enumerate(streams):
         stream = getattr(sys, name)
-        if stream is None and os.open(os.devnull, os.O_WRONLY if mode == "r" else os.O_RDONLY) == number:
+        if stream is None and os.open(os.devnull, flags) == number:
             stream = open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 - open as long as Python runs
             setattr(sys, name, stream)
         if isinstance(stream, io.TextIOWrapper):
