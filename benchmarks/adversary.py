@@ -346,7 +346,9 @@ class Adversary:
             lock, start = place / f".{command.output}.lock", time.monotonic()
             while not lock.exists() and time.monotonic() - start < SECONDS:
                 time.sleep(0.001)
+            os.kill(first.number, signal.SIGSTOP)  # it may be fast
             second = run(command.at(place))
+            os.kill(first.number, signal.SIGCONT)
             refused = "is being written by another run" in second.printed
             counts["second refused"] += self.check(what, second.fault(1) or (None if refused else second.printed))
             counts["first unharmed"] += self.check(what, first.wait().fault(0)) and self.check_result(

@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,14 @@ def test_lines_of_standard_input_end_at_a_line_feed(
         assert message in capsys.readouterr().err
 
 
+@pytest.fixture
+def loud() -> Iterator[None]:
+    """What other tests need after a test of --quiet."""
+    yield
+    output.set_quiet(False)
+
+
+@pytest.mark.usefixtures("loud")
 @pytest.mark.parametrize("place", [0, 1, 3])
 def test_quiet_leaves_errors_and_results(composite: str, tmp_path: Path, place: int, capsys: Any) -> None:
     words = ["generate", composite, "--file", tmp_path / "prompts.txt", "--output", tmp_path / "outputs.txt"]
@@ -118,6 +127,7 @@ def test_quiet_leaves_errors_and_results(composite: str, tmp_path: Path, place: 
     assert not output.is_quiet()
 
 
+@pytest.mark.usefixtures("loud")
 def test_quiet_shows_no_progress_of_a_training(recipe: Path, capsys: Any) -> None:
     assert run("train", recipe, "--max-steps", 1, "--quiet") == 0
     printed = capsys.readouterr()
