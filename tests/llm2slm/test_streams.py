@@ -25,9 +25,9 @@ FULL = "Error: Standard output: no space left on device. Free some space, or cho
 def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a line of a shell in which `llm2slm` is the command."""
     variables = {**os.environ, "COLUMNS": "200", "PY": sys.executable, **environment}
-    line = line.replace("llm2slm ", '"$PY" -m llm2slm ')
+    define = 'llm2slm() { "$PY" -m llm2slm "$@"; }'
     return subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {line}"], cwd=ROOT, env=variables, capture_output=True, text=True,
+        ["bash", "-c", f"set -o pipefail; {define}; {line}"], cwd=ROOT, env=variables, capture_output=True, text=True,
         timeout=240, check=False, encoding="utf-8",
     )  # fmt: skip
 
