@@ -117,4 +117,5 @@ def _location(model: Any, folder: Path, include_llm: bool) -> str:
     if include_llm:
         return "in the checkpoint"
     written = json.loads((folder / "config.json").read_text(encoding="utf-8"))["llm_source"]
-    return f"in {model.config.llm_source['name_or_path']}, fingerprint {written['fingerprint']}"
+    known = f"fingerprint {written['fingerprint']}" if written.get("fingerprint") else "of unknown fingerprint"
+    return f"in {model.config.llm_source['name_or_path']}, {known}"

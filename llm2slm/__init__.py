@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from .options import normalize_name
-from .output import exit_with, prepare_streams, print_interruption, print_line, set_quiet
+from .output import StandardOutput, exit_with, prepare_streams, print_interruption, print_line, set_quiet
 
 
 QUIET = "--quiet"
@@ -53,12 +53,15 @@ app = typer.Typer(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; an error becomes one sentence and a non-zero exit status."""
+    words = _with_quiet_first(sys.argv[1:] if arguments is None else arguments)
+    set_quiet(words[:1] == [QUIET])
     prepare_streams()
     try:
         try:
-            app(args=_with_quiet_first(sys.argv[1:] if arguments is None else arguments), prog_name="llm2slm")
+            app(args=words, prog_name="llm2slm")
         finally:
-            sys.stdout.flush()
+            if isinstance(sys.stdout, StandardOutput):
+                sys.stdout.flush()  # here, its error is one sentence
     except (OSError, ValueError, ImportError) as error:
         if os.environ.get("LLM2SLM_DEBUG"):
             raise
@@ -89,7 +92,7 @@ def _options(
         bool, typer.Option(QUIET, help="Show errors and results only: no progress, no warnings.")
     ] = False,
 ) -> None:
-    set_quiet(quiet)
+    pass  # `main` reads both
 
 
 def _groups() -> Iterator[typer.Typer]:

@@ -8,8 +8,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from rich.console import Console
@@ -65,22 +65,51 @@ def is_quiet() -> bool:
     return logging.getLogger(LIBRARY).level == logging.ERROR
 
 
+class StandardOutput(io.TextIOWrapper):
+    """Standard output in UTF-8, whatever the locale. Its errors name it."""
+
+    def __init__(self, line_buffering: bool, write_through: bool):
+        # Paths may hold any bytes, and texts halves of characters: they are escaped.
+        options: dict[str, Any] = {"line_buffering": line_buffering, "write_through": write_through}
+        super().__init__(open(1, "wb", closefd=False), "utf-8", "backslashreplace", **options)  # noqa: SIM115
+
+    def write(self, text: str) -> int:
+        """Write text."""
+        with _named_output():
+            return super().write(text)
+
+    def flush(self) -> None:
+        """Write what is left."""
+        with _named_output():
+            super().flush()
+
+
+@contextmanager
+def _named_output() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        error.filename = "Standard output"
+        raise
+
+
 def prepare_streams() -> None:
     """
     Make the standard streams UTF-8, whatever the locale, and read lines that end at a line feed.
 
-    A stream that is closed gets a file that cannot be used, so that no file opened later takes its number.
+    No file that is opened later takes the number of a stream that is closed: reading from it fails, writing results to
+    it fails, and errors go nowhere.
     """
-    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
-        stream = getattr(sys, name)
-        if stream is None and os.open(os.devnull, os.O_WRONLY if mode == "r" else os.O_RDONLY) == number:
-            stream = open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 - open as long as Python runs
-            setattr(sys, name, stream)
-        if isinstance(stream, io.TextIOWrapper):
-            if mode == "r":
-                stream.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")
-            else:
-                stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    for number, (name, flags) in enumerate((("stdin", os.O_WRONLY), ("stdout", os.O_RDONLY), ("stderr", os.O_WRONLY))):
+        if getattr(sys, name) is None and os.open(os.devnull, flags) == number:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if type(sys.stdout) is io.TextIOWrapper:  # not one that captures what is printed
+        sys.stdout.flush()
+        sys.stdout = StandardOutput(sys.stdout.line_buffering, sys.stdout.write_through)
 
 
 def number_table(*headers: str, **options: Any) -> Table:
@@ -129,9 +158,8 @@ def print_interruption(interrupt: KeyboardInterrupt) -> None:
 
 def exit_with(error: Exception) -> NoReturn:
     """Print an error as one sentence and exit with status 1. A pipe that its reader closed ends quietly."""
-    place = None if _can_write(sys.stdout) else "Standard output"
     if not isinstance(error, BrokenPipeError):
-        _print_error(f"[bold red]Error:[/] {escape(_sentence(error, place))}", markup=True)
+        _print_error(f"[bold red]Error:[/] {escape(_sentence(error))}", markup=True)
     for stream in (sys.stdout, sys.stderr):
         if not _can_write(stream):  # what is left in it would fail again when Python ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -146,10 +174,10 @@ def _can_write(stream: Any) -> bool:
     return True
 
 
-def _sentence(error: Exception, place: str | None) -> str:
+def _sentence(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         extra = EXTRAS.get(error.name or "", "train")
         return f"{error.name} is not installed. Try: pip install 'modeling-llm2slm[{extra}]'"
     causes = load_module("modeling_llm2slm.data.causes")
-    sentence = causes.sentence_of(error, place) if isinstance(error, OSError) else None
+    sentence = causes.sentence_of(error) if isinstance(error, OSError) else None
     return sentence or " ".join(str(error).split()) or type(error).__name__

@@ -148,7 +148,7 @@ def train(
 
     settings = load_recipe(recipe, overrides)
     try:
-        report = train_model(settings, quiet=is_quiet())
+        report = train_model(settings, is_quiet())
     except KeyboardInterrupt:
         resumes = str(settings.get("resume", True)).lower() != "false"
         output_dir = os.path.expandvars(str(settings["output_dir"]))

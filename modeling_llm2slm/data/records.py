@@ -107,7 +107,8 @@ def check_fields(
 def write_json(path: str | Path, value: Any) -> None:
     """Write a value to a JSON file, with an atomic write."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # paths may hold any bytes
 
 
 def versions() -> dict[str, str]:

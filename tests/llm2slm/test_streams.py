@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ FULL = "Error: Standard output: no space left on device. Free some space, or cho
 def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a line of a shell in which `llm2slm` is the command."""
     variables = {**os.environ, "COLUMNS": "200", "PY": sys.executable, **environment}
-    line = line.replace("llm2slm ", '"$PY" -m llm2slm ')
+    define = 'llm2slm() { "$PY" -m llm2slm "$@"; }'
     return subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {line}"], cwd=ROOT, env=variables, capture_output=True, text=True,
+        ["bash", "-c", f"set -o pipefail; {define}; {line}"], cwd=ROOT, env=variables, capture_output=True, text=True,
         timeout=240, check=False, encoding="utf-8",
     )  # fmt: skip
 
@@ -103,6 +104,14 @@ def test_lines_of_standard_input_end_at_a_line_feed(
         assert message in capsys.readouterr().err
 
 
+@pytest.fixture
+def loud() -> Iterator[None]:
+    """What other tests need after a test of --quiet."""
+    yield
+    output.set_quiet(False)
+
+
+@pytest.mark.usefixtures("loud")
 @pytest.mark.parametrize("place", [0, 1, 3])
 def test_quiet_leaves_errors_and_results(composite: str, tmp_path: Path, place: int, capsys: Any) -> None:
     words = ["generate", composite, "--file", tmp_path / "prompts.txt", "--output", tmp_path / "outputs.txt"]
@@ -118,6 +127,7 @@ def test_quiet_leaves_errors_and_results(composite: str, tmp_path: Path, place: 
     assert not output.is_quiet()
 
 
+@pytest.mark.usefixtures("loud")
 def test_quiet_shows_no_progress_of_a_training(recipe: Path, capsys: Any) -> None:
     assert run("train", recipe, "--max-steps", 1, "--quiet") == 0
     printed = capsys.readouterr()
