@@ -112,7 +112,7 @@ def _put_together(llm: str, slm: str, config: dict[str, Any]) -> LLM2SLMForCondi
         with one_sentence(path):
             auto_class = find_class(part_config)
         check_part(auto_class, part_config, path, role)
-        parts[f"{part}_model"] = model = load_model(auto_class, path, **hub)
+        parts[f"{part}_model"] = load_model(auto_class, path, **hub)
     return LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(**parts, **config)
 
 

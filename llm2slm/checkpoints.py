@@ -176,7 +176,13 @@ def _read_result(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {file}.")
     fields = {"scores": mapping_to(NUMBER), "speed": mapping_to(NUMBER), "signatures": MAPPING}
-    return read_json(file, "Write it again: llm2slm evaluate --output.", fields, optional=True, what="a result of `llm2slm evaluate`")
+    return read_json(
+        file,
+        "Write it again: llm2slm evaluate --output.",
+        fields,
+        optional=True,
+        what="a result of `llm2slm evaluate`",
+    )
 
 
 def _read_report(model: str | Path) -> dict[str, Any] | None:

@@ -237,6 +237,10 @@ class PlanSettings(DeviceSettings):
     epochs: float = option(5, "Number of epochs assumed by the estimate.", above=0, panel="Planned training")
     batch_size: int = option(32, "Batch size assumed by the estimate.", minimum=1, panel="Planned training")
     num_beams: int = option(4, "Number of beams in the distillation assumed by the estimate.", minimum=1, cli=False)
+    memory: float | None = option(
+        None, "Memory limit of the measurement, in GB. Default: three quarters of the free memory.", above=0,
+        panel=COMPUTE,
+    )  # fmt: skip
     max_new_tokens: int = option(128, "Longest output, in tokens.", minimum=1, panel=GENERATION)
 
 

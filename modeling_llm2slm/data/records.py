@@ -76,7 +76,9 @@ def read_json(
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # also a file that is not UTF-8
-        raise ValueError(f"{path} is truncated or corrupted and cannot be read ({first_line(error)}). {fix}") from error
+        raise ValueError(
+            f"{path} is truncated or corrupted and cannot be read ({first_line(error)}). {fix}"
+        ) from error
     check_fields(path, value, fix, fields or {}, optional=optional, what=what)
     return value
 

@@ -40,7 +40,9 @@ DEFAULTS_LEFT_OUT = (
 FIX = "Export the checkpoint again: llm2slm export."
 COMPONENTS = Kind(
     "a mapping from graphs to files of this folder",
-    lambda value: isinstance(value, dict) and {"prompt", "step"} <= value.keys() and all(map(_is_graph, value.values())),
+    lambda value: (
+        isinstance(value, dict) and {"prompt", "step"} <= value.keys() and all(map(_is_graph, value.values()))
+    ),
 )
 DETAILS = {
     "weights": TEXT,

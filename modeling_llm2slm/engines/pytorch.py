@@ -27,6 +27,7 @@ from ..states.loading import check_memory, load, load_model, to_device, with_art
 from ..states.without_llm import LLM2SLMWithoutLLM
 from .quantization import check_quantizer, quantize
 
+
 MANY_POSITIONS = 2**15
 
 

@@ -96,7 +96,9 @@ def generate_file(
     rank, world = processes(settings.overwrite)
     check_writable(output)
     rows = _load(data, output, settings)
-    loading = {name: getattr(settings, name) for name in ("device", "prompt_max_length", "quantize", "allow_nonfinite")}
+    loading = {
+        name: getattr(settings, name) for name in ("device", "prompt_max_length", "quantize", "allow_nonfinite")
+    }
     text_to_text = TextToText.from_pretrained(model, **loading)
     generate_kwargs = text_to_text.with_limit({**settings.generate_kwargs(), **generate_kwargs})
     rows, table = _fitting_rows(text_to_text, rows, data, settings, generate_kwargs)

@@ -101,8 +101,8 @@ def check_finite(tensors: Mapping[str, Any], path: str | Path) -> None:
         values = values.float() if values.itemsize == 1 else values  # there is no minimum of 8-bit floats
         if not all(extreme.isfinite() for extreme in torch.aminmax(values)):  # much faster than `isfinite` of each
             raise OSError(
-                f"{path} is damaged: {name}{_place(path, name)} holds values that are not finite. Take another copy or "
-                "an earlier checkpoint."
+                f"{path} is damaged: {name}{_place(path, name)} holds values that are not finite. Take another copy "
+                "or an earlier checkpoint; generate, evaluate and serve load it as it is with --allow-nonfinite."
             )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling_llm2slm.inference.outputs import OutputParts, one_line
+from modeling_llm2slm.inference.outputs import OutputParts, one_line, warn_of_blank_outputs
 
 
 def test_outputs_of_all_processes_are_read(tmp_path: Path) -> None:
@@ -30,3 +30,13 @@ def test_files_removed_by_another_process_are_no_error(tmp_path: Path, monkeypat
 
 def test_line_ends_of_every_kind_become_spaces() -> None:
     assert one_line("a\rb\r\nc\x0bd\x85e\u2028f\n") == "a b c d e f "
+
+
+def test_blank_outputs_are_counted_in_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_blank_outputs(["a", "b c"])
+    assert not caplog.records
+    warn_of_blank_outputs(["a", "", " \n\t", "\u2003"])
+    (record,) = caplog.records
+    assert record.getMessage().startswith("3 of 4 outputs are blank. Likely causes: the model is not trained, ")
+    warn_of_blank_outputs([""])
+    assert caplog.records[1].getMessage().startswith("1 of 1 outputs is blank.")

@@ -11,10 +11,12 @@ import pytest
 import torch
 from transformers import Seq2SeqTrainer
 
+from modeling_llm2slm.data import resources
+from modeling_llm2slm.evaluation import metrics
 from modeling_llm2slm.training.resuming import TrainingFailed, last_checkpoint
 from modeling_llm2slm.training.run import train
 from modeling_llm2slm.training.trainer import TextToTextTrainer
-from tests.support.checkpoints import KINDS
+from tests.support.checkpoints import KINDS, stopped_at
 from tests.support.training import weights
 
 
@@ -44,7 +46,9 @@ def test_a_training_that_diverges_saves_no_model(recipe, checkpoints, kind, vali
     recipe = {**recipe, "model": checkpoints[kind], "learning_rate": 1e30, "metric": "loss"}
     if not validated:
         recipe["validation_data"] = None
-    with pytest.raises(TrainingFailed, match=r"is (nan|inf) at step \d, with learning rate \S+e\+\d\d in float32.*Lower"):
+    with pytest.raises(
+        TrainingFailed, match=r"is (nan|inf) at step \d, with learning rate \S+e\+\d\d in float32.*Lower"
+    ):
         train(recipe)
     assert files(recipe["output_dir"]) == {"recipe.json", "failure.json"}
 
@@ -63,7 +67,9 @@ def test_the_last_good_checkpoint_is_kept(recipe, monkeypatch, value, accumulate
     recipe, out = {**recipe, **size}, Path(recipe["output_dir"])
     with monkeypatch.context() as patch:
         fail_at(patch, 5 * accumulated - (accumulated - 1), value)  # the first batch of step 5
-        with pytest.raises(TrainingFailed, match=f"training loss is (nan|inf) at step 5.*The last good checkpoint is {out}/"):
+        with pytest.raises(
+            TrainingFailed, match=f"training loss is (nan|inf) at step 5.*The last good checkpoint is {out}/"
+        ):
             train(recipe)
     assert last_checkpoint(out) == str(out / "checkpoint-4")
     assert all(tensor.isfinite().all() for tensor in weights(out / "checkpoint-4").values())
@@ -112,9 +118,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(recipe, monkeypatch):
 @pytest.mark.parametrize("values", [[NAN, NAN], [NAN, 1.0]])
 def test_a_validation_loss_that_is_not_finite_ends_the_training(recipe, monkeypatch, values):
     losses = iter([1.0, 1.0, *values])
-    monkeypatch.setattr(
-        Seq2SeqTrainer, "prediction_step", lambda *_, **__: (torch.tensor(next(losses)), None, None)
-    )
+    monkeypatch.setattr(Seq2SeqTrainer, "prediction_step", lambda *_, **__: (torch.tensor(next(losses)), None, None))
     recipe = {**recipe, "metric": "loss", "per_device_eval_batch_size": 4}
     with pytest.raises(TrainingFailed, match=r"validation loss is nan at step 4.*checkpoint-2\.$"):
         train(recipe)
@@ -141,3 +145,28 @@ def test_a_damaged_report_is_named(recipe, content, message):
     with pytest.raises(ValueError, match=rf"training.json .*{message}.*resume: false"):
         train(recipe)
     assert train({**recipe, "resume": False, "max_steps": 1})["steps"] == 1
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_damaged_checkpoint_is_named_when_a_training_resumes(recipe, name):
+    with stopped_at(5):
+        train(recipe)
+    file = Path(recipe["output_dir"], "checkpoint-4", name)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(OSError, match=r"checkpoint-4 is damaged \(.*\)\. Remove this folder to resume from"):
+        train(recipe)
+
+
+def test_disk_space_is_checked_before_the_first_step(recipe, monkeypatch):
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(TextToTextTrainer, "training_step", lambda *_: pytest.fail("a step was taken"))
+    with pytest.raises(
+        OSError, match=r"out needs [\d.]+ kB, but 1\.0 kB are free. Free disk space, or choose another"
+    ):
+        train(recipe)
+
+
+def test_packages_are_checked_before_anything_is_loaded(recipe, monkeypatch):
+    monkeypatch.setattr(metrics, "is_installed", lambda package: False)
+    with pytest.raises(ImportError, match="sacrebleu is not installed"):
+        train({**recipe, "model": "no/such/folder"})
