@@ -85,12 +85,11 @@ def plan(
     """
     tokenizers = dict(_preset_and_folder(entry) for entry in slm_tokenizer or [])
     quiet_libraries(data=True)
-    from modeling_llm2slm.workflows.plan import SLMS
-    from modeling_llm2slm.workflows.plan import plan as make_plan
+    from modeling_llm2slm.workflows.plan import SLMS, plan_within_limit
 
     with claimed(output, overwrite=overwrite, inputs=(llm, data, *(preset or ()), *tokenizers.values())):
         with steps("Planning") as progress:
-            result = make_plan(
+            result = plan_within_limit(
                 llm, data, settings, presets=preset or tuple(SLMS), slm_tokenizers=tokenizers, progress=progress
             )
         _write_and_show({"llm": llm, "data": Path(data).name, **result}, output, _print_plan)
@@ -218,6 +217,8 @@ def _print_plan(result: dict[str, Any]) -> None:
         f"{count_of(result['prompts'], 'prompt')} of {result['prompt_tokens']:.1f} tokens; their hidden states take "
         f"{size(result['store_bytes'])}. Measured on {result['device']}, {threads}, batch size 1."
     )
+    used, limit = size(result["memory_used"]), size(result["memory_limit"])
+    print_line(f"The measurement took {used} of memory; its limit was {limit} (--memory).")
     print_line(result["recommendation"], style="bold")
 
 
@@ -236,6 +237,8 @@ def _plan_rows(result: dict[str, Any]) -> dict[str, Callable[[dict[str, Any]], s
         "time to encode, once": lambda row: duration(3600 * row["encode_hours"]),
         f"time to train {epochs}": lambda row: duration(3600 * row["train_hours"]),
     }
+    if any(row["timed_batch_size"] < result["batch_size"] for row in result["candidates"]):
+        rows["batch size of the timed step"] = lambda row: str(row["timed_batch_size"])
     if any(row["too_long"] for row in result["candidates"]):
         rows["prompts that are too long"] = lambda row: f"{row['too_long']:,}"
     return rows

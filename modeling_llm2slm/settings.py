@@ -442,6 +442,10 @@ class PlanSettings(DeviceSettings):
     batch_size: int = option(32, "Batch size assumed by the estimate.", minimum=1, panel="Planned training")
     num_beams: int = option(4, "Number of beams in the distillation assumed by the estimate.", cli=False, **BEAMS)
     max_new_tokens: int = option(128, "Longest output, in tokens.", panel=GENERATION, **OUTPUT_LENGTH)
+    memory: float | None = option(
+        None, "Memory limit of the measurement, in GB. Default: three quarters of the free memory.", above=0,
+        panel=COMPUTE,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,13 +17,14 @@ from ..data.atomic import atomic_write, remove_unfinished
 from ..data.output_paths import check_output, locked
 from ..data.parsing import read_json
 from ..data.records import write_json
+from ..data.resources import peak_memory
 from ..evaluation.timing import Timing, median_timing, time_in_turns
 from ..files_llm2slm import weight_files
 from ..inference.engine import BenchmarkModels, fingerprint_of
 from ..settings import BenchmarkSettings
 from .cells import Cell
 from .contestants import TimedContestant, contestants, load_contestant
-from .machine import bandwidth, device_name, disturbance, engine_versions, peak_memory
+from .machine import bandwidth, device_name, disturbance, engine_versions
 from .models import make_models
 from .stages import Flops, Stages
 

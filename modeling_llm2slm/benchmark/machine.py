@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -40,17 +38,6 @@ def engine_versions() -> dict[str, str]:
     """Return the versions of everything that a timing depends on, the packages of all contestants included."""
     packages = {package for contestant in contestants().values() for package in contestant.packages}
     return versions() | {package: version(package) for package in sorted(packages) if is_installed(package)}
-
-
-def peak_memory() -> int:
-    """Return the most bytes that this process has held, mapped files included."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # elsewhere the peak of the parent process counts as well
-        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def bandwidth(size: int, device: str) -> float:

@@ -1,8 +1,9 @@
-"""Disk space and memory: what is free, checked before work that needs more."""
+"""Disk space and memory: what is free, checked before work that needs more, and what was used."""
 
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import psutil
@@ -40,7 +41,7 @@ def check_disk_space(
 
 
 def free_memory() -> int:
-    """Return the bytes of memory that are free on this machine and within the limit of its container."""
+    """Return the bytes of memory that are free: on this machine, in its container and for this process."""
     free = psutil.virtual_memory().available
     for files in CONTROL_GROUPS:
         try:
@@ -51,4 +52,32 @@ def free_memory() -> int:
             counts = dict(line.split() for line in statistics.splitlines())
             cached = int(counts.get("inactive_file", 0))  # which the system frees when memory is needed
             free = min(free, max(int(limit) - int(used) + cached, 0))
+    if sys.platform == "linux":
+        import resource
+
+        limit_of_process, _ = resource.getrlimit(resource.RLIMIT_DATA)
+        if limit_of_process != resource.RLIM_INFINITY:
+            free = min(free, max(limit_of_process - private_memory(), 0))
     return free
+
+
+def private_memory() -> int:
+    """
+    Return the bytes of memory that this process may write to and shares with none, as Linux counts them for
+    `RLIMIT_DATA`: neither the code of libraries nor what is only reserved.
+    """
+    return _of_process("VmData")
+
+
+def peak_memory() -> int:
+    """Return the most bytes that this process has held, mapped files included."""
+    if Path("/proc/self/status").is_file():  # elsewhere the peak of the parent process counts as well
+        return _of_process("VmHWM")
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _of_process(name: str) -> int:
+    return 1024 * int(Path("/proc/self/status").read_text(encoding="utf-8").split(f"{name}:")[1].split()[0])

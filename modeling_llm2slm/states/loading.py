@@ -103,7 +103,7 @@ def check_finite(tensors: Mapping[str, Any], path: str | Path) -> None:
         if not all(extreme.isfinite() for extreme in torch.aminmax(values)):  # much faster than `isfinite` of each
             raise OSError(
                 f"{path} is damaged: {name}{_place(path, name)} holds values that are not finite. Take another copy "
-                "or an earlier checkpoint."
+                "or an earlier checkpoint; generate, evaluate and serve load it as it is with --allow-nonfinite."
             )
 
 

@@ -66,11 +66,18 @@ class StateWriter:
         Add the hidden states `(N, d_llm)` of a prompt, and write a shard once it is full.
 
         Raises:
-            ValueError: If they overflow in float16.
+            ValueError: If they are not finite, or overflow in float16.
         """
         stored = states.to("cpu", getattr(torch, self.description.dtype))
-        if self.description.dtype == "float16" and not stored.isfinite().all():
-            raise ValueError("The LLM's hidden states overflow in float16. Store them in bfloat16 (--dtype bfloat16).")
+        if not stored.isfinite().all():
+            if self.description.dtype == "float16" and states.isfinite().all():
+                raise ValueError(
+                    "The LLM's hidden states overflow in float16. Store them in bfloat16 (--dtype bfloat16)."
+                )
+            raise ValueError(
+                f"The LLM's hidden states of a prompt of {len(ids)} tokens are not finite in {states.dtype}. Build "
+                "the model with another encoder_dtype, such as bfloat16 or float32."
+            )
         self._keys.append(prompt_key(ids))
         self._states.append(stored)
         self._buffered_bytes += stored.nbytes

@@ -147,7 +147,7 @@ def _train(
 
 
 def _bytes_to_write(ours: Recipe, arguments: Seq2SeqTrainingArguments, model: Any) -> int:
-    """Return the bytes that a training needs at least: those of its model and, if it saves any, of one checkpoint."""
+    """Return the bytes that a training writes at least: the model and, if any are saved, one checkpoint."""
     parameters = dict(model.named_parameters())
     llm = sum(tensor.nbytes for name, tensor in parameters.items() if LLM_PREFIX in name)
     rest = sum(tensor.nbytes for tensor in parameters.values()) - llm

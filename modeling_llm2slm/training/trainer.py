@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..checkpoint_llm2slm import LLM_PREFIX
 from ..data.order import EpochSampler
 from ..evaluation.metrics import score
+from ..files_llm2slm import first_line
 from ..inference.text_to_text import TextToText
 from .batches import WithoutLength, data_seed, effective_batch_size
 from .callbacks import LogWhenSaved, SetEpoch
@@ -127,6 +129,18 @@ class TextToTextTrainer(Seq2SeqTrainer):
                 "repeat the command, which resumes from the last complete checkpoint."
             ) from error
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        with _resuming(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _resuming(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _resuming(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # A checkpoint holds tied weights once, under one of their names.
         tied = self.model.all_tied_weights_keys
@@ -191,3 +205,15 @@ class TextToTextTrainer(Seq2SeqTrainer):
         share = range(rank, len(prompts), world)
         outputs = self.text_to_text.generate([prompts[index] for index in share], batch_size, **self.generation)
         return [output for _, output in sorted(gather_object(list(zip(share, outputs, strict=True))))]
+
+
+@contextmanager
+def _resuming(checkpoint: str | None) -> Iterator[None]:
+    """Turn any failure to read a checkpoint of the Trainer into an `OSError` of one sentence."""
+    try:
+        yield
+    except Exception as error:  # a damaged file raises a different class for each format
+        raise OSError(
+            f"{checkpoint} is damaged ({first_line(error)}). Remove this folder to resume from the checkpoint before "
+            "it, or train from scratch with resume: false."
+        ) from error

@@ -5,16 +5,17 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from ..configuration_llm2slm import LLM2SLMConfig, llm_sizes
 from ..conversion.build import preset_config
 from ..data.loading import load_prompts
+from ..data.resources import free_memory
 from ..evaluation.timing import seconds_of, time_in_turns
 from ..inference.model import LLM2SLMForConditionalGeneration
 from ..inference.parts import count_parameters, decoding_modules
@@ -23,12 +24,14 @@ from ..parts_llm2slm import slm_class
 from ..settings import DataSettings, PlanSettings
 from ..states.loading import load
 from ..training.memory import TrainingSetup, generation_memory, training_memory
+from .limited import is_out_of_memory, run_limited
 
 
 # Presets with different SLMs, each with the checkpoint that its SLM starts from, whose tokenizer counts tokens.
 SLMS = {"t5-large_gpt2": "openai-community/gpt2", "t5-large_t5-small": "google-t5/t5-small"}
 WORTHWHILE_SPEED_UP = 2.0  # enough to train for, whatever the size of the SLM
 SMALLEST_SPEED_UP = 1.2
+SHARE_OF_MEMORY = 0.75  # of what is free: the rest is for other programs
 
 
 @dataclass
@@ -51,6 +54,8 @@ class Candidate:
         distill_hours: Time for the LLM to generate targets for all prompts, once.
         train_hours: Time of all epochs, on stored hidden states.
         too_long: Number of prompts that, with the longest output, exceed the max positions of the LLM or the SLM.
+        timed_batch_size: Batch size of the training step that was timed: smaller than the one asked for, where memory
+            is.
     """
 
     name: str
@@ -66,6 +71,7 @@ class Candidate:
     distill_hours: float
     train_hours: float
     too_long: int
+    timed_batch_size: int | None = None
 
 
 def plan(
@@ -127,6 +133,36 @@ def plan(
         "device": settings.device,
         "threads": torch.get_num_threads(),
     }
+
+
+def plan_within_limit(
+    llm: str | Path,
+    data: str | Path,
+    settings: PlanSettings = PlanSettings(),  # noqa: B008 - immutable
+    *,
+    progress: Callable[[str], None] = lambda step: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """
+    Call [`plan`] in a child process whose memory is limited to `settings.memory`, and which takes smaller batches
+    where these do not fit.
+
+    Returns:
+        The result of [`plan`], with `memory_limit` and `memory_used` in bytes.
+
+    Raises:
+        MemoryLimitError: If even the smallest batch needs more memory. It is an `OSError`.
+    """
+    limit = int(SHARE_OF_MEMORY * free_memory()) if settings.memory is None else int(settings.memory * 1e9)
+    function = partial(_plan_here, str(llm), str(data), settings, options)
+    result, used = run_limited(function, limit, progress)
+    return {**result, "memory_limit": limit, "memory_used": used}
+
+
+def _plan_here(
+    llm: str, data: str, settings: PlanSettings, options: Mapping[str, Any], progress: Callable[[str], None]
+) -> dict[str, Any]:
+    return plan(llm, data, settings, progress=progress, **options)
 
 
 class _Planner:
@@ -252,8 +288,11 @@ class _Sample:
         self.options: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "do_sample": False}
         self.tokens = [self.generate(index) for index in range(len(prompts))]
         self.outputs = large.tokenizer.batch_decode(self.tokens, skip_special_tokens=True)
-        self.beam_seconds = seconds_of(
-            lambda: large.generate(prompts, len(prompts), num_beams=settings.num_beams, **self.options)
+        self.beam_seconds, _ = _with_fitting_batch(
+            lambda batch: seconds_of(
+                lambda: large.generate(prompts, batch, num_beams=settings.num_beams, **self.options)
+            ),
+            len(prompts),
         )
 
     def generate(self, index: int) -> list[int]:
@@ -282,6 +321,7 @@ def _measure(
     large, small = _milliseconds_per_output(model, sample, tokens)
     sizes: dict[str, Any] = {"prompt_length": round(prompt_length), "output_length": round(statistics.mean(tokens))}
     batch_size = settings.batch_size
+    step_seconds, timed_batch_size = _step_seconds(model, batch_size, **sizes)
     return {
         "slm_parameters": count_parameters(*decoding_modules(model.decoder)),
         "ms_per_output": small,
@@ -290,7 +330,8 @@ def _measure(
         "inference_bytes": generation_memory(model.config, batch_size=1, **sizes)["total"],
         "training_bytes": _training_bytes(model, batch_size, sizes),
         "encode_seconds": seconds_of(lambda: [model.encode_llm(**sample.inputs(row)) for row in range(len(tokens))]),
-        "step_seconds": _step_seconds(model, batch_size, **sizes),
+        "step_seconds": step_seconds,
+        "timed_batch_size": timed_batch_size,
     }
 
 
@@ -315,18 +356,36 @@ def _training_bytes(model: Any, batch_size: int, sizes: Mapping[str, Any]) -> in
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return free_memory()
 
 
-def _step_seconds(model: Any, batch_size: int, prompt_length: int, output_length: int) -> float:
+def _with_fitting_batch(work: Callable[[int], float], batch_size: int) -> tuple[float, int]:
+    """Return the result of work on a batch, and its size: the first of `batch_size` and its halves that fits."""
+    while True:
+        try:
+            return work(batch_size), batch_size
+        except (MemoryError, RuntimeError) as error:
+            if batch_size == 1 or not is_out_of_memory(error):
+                raise
+        batch_size //= 2  # after the error, which holds the tensors of its batch
+
+
+def _step_seconds(model: Any, batch_size: int, prompt_length: int, output_length: int) -> tuple[float, int]:
     """
-    Return the seconds of a training step on stored hidden states: of the second of two, and estimated from a smaller
-    batch where memory is too small.
+    Return the seconds of a training step on stored hidden states, and the batch size at which it was timed: a smaller
+    one where memory is too small, from which the seconds are estimated.
     """
     asked, sizes = batch_size, {"prompt_length": prompt_length, "output_length": output_length}
     while batch_size > 1 and _training_bytes(model, batch_size, sizes) > _free_bytes(model.device):
         batch_size //= 2
     model.train()
+    seconds, timed = _with_fitting_batch(lambda batch: _time_step(model, batch, **sizes), batch_size)
+    return seconds * asked / timed, timed
+
+
+def _time_step(model: Any, batch_size: int, prompt_length: int, output_length: int) -> float:
+    """Return the seconds of the second of two training steps."""
+    model.zero_grad()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     shape = (batch_size, prompt_length)
     ids = torch.ones(shape, dtype=torch.long, device=model.device)
@@ -340,7 +399,7 @@ def _step_seconds(model: Any, batch_size: int, prompt_length: int, output_length
         optimizer.zero_grad()
 
     step()
-    return seconds_of(step) * asked / batch_size
+    return seconds_of(step)
 
 
 def _check_llm(llm: str | Path) -> None:

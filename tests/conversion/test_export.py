@@ -15,6 +15,7 @@ from transformers import T5ForConditionalGeneration
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.conversion.export import export
+from modeling_llm2slm.data import resources
 from modeling_llm2slm.engines import graph_engine
 from modeling_llm2slm.engines.exported import ExportedLLM2SLM, ExportedTextToText
 from modeling_llm2slm.engines.graph_engine import GraphEngine, exported_model_class
@@ -204,3 +205,54 @@ def test_an_exported_model_cannot_be_changed(folder, tmp_path) -> None:
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch, capsys):
     widen_terminal(monkeypatch)
+
+
+def test_an_export_to_a_disk_that_is_too_small_is_refused_before_the_model_is_loaded(
+    source, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr("modeling_llm2slm.conversion.export.load_model", lambda *_, **__: pytest.fail("was loaded"))
+    with pytest.raises(OSError, match=r"needs [\d.]+ kB, but 1\.0 kB are free. Free disk space"):
+        export(source, tmp_path / "out", weights="int8")
+
+
+def test_an_engine_that_fails_while_it_writes_names_the_output(source, tmp_path, monkeypatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("Check 'file.good()' failed")
+
+    monkeypatch.setattr(GraphEngine, "export", fail)
+    with pytest.raises(OSError, match="out could not be written by openvino; its disk may be full"):
+        export(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda manifest: [],
+        lambda manifest: {**manifest, "export_format": 3},
+        lambda manifest: {**manifest, "components": []},
+        lambda manifest: {**manifest, "components": {"prompt": {"file": "../x.xml"}, "step": {"file": "y.xml"}}},
+        lambda manifest: {**manifest, "llm2slm": "x"},
+        lambda manifest: {**manifest, "llm2slm": {**manifest["llm2slm"], "decode": "many"}},
+        lambda manifest: {**manifest, "llm2slm": {**manifest["llm2slm"], "parameters": {"LLM": None}}},
+    ],
+)
+def test_a_damaged_manifest_is_named(folder, tmp_path, spoil) -> None:
+    broken = Path(shutil.copytree(folder, tmp_path / "broken"))
+    manifest = json.loads((broken / "export.json").read_text())
+    (broken / "export.json").write_text(json.dumps(spoil(manifest)))
+    with pytest.raises(OSError, match="export.json cannot be read: .*Export the checkpoint again"):
+        TextToText.from_pretrained(broken)
+
+
+def test_exported_weights_that_are_not_finite_are_refused(folder, tmp_path) -> None:
+    for name in ("embeddings.safetensors", "openvino_prompt.bin", "openvino_step.bin"):
+        broken = Path(shutil.copytree(folder, tmp_path / name))
+        data = bytearray((broken / name).read_bytes())
+        middle = (len(data) // 8) * 4
+        data[middle : middle + 4] = b"\x00\x00\xc0\x7f"
+        (broken / name).write_bytes(data)
+        with pytest.raises(OSError, match="holds values that are not finite"):
+            TextToText.from_pretrained(broken)
+        TextToText.from_pretrained(broken, allow_nonfinite=True)

@@ -110,3 +110,29 @@ def test_card_writes_scores_and_keeps_a_card_written_by_hand(composite, tmp_path
     assert "does not hold a result" in capsys.readouterr().err
     assert run("card", write_checkpoint("slm", tmp_path)) == 1
     assert "is not an LLM-to-SLM checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "does not hold the report of a training"),
+        ("{", "truncated or corrupted"),
+        ('{"steps": "x"}', "steps is 'x'"),
+    ],
+)
+def test_a_damaged_report_of_a_training_is_named(composite, tmp_path, capsys, content, message):
+    model = Path(shutil.copytree(composite, tmp_path / "model"))
+    (model / "training.json").write_text(content)
+    for command in ("info", "card"):
+        assert run(command, model) == 1
+        error = capsys.readouterr().err
+        assert "training.json" in error
+        assert message in error
+
+
+@pytest.mark.parametrize("result", [{"scores": {"bleu": "high"}}, {"scores": [1]}, {"speed": {"ms_per_output": None}}])
+def test_a_damaged_result_of_an_evaluation_is_named(composite, tmp_path, capsys, result):
+    (tmp_path / "metrics.json").write_text(json.dumps(result))
+    model = Path(shutil.copytree(composite, tmp_path / "model"))
+    assert run("card", model, "--evaluation", tmp_path / "metrics.json") == 1
+    assert f"metrics.json cannot be read: {next(iter(result))} is" in capsys.readouterr().err

@@ -81,3 +81,27 @@ def test_benchmark_prints_a_table_of_each_cell(tmp_path, capsys):
         assert f"{cell['results'][name]['ms_per_token']:.1f}" in row
     assert run(*arguments, "--llm", "runs/llm") == 2
     assert "--llm2slm" in capsys.readouterr().err
+
+
+def test_the_package_of_plots_is_checked_before_anything_is_timed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("modeling_llm2slm.benchmark.plots.is_installed", lambda package: False)
+    assert run("benchmark", "--plots", tmp_path / "plots", "--work", tmp_path / "work") == 1
+    assert "matplotlib is not installed. Try: pip install" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_packages_of_metrics_are_checked_before_anything_is_generated(composite, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("modeling_llm2slm.evaluation.metrics.is_installed", lambda package: package != "rouge-score")
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    for words in ((), ("--against", composite)):
+        assert run("evaluate", composite, data, *words) == 1
+        assert "rouge-score is not installed. Try: pip install 'modeling-llm2slm[train]'" in capsys.readouterr().err
+
+
+def test_plan_says_what_it_used(tmp_path, capsys):
+    llm = write_checkpoint("llm", tmp_path)
+    (tmp_path / "prompts.txt").write_text("src1\n")
+    words = ("--max-new-tokens", 2, "--timed-prompts", 1, "--batch-size", 1, "--memory", 2)
+    assert run("plan", "--llm", llm, "--data", tmp_path / "prompts.txt", "--preset", "tiny", *words) == 0
+    printed = capsys.readouterr().out
+    assert "its limit was 2.0 GB (--memory)" in printed

@@ -17,6 +17,7 @@ from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.settings import GenerateFileSettings
 from tests.support.checkpoints import PROMPTS, sample_by_default, write_pairs
 from tests.support.commands import run
+from tests.support.conversions import change_weights
 
 
 REPEATED = [PROMPTS[0], *PROMPTS, PROMPTS[0], PROMPTS[3]]  # 8 distinct prompts in 11 rows
@@ -172,3 +173,25 @@ def test_samples_of_a_seed_repeat_in_files(composite: str, prompts: Path) -> Non
         texts.append(output.read_text())
     assert texts[0] == texts[1] != texts[2]
     assert Counter(texts[0].splitlines())[texts[0].splitlines()[0]] < 3
+
+
+@pytest.mark.parametrize("options", [(), ("--batch-size", 2), ("--num-beams", 2), ("--output", "out.txt"), ("file",)])
+def test_blank_outputs_cause_one_warning(composite, tmp_path, monkeypatch, caplog, options):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(TextToText, "stream", lambda *_, **__: iter([" ", ""]))
+    monkeypatch.setattr(TextToText, "generate", lambda self, prompts, *_, **__: [" "] * len(prompts))
+    monkeypatch.setattr(TextToText, "write", lambda self, inputs, **_: [[1]] * len(inputs["input_ids"]))
+    write_pairs(tmp_path / "pairs.jsonl", [{"prompt": prompt} for prompt in PROMPTS[:3]])
+    words = PROMPTS[:3] if options != ("file",) else ["--file", "pairs.jsonl", "--output", "out.jsonl"]
+    assert run("generate", composite, *words, *(options if options != ("file",) else ())) == 0
+    messages = [record.getMessage() for record in caplog.records if "blank" in record.getMessage()]
+    assert len(messages) == 1
+    assert messages[0].startswith("3 of 3 outputs are blank")
+
+
+def test_weights_that_are_not_finite_are_loaded_only_on_request(composite, tmp_path, capsys):
+    model = Path(shutil.copytree(composite, tmp_path / "model"))
+    change_weights(lambda tensors: [tensor.fill_(float("nan")) for tensor in tensors.values()])(model)
+    assert run("generate", model, "src1") == 1
+    assert "holds values that are not finite" in capsys.readouterr().err
+    assert run("generate", model, "src1", "--allow-nonfinite", "--max-new-tokens", 2) == 0

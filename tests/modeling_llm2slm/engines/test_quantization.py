@@ -13,6 +13,7 @@ from torch import nn
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from modeling_llm2slm.engines import quantization
 from modeling_llm2slm.engines.quantization import QUANTIZATIONS, quantize, quantize_llm, with_linear_layers
+from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.states.fingerprints import llm_fingerprint
 from modeling_llm2slm.training.run import train
 from tests.support.checkpoints import write_pairs
@@ -182,3 +183,12 @@ def test_a_missing_library_is_named(to: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ImportError, match=rf"needs {LIBRARIES[to]}.*modeling-llm2slm\[quantization\]"):
         quantize_llm(make_model(), to)
+
+
+@pytest.mark.parametrize(("to", "library"), QUANTIZATIONS.items())
+def test_the_library_is_checked_before_a_model_is_loaded(
+    to: str, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantization, "is_installed", lambda package: False)
+    with pytest.raises(ImportError, match=f"Quantizing to {to} needs {library}: pip install"):
+        TextToText.from_pretrained("no/such/folder", quantize=to)

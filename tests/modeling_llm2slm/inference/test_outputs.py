@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling_llm2slm.inference.outputs import OutputParts, one_line
+from modeling_llm2slm.inference.outputs import OutputParts, one_line, warn_of_blank_outputs
 
 
 def test_outputs_of_all_processes_are_read(tmp_path: Path) -> None:
@@ -48,3 +48,13 @@ def test_parts_of_the_same_settings_are_resumed_even_to_overwrite(
 ) -> None:
     OutputParts(tmp_path / "outputs.txt", {"seed": 1}).keep({"a": "b"})
     assert OutputParts(tmp_path / "outputs.txt", {"seed": seed}, overwrite=True).outputs == kept
+
+
+def test_blank_outputs_are_counted_in_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_blank_outputs(["a", "b c"])
+    assert not caplog.records
+    warn_of_blank_outputs(["a", "", " \n\t", "\u2003"])
+    (record,) = caplog.records
+    assert record.getMessage().startswith("3 of 4 outputs are blank. Likely causes: the model is not trained, ")
+    warn_of_blank_outputs([""])
+    assert caplog.records[1].getMessage().startswith("1 of 1 outputs is blank.")

@@ -60,6 +60,16 @@ class TestBatcher:
         wait_until(lambda: len(done) == 2, seconds=5)
         batcher.stop()
 
+    def test_blank_outputs_are_logged_at_the_first_and_the_tenth(
+        self, model: TextToText, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        batcher = Batcher(model)
+        for _ in range(12):
+            batcher._warn_of_blank(["", "text"])
+        assert [record.getMessage()[:22] for record in caplog.records] == [
+            "1 of 2 outputs is blan", "10 of 20 outputs are b"
+        ]  # fmt: skip
+
 
 class StepByStep:
     """A model with continuous batching, whose tokens are those of `generate()`, one for each request and step."""

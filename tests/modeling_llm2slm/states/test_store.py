@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from modeling_llm2slm import DataCollatorForLLM2SLM, LLM2SLMProcessor
 from modeling_llm2slm.states import writer as writer_module
@@ -235,3 +236,30 @@ def test_a_store_is_checked_against_a_model(tmp_path: Path) -> None:
     model.config.encoder_layer = 1
     with pytest.raises(ValueError, match="another encoder_layer"):
         store.check(tmp_path / "model", model.config, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("tokens", "many"), ("hidden_size", 0), ("dtype", "int8"), ("prompts", -1), ("llm", None)]
+)
+def test_a_damaged_description_is_named_with_its_field(tmp_path: Path, field: str, value: Any) -> None:
+    write_store(tmp_path)
+    old = json.loads((tmp_path / "store.json").read_text())
+    (tmp_path / "store.json").write_text(json.dumps({**old, field: value}))
+    with pytest.raises(ValueError, match=f"store.json cannot be read: {field} is .*Encode again"):
+        StateStore(tmp_path)
+
+
+def test_a_shard_whose_lengths_are_not_those_of_its_states_is_damaged(tmp_path: Path) -> None:
+    write_store(tmp_path)
+    file = min(tmp_path.glob("states-*.safetensors"))
+    tensors = load_file(file)
+    save_file({**tensors, "lengths": tensors["lengths"] + 1}, file)
+    with pytest.raises(ValueError, match=r"safetensors is damaged \(\d+ hidden states do not belong to"):
+        StateStore(tmp_path)
+
+
+def test_hidden_states_that_are_not_finite_are_not_stored(tmp_path: Path) -> None:
+    write_store(tmp_path)
+    writer = StateWriter(tmp_path, StoreDescription.read(tmp_path))
+    with pytest.raises(ValueError, match="of a prompt of 2 tokens are not finite in torch.float32"):
+        writer.add([1, 2], torch.full((2, WIDTH), torch.nan))

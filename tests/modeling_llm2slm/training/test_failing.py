@@ -11,10 +11,12 @@ import pytest
 import torch
 from transformers import Seq2SeqTrainer
 
+from modeling_llm2slm.data import resources
+from modeling_llm2slm.evaluation import metrics
 from modeling_llm2slm.training.resuming import TrainingFailed, last_checkpoint
 from modeling_llm2slm.training.run import train
 from modeling_llm2slm.training.trainer import TextToTextTrainer
-from tests.support.checkpoints import KINDS
+from tests.support.checkpoints import KINDS, stopped_at
 from tests.support.training import weights
 
 
@@ -143,3 +145,28 @@ def test_a_damaged_report_is_named(recipe, content, message):
     with pytest.raises(ValueError, match=rf"training.json .*{message}.*resume: false"):
         train(recipe)
     assert train({**recipe, "resume": False, "max_steps": 1})["steps"] == 1
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_damaged_checkpoint_is_named_when_a_training_resumes(recipe, name):
+    with stopped_at(5):
+        train(recipe)
+    file = Path(recipe["output_dir"], "checkpoint-4", name)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(OSError, match=r"checkpoint-4 is damaged \(.*\)\. Remove this folder to resume from"):
+        train(recipe)
+
+
+def test_disk_space_is_checked_before_the_first_step(recipe, monkeypatch):
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(TextToTextTrainer, "training_step", lambda *_: pytest.fail("a step was taken"))
+    with pytest.raises(
+        OSError, match=r"out needs [\d.]+ kB, but 1\.0 kB are free. Free disk space, or choose another"
+    ):
+        train(recipe)
+
+
+def test_packages_are_checked_before_anything_is_loaded(recipe, monkeypatch):
+    monkeypatch.setattr(metrics, "is_installed", lambda package: False)
+    with pytest.raises(ImportError, match="sacrebleu is not installed"):
+        train({**recipe, "model": "no/such/folder"})

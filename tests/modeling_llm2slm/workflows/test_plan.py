@@ -13,7 +13,7 @@ from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
 from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.settings import PlanSettings
 from modeling_llm2slm.workflows import plan as planning
-from modeling_llm2slm.workflows.plan import Candidate, plan, recommend
+from modeling_llm2slm.workflows.plan import Candidate, plan, plan_within_limit, recommend
 from tests.support.checkpoints import PAIRS, PROMPTS, write_bart, write_checkpoint, write_pairs
 from tests.support.common import gpt2_config, slm_tokenizer, t5_config
 
@@ -155,14 +155,14 @@ def test_training_step_is_estimated_from_a_smaller_batch_where_memory_is_too_sma
     batches: list[int] = []
     model.register_forward_pre_hook(lambda _, args, kwargs: batches.append(len(kwargs["labels"])), with_kwargs=True)
     sizes = {"prompt_length": 5, "output_length": 4}
-    assert planning._step_seconds(model, 8, **sizes) == 1
+    assert planning._step_seconds(model, 8, **sizes) == (1, 8)
     assert batches == [8, 8]
     four = planning._training_bytes(model, 4, sizes)
     monkeypatch.setattr(planning, "_free_bytes", lambda device: four)
-    assert planning._step_seconds(model, 8, **sizes) == 2
+    assert planning._step_seconds(model, 8, **sizes) == (2, 4)
     assert batches[2:] == [4, 4]
     monkeypatch.setattr(planning, "_free_bytes", lambda device: 0)
-    assert planning._step_seconds(model, 8, **sizes) == 8
+    assert planning._step_seconds(model, 8, **sizes) == (8, 1)
 
 
 def test_slm_with_too_few_positions_is_not_recommended() -> None:
@@ -191,3 +191,27 @@ def test_recommendation_is_the_largest_slm_that_is_fast_enough(
     assert name == recommended
     assert words in sentence
     assert set(planning.SLMS) == {"t5-large_gpt2", "t5-large_t5-small"}
+
+
+def test_plan_within_a_limit_scales_its_batch_and_says_what_it_used(llm: str, tmp_path: Path) -> None:
+    data, steps = write_pairs(tmp_path / "p.jsonl"), []
+    settings = PlanSettings(batch_size=2**20, max_new_tokens=4, timed_prompts=1, memory=0.3)
+    result = plan_within_limit(llm, data, settings, presets=["tiny"], progress=steps.append)
+    assert steps[-1] == "measuring tiny"
+    assert 1 <= result["candidates"][0]["timed_batch_size"] < 2**20
+    assert (result["memory_limit"], result["memory_used"] < 4e8) == (300_000_000, True)
+    with pytest.raises(OSError, match=r"needs more than 20\.0 MB of memory"):
+        plan_within_limit(llm, data, replace(settings, memory=0.02), presets=["tiny"])
+    with pytest.raises(OSError, match="no/such/folder cannot be loaded"):
+        plan_within_limit("no/such/folder", data, settings, presets=["tiny"])
+
+
+def test_batches_are_halved_until_they_fit() -> None:
+    def work(batch: int) -> float:
+        if batch > 3:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return 1.0
+
+    assert planning._with_fitting_batch(work, 16) == (1.0, 2)
+    with pytest.raises(RuntimeError, match="other"):
+        planning._with_fitting_batch(lambda batch: (_ for _ in ()).throw(RuntimeError("other")), 16)

@@ -1,0 +1,92 @@
+"""JSON files of checkpoints that are damaged: each is named, with the field, before a library reads it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modeling_llm2slm.inference.text_to_text import TextToText
+from tests.support.checkpoints import KINDS, write_checkpoint
+
+
+CONTENTS = {
+    "list": b"[1, 2]",
+    "number": b"7",
+    "null": b"null",
+    "text": b'"x"',
+    "empty": b"",
+    "truncated": b'{"a": 1',
+    "not UTF-8": b'{"a": "\xff\xfe"}',
+    "nested": b"[" * 100_000 + b"]" * 100_000,
+}
+NAMES = ("config.json", "generation_config.json", "tokenizer_config.json", "processor_config.json")
+FIELDS: dict[str, list[dict[str, Any]]] = {
+    "config.json": [{"model_type": 3}],
+    "generation_config.json": [
+        {"num_beams": "many"}, {"num_beams": 0}, {"num_beams": 10**9}, {"num_beams": True}, {"num_beams": [2]},
+        {"max_new_tokens": "x"}, {"max_new_tokens": -1}, {"max_length": 0}, {"temperature": "hot"},
+        {"temperature": float("nan")}, {"top_p": [0.5]}, {"top_k": 0.5}, {"do_sample": "yes"}, {"use_cache": 1},
+        {"eos_token_id": "end"}, {"eos_token_id": [1, "end"]}, {"pad_token_id": [0]}, {"bos_token_id": {"a": 1}},
+        {"repetition_penalty": float("inf")}, {"no_repeat_ngram_size": "two"}, {"length_penalty": None, "top_p": {}},
+    ],
+    "tokenizer_config.json": [
+        {"model_max_length": "long"}, {"model_max_length": -1}, {"padding_side": "up"}, {"eos_token": 7},
+        {"added_tokens_decoder": [1]},
+    ],
+    "processor_config.json": [
+        {"prompt_max_length": "x"}, {"prompt_max_length": 0}, {"target_max_length": 1}, {"target_max_length": 2.5},
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: Path(write_checkpoint(kind, tmp_path_factory.mktemp(kind))) for kind in KINDS}
+
+
+@pytest.fixture
+def copies(checkpoints: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
+    return {kind: Path(shutil.copytree(path, tmp_path / kind)) for kind, path in checkpoints.items()}
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_that_holds_no_mapping_is_named(copies: dict[str, Path], name: str, content: str) -> None:
+    for path in copies.values():
+        if name == "processor_config.json" and path.name != "llm2slm":
+            continue
+        (path / name).write_bytes(CONTENTS[content])
+        with pytest.raises(OSError, match=f"{name} (is truncated or corrupted|cannot be read)") as caught:
+            TextToText.from_pretrained(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"), [(name, values) for name, choices in FIELDS.items() for values in choices], ids=str
+)
+def test_a_field_of_another_kind_is_named(copies: dict[str, Path], name: str, values: dict[str, Any]) -> None:
+    path = copies["llm2slm"]
+    field = [field for field, value in values.items() if value is not None][0]
+    content = json.loads((path / name).read_text(encoding="utf-8"))
+    (path / name).write_text(json.dumps({**content, **values}), encoding="utf-8")
+    with pytest.raises(OSError, match=rf"{name} cannot be read: {field} is .*, but it must be .*\. Correct the file"):
+        TextToText.from_pretrained(path)
+
+
+@pytest.mark.parametrize("weight_map", [None, [], "x", {"a": 1}, {"a": ["model.safetensors"]}])
+def test_an_index_without_files_is_named(copies: dict[str, Path], weight_map: Any) -> None:
+    for path in copies.values():
+        (path / "model.safetensors").unlink()
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+        with pytest.raises(OSError, match="model.safetensors.index.json cannot be read: weight_map is"):
+            TextToText.from_pretrained(path)
+
+
+def test_the_tokenizer_of_outputs_is_checked_too(copies: dict[str, Path]) -> None:
+    (copies["llm2slm"] / "decoder_tokenizer" / "tokenizer_config.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(OSError, match="decoder_tokenizer/tokenizer_config.json cannot be read"):
+        TextToText.from_pretrained(copies["llm2slm"])
