@@ -113,6 +113,15 @@ def repeat_outputs(outputs: ModelOutput, copies: int) -> ModelOutput:
     return type(outputs)(**{name: repeat(value) for name, value in outputs.items()})
 
 
+def select_layers(states: Any, requested: Any) -> Any:
+    """Return hidden states with `None` for those that indices do not request, as transformers 5.23 does."""
+    if not states or not requested or requested is True:
+        return states
+    indices, count = [requested] if isinstance(requested, int) else requested, len(states)
+    kept = [index % count for index in indices if -count <= index < count]
+    return tuple(layer if index in kept else None for index, layer in enumerate(states))
+
+
 def padding_to(side: str, mask: torch.Tensor) -> torch.Tensor:
     """Return the order `(B, N)` that moves the padding of a mask to the `"left"` or `"right"`; tokens keep theirs."""
     return mask.argsort(dim=-1, descending=side == "right", stable=True)

@@ -46,9 +46,7 @@ _REQUEST: ContextVar[LoadRequest | None] = ContextVar("llm2slm_load_request", de
 class LLM2SLMCheckpointMixin:
     """Loading of full and lean checkpoints, and saving of full ones."""
 
-    encoder: Any
-
-    def initialize_weights(self) -> None:
+    def initialize_weights(self: Any) -> None:
         """Initialize weights that were not loaded; the fusion's at the end of a load, when LLM and SLM can run."""
         super().initialize_weights()  # type: ignore[misc]
         weights = self._fusion_weights()
@@ -57,9 +55,9 @@ class LLM2SLMCheckpointMixin:
             self._initialize_fusion()
 
     @torch.no_grad()
-    def _initialize_fusion(self) -> None:
+    def _initialize_fusion(self: Any) -> None:
         weights = self._fusion_weights()
-        new = self._new & weights.keys()  # an adapter may have replaced some
+        new = getattr(self, "_new", set()) & weights.keys()  # an adapter may have replaced some
         if any(weights[name].is_meta or not weights[name].is_floating_point() for name in new):
             raise ValueError(
                 f"The checkpoint lacks `encoder.{min(new)}`, which cannot be initialized if quantized or offloaded. "
@@ -71,7 +69,7 @@ class LLM2SLMCheckpointMixin:
             for name, weight in loaded.items():
                 weights[name].copy_(weight)
 
-    def _fusion_weights(self) -> dict[str, nn.Parameter]:
+    def _fusion_weights(self: Any) -> dict[str, nn.Parameter]:
         return dict(nn.ModuleDict(self.encoder.new_modules()).named_parameters())
 
     def save_pretrained(

@@ -188,6 +188,11 @@ class LLM2SLMConfig(PreTrainedConfig):
             return self.encoder
         return decoder_sizes(self.decoder) if decoder else self.decoder
 
+    def output_flags(self, kwargs: dict[str, Any], part: PreTrainedConfig) -> dict[str, Any]:
+        """Return which attentions and hidden states are requested by `kwargs`, this config or that of a part."""
+        names = ("output_attentions", "output_hidden_states")
+        return {name: kwargs.get(name, getattr(self, name) or getattr(part, name, False)) for name in names}
+
     def fits(self, prompt_length: int, output_length: int) -> bool:
         """Return whether prompt and output (its start token counts, its last does not) fit in the SLM's positions."""
         return fits(self.decoder, prompt_length - fusion_of(self).shared_positions, output_length)

@@ -40,21 +40,13 @@ from .cache_llm2slm import (
     padding_to,
     reorder,
     repeat_outputs,
+    select_layers,
 )
 from .checkpoint_llm2slm import LLM2SLMCheckpointMixin
 from .configuration_llm2slm import LLM2SLMConfig, llm_sizes
 from .fusion_llm2slm import fusion_of, probe_ids
 from .generation_llm2slm import LLM2SLMGenerationMixin
-from .parts_llm2slm import (
-    build_llm,
-    check_parts,
-    check_token_ids,
-    keep_special_ids,
-    output_flags,
-    reading_arguments,
-    select_layers,
-    slm_class,
-)
+from .parts_llm2slm import build_llm, check_parts, check_token_ids, keep_special_ids, reading_arguments, slm_class
 
 
 class LLM2SLMPreTrainedModel(PreTrainedModel):
@@ -119,7 +111,7 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
         attention_mask = self.prompt_mask(input_ids, attention_mask, llm_hidden_states)
         self.check_prompt(attention_mask, output_length)
         if llm_hidden_states is None:
-            flags = output_flags(kwargs, self.config, self.config.encoder)
+            flags = self.config.output_flags(kwargs, self.config.encoder)
             llm_outputs = self.run_llm(input_ids, attention_mask, **flags)
         else:
             llm_outputs = BaseModelOutput(last_hidden_state=llm_hidden_states)
@@ -423,10 +415,9 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
             mask = mask[::copies] if mask is not None else None
         # CODEPATH: encoder-decoder SLMs (T5-small) against decoder-only ones (GPT-2).
         decode = self._decode_with_encoder if self.config.decoder.is_encoder_decoder else self._decode_after_prompt
-        flags = output_flags(kwargs, self.config, self.config.decoder)
+        flags = self.config.output_flags(kwargs, self.config.decoder)
         outputs = decode(prompt, tokens, mask, **kwargs | {name: bool(flag) for name, flag in flags.items()})
-        layers = select_layers(outputs.decoder_hidden_states, flags["output_hidden_states"])
-        outputs.decoder_hidden_states = layers
+        outputs.decoder_hidden_states = select_layers(outputs.decoder_hidden_states, flags["output_hidden_states"])
         return repeat_outputs(outputs, copies) if copies > 1 else outputs
 
     def _decode_after_prompt(

@@ -25,7 +25,6 @@ from .fusion_llm2slm import fusion_of
 
 logger = logging.get_logger(__name__)
 
-OUTPUT_FLAGS = ("output_attentions", "output_hidden_states")
 # A decoder-only SLM is called with these; without one of them, padding or the prompt embeddings would be lost.
 SLM_ARGUMENTS = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values", "logits_to_keep")
 
@@ -69,27 +68,11 @@ def reading_arguments(llm: PreTrainedModel) -> dict[str, Any]:
     return {"use_cache": False} if _takes(llm, "use_cache") else {}
 
 
-def output_flags(kwargs: dict[str, Any], *configs: PreTrainedConfig) -> dict[str, Any]:
-    """Return which attentions and hidden states `kwargs` request, or else one of the configs."""
-    defaults = {name: [getattr(config, name, False) for config in configs] for name in OUTPUT_FLAGS}
-    return {name: kwargs.get(name, next(filter(None, flags), False)) for name, flags in defaults.items()}
-
-
-def select_layers(states: Any, requested: Any) -> Any:
-    """Return hidden states with `None` for those that indices do not request, as transformers 5.23 does."""
-    if not states or not requested or requested is True:
-        return states
-    indices, count = [requested] if isinstance(requested, int) else requested, len(states)
-    kept = [index % count for index in indices if -count <= index < count]
-    return tuple(layer if index in kept else None for index, layer in enumerate(states))
-
-
 def check_token_ids(name: str, token_ids: torch.Tensor, part: str, vocab_size: int) -> None:
-    """Raise `ValueError` for a token id that the vocabulary of a part lacks (-100 in `labels` is none)."""
+    """Raise `ValueError` for a token id that the vocabulary of a part lacks; `labels` may hold -100."""
     if torch.compiler.is_compiling():
         return  # see `check_prompt`
-    wrong = (token_ids < 0) | (token_ids >= vocab_size)
-    wrong = wrong & (token_ids != -100) if name == "labels" else wrong
+    wrong = ((token_ids < 0) | (token_ids >= vocab_size)) & ((token_ids != -100) | (name != "labels"))
     if wrong.any():
         raise ValueError(
             f"`{name}` holds the id {int(token_ids[wrong][0])}, but the {part}'s vocabulary has ids from 0 to "

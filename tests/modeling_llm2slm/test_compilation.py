@@ -11,7 +11,16 @@ from transformers import CompileConfig
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
 from tests.support import families
-from tests.support.common import END, PROMPTS, build_family, pad_prompts, shared_family, strip_padding
+from tests.support.common import (
+    END,
+    PROMPTS,
+    build_family,
+    compose,
+    make_labels,
+    pad_prompts,
+    shared_family,
+    strip_padding,
+)
 
 
 PROMPT_LENGTHS = (5, 9, 17, 30)
@@ -55,6 +64,39 @@ def test_one_graph_serves_prompts_of_all_lengths(slm: str) -> None:
 @pytest.mark.parametrize("slm", KINDS)
 def test_compiled_and_eager_generation_agree(slm: str) -> None:
     check_one_graph(slm, "inductor")
+
+
+TRAINED = [("gpt2", False), *(pytest.param(*case, marks=pytest.mark.slow) for case in [("t5", True), ("t5", False)])]
+
+
+def build_trained(slm: str, freeze_llm: bool) -> LLM2SLMForConditionalGeneration:
+    return compose(families.build_llm("t5"), families.build_slm(slm), "add", freeze_llm=freeze_llm).model
+
+
+@pytest.mark.parametrize(("slm", "freeze_llm"), TRAINED)
+def test_a_shorter_output_is_not_compiled_again(slm: str, freeze_llm: bool) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = build_trained(slm, freeze_llm).eval()
+    for length in (8, 5, 3):
+        kwargs = {**pad_prompts(PROMPTS), "max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
+        assert model.generate(**kwargs, **compiled(slm, "eager")).tolist() == model.generate(**kwargs).tolist()
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("freeze_llm", [True, False])
+@pytest.mark.parametrize("slm", KINDS)
+def test_a_training_step_is_one_graph(slm: str, freeze_llm: bool) -> None:
+    """Compiled without a break, it gives the gradients of the eager step."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, gradients = build_trained(slm, freeze_llm).eval(), []  # no dropout
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    for step in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        gradients.append(torch.autograd.grad(step(**pad_prompts(PROMPTS), labels=make_labels()).loss, weights))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("slm", PARAMETERS)

@@ -375,9 +375,14 @@ def test_generate_returns_hidden_states_of_chosen_layers(slm: str, strategy: str
     for step, states in zip(some.decoder_hidden_states, whole.decoder_hidden_states, strict=True):
         check_chosen(step, states, [0, -1])
     config = copy.deepcopy(model.generation_config)
-    config.update(output_hidden_states=[1], return_dict_in_generate=True)
-    states = model.generate(**pad_prompts(PROMPTS), generation_config=config, max_new_tokens=2).decoder_hidden_states
-    assert [layer is not None for layer in states[1][:3]] == [False, True, False]
+    config.update(output_hidden_states=[1], return_dict_in_generate=True, max_new_tokens=2)
+    states = model.generate(**pad_prompts(PROMPTS), generation_config=config).decoder_hidden_states[1]
+    assert [index for index, layer in enumerate(states) if layer is not None] == [1]
+
+
+def shapes(outputs: Any) -> Any:
+    """Return the shapes of nested tuples of tensors."""
+    return tuple(map(shapes, outputs)) if isinstance(outputs, tuple) else outputs.shape
 
 
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampling"])
@@ -402,10 +407,8 @@ def test_drafts_give_the_outputs_of_generation_without_them(slm: str, kind: str,
         plain = model.generate(**kwargs, return_dict_in_generate=True, **{flag: True})
         for name in names:
             first, second = getattr(drafted, name), getattr(plain, name)
-            assert torch.utils._pytree.tree_map(torch.Tensor.size, first) == (
-                torch.utils._pytree.tree_map(torch.Tensor.size, second)
-            )
-            if not do_sample:
+            assert shapes(first) == shapes(second), name
+            if not do_sample and name in ("scores", "logits"):  # stock repeats positions of other outputs
                 torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)
     wrong = [{"output_hidden_states": choice} for choice in (1, [0, -1])]
     if not model.config.decoder.is_encoder_decoder:

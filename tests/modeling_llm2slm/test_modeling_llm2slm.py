@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,18 @@ from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BatchEncoding,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedModel,
     T5EncoderModel,
     T5ForConditionalGeneration,
 )
 
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, PromptStates
+from tests.support import families
 from tests.support.common import (
     END,
     FUSIONS,
@@ -32,6 +36,7 @@ from tests.support.common import (
     Parts,
     build_model,
     build_parts,
+    compose,
     count_calls,
     gpt2_config,
     make_labels,
@@ -200,6 +205,26 @@ def test_attention_implementation_on_load(implementation: str, tmp_path: Path) -
     torch.testing.assert_close(logits_of(reloaded), logits_of(model), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("slm", ["gpt2", "t5", "mt5", "bart"])
+def test_attention_implementations_by_part(slm: str, tmp_path: Path) -> None:
+    """On load and later, a part left out keeps its own; all stacks of a part follow it."""
+    compose(families.build_llm("t5"), families.build_slm(slm), "add").model.save_pretrained(tmp_path)
+    for each, of_llm, of_slm in (
+        ({"encoder": "eager", "decoder": "sdpa"}, "eager", "sdpa"),
+        ({"encoder": "sdpa", "decoder": "eager"}, "sdpa", "eager"),
+        ({"decoder": "eager"}, "sdpa", "eager"),
+        ({"": "eager"}, "sdpa", "sdpa"),
+        ({"": "sdpa", "encoder": "eager", "decoder": "eager"}, "eager", "eager"),
+    ):
+        later = Model.from_pretrained(tmp_path)
+        later.set_attn_implementation(each)
+        for model in (Model.from_pretrained(tmp_path, attn_implementation=each), later):
+            for part, implementation in ((model.encoder.llm, of_llm), (model.decoder, of_slm)):
+                stacks = [module for module in part.modules() if isinstance(module, PreTrainedModel)]
+                assert {stack.config._attn_implementation for stack in stacks} == {implementation}
+            assert torch.isfinite(model(**training_batch()).loss)
+
+
 # The two kinds of prompt state.
 
 
@@ -359,6 +384,36 @@ def test_gradient_checkpointing(freeze_llm: bool, use_reentrant: bool) -> None:
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5)
+
+
+PAIRS = [(slm, "t5") for slm in families.SLMS] + [("gpt2", llm) for llm in families.LLMS if llm != "t5"]
+
+
+@pytest.mark.parametrize(("slm", "llm"), PAIRS)
+def test_gradients_of_every_family(slm: str, llm: str) -> None:
+    """Labels are not shifted twice, every weight trains, and checkpointing trains the same ones."""
+    parts = (families.build_llm(llm), families.build_slm(slm))
+    model = compose(*parts, "add", encoder_layer=families.LLMS[llm].layer, freeze_llm=False).model
+    batch, weights = training_batch(), list(model.parameters())
+
+    def gradients(loss: torch.Tensor) -> torch.Tensor:
+        return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, weights, retain_graph=True)])
+
+    output, labels = model(**batch), batch["labels"]
+    logits, entropy = output.logits, nn.functional.cross_entropy
+    twice = entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    expected = gradients(entropy(logits.flatten(0, 1), labels.flatten()))
+    torch.testing.assert_close(gradients(model(**batch).loss), expected)
+    assert (gradients(twice) - expected).norm() > 0.1 * expected.norm()
+
+    trained = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            enable_checkpointing(model, use_reentrant=False)
+        model.train()(**batch).loss.backward()
+        trained.append({name for name, weight in model.named_parameters() if weight.grad.abs().sum() > 0})
+        model.zero_grad()
+    assert trained[0] == trained[1] == {name for name, _ in model.named_parameters()}
 
 
 # The factory: the parts stay what they were.
@@ -694,6 +749,33 @@ def test_resize_token_embeddings(fusion: str, tied: bool, tmp_path: Path) -> Non
     check_reload(model, tmp_path)
 
 
+SIZES = [((105,), {}, 105), ((80,), {}, 80), ((None,), {"pad_to_multiple_of": 64}, 128), ((101, 8), {}, 104)]
+
+
+@pytest.mark.parametrize("slm", families.SLMS)
+def test_resizing_the_embeddings_of_every_family(slm: str, tmp_path: Path) -> None:
+    """Up, down and to a multiple: the new size holds in config, logits, outputs and checkpoint."""
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"), 2)
+    config = families.SLMS[slm].config(**special)
+    for args, kwargs, size in SIZES:
+        auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = compose(families.build_llm("t5"), auto_class.from_config(config).eval(), "add").model
+        before = model.get_input_embeddings().weight[:80].detach().clone()
+        assert model.resize_token_embeddings(*args, **kwargs).num_embeddings == size
+        assert model.config.vocab_size == model.config.decoder.vocab_size == size
+        assert torch.equal(model.get_input_embeddings().weight[:80], before)
+        assert model.encoder.llm.get_input_embeddings().num_embeddings == LLM_VOCAB_SIZE
+        batch = {**pad_prompts(PROMPTS), "labels": torch.full((3, 2), size - 1)}
+        output = model(**batch)
+        assert output.logits.shape[-1] == size
+        output.loss.backward()
+        assert model.generate(**pad_prompts(PROMPTS), max_new_tokens=3, num_beams=2).max() < size
+        with pytest.raises(ValueError, match=f"the SLM's vocabulary has ids from 0 to {size - 1}"):
+            model(**batch | {"labels": torch.full((3, 2), size)})
+        model.save_pretrained(tmp_path)
+        assert torch.equal(Model.from_pretrained(tmp_path)(**batch).logits, output.logits)
+
+
 def test_a_copy_shares_nothing() -> None:
     """`encoder` knows the SLM without registering it: a copy has to know its own."""
     model = build_model("add_shared")
@@ -753,6 +835,87 @@ def test_wrong_inputs_are_errors(inputs: dict[str, torch.Tensor], message: str) 
     with count_calls(model.encoder.llm) as calls, pytest.raises(ValueError, match=message):
         model(**inputs)
     assert not calls
+
+
+NO_PROMPT = "There is no prompt: pass `input_ids`, `llm_hidden_states` or `encoder_outputs`."
+TOKENS = torch.tensor([[END, 4]])
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {},
+        {"inputs": None},
+        {"input_ids": None},
+        {"attention_mask": torch.ones_like(IDS)},
+        {"decoder_input_ids": TOKENS},
+        {"input_ids": torch.empty(1, 0, dtype=torch.long)},
+        {"input_ids": torch.empty(0, 5, dtype=torch.long), "attention_mask": torch.empty(0, 5)},
+        {"inputs": torch.tensor([])},
+        {"llm_hidden_states": torch.empty(0, 5, 24)},
+        {"encoder_outputs": ()},
+        {"encoder_outputs": PromptStates()},
+        {"encoder_outputs": PromptStates(torch.empty(0, 5, 32), torch.empty(0, 5))},
+    ],
+)
+def test_every_way_in_says_the_same_about_a_prompt_that_is_not_there(inputs: dict[str, Any]) -> None:
+    model = shared_parts("add").model
+    given = {name.replace("inputs", "input_ids", name == "inputs"): value for name, value in inputs.items()}
+    prompt = {name: value for name, value in given.items() if name in ("input_ids", "attention_mask")}
+    ways = [
+        lambda: model.generate(**inputs, max_new_tokens=3),
+        lambda: model.generate(**inputs, max_new_tokens=3, num_beams=2),
+        lambda: model.generate(**inputs, max_new_tokens=3, prompt_lookup_num_tokens=2),
+        lambda: model(**{"decoder_input_ids": TOKENS} | given),
+    ]
+    if not given.keys() & {"encoder_outputs", "llm_hidden_states", "decoder_input_ids"}:
+        ways += [lambda: model.encode_prompt(**prompt), lambda: model.encode_llm(**{"input_ids": None} | prompt)]
+    for way in ways:
+        with count_calls(model.encoder.llm) as calls, pytest.raises(ValueError, match=f"^{re.escape(NO_PROMPT)}$"):
+            way()
+        assert not calls
+
+
+@pytest.mark.parametrize("token_id", [LLM_VOCAB_SIZE, LLM_VOCAB_SIZE + 1000, -1, -100])
+def test_an_id_beyond_the_vocabulary_of_the_llm_is_named(token_id: int) -> None:
+    model, ids = shared_parts("add").model, torch.tensor([[5, token_id, 7]])
+    message = (
+        rf"`input_ids` holds the id {token_id}, but the LLM's vocabulary has ids from 0 to {LLM_VOCAB_SIZE - 1}\."
+    )
+    for way in (
+        lambda: model(input_ids=ids, labels=LABELS),
+        lambda: model.generate(ids, max_new_tokens=2),
+        lambda: model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), num_beams=2, max_new_tokens=2),
+        lambda: model.encode_prompt(ids),
+        lambda: model.encode_llm(ids),
+        lambda: model.get_encoder()(ids),
+    ):
+        with count_calls(model.encoder.llm) as calls, pytest.raises(ValueError, match=message):
+            way()
+        assert not calls
+
+
+@pytest.mark.parametrize("token_id", [SLM_VOCAB_SIZE, SLM_VOCAB_SIZE + 1000, -1, -101])
+def test_an_id_beyond_the_vocabulary_of_the_slm_is_named(token_id: int) -> None:
+    model, tokens = shared_parts("add").model, torch.tensor([[5, token_id, 7]])
+    message = rf"`(labels|decoder_input_ids)` holds the id {token_id}, but the SLM's vocabulary has ids from 0 to"
+    for way in (
+        lambda: model(input_ids=IDS, labels=tokens),
+        lambda: model(input_ids=IDS, decoder_input_ids=tokens),
+        lambda: model.generate(IDS, decoder_input_ids=tokens, max_new_tokens=2),
+    ):
+        with count_calls(model.encoder.llm) as calls, pytest.raises(ValueError, match=message):
+            way()
+        assert not calls
+    with pytest.raises(ValueError, match="`decoder_input_ids` holds the id -100, but the SLM's"):
+        model(input_ids=IDS, decoder_input_ids=torch.tensor([[5, -100]]))
+
+
+def test_a_prompt_beyond_the_vocabulary_whose_embedding_a_fusion_shares() -> None:
+    parts = build_parts("add_shared")
+    parts.model.encoder.llm.resize_token_embeddings(SLM_VOCAB_SIZE + 9)
+    with pytest.raises(ValueError, match=f"`input_ids` holds the id {SLM_VOCAB_SIZE}, but the SLM's vocabulary"):
+        parts.model.encode_prompt(torch.tensor([[5, SLM_VOCAB_SIZE]]))
 
 
 def test_a_mask_covers_cached_and_new_output_tokens() -> None:
