@@ -7,7 +7,7 @@ Importing this package registers config, model and processor with transformers' 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoProcessor
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer
 
 from . import modeling_llm2slm, processing_llm2slm
 from .cache_llm2slm import PromptStates
@@ -15,6 +15,7 @@ from .configuration_llm2slm import LLM2SLMConfig
 from .data.collator import DataCollatorForLLM2SLM
 from .fusion_llm2slm import Fusion, register_fusion
 from .inference.model import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
+from .processing_llm2slm import LLM2SLMTokenizer
 from .training.adapters import ia3_config, lora_config
 from .training.optimization import parameter_groups
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 AutoConfig.register(LLM2SLMConfig.model_type, LLM2SLMConfig)
 AutoModelForSeq2SeqLM.register(LLM2SLMConfig, LLM2SLMForConditionalGeneration)
 AutoProcessor.register(LLM2SLMConfig, LLM2SLMProcessor)
+# By its name alone: `AutoTokenizer` would run the code of a folder in place of a class that belongs to a config.
+AutoTokenizer.register(LLM2SLMTokenizer, LLM2SLMTokenizer)
 # A saved model then carries its code: the files that define these classes, and the files they import.
 LLM2SLMConfig.register_for_auto_class()
 modeling_llm2slm.LLM2SLMForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
@@ -56,6 +59,7 @@ __all__ = [
     "LLM2SLMConfig",
     "LLM2SLMForConditionalGeneration",
     "LLM2SLMProcessor",
+    "LLM2SLMTokenizer",
     "PromptStates",
     "StateStore",
     "TextToText",
