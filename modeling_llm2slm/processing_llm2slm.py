@@ -129,13 +129,19 @@ class LLM2SLMProcessor(ProcessorMixin):
         return BatchFeature(features)
 
     def apply_chat_template(
-        self, conversation: Any, tokenize: bool = False, add_generation_prompt: bool = True, **kwargs: Any
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        tokenize: bool = False,
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
     ) -> Any:
         """
         Apply the chat template of the LLM's tokenizer to a conversation or a list of them.
 
         Args:
             conversation (`list[dict[str, str]]` or a list of these): Messages with `"role"` and `"content"`.
+            chat_template (`str`, *optional*): Another template.
             tokenize (`bool`, *optional*, defaults to `False`): Return the result of `__call__` instead of text.
             add_generation_prompt (`bool`, *optional*, defaults to `True`):
                 Whether the prompt ends with the template's start of a reply, which the SLM writes.
@@ -143,10 +149,8 @@ class LLM2SLMProcessor(ProcessorMixin):
         """
         if tokenize:
             return self(conversation, add_generation_prompt=add_generation_prompt, **kwargs)
-        kwargs.setdefault("chat_template", self.chat_template)
-        return self.tokenizer.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs
-        )
+        kwargs |= {"chat_template": chat_template or self.chat_template, "tokenize": False}
+        return self.tokenizer.apply_chat_template(conversation, add_generation_prompt=add_generation_prompt, **kwargs)
 
     def _encode_prompts(
         self,

@@ -113,7 +113,8 @@ class TextProcessor(processing_llm2slm.LLM2SLMProcessor):
         )
         if not tokenize:
             return chats
-        if any(token in text for text in chats for token in self.tokenizer.all_special_tokens):
+        first = chats if isinstance(chats, str) else chats[0]
+        if any(token in first for token in self.tokenizer.all_special_tokens):
             call["add_special_tokens"] = False
         encoded = self(chats, **call)
         return encoded if return_dict else encoded["input_ids"]
