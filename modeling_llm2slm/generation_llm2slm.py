@@ -36,12 +36,7 @@ def check_generation(config: LLM2SLMConfig, generation_config: GenerationConfig)
 
 
 def output_tokenizer(config: LLM2SLMConfig, tokenizer: Any, replace_llms: bool) -> Any:
-    """
-    Return the SLM's tokenizer in place of a processor or of both tokenizers, and of the LLM's if a processor names it.
-
-    Raises:
-        ValueError: For another tokenizer of the LLM, whose vocabulary is not that of the output.
-    """
+    """Return the SLM's tokenizer for that of a processor. Raise `ValueError` for another tokenizer of the LLM."""
     tokenizer = getattr(tokenizer, "decoder_tokenizer", tokenizer)
     slms, end = getattr(tokenizer, "slm_tokenizer", None), getattr(tokenizer, "eos_token_id", None)
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]

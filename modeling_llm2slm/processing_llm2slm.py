@@ -90,7 +90,6 @@ class LLM2SLMProcessor(ProcessorMixin):
         pad_to_multiple_of: int | None = None,
         return_tensors: str | None = None,
         add_generation_prompt: bool = True,
-        answer_max_length: int | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """
@@ -104,7 +103,6 @@ class LLM2SLMProcessor(ProcessorMixin):
             pad_to_multiple_of (`int`, *optional*): Pad lengths to a multiple of this.
             return_tensors (`str`, *optional*): `"pt"` for tensors.
             add_generation_prompt (`bool`, *optional*, defaults to `True`): See `apply_chat_template`.
-            answer_max_length (`int`, *optional*): The former name of `target_max_length`.
             kwargs: Arguments of the LLM's tokenizer.
 
         Returns:
@@ -119,7 +117,6 @@ class LLM2SLMProcessor(ProcessorMixin):
             encoded = self._encode_prompts(prompts, limit, add_generation_prompt, **kwargs)
             features.update(self.tokenizer.pad(encoded, max_length=limit, verbose=False, **pad))
         if text_target is not None:
-            target_max_length = answer_max_length if target_max_length is None else target_max_length
             limit = self.target_max_length if target_max_length is None else target_max_length
             with_end = text is not None or kwargs.get("add_special_tokens", True)
             targets = [text_target] if isinstance(text_target, str) else list(text_target)
@@ -282,13 +279,10 @@ class LLM2SLMTokenizer(transformers.PreTrainedTokenizerFast):
     special tokens and all other ids are the SLM's, like the ids that a model generates.
     """
 
-    OF_THE_PROCESSOR = (
-        "batch_decode decode decoder_tokenizer model_input_names pad padding_side push_to_hub save_pretrained"
-    )
-    OF_THE_LLM = (
-        "apply_chat_template chat_template get_chat_template init_kwargs is_fast model_max_length name_or_path "
-        "num_special_tokens_to_add truncation_side"
-    )
+    # What it takes from the processor and the LLM's tokenizer; all else is the SLM's.
+    OF_BOTH = "batch_decode decode decoder_tokenizer model_input_names pad padding_side push_to_hub save_pretrained"
+    OF_THE_LLM = "apply_chat_template chat_template get_chat_template init_kwargs model_max_length name_or_path"
+    OF_THE_LLM += " is_fast num_special_tokens_to_add truncation_side"
 
     def __init__(self, processor: LLM2SLMProcessor) -> None:
         vars(self)["processor"] = processor
@@ -302,7 +296,7 @@ class LLM2SLMTokenizer(transformers.PreTrainedTokenizerFast):
         if name.startswith("__") or name in {*vars(LLM2SLMTokenizer), "processor"}:
             return self
         processor = self.processor
-        if name in self.OF_THE_PROCESSOR.split():
+        if name in self.OF_BOTH.split():
             return processor
         return processor.tokenizer if name in self.OF_THE_LLM.split() else processor.decoder_tokenizer
 

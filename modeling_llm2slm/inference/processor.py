@@ -141,11 +141,8 @@ class TextProcessor(processing_llm2slm.LLM2SLMProcessor):
         return longest, longest
 
 
-CALL_OPTIONS = {
-    *_names(processing_llm2slm.LLM2SLMProcessor.__call__),
-    *_names(PreTrainedTokenizerBase.__call__),
-    *NESTED,
-}
+CALL_OPTIONS = _names(processing_llm2slm.LLM2SLMProcessor.__call__) | _names(PreTrainedTokenizerBase.__call__)
+CALL_OPTIONS |= {*NESTED, "answer_max_length"}
 CALL_OPTIONS -= {"text", "add_generation_prompt"}
 
 
