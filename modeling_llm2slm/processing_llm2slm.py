@@ -85,6 +85,7 @@ class LLM2SLMProcessor(ProcessorMixin):
         text: Any = None,
         text_target: str | list[str] | None = None,
         padding: bool | str = False,
+        *,
         prompt_max_length: int | None = None,
         target_max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
@@ -113,7 +114,7 @@ class LLM2SLMProcessor(ProcessorMixin):
         features: dict[str, Any] = {}
         if text is not None:
             limit = self.prompt_max_length if prompt_max_length is None else prompt_max_length
-            prompts = [text] if _is_one(text) else list(text)
+            prompts = [text] if is_one(text) else list(text)
             encoded = self._encode_prompts(prompts, limit, add_generation_prompt, **kwargs)
             features.update(self.tokenizer.pad(encoded, max_length=limit, verbose=False, **pad))
         if text_target is not None:
@@ -121,7 +122,7 @@ class LLM2SLMProcessor(ProcessorMixin):
             with_end = text is not None or kwargs.get("add_special_tokens", True)
             targets = [text_target] if isinstance(text_target, str) else list(text_target)
             features["labels"] = self.pad_labels(self._encode_targets(targets, limit, with_end), limit, **pad)
-        if return_tensors is None and _is_one(text if text is not None else text_target):
+        if return_tensors is None and is_one(text if text is not None else text_target):
             features = {name: rows[0] for name, rows in features.items()}
         return BatchFeature(features)
 
@@ -231,11 +232,9 @@ class LLM2SLMProcessor(ProcessorMixin):
         """Save tokenizers and settings, see [`ProcessorMixin.save_pretrained`]."""
         written = super().save_pretrained(save_directory, **kwargs)
         file = Path(save_directory, "tokenizer_config.json")
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         code = config.get("auto_map", {})
-        if (
-            self.tokenizer.slm_tokenizer is not None and "AutoTokenizer" not in code
-        ):  # it is in that of a custom tokenizer
+        if config and self.tokenizer.slm_tokenizer is not None and "AutoTokenizer" not in code:  # not custom code
             config |= {"tokenizer_class": "LLM2SLMTokenizer", "llm_tokenizer_class": config["tokenizer_class"]}
             if "AutoProcessor" in code:
                 code["AutoTokenizer"] = [code["AutoProcessor"].removesuffix("Processor") + "Tokenizer", None]
@@ -350,7 +349,7 @@ def _without_padding(ids: Any) -> Any:
     return [_without_padding(i) if isinstance(i, (list, tuple)) else i for i in ids if i != -100]
 
 
-def _is_one(text: Any) -> bool:
+def is_one(text: Any) -> bool:
     """Return whether this is one text or one conversation, and not a list of them."""
     is_conversation = isinstance(text, list) and bool(text) and all(isinstance(message, dict) for message in text)
     return is_conversation or isinstance(text, str)

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import BatchFeature, PreTrainedTokenizerBase
 
 from .. import processing_llm2slm
+from ..processing_llm2slm import is_one
 
 
 # Arguments of a call that hold others: those of a tokenizer.
@@ -57,7 +58,7 @@ class TextProcessor(processing_llm2slm.LLM2SLMProcessor):
             )
         options |= {f"{what}_max_length": limit for what, (limit, _) in limits.items()}
         rows = dict(super().__call__(prompts, targets, **options))
-        labels, features = rows.pop("labels", None), {}
+        labels, features = rows.pop("labels", None), dict[str, Any]()
         if prompts is not None:
             width = _width(padding, limits["prompt"][1])
             features.update(self.tokenizer.pad(rows, max_length=width, padding_side=side, verbose=False, **pad))
@@ -164,15 +165,6 @@ def _width(padding: Any, longest: int | None) -> int | None:
     return longest
 
 
-def is_one(text: Any) -> bool:
-    """Return whether this is one text or one conversation, and not a list of them."""
-    return isinstance(text, str) or _is_conversation(text)
-
-
-def _is_conversation(text: Any) -> bool:
-    return isinstance(text, list) and bool(text) and all(isinstance(message, Mapping) for message in text)
-
-
 def as_texts(name: str, texts: Any) -> list[Any] | None:
     """
     Return prompts or targets as a list of texts or of conversations.
@@ -194,7 +186,7 @@ def as_texts(name: str, texts: Any) -> list[Any] | None:
 def check_texts(name: str, texts: Iterable[Any], conversations: bool = False) -> None:
     """Raise `ValueError` for the first value that is no text (or no conversation), or has lone surrogates."""
     for text in texts:
-        if name != "conversation" and not (_is_conversation(text) if conversations else isinstance(text, str)):
+        if name != "conversation" and not (is_one(text) and isinstance(text, str) != conversations):
             kinds = "texts, or conversations" if name == "text" else "texts"
             fix = "Join the words into one string." if isinstance(text, (list, tuple)) else "Convert it to text."
             raise ValueError(f"`{name}` holds {text!r:.60}, but it takes {kinds}. {fix}")
