@@ -8,7 +8,7 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer
 
 from . import modeling_llm2slm, processing_llm2slm
 from .cache_llm2slm import PromptStates
@@ -16,6 +16,7 @@ from .configuration_llm2slm import LLM2SLMConfig
 from .data.collator import DataCollatorForLLM2SLM
 from .fusion_llm2slm import Fusion, register_fusion
 from .inference.model import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
+from .processing_llm2slm import LLM2SLMTokenizer
 from .states import without_llm
 from .states.without_llm import load_without_llm
 from .training.adapters import ia3_config, lora_config
@@ -32,6 +33,8 @@ AutoConfig.register(LLM2SLMConfig.model_type, LLM2SLMConfig)
 AutoModel.register(LLM2SLMConfig, LLM2SLMForConditionalGeneration)
 AutoModelForSeq2SeqLM.register(LLM2SLMConfig, LLM2SLMForConditionalGeneration)
 AutoProcessor.register(LLM2SLMConfig, LLM2SLMProcessor)
+# By its name alone: `AutoTokenizer` would run the code of a folder in place of a class that belongs to a config.
+AutoTokenizer.register(LLM2SLMTokenizer, LLM2SLMTokenizer)
 # A saved model then carries its code: the files that define these classes, and the files they import.
 LLM2SLMConfig.register_for_auto_class()
 modeling_llm2slm.LLM2SLMForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
@@ -62,6 +65,7 @@ __all__ = [
     "LLM2SLMConfig",
     "LLM2SLMForConditionalGeneration",
     "LLM2SLMProcessor",
+    "LLM2SLMTokenizer",
     "PromptStates",
     "StateStore",
     "TextToText",

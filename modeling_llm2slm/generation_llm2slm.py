@@ -37,6 +37,20 @@ def check_generation(config: LLM2SLMConfig, generation_config: GenerationConfig)
             raise ValueError(f"`{name}` is not supported: it {reason}. Leave it out.")
 
 
+def output_tokenizer(config: LLM2SLMConfig, tokenizer: Any, replace_llms: bool) -> Any:
+    """Return the SLM's tokenizer for that of a processor. Raise `ValueError` for another tokenizer of the LLM."""
+    tokenizer = getattr(tokenizer, "decoder_tokenizer", tokenizer)
+    slms, end = getattr(tokenizer, "slm_tokenizer", None), getattr(tokenizer, "eos_token_id", None)
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    is_llms = end is not None and end not in ends and end == getattr(config.encoder, "eos_token_id", None)
+    if is_llms if slms is None else not replace_llms:
+        raise ValueError(
+            "The tokenizer is the LLM's, but stop strings and streamers read the output, which is in the SLM's "
+            "vocabulary. Pass the processor, or its `decoder_tokenizer`."
+        )
+    return tokenizer if slms is None else slms
+
+
 class StopAfterStart(StoppingCriteriaList):
     """
     Criteria that never stop at the start token alone. Up to transformers 5.17 prompt lookup evaluates them there, and
@@ -55,6 +69,12 @@ class LLM2SLMGenerationMixin(GenerationMixin):
     def reserve(cache: Any) -> Any:
         """Prepare an empty cache; the installed package overrides this to make growing caches faster."""
         return cache
+
+    def _extract_generation_mode_kwargs(self, custom_generate: Any, kwargs: dict[str, Any], *args: Any) -> Any:
+        if kwargs.get("tokenizer") is not None:
+            kwargs["tokenizer"] = output_tokenizer(self.config, kwargs["tokenizer"], replace_llms=True)
+        output_tokenizer(self.config, getattr(args[-1], "tokenizer", None), replace_llms=False)  # the streamer's
+        return super()._extract_generation_mode_kwargs(custom_generate, kwargs, *args)
 
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
         # `generate()` infers no mask for an encoder and checks lengths after encoding the prompt only: it hands

@@ -142,7 +142,7 @@ def _takes(model: nn.Module, argument: str) -> bool:
 
 def keep_special_ids(model: Any, before: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """
-    Undo what `Trainer` does first: it writes the special ids of `processing_class.tokenizer`, which is the LLM's, into
+    Undo what `Trainer` does first: it writes the special ids of a processor's `tokenizer`, which is the LLM's, into
     one config and the generation config of the SLM. A user who changes an id writes it into both configs. Takes the
     last result of this function, and returns the current ids by name in the three configs.
     """
@@ -151,8 +151,10 @@ def keep_special_ids(model: Any, before: dict[str, list[Any]]) -> dict[str, list
     held = {name: [getattr(holder, name, None) for holder in holders] for name in names}
     for name, old in before.items():
         new = [_first_id(now) if now != was else None for now, was in zip(held[name], old, strict=True)]
-        if new[2] is not None and new[2] in new[:2] and None in new[:2]:
-            logger.warning_once("The special ids of `processing_class.tokenizer` are the LLM's; the SLM's stay set.")
+        if (new[0] is None) != (new[1] is None) and _first_id(held[name][2]) in new[:2]:
+            logger.warning_once(
+                "`Trainer` wrote special ids of `processing_class` into two of three configs; they are undone."
+            )
             for holder, value in zip(holders, old, strict=True):
                 setattr(holder, name, value)
             held[name] = old

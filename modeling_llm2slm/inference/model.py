@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, ProcessorMixin
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
 from .. import modeling_llm2slm, processing_llm2slm
@@ -16,6 +16,7 @@ from ..data.atomic import atomic_write
 from ..reserving import with_reserve
 from . import assistant, factory, saving
 from .mixed_adapters import mixed_adapters
+from .processor import TextProcessor
 
 
 class LLM2SLMForConditionalGeneration(modeling_llm2slm.LLM2SLMForConditionalGeneration):
@@ -152,7 +153,7 @@ class LLM2SLMForConditionalGeneration(modeling_llm2slm.LLM2SLMForConditionalGene
         return saving.push_to_hub(self, repo_id, **kwargs)
 
 
-class LLM2SLMProcessor(processing_llm2slm.LLM2SLMProcessor):
+class LLM2SLMProcessor(TextProcessor):
     __doc__ = processing_llm2slm.LLM2SLMProcessor.__doc__
 
     @classmethod
@@ -181,7 +182,7 @@ class LLM2SLMProcessor(processing_llm2slm.LLM2SLMProcessor):
     ) -> list[str]:
         """Save tokenizers and settings, see [`ProcessorMixin.save_pretrained`]; an error changes no file."""
         with atomic_write(save_directory) as folder, saving.as_uploaded(self):
-            written = ProcessorMixin.save_pretrained(self, folder, **kwargs)
+            written = processing_llm2slm.LLM2SLMProcessor.save_pretrained(self, folder, **kwargs)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
         return [str(Path(save_directory, Path(file).relative_to(folder))) for file in written]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
-from modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
+from modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor, LLM2SLMTokenizer
 from modeling_llm2slm.inference.factory import have_same_tokenizer
 from tests.support.common import build_model, llm_tokenizer, slm_tokenizer, tiny_tokenizer
 
@@ -247,9 +247,14 @@ def test_save_and_load(processor: LLM2SLMProcessor, prompts: list[str], targets:
     assert loaded.pad_token_id == processor.pad_token_id
     kwargs = {"text": prompts, "text_target": targets, "padding": True}
     assert dict(loaded(**kwargs)) == dict(processor(**kwargs))
-    llms = AutoTokenizer.from_pretrained(tmp_path)
-    assert llms.get_vocab() == processor.tokenizer.get_vocab()
-    assert llms(prompts).input_ids == processor(text=prompts)["input_ids"]
+    both = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(both) is LLM2SLMTokenizer
+    llms = type(processor.tokenizer).from_pretrained(tmp_path)
+    for tokenizer in (llms, both.processor.tokenizer):
+        assert type(tokenizer) is type(processor.tokenizer)
+        assert tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    for tokenizer in (llms, both):
+        assert tokenizer(prompts).input_ids == processor(text=prompts)["input_ids"]
 
 
 def test_auto_processor_loads_from_the_folder_of_a_model(
