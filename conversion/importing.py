@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, EncoderDecoderConfig
 
+from modeling_llm2slm.data.parsing import read_json
 from modeling_llm2slm.files_llm2slm import open_weights, shape_of, weight_files
 from modeling_llm2slm.inference.model import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.parts_llm2slm import llm_class, slm_class
@@ -143,11 +143,9 @@ def import_projector(
 
 def _read_mapping(file: str | Path) -> dict[str, str]:
     try:
-        names = json.loads(Path(file).read_text(encoding="utf-8"))
+        names = read_json(file)
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no mapping {file}.") from None
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}.") from error
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f'{file} is not a mapping of names such as {{"mm_projector.0": "projector.linear_1"}}.')
     return names

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,7 +81,9 @@ def info(model: ModelArgument) -> None:
     print_model(model, load_text_to_text(model, **options))
     report = Path(model) / "training.json"
     if report.is_file():
-        trained = json.loads(report.read_text(encoding="utf-8"))
+        from modeling_llm2slm.data.parsing import read_json
+
+        trained = read_json(report)
         print_line(f"Trained {count_of(trained['steps'], 'step')} in {trained['seconds']:.0f} s.")
 
 
@@ -176,10 +177,9 @@ def print_model(name: str, text_to_text: TextToText) -> None:
 def _read_result(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {file}.")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+    from modeling_llm2slm.data.parsing import read_json
+
+    values = read_json(file)
     if not isinstance(values, dict):
         raise ValueError(f"{file} does not hold a result of `llm2slm evaluate`.")
     return values

@@ -204,8 +204,8 @@ def _print_plan(result: dict[str, Any]) -> None:
     for row in candidates:
         if row["slm_config"]:
             print_line(
-                f"{row['name']} is a GPT-2 as wide as the LLM, with a quarter of its decoder layers and random weights. "
-                "--output stores its slm_config, for build --slm."
+                f"{row['name']} is a GPT-2 as wide as the LLM, with a quarter of its decoder layers and random "
+                "weights. --output stores its slm_config, for build --slm."
             )
     threads = count_of(result["threads"], "thread")
     print_line(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import statistics
 import time
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from ..data.atomic import atomic_write
+from ..data.parsing import read_json
 from ..data.records import write_json
 from ..evaluation.timing import Timing, median_timing, time_in_turns
 from ..files_llm2slm import weight_files
@@ -100,7 +100,7 @@ class Benchmark:
         if not self.output.is_file():
             return {"setting": setting, "contestants": {}, "cells": {}}
         try:
-            result = json.loads(self.output.read_text(encoding="utf-8"))
+            result = read_json(self.output)
             found = result["setting"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.output} is not the result of a benchmark. Choose another file.") from error

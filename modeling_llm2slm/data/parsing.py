@@ -48,10 +48,11 @@ def read_json(path: str | Path) -> Any:
         OSError: If the file cannot be read.
         ValueError: If it is too large, is not UTF-8, is not JSON, or is nested too deeply; with its path.
     """
+    text = _read(path, MAX_JSON_BYTES)
     try:
-        return parse_json(_read(path, MAX_JSON_BYTES))
+        return parse_json(text)
     except ValueError as error:
-        raise ValueError(f"{path} is not usable JSON: {error}.") from None
+        raise ValueError(f"{path} is not JSON: {error}.") from None
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -62,10 +63,11 @@ def read_yaml(path: str | Path) -> Any:
         OSError: If the file cannot be read.
         ValueError: If it is too large, is not UTF-8 or is not YAML; with its path.
     """
+    text = _read(path, MAX_YAML_BYTES)
     try:
-        return parse_yaml(_read(path, MAX_YAML_BYTES))
+        return parse_yaml(text)
     except ValueError as error:
-        raise ValueError(f"{path} is not usable YAML: {error}.") from None
+        raise ValueError(f"{path} is not YAML: {error}.") from None
 
 
 def parse_yaml(text: str) -> Any:
@@ -88,11 +90,13 @@ def _read(path: str | Path, limit: int) -> str:
     with Path(path).open("rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
-        raise ValueError(f"it has more than {limit:,} bytes")
+        raise ValueError(f"{path} has more than {limit:,} bytes, the most that are read here.")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"it is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise ValueError(
+            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}. Save it as UTF-8."
+        ) from None
 
 
 def _cause(error: Exception) -> str:

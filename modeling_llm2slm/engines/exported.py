@@ -11,7 +11,6 @@ length N, width d_slm.
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 
 from ..cache_llm2slm import PromptStates, as_prompt_states, check_continues, padding_to, reorder
 from ..configuration_llm2slm import LLM2SLMConfig
+from ..data.parsing import read_json
 from ..fusion_llm2slm import fusion_of
 from ..generation_llm2slm import LLM2SLMGenerationMixin
 from ..inference.engine import engine
@@ -49,7 +49,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     """Return the content of `export.json`; `OSError` if it is not JSON."""
     file = Path(path) / MANIFEST
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file)
     except ValueError as error:
         raise OSError(f"{file} is damaged: {error}") from error
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..configuration_llm2slm import llm_sizes
 from ..data.atomic import atomic_write
+from ..data.parsing import read_json
 from .fingerprints import llm_fingerprint, tokenizer_fingerprint
 
 
@@ -84,7 +85,7 @@ class StoreDescription:
         if not path.is_file():
             raise FileNotFoundError(f"{folder} is not a store of hidden states. Create one: llm2slm encode.")
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
             description = cls(**values)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} cannot be read ({error}). Encode again: llm2slm encode --overwrite.") from error

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import Seq2SeqTrainingArguments
 
 from ..data.atomic import remove_unfinished
+from ..data.parsing import read_json
 from ..data.records import without_folders, write_json
 from .batches import effective_batch_size
 from .recipe import Recipe, recipe_fields
@@ -37,7 +38,7 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 def last_report(output_dir: str | Path) -> dict[str, Any]:
     """Return the report in an output folder, or an empty mapping."""
     file = Path(output_dir) / REPORT
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() and _is_json(file) else {}
+    return read_json(file) if file.is_file() and _is_json(file) else {}
 
 
 def finished_report(arguments: Seq2SeqTrainingArguments) -> dict[str, Any] | None:
@@ -53,7 +54,7 @@ def check_same_recipe(recipe: Recipe, arguments: Seq2SeqTrainingArguments) -> No
     file = Path(arguments.output_dir) / RECIPE
     if not (file.is_file() and _is_json(file)):
         return
-    begun, now = json.loads(file.read_text(encoding="utf-8")), fixed_settings(recipe, arguments)
+    begun, now = read_json(file), fixed_settings(recipe, arguments)
     for name in now:
         if name in begun and begun[name] != now[name]:
             raise ValueError(
@@ -99,7 +100,7 @@ def fixed_settings(recipe: Recipe, arguments: Seq2SeqTrainingArguments) -> dict[
 
 def _is_json(path: Path) -> bool:
     try:
-        json.loads(path.read_text(encoding="utf-8"))
+        read_json(path)
     except ValueError:
         return False
     return True

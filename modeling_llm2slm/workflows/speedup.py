@@ -21,6 +21,7 @@ from ..data.atomic import atomic_write, remove_unfinished
 from ..data.bad_rows import good_rows
 from ..data.formats import parse_rows
 from ..data.loading import ROW, load_prompts
+from ..data.parsing import read_json
 from ..data.records import without_secrets, write_json
 from ..evaluation.agreement import compare
 from ..inference.engine import fingerprint_of
@@ -101,7 +102,7 @@ class Speedup:
                 )
             return
         try:
-            begun = json.loads(path.read_text(encoding="utf-8"))
+            begun = read_json(path)
         except ValueError as error:
             raise ValueError(
                 f"{path} is truncated or corrupted ({error}). Choose another folder with --output."
@@ -215,7 +216,7 @@ class Speedup:
         for stage, (command, work) in self.stages().items():
             announce(stage, command)
             work()
-        return json.loads((self.output / "evaluation.json").read_text(encoding="utf-8"))
+        return read_json(self.output / "evaluation.json")
 
     def distill(self) -> None:
         """Generate the LLM's outputs, and split the prompts by a hash of each, so that equal ones stay together."""

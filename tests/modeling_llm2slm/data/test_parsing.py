@@ -36,7 +36,7 @@ class TestJson:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            (b'{"a": ', "is not usable JSON: Expecting value"),
+            (b'{"a": ', "is not JSON: Expecting value"),
             (b"\xff\xfe", "not UTF-8 text"),
             (b"9" * 5000, "thousands of digits"),
             (b" " * (2**26 + 1), "more than 67,108,864 bytes"),
@@ -86,7 +86,7 @@ class TestYaml:
 
     def test_a_file_is_named(self, tmp_path):
         (tmp_path / "x.yaml").write_bytes(b"a: \xe9")
-        with pytest.raises(ValueError, match=r"x\.yaml is not usable YAML: it is not UTF-8 text .* at byte 3"):
+        with pytest.raises(ValueError, match=r"x\.yaml is not UTF-8 text: .* at byte 3"):
             read_yaml(tmp_path / "x.yaml")
 
 
