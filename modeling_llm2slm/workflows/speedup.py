@@ -30,8 +30,9 @@ from ..settings import BuildSettings, DataSettings, DistillSettings, EncodeSetti
 from ..states.encoding import encode
 from ..states.loading import load
 from ..states.store import is_complete
+from ..training.checks import check_trainable
 from ..training.distillation import distill
-from ..training.recipe import check_trainable, load_recipe, parse_recipe, typed_recipe, with_current_names
+from ..training.recipe import load_recipe, parse_recipe, typed_recipe, with_current_names
 from ..training.resuming import REPORT, last_checkpoint
 from ..training.run import train
 
