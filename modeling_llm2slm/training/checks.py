@@ -19,6 +19,7 @@ def check_trainable(ours: Recipe, arguments: Seq2SeqTrainingArguments) -> None:
     schedule, or if a package that `report_to` names is not installed.
     """
     _check_optimizer(ours, arguments)
+    _check_schedule(arguments)
     for name in arguments.report_to:
         if name not in integrations.get_available_reporting_integrations():
             package = REPORT_PACKAGES.get(name, name)
@@ -32,7 +33,12 @@ def _check_optimizer(ours: Recipe, arguments: Seq2SeqTrainingArguments) -> None:
         if ours.optimizer == "adamw":
             Trainer.get_optimizer_cls_and_kwargs(arguments)
     except Exception as error:  # each optimizer raises its own exceptions
+        if "need to pass a model" in str(error):  # its other arguments are right
+            return
         raise RecipeError(f"optim is {arguments.optim.value!r}, which cannot be used: {cause_of(error)}.") from error
+
+
+def _check_schedule(arguments: Seq2SeqTrainingArguments) -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=arguments.learning_rate)
     options = arguments.lr_scheduler_kwargs
