@@ -30,11 +30,11 @@ TARGET_LENGTH: Bounds = {**LENGTH, "minimum": 2}  # the end token is one of them
 OUTPUT_LENGTH: Bounds = {"minimum": 1, "limit": 2**20}  # beam search allocates all of it
 TEMPERATURE: Bounds = {"minimum": 0.001, "maximum": 2}  # below, logits overflow when they are divided by it
 TOP_P: Bounds = {"above": 0, "maximum": 1}
-SEED: Bounds = {"minimum": 0, "limit": 2**32 - 1}  # of weights and data: NumPy takes no others
+SEED: Bounds = {"minimum": 0, "limit": 2**32 - 1}  # NumPy accepts no other seeds
 PROCESSES: Bounds = {"minimum": 1, "limit": 1024}
 PENALTY: Bounds = {"minimum": 0.001, "maximum": 1000}
 EPOCHS: Bounds = {"above": 0, "limit": 10**6}
-WAIT: Bounds = {"limit": 10**9}  # timers take no longer times
+WAIT: Bounds = {"limit": 10**9}  # timers overflow beyond it
 DEVICE: Bounds = {"pattern": (r"[a-z]+(:\d{1,4})?", "a device such as cpu, cuda or cuda:1")}
 FILE_SIZE: Bounds = {"pattern": (r"\d*[1-9]\d{0,9} *[KMGT]?B", "a size such as 500MB or 1GB")}
 
@@ -106,6 +106,9 @@ def _unmet(value: Any, bounds: Mapping[str, Any], kind: Any) -> Any:
             yield "text without NUL characters and halves of surrogate pairs"
         if pattern is not None and not re.fullmatch(pattern[0], value):
             yield pattern[1]
+    if isinstance(value, list | tuple):
+        for entry in value:
+            yield from _unmet(entry, bounds, Any)
     if has_type(value, float):
         yield from _unmet_bounds(value, bounds)
 
@@ -130,7 +133,7 @@ def _unmet_bounds(value: Any, bounds: Mapping[str, Any]) -> Any:
 
 
 def has_type(value: Any, kind: Any) -> bool:
-    """Return whether a value is of a type, see [`check_value`]. A switch is no number."""
+    """Return whether a value is of a type, see [`check_value`]. `True` is not a number."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return has_type(value, arguments[0])
@@ -308,9 +311,9 @@ class GenerateArguments(Settings):
     encoder_repetition_penalty: float | None = option(None, "The same for tokens of the prompt.", **PENALTY)
     no_repeat_ngram_size: int | None = option(None, "Length of token sequences that may not repeat.", minimum=0)
     encoder_no_repeat_ngram_size: int | None = option(None, "The same for sequences of the prompt.", minimum=0)
-    bad_words_ids: list[list[int]] | None = option(None, "Token sequences that are not generated.")
-    suppress_tokens: list[int] | None = option(None, "Tokens that are not generated.")
-    begin_suppress_tokens: list[int] | None = option(None, "Tokens that do not come first.")
+    bad_words_ids: list[list[int]] | None = option(None, "Token sequences that are not generated.", minimum=0)
+    suppress_tokens: list[int] | None = option(None, "Tokens that are not generated.", minimum=0)
+    begin_suppress_tokens: list[int] | None = option(None, "Tokens that do not come first.", minimum=0)
     forced_bos_token_id: int | None = option(None, "The first token.", minimum=0)
     forced_eos_token_id: int | list[int] | None = option(None, "The last token at the longest length.", minimum=0)
     bos_token_id: int | None = option(None, "The start token.", minimum=0)

@@ -283,8 +283,7 @@ class Recipe(BaseModel):
     @classmethod
     def _check_value(cls, value: Any, info: ValidationInfo) -> Any:
         """Check what pydantic does not: characters, and numbers beyond 64 bits."""
-        for entry in value if isinstance(value, list) else [value]:
-            check_value(str(info.field_name), entry, {})
+        check_value(str(info.field_name), value, {})
         return value
 
     @field_validator("learning_rate_mapping")
@@ -713,8 +712,7 @@ def _typed(name: str, hint: Any, value: Any, bounds: Mapping[str, Any]) -> Any:
     except ValidationError as error:
         wanted = " or ".join(dict.fromkeys(map(_wanted, error.errors())))
         raise ValueError(f"{name} is {shown(value)}, but it must be {wanted}.") from None
-    for entry in typed if isinstance(typed, list) else [typed]:
-        check_value(name, entry, bounds)
+    check_value(name, typed, bounds)
     return typed
 
 

@@ -100,6 +100,8 @@ def test_an_empty_prompt_is_found_before_any_compute(checkpoints, monkeypatch):
         ({"max_new_tokens": 0}, "max_new_tokens is 0, but it must be at least 1"),
         ({"max_new_tokens": "many"}, "max_new_tokens is 'many', but it must be a whole number"),
         ({"eos_token_id": [1, "x"]}, "eos_token_id is .* a whole number or a list with a whole number in each place"),
+        ({"eos_token_id": [1, -2]}, r"eos_token_id is \[1, -2\], but it must be at least 0"),
+        ({"suppress_tokens": [10**30]}, "suppress_tokens is .* a whole number of at most 64 bits"),
         ({"batch_size": 0}, "batch_size is 0, but it must be at least 1"),
     ],
 )
