@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from importlib.resources import files
 from pathlib import Path
@@ -35,6 +36,7 @@ from modeling_llm2slm.settings import BuildSettings
 from modeling_llm2slm.states.loading import load, with_article
 
 
+VOCABULARY_MULTIPLE = 128  # to which vocabularies are padded, at most
 CONFIG_SETTINGS = ("fusion", "encoder_layer", "encoder_dtype", "decoder_dtype", "encoder_revision", "decoder_revision")
 
 
@@ -149,8 +151,11 @@ def _build_preset(preset: str, settings: BuildSettings, config: dict[str, Any]) 
         if name in config:
             raise ValueError(f"A preset has random weights and no {name}: leave it out.")
     composite = load(LLM2SLMConfig, file, shared_tokenizer=are_same_tokenizer(reader, writer), **config)
-    _check_vocabulary(preset, composite.encoder, reader)
-    _check_vocabulary(preset, composite.decoder, writer)
+    written = PreTrainedConfig.get_config_dict(file)[0]
+    for part, tokenizer in (("encoder", reader), ("decoder", writer)):
+        config_of_part = getattr(composite, part)
+        is_open = _leaves_vocabulary_open(written.get(part) or {}, config_of_part, tokenizer)
+        _check_vocabulary(preset, config_of_part, tokenizer, is_open)
     model = LLM2SLMForConditionalGeneration(composite).eval()
     return LLM2SLMTextToText(model, new_processor(reader, writer, settings))
 
@@ -229,6 +234,8 @@ def part_config(source: str, tokenizer: PreTrainedTokenizerBase | str) -> PreTra
         return config
     if isinstance(tokenizer, str):
         tokenizer = load(AutoTokenizer, tokenizer)
+    if _leaves_vocabulary_open(PreTrainedConfig.get_config_dict(source)[0], config, tokenizer):
+        config.vocab_size = len(tokenizer)
     _check_vocabulary(source, config, tokenizer)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, name, getattr(tokenizer, name))
@@ -237,9 +244,22 @@ def part_config(source: str, tokenizer: PreTrainedTokenizerBase | str) -> PreTra
     return config
 
 
-def _check_vocabulary(source: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    if config.vocab_size < len(tokenizer):
+def _leaves_vocabulary_open(
+    written: Mapping[str, Any], config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> bool:
+    """
+    Whether a config file has no `vocab_size`, and the default of its family is not that of the tokenizer. It may be
+    padded up to a multiple of 128, as T5's is.
+    """
+    return "vocab_size" not in written and not 0 <= config.vocab_size - len(tokenizer) < VOCABULARY_MULTIPLE
+
+
+def _check_vocabulary(
+    source: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, is_open: bool = False
+) -> None:
+    if is_open or config.vocab_size < len(tokenizer):
+        default = " the default of its family," if is_open else ""
         raise ValueError(
-            f"{source}: the {config.model_type} config has a vocabulary of {config.vocab_size}, but the tokenizer has "
-            f"{len(tokenizer)} tokens. Set vocab_size to that or more."
+            f"{source}: the {config.model_type} config has a vocabulary of {config.vocab_size},{default} but the "
+            f"tokenizer has {len(tokenizer)} tokens. Set vocab_size to that or more."
         )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from modeling_llm2slm.data.parsing import read_json
 from modeling_llm2slm.inference.model import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.states.loading import load_model, one_sentence
 
@@ -68,5 +68,5 @@ def merge(
 
 def _describe(adapter: Path) -> str:
     file = adapter / "adapter_config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config = read_json(file) if file.is_file() else {}
     return f"{config.get('peft_type', 'an adapter')}, rank {config.get('r', 'unknown')}"

@@ -85,12 +85,12 @@ def plan(
     """
     tokenizers = dict(_preset_and_folder(entry) for entry in slm_tokenizer or [])
     quiet_libraries(data=True)
-    from modeling_llm2slm.workflows.plan import SLMS, plan_within_limit
+    from modeling_llm2slm.workflows.plan import plan_within_limit
 
     with claimed(output, overwrite=overwrite, inputs=(llm, data, *(preset or ()), *tokenizers.values())):
         with steps("Planning") as progress:
             result = plan_within_limit(
-                llm, data, settings, presets=preset or tuple(SLMS), slm_tokenizers=tokenizers, progress=progress
+                llm, data, settings, presets=preset or None, slm_tokenizers=tokenizers, progress=progress
             )
         _write_and_show({"llm": llm, "data": Path(data).name, **result}, output, _print_plan)
 
@@ -212,6 +212,12 @@ def _print_plan(result: dict[str, Any]) -> None:
     out.print(table)
     if any(row["tokens_assumed"] for row in candidates):
         print_line("* assumed to be as many as the LLM's: the SLM's tokenizer was not found (--slm-tokenizer).")
+    for row in candidates:
+        if row["slm_config"]:
+            print_line(
+                f"{row['name']} is a GPT-2 as wide as the LLM, with a quarter of its decoder layers and random "
+                "weights. --output stores its slm_config, for build --slm."
+            )
     threads = count_of(result["threads"], "thread")
     print_line(
         f"{count_of(result['prompts'], 'prompt')} of {result['prompt_tokens']:.1f} tokens; their hidden states take "

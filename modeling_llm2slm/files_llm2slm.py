@@ -57,7 +57,7 @@ def shard_names(index: Path) -> list[str]:
     """Return the files that an index of shards names. Raise `ValueError` for one outside its folder."""
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise OSError(f"{index.name} in {index.parent} is damaged: it is not an index of shards.") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):

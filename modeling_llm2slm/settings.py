@@ -21,21 +21,22 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 
 LARGEST_INTEGER = 2**63 - 1  # tensors hold 64 bits
+Bounds = dict[str, Any]
 
 # Bounds and patterns that several settings share, also those of recipes and of HTTP requests.
-BEAMS = {"minimum": 1, "limit": 1024}
-LENGTH = {"minimum": 1, "limit": 2**31 - 1}
-TARGET_LENGTH = {**LENGTH, "minimum": 2}  # the end token is one of them
-OUTPUT_LENGTH = {"minimum": 1, "limit": 2**20}  # beam search allocates all of it
-TEMPERATURE = {"minimum": 0.001, "maximum": 2}  # below, logits overflow when they are divided by it
-TOP_P = {"above": 0, "maximum": 1}
-SEED = {"minimum": 0, "limit": 2**32 - 1}  # of weights and data: NumPy takes no others
-PROCESSES = {"minimum": 1, "limit": 1024}
-PENALTY = {"minimum": 0.001, "maximum": 1000}
-EPOCHS = {"above": 0, "limit": 10**6}
-WAIT = {"limit": 10**9}  # timers take no longer times
-DEVICE = {"pattern": (r"[a-z]+(:\d{1,4})?", "a device such as cpu, cuda or cuda:1")}
-FILE_SIZE = {"pattern": (r"\d*[1-9]\d{0,9} *[KMGT]?B", "a size such as 500MB or 1GB")}
+BEAMS: Bounds = {"minimum": 1, "limit": 1024}
+LENGTH: Bounds = {"minimum": 1, "limit": 2**31 - 1}
+TARGET_LENGTH: Bounds = {**LENGTH, "minimum": 2}  # the end token is one of them
+OUTPUT_LENGTH: Bounds = {"minimum": 1, "limit": 2**20}  # beam search allocates all of it
+TEMPERATURE: Bounds = {"minimum": 0.001, "maximum": 2}  # below, logits overflow when they are divided by it
+TOP_P: Bounds = {"above": 0, "maximum": 1}
+SEED: Bounds = {"minimum": 0, "limit": 2**32 - 1}  # NumPy accepts no other seeds
+PROCESSES: Bounds = {"minimum": 1, "limit": 1024}
+PENALTY: Bounds = {"minimum": 0.001, "maximum": 1000}
+EPOCHS: Bounds = {"above": 0, "limit": 10**6}
+WAIT: Bounds = {"limit": 10**9}  # timers overflow beyond it
+DEVICE: Bounds = {"pattern": (r"[a-z]+(:\d{1,4})?", "a device such as cpu, cuda or cuda:1")}
+FILE_SIZE: Bounds = {"pattern": (r"\d*[1-9]\d{0,9} *[KMGT]?B", "a size such as 500MB or 1GB")}
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -58,7 +59,7 @@ class Settings:
     """
 
     def __post_init__(self) -> None:
-        for setting, kind in types_of(type(self)).items():
+        for setting, kind in types_of(type(self)).items():  # type: ignore[arg-type] # classes are hashable
             value = getattr(self, setting.name)
             if isinstance(value, os.PathLike):
                 value = os.fspath(value)
@@ -105,7 +106,10 @@ def _unmet(value: Any, bounds: Mapping[str, Any], kind: Any) -> Any:
             yield "text without NUL characters and halves of surrogate pairs"
         if pattern is not None and not re.fullmatch(pattern[0], value):
             yield pattern[1]
-    if isinstance(value, Real) and not isinstance(value, bool):
+    if isinstance(value, list | tuple):
+        for entry in value:
+            yield from _unmet(entry, bounds, Any)
+    if has_type(value, float):
         yield from _unmet_bounds(value, bounds)
 
 
@@ -121,7 +125,7 @@ def _unmet_bounds(value: Any, bounds: Mapping[str, Any]) -> Any:
         if bound in bounds and value != bounds.get("also") and not holds(bounds[bound]):  # NaN fails every comparison
             also = f", or {bounds['also']}" if "also" in bounds else ""
             yield f"{words} {bounds[bound]}{also}"
-    if isinstance(value, Integral):
+    if has_type(value, int):
         if not -LARGEST_INTEGER - 1 <= value <= LARGEST_INTEGER:
             yield "a whole number of at most 64 bits"
     elif not abs(value) <= sys.float_info.max:
@@ -129,7 +133,7 @@ def _unmet_bounds(value: Any, bounds: Mapping[str, Any]) -> Any:
 
 
 def has_type(value: Any, kind: Any) -> bool:
-    """Return whether a value is of a type, see [`check_value`]. A switch is no number."""
+    """Return whether a value is of a type, see [`check_value`]. `True` is not a number."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return has_type(value, arguments[0])
@@ -137,7 +141,7 @@ def has_type(value: Any, kind: Any) -> bool:
         return any(has_type(value, part) for part in arguments)
     if origin is Literal:
         return any(value == choice and type(value) is type(choice) for choice in arguments)
-    if origin is list:
+    if origin in (list, tuple):
         is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
         return is_list and all(has_type(entry, arguments[0]) for entry in value)
     number = {int: Integral, float: Real}.get(kind)
@@ -153,7 +157,7 @@ def describe_type(kind: Any) -> str:
         return " or ".join(describe_type(part) for part in arguments if part is not NoneType)
     if origin is Literal:
         return " or ".join(map(repr, arguments))
-    if origin is list:
+    if origin in (list, tuple):
         return f"a list with {describe_type(arguments[0])} in each place"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return words.get(kind, "a mapping of names to values")
@@ -308,9 +312,9 @@ class GenerateArguments(Settings):
     encoder_repetition_penalty: float | None = option(None, "The same for tokens of the prompt.", **PENALTY)
     no_repeat_ngram_size: int | None = option(None, "Length of token sequences that may not repeat.", minimum=0)
     encoder_no_repeat_ngram_size: int | None = option(None, "The same for sequences of the prompt.", minimum=0)
-    bad_words_ids: list[list[int]] | None = option(None, "Token sequences that are not generated.")
-    suppress_tokens: list[int] | None = option(None, "Tokens that are not generated.")
-    begin_suppress_tokens: list[int] | None = option(None, "Tokens that do not come first.")
+    bad_words_ids: list[list[int]] | None = option(None, "Token sequences that are not generated.", minimum=0)
+    suppress_tokens: list[int] | None = option(None, "Tokens that are not generated.", minimum=0)
+    begin_suppress_tokens: list[int] | None = option(None, "Tokens that do not come first.", minimum=0)
     forced_bos_token_id: int | None = option(None, "The first token.", minimum=0)
     forced_eos_token_id: int | list[int] | None = option(None, "The last token at the longest length.", minimum=0)
     bos_token_id: int | None = option(None, "The start token.", minimum=0)

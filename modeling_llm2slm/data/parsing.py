@@ -54,7 +54,7 @@ def read_json(path: str | Path) -> Any:
     try:
         return parse_json(content)
     except ValueError as error:
-        raise ValueError(f"{path} is not usable JSON: {error}.") from None
+        raise ValueError(f"{path} is not JSON: {error}.") from None
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -69,7 +69,7 @@ def read_yaml(path: str | Path) -> Any:
     try:
         return parse_yaml(content)
     except ValueError as error:
-        raise ValueError(f"{path} is not usable YAML: {error}.") from None
+        raise ValueError(f"{path} is not YAML: {error}.") from None
 
 
 def parse_yaml(text: str) -> Any:

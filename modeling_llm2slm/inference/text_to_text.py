@@ -94,7 +94,8 @@ class TextToText:
             ValueError: If the model does not generate text, the device does not exist, or the store belongs to another
                 LLM.
         """
-        return engine_of(path).load(path, LoadOptions(**options))
+        wanted = LoadOptions(**options)
+        return engine_of(path).load(path, wanted)
 
     def save_pretrained(self, path: str | Path, **kwargs: Any) -> None:
         """

@@ -152,7 +152,7 @@ def _sentence(path: str, error: Exception) -> str:
 def _cause(path: str, error: Exception) -> str:
     """Return the cause of an error. For a missing folder, transformers reports a bad name or an unreachable Hub."""
     if Path(path).exists():
-        return first_line(error)
+        return "one of its files is nested too deeply." if isinstance(error, RecursionError) else first_line(error)
     if path.endswith(".json"):
         return "there is no such file"
     is_folder = path.startswith((".", "/", "~")) or path.count("/") > 1 or ("/" in path and Path(path).parent.is_dir())

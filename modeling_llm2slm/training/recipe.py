@@ -283,8 +283,7 @@ class Recipe(BaseModel):
     @classmethod
     def _check_value(cls, value: Any, info: ValidationInfo) -> Any:
         """Check what pydantic does not: characters, and numbers beyond 64 bits."""
-        for entry in value if isinstance(value, list) else [value]:
-            check_value(str(info.field_name), entry, {})
+        check_value(str(info.field_name), value, {})
         return value
 
     @field_validator("learning_rate_mapping")
@@ -438,8 +437,6 @@ LORA_BOUNDS: dict[str, dict[str, Any]] = {
     "lora_alpha": {"above": 0},
     "lora_dropout": {"minimum": 0, "below": 1},
 }
-# The packages of the integrations that are not named like them.
-REPORT_PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit"}
 EMPTY = {
     "string_too_short": "text that is not empty",
     "too_short": "a list that is not empty",
@@ -624,7 +621,7 @@ def _lora_options(options: Mapping[str, Any]) -> dict[str, Any]:
     try:
         LoraConfig(**{"target_modules": ["all"], **typed})
     except Exception as error:  # each option raises its own exceptions
-        raise ValueError(f"lora is {shown(options)}, which peft refuses: {_cause(error)}.") from error
+        raise ValueError(f"lora is {shown(options)}, which peft refuses: {cause_of(error)}.") from error
     return typed
 
 
@@ -678,7 +675,7 @@ def _training_arguments(ours: Recipe, values: Mapping[str, Any]) -> "Seq2SeqTrai
     except Exception as error:  # each field raises its own exceptions
         culprit = next((name for name in typed if _fails({**defaults, "output_dir": "x", name: typed[name]})), None)
         given = f"{culprit} is {shown(typed[culprit])}" if culprit else "The recipe has fields"
-        raise ValueError(f"{given}, which the Trainer refuses: {_cause(error)}.") from error
+        raise ValueError(f"{given}, which the Trainer refuses: {cause_of(error)}.") from error
 
 
 def _fails(values: Mapping[str, Any]) -> bool:
@@ -692,7 +689,8 @@ def _fails(values: Mapping[str, Any]) -> bool:
     return False
 
 
-def _cause(error: Exception) -> str:
+def cause_of(error: Exception) -> str:
+    """Return what an exception of a library says, on one line of bounded length."""
     return (" ".join(str(error).split()) or type(error).__name__)[:300].removesuffix(".")
 
 
@@ -715,8 +713,7 @@ def _typed(name: str, hint: Any, value: Any, bounds: Mapping[str, Any]) -> Any:
     except ValidationError as error:
         wanted = " or ".join(dict.fromkeys(map(_wanted, error.errors())))
         raise ValueError(f"{name} is {shown(value)}, but it must be {wanted}.") from None
-    for entry in typed if isinstance(typed, list) else [typed]:
-        check_value(name, entry, bounds)
+    check_value(name, typed, bounds)
     return typed
 
 
@@ -762,43 +759,6 @@ def _check_together(ours: Recipe, arguments: "Seq2SeqTrainingArguments") -> None
     if arguments.train_sampling_strategy not in ("random", "group_by_length"):
         raise ValueError("With streaming, train_sampling_strategy must be random or group_by_length.")
     arguments.accelerator_config.dispatch_batches = False  # batches of different lengths cannot be sent as one
-
-
-def check_trainable(ours: Recipe, arguments: "Seq2SeqTrainingArguments") -> None:
-    """
-    Raise [`RecipeError`], before anything is loaded, if the Trainer could not make the optimizer or the learning rate
-    schedule, or if a package that `report_to` names is not installed.
-    """
-    from transformers.integrations import get_available_reporting_integrations
-
-    _check_optimizer(ours, arguments)
-    for name in arguments.report_to:
-        if name not in get_available_reporting_integrations():
-            package = REPORT_PACKAGES.get(name, name)
-            raise RecipeError(
-                f"report_to has {name!r}, which is not installed. Try: pip install {package}, or set report_to: none."
-            )
-
-
-def _check_optimizer(ours: Recipe, arguments: "Seq2SeqTrainingArguments") -> None:
-    import torch
-    from transformers import Trainer, get_scheduler
-
-    try:
-        if ours.optimizer == "adamw":
-            Trainer.get_optimizer_cls_and_kwargs(arguments)
-    except Exception as error:  # each optimizer raises its own exceptions
-        raise RecipeError(f"optim is {arguments.optim.value!r}, which cannot be used: {_cause(error)}.") from error
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=arguments.learning_rate)
-    options = arguments.lr_scheduler_kwargs
-    try:
-        get_scheduler(arguments.lr_scheduler_type, optimizer, 0, 1000, options)
-    except Exception as error:  # each schedule raises its own exceptions
-        raise RecipeError(
-            f"lr_scheduler_kwargs is {shown(options)}, which the schedule {arguments.lr_scheduler_type.value!r} "
-            f"refuses: {_cause(error)}."
-        ) from error
 
 
 def _sentence(error: ValidationError) -> str:

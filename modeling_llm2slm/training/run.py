@@ -22,9 +22,10 @@ from ..evaluation.metrics import check_installed
 from ..inference.saving import check_not_replaced
 from ..inference.text_to_text import TextToText
 from .callbacks import ProgressLines, progress_lines
+from .checks import check_trainable
 from .features import training_data
 from .model import gather_sharded, load_to_train, merge_and_restore, refer_to_llm, source_of_llm
-from .recipe import Recipe, check_trainable, parse_recipe, typed_recipe
+from .recipe import Recipe, parse_recipe, typed_recipe
 from .resuming import (
     REPORT,
     TrainingFailed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from ..configuration_llm2slm import LLM2SLMConfig, llm_sizes
 from ..conversion.build import preset_config
@@ -25,10 +26,9 @@ from ..settings import DataSettings, PlanSettings
 from ..states.loading import load
 from ..training.memory import TrainingSetup, generation_memory, training_memory
 from .limited import is_out_of_memory, run_limited
+from .sizes import QUARTER, SLMS, default_slms
 
 
-# Presets with different SLMs, each with the checkpoint that its SLM starts from, whose tokenizer counts tokens.
-SLMS = {"t5-large_gpt2": "openai-community/gpt2", "t5-large_t5-small": "google-t5/t5-small"}
 WORTHWHILE_SPEED_UP = 2.0  # enough to train for, whatever the size of the SLM
 SMALLEST_SPEED_UP = 1.2
 SHARE_OF_MEMORY = 0.75  # of what is free: the rest is for other programs
@@ -56,6 +56,7 @@ class Candidate:
         too_long: Number of prompts that, with the longest output, exceed the max positions of the LLM or the SLM.
         timed_batch_size: Batch size of the training step that was timed: smaller than the one asked for, where memory
             is.
+        slm_config: The SLM's config where it follows from the LLM, for `llm2slm build --slm`; `None` for a preset.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Candidate:
     train_hours: float
     too_long: int
     timed_batch_size: int | None = None
+    slm_config: dict[str, Any] | None = None
 
 
 def plan(
@@ -79,7 +81,7 @@ def plan(
     data: str | Path,
     settings: PlanSettings = PlanSettings(),  # noqa: B008 - immutable
     *,
-    presets: Sequence[str] = tuple(SLMS),
+    presets: Sequence[str] | None = None,
     slm_tokenizers: Mapping[str, str] | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> dict[str, Any]:
@@ -91,7 +93,7 @@ def plan(
         llm: The LLM with its decoder, a folder or a name on the Hub.
         data: Prompts, see [`load_prompts`].
         settings: What is measured, and the training whose cost is estimated.
-        presets: Names of presets, or config files, whose SLMs are tried.
+        presets: Names of presets, or config files, whose SLMs are tried. Default: [`default_slms`] of the LLM.
         slm_tokenizers: Tokenizers by preset, which replace those on the Hub.
         progress: Called with a few words at every step.
 
@@ -107,22 +109,27 @@ def plan(
     """
     set_seed(0)
     named = dict(slm_tokenizers or {})
+    llm_config = _check_llm(llm)
+    configs = default_slms(llm_config) if presets is None else {preset: preset_config(preset) for preset in presets}
+    presets = list(configs)
     for preset in named:
         if preset not in presets:
             raise ValueError(f"{preset} has a tokenizer, but it is not one of the presets {', '.join(presets)}.")
     tokenizers = {preset: _tokenizer(named.get(preset), SLMS.get(preset)) for preset in presets}
-    configs = {preset: preset_config(preset) for preset in presets}
-    _check_llm(llm)
     reading = DataSettings(prompt_column=settings.prompt_column, skip_bad_rows=settings.skip_bad_rows)
     prompts = load_prompts(data, reading)["prompt"][:]
     progress("loading the LLM")
     large = TextToText.from_pretrained(llm, device=settings.device, prompt_max_length=settings.prompt_max_length)
+    if QUARTER in configs and tokenizers[QUARTER] is None:
+        tokenizers[QUARTER] = large.tokenizer
     planner = _Planner(str(llm), large, prompts, settings, progress)
     fitting = {preset: planner.fitting_prompts(preset, config, str(data)) for preset, config in configs.items()}
     candidates = [
         planner.candidate(preset, configs[preset], tokenizers[preset], fitting[preset]) for preset in presets
     ]
-    recommended, recommendation = recommend(candidates, len(prompts))
+    slowest = max((row.ms_per_output for row in candidates if row.name == QUARTER), default=math.inf)
+    fast_enough = [candidate for candidate in candidates if candidate.ms_per_output <= slowest]
+    recommended, recommendation = recommend(fast_enough, len(prompts))
     return {
         **planner.summary(),
         "candidates": [asdict(candidate) for candidate in candidates],
@@ -221,6 +228,7 @@ class _Planner:
             distill_hours=hours * sample.beam_seconds,
             train_hours=settings.epochs * len(self.prompts) / settings.batch_size * step_seconds / 3600,
             too_long=len(self.prompts) - len(fitting),
+            slm_config=config.decoder.to_diff_dict() if preset == QUARTER else None,
             **costs,
         )
 
@@ -402,12 +410,13 @@ def _time_step(model: Any, batch_size: int, prompt_length: int, output_length: i
     return seconds_of(step)
 
 
-def _check_llm(llm: str | Path) -> None:
+def _check_llm(llm: str | Path) -> PreTrainedConfig:
     config = load(AutoConfig, llm)
     if config.model_type == "llm2slm":
         raise ValueError(f"{llm} is an LLM-to-SLM model. Name the LLM that it was built from.")
     if not config.is_encoder_decoder:
         raise ValueError(f"{llm} is decoder-only; an encoder-decoder LLM is required.")
+    return config
 
 
 def _tokenizer(given: str | None, default: str | None) -> PreTrainedTokenizerBase | None:

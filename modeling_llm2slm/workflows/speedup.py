@@ -30,6 +30,7 @@ from ..data.conversations import (
 from ..data.formats import parse_rows
 from ..data.loading import ROW, load_prompts
 from ..data.output_paths import MODEL_FILES, check_output, locked
+from ..data.parsing import read_json
 from ..data.records import MAPPING, read_record, without_secrets, write_json
 from ..evaluation.agreement import compare
 from ..inference.engine import fingerprint_of
@@ -38,8 +39,9 @@ from ..settings import BuildSettings, DataSettings, DistillSettings, EncodeSetti
 from ..states.encoding import encode
 from ..states.loading import load
 from ..states.store import is_complete
+from ..training.checks import check_trainable
 from ..training.distillation import distill
-from ..training.recipe import check_trainable, load_recipe, parse_recipe, typed_recipe, with_current_names
+from ..training.recipe import load_recipe, parse_recipe, typed_recipe, with_current_names
 from ..training.resuming import REPORT, last_checkpoint, last_failure
 from ..training.run import train
 
@@ -229,7 +231,7 @@ class Speedup:
             for stage, (command, work) in self.stages().items():
                 announce(stage, command)
                 work()
-        return json.loads((self.output / "evaluation.json").read_text(encoding="utf-8"))
+        return read_json(self.output / "evaluation.json")
 
     def distill(self) -> None:
         """Generate the LLM's outputs, and split the prompts by a hash of each, so that equal ones stay together."""

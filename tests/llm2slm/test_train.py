@@ -36,6 +36,19 @@ def test_interrupted_training_says_how_to_resume(recipe, capsys, monkeypatch):
     assert "Interrupted. Repeat the command to resume." in capsys.readouterr().err
 
 
+def test_a_wrong_field_is_named_with_the_file_or_the_option_that_holds_it(recipe, capsys):
+    assert run("train", recipe, "--learning-rate", "inf") == 1
+    assert capsys.readouterr().err == "Error: learning_rate is inf, but it must be a finite number.\n"
+    recipe.write_text(recipe.read_text() + "learning_rate: .inf\n")
+    assert run("train", recipe) == 1
+    assert capsys.readouterr().err == f"Error: {recipe}: learning_rate is inf, but it must be a finite number.\n"
+    recipe.write_text(recipe.read_text() + "learning_rate: 1\n")
+    assert run("train", recipe) == 1
+    assert (
+        f"Error: {recipe} is not YAML: the key 'learning_rate' stands in one mapping twice." in capsys.readouterr().err
+    )
+
+
 def test_choices_in_the_help_do_not_break_inside_a_word():
     assert _shortened("adamw|adafactor") == "adamw|adafactor"
     assert _shortened("loss|bleu|chrf|rouge1|exact_match") == "loss|bleu|chrf|..."

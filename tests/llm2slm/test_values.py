@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import random
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
-from hypothesis import given
 
 from llm2slm import app
 from modeling_llm2slm.training.recipe import recipe_fields
-from tests.modeling_llm2slm.test_values import draws
 from tests.support.commands import run
 from tests.support.values import TEXTS
 
@@ -57,30 +56,29 @@ def check(capsys: pytest.CaptureFixture[str], *words: str) -> None:
     assert time.perf_counter() - start < SECONDS
     assert "Traceback" not in errors
     assert status == 0 or errors.strip()
-    assert len(errors) < 3000
+    assert len(errors) < 3000 + 2 * len(words[-1])
 
 
-@pytest.mark.parametrize(("words", "option"), OPTIONS, ids=lambda part: "-".join(part) if part else "")
-@draws(12)
-@given(value=TEXTS)
+@pytest.mark.parametrize(
+    ("words", "option"), OPTIONS, ids=lambda part: part if isinstance(part, str) else "-".join(part)
+)
 def test_every_option(
     words: tuple[str, ...],
     option: str,
-    value: str,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    check(capsys, *words, *arguments_of(words), f"{option}={value}")
+    for value in random.Random(f"{words}{option}").sample(TEXTS, 8):
+        check(capsys, *words, *arguments_of(words), f"{option}={value}")
 
 
 @pytest.mark.parametrize("field", FIELDS)
-@draws(12)
-@given(value=TEXTS)
 def test_every_field_of_a_recipe(
-    field: str, value: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    field: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("recipe.yaml").write_text("model: no/such/one\ntrain_data: no.jsonl\noutput_dir: out\n")
-    check(capsys, "train", "recipe.yaml", f"--{field}={value}")
+    for value in random.Random(field).sample(TEXTS, 4):
+        check(capsys, "train", "recipe.yaml", f"--{field}={value}")

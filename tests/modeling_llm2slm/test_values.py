@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers.utils import logging as transformers_logging
 
 from modeling_llm2slm import settings as declared
+from modeling_llm2slm.benchmark.cells import Cell
 from modeling_llm2slm.serving.schema import CompletionRequest, Limits, RequestError, parse_request
 from modeling_llm2slm.settings import GenerateArguments, Settings, check_generate_arguments, has_type, shown
 from modeling_llm2slm.training.recipe import Recipe, parse_recipe, recipe_fields
@@ -51,9 +52,7 @@ def outcome(use: Callable[[], Any], name: str) -> Any:
     return None
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"), [(kind, setting.name) for kind in [*ALL, GenerateArguments] for setting in fields(kind)]
-)
+@pytest.mark.parametrize(("kind", "name"), [(kind, setting.name) for kind in [*ALL, Cell] for setting in fields(kind)])
 @draws(60)
 @given(value=ANY)
 def test_every_setting(kind: type[Settings], name: str, value: Any) -> None:
@@ -142,6 +141,6 @@ def test_every_value_is_shown_in_few_words(value: Any) -> None:
 
 
 def test_every_class_of_settings_declares_types_that_are_checked() -> None:
-    for kind in [*ALL, GenerateArguments]:
+    for kind in [*ALL, Cell]:
         for setting, hint in declared.types_of(kind).items():
             assert not has_type(object(), hint), f"{kind.__name__}.{setting.name} takes anything"

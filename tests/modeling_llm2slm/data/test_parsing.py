@@ -36,7 +36,7 @@ class TestJson:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            (b'{"a": ', "is not usable JSON: Expecting value"),
+            (b'{"a": ', "is not JSON: Expecting value"),
             (b"\xff\xfe", "not UTF-8"),
             (b"9" * 5000, "thousands of digits"),
             (b" " * (2**26 + 1), "more than 67,108,864 bytes"),
@@ -121,14 +121,13 @@ def write(path: Path, bad: str) -> None:
 @pytest.mark.parametrize(
     ("suffix", "bad"),
     [
-        *[(suffix, bad) for suffix in (".jsonl", ".json", ".json.gz") for bad in BAD_JSON],
+        *[(".jsonl", bad) for bad in BAD_JSON if "\n" not in bad],  # two lines are two rows
+        *[(suffix, bad) for suffix in (".json", ".json.gz") for bad in BAD_JSON],
         *[(suffix, bad) for suffix in (".csv", ".csv.gz", ".tsv") for bad in BAD_TABLE],
     ],
     ids=lambda text: text[:12],
 )
 def test_a_bad_row_is_a_bad_row_in_every_format(tmp_path, caplog, suffix, bad):
-    if suffix == ".jsonl" and "\n" in bad:
-        pytest.skip("two lines are two rows")
     path = tmp_path / f"rows{suffix}"
     write(path, bad)
     with pytest.raises(ValueError, match=r"row 1 .*Fix it, or skip it with --skip-bad-rows") as caught:

@@ -107,7 +107,7 @@ def test_a_text_file_is_read_whole_or_named_with_the_line(tmp_path: Path) -> Non
     ):
         with pytest.raises(ValueError, match=message):
             read_text(write(path, content), 100)
-    with pytest.raises(ValueError, match=r"recipe\.yaml is not usable JSON"):
+    with pytest.raises(ValueError, match=r"recipe\.yaml is not JSON"):
         read_json(write(path, b"{"))
     with pytest.raises(ValueError, match=r"recipe\.yaml has more than 3 bytes"):
         read_text(write(path, b"long"), 3)

@@ -89,6 +89,35 @@ def test_an_empty_prompt_is_found_before_any_compute(checkpoints, monkeypatch):
         text_to_text.generate(["src1", ""])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 10**6}, "num_beams is 1000000, but it must be at most 1024"),
+        ({"do_sample": True, "temperature": 1e-300}, "temperature is 1e-300, but it must be at least 0.001"),
+        ({"do_sample": True, "top_p": 7}, "top_p is 7, but it must be at most 1"),
+        ({"do_sample": True, "top_k": -1}, "top_k is -1, but it must be at least 0"),
+        ({"num_return_sequences": 2}, "num_return_sequences is 2, but it must be at most 1"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0, but it must be at least 0.001"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, but it must be at least 1"),
+        ({"max_new_tokens": "many"}, "max_new_tokens is 'many', but it must be a whole number"),
+        ({"eos_token_id": [1, "x"]}, "eos_token_id is .* a whole number or a list with a whole number in each place"),
+        ({"eos_token_id": [1, -2]}, r"eos_token_id is \[1, -2\], but it must be at least 0"),
+        ({"suppress_tokens": [10**30]}, "suppress_tokens is .* a whole number of at most 64 bits"),
+        ({"batch_size": 0}, "batch_size is 0, but it must be at least 1"),
+    ],
+)
+def test_a_value_that_no_model_can_use_is_found_before_any_compute(checkpoints, monkeypatch, options, message):
+    text_to_text = TextToText.from_pretrained(checkpoints["llm2slm"])
+    monkeypatch.setattr(text_to_text.model, "generate", None)
+    with pytest.raises(ValueError, match=message):
+        text_to_text.generate(PROMPTS[:1], **options)
+
+
+def test_lengths_are_checked_before_a_model_is_loaded():
+    with pytest.raises(ValueError, match="prompt_max_length is 0, but it must be at least 1"):
+        TextToText.from_pretrained("no/such/model", prompt_max_length=0)
+
+
 def test_target_max_length_limits_outputs(text_to_text, monkeypatch):
     text_to_text.target_max_length = 3
     suppressed = text_to_text.generate_tokens(["src1"], suppress_tokens=[END])
@@ -219,12 +248,14 @@ def damage(folder: Path, how: str) -> None:
         save_file(tensors, weights, metadata={"format": "pt"})
     elif how == "broken config":
         (folder / "config.json").write_text("{")
+    elif how == "deep config":
+        (folder / "config.json").write_text("[" * 100_000)
     elif how == "no tokenizer":
         (folder / "tokenizer.json").unlink()
 
 
 @pytest.mark.parametrize(
-    "how", ["truncated weights", "no weights", "weights missing", "broken config", "no tokenizer"]
+    "how", ["truncated weights", "no weights", "weights missing", "broken config", "deep config", "no tokenizer"]
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_checkpoint_is_an_error_of_one_line(checkpoints, tmp_path, kind, how):

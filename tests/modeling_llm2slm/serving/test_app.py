@@ -152,6 +152,13 @@ class TestBounds:
             ({"prompt": "src1", "max_tokens": 70}, 400, "64 positions"),
             ({"prompt": "src1", "temperature": -1}, 400, "temperature is -1"),
             ({"prompt": "src1", "temperature": float("nan")}, 400, "temperature is nan"),
+            (
+                {"prompt": "src1", "temperature": 1e-300},
+                400,
+                "temperature is 1e-300, but it must be 0, or a number from",
+            ),
+            ({"prompt": "src1", "temperature": 2.1}, 400, "temperature is 2.1"),
+            ({"prompt": "src1", "top_p": 7}, 400, "top_p is 7"),
             ({"prompt": "src1", "temperature": "hot"}, 400, "temperature is 'hot'"),
             ({"prompt": "src1", "top_p": 0}, 400, "top_p is 0, but it must be a number above 0 and at most 1"),
             ({"prompt": "src1", "seed": 1.5}, 400, "seed is 1.5, but it must be a whole number"),

@@ -68,6 +68,22 @@ class TestParseRequest:
         assert error.value.status_code == 400
         assert error.value.param == param
 
+    @pytest.mark.parametrize(
+        ("body", "message"),
+        [
+            (b"[" * 100_000, "nested more than 100 levels deep"),
+            (b'{"prompt": ' + b'{"a": ' * 500 + b"1" + b"}" * 501, "nested more than 100 levels deep"),
+            (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "a number with thousands of digits"),
+            (b"\xff\xfe\xfd", "The request is not JSON: "),
+            (b"", "The request is not JSON: "),
+            (b"7", "must be a JSON object"),
+        ],
+    )
+    def test_body_of_any_depth_and_content_is_refused(self, body: bytes, message: str) -> None:
+        with pytest.raises(RequestError, match=message) as error:
+            parse_request(body, LIMITS)
+        assert error.value.status_code == 400
+
     def test_beam_search_refuses_a_temperature(self) -> None:
         with pytest.raises(RequestError, match="Leave temperature out"):
             parse(Limits("tiny", 70, 64, num_beams=2), temperature=1)
