@@ -223,7 +223,7 @@ def _load_or_create(auto_class: Any, source: str, tokenizer: PreTrainedTokenizer
 
 def check_part(auto_class: Any, config: PreTrainedConfig, source: str, part: str) -> None:
     """Raise `ValueError` if a model of this kind cannot be the LLM or the SLM."""
-    if type(config) not in auto_class._model_mapping:
+    if type(config) not in auto_class._model_mapping or isinstance(config, LLM2SLMConfig):
         raise ValueError(f"{source}: {with_article(config.model_type)} model cannot be the {part}.")
 
 

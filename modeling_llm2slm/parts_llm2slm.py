@@ -113,8 +113,9 @@ def check_parts(llm: PreTrainedModel, slm: PreTrainedModel) -> None:
 
 
 def _why_not_llm(llm: PreTrainedModel) -> str | None:
-    missing = [name for name in ("input_ids", "attention_mask") if not _takes(llm, name)]
-    if missing:
+    if isinstance(llm.config, LLM2SLMConfig):
+        return "it consists of an LLM and an SLM. Take its LLM"
+    if missing := [name for name in ("input_ids", "attention_mask") if not _takes(llm, name)]:
         return f"it is not called with {' and '.join(missing)}"
     sizes = llm_sizes(llm.config)
     if getattr(sizes, quirks_of(llm.config).embedding_size) != sizes.hidden_size:

@@ -68,9 +68,11 @@ def encode_prompts(
         except Exception as error:
             if type(error).__module__ != "jinja2.exceptions":  # transformers brings it
                 raise
+            if len(indices) > 1:  # find the conversation
+                return [encode_prompts(processor, [prompt], encode)[0] for prompt in prompts]
             raise ValueError(
-                f"The chat template of the LLM's tokenizer refuses a conversation: {first_line(error)}. Correct the "
-                "roles of its messages."
+                f"The chat template of the LLM's tokenizer refuses {given[indices[0]]!r:.80}: {first_line(error)}. "
+                "Correct the roles of the messages."
             ) from error
     return [results[index] for index in range(len(given))]
 

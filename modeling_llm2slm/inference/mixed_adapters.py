@@ -30,7 +30,8 @@ def mixed_adapters(model: nn.Module, inputs: Any, kwargs: Mapping[str, Any]) -> 
     Raises:
         ValueError: If the number of names is not that of the prompts, or peft cannot mix these adapters.
     """
-    layers = {layer: names for layer in model.modules() for names in _hooks(layer).values()}
+    modules = model.modules() if getattr(model, "peft_config", None) else ()
+    layers = {layer: names for layer in modules for names in _hooks(layer).values()}
     if not layers:
         yield
         return

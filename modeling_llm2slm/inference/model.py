@@ -36,7 +36,7 @@ class LLM2SLMForConditionalGeneration(modeling_llm2slm.LLM2SLMForConditionalGene
     """
 
     include_llm: bool = True  # default of `save_pretrained`, for `Trainer`, which does not pass it
-    upload_to: str | None = None  # the repository that a `Trainer` uploads to what `save_pretrained` writes
+    uploaded: tuple[Path, str] | None = None  # a folder that a `Trainer` uploads, and the repository
     reserve = staticmethod(with_reserve)
 
     @classmethod

@@ -69,7 +69,8 @@ def save(
     """Save to a folder, to keep or to upload to `repo_id`. Return the files that this process has written."""
     adapter = adapter_of(model)
     include_llm = adapter is not None or (model.include_llm if include_llm is None else include_llm)
-    repo_id = repo_id or model.upload_to
+    if repo_id is None and model.uploaded is not None and target.resolve().is_relative_to(model.uploaded[0]):
+        repo_id = model.uploaded[1]
     if repo_id is not None and not include_llm:
         check_source_is_public(model.config.llm_source or {})
     with _described(model, target, include_llm, public=repo_id is not None), as_uploaded(model):

@@ -38,6 +38,7 @@ class LLMEmbedding(PreTrainedModel):
         with torch.device("meta"):
             llm = build_llm(config)  # before super(), which sets an attention implementation that not every LLM has
         super().__init__(config.encoder)
+        self.llm_dtype = llm.dtype
         object.__setattr__(self, "llm", llm)  # not a module of this one: it has no weights
         embedding = llm.get_input_embeddings()
         self.path = next(name for name, module in llm.named_modules() if module is embedding)
@@ -53,7 +54,7 @@ class LLMEmbedding(PreTrainedModel):
     @property
     def dtype(self) -> torch.dtype:
         """`torch.dtype`: The LLM's, also without any weight of it."""
-        return self.llm.dtype
+        return self.llm_dtype
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the embedding. Without one, raise `NotImplementedError`, as gradient checkpointing expects."""

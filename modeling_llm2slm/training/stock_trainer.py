@@ -54,7 +54,7 @@ def _checked(init_hf_repo: Any) -> Any:
         if base and (is_local(base) or Path(base).is_dir()):
             logger.warning(f"The adapter names the folder {base} as its base, which nobody else has.")
         init_hf_repo(trainer, *args, **kwargs)
-        model.upload_to = trainer.hub_model_id
+        model.uploaded = Path(trainer.args.output_dir).resolve(), trainer.hub_model_id
         trainer.add_callback(UploadCodeAndCard)
         return None
 
@@ -71,7 +71,7 @@ def _with_our_card(create_model_card: Any) -> Any:
             return None
         file.unlink(missing_ok=True)  # the Trainer calls a method of peft's models where a card names peft
         create_model_card(trainer, *args, **kwargs)
-        name = model.upload_to or file.absolute().parent.name
+        name = trainer.hub_model_id or file.absolute().parent.name
         card = extend_card(model_card(model, name, CardDetails(adapter=adapter)), ModelCard.load(file))
         file.write_text(str(card), encoding="utf-8")
         return None

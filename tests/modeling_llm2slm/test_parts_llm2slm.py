@@ -195,6 +195,18 @@ def test_an_llm_whose_hidden_states_have_another_size_is_refused() -> None:
         Model.from_encoder_decoder_pretrained(encoder_model=OPTModel(config), decoder_model=build_slm("gpt2"))
 
 
+def test_a_composite_is_no_part_of_another_one(tmp_path: Path) -> None:
+    """`AutoModel` loads a composite too."""
+    slm = build_slm("gpt2")
+    Model(LLM2SLMConfig(encoder=LLMS["t5"].config(vocab_size=120), decoder=slm.config)).save_pretrained(tmp_path)
+    for llm in (
+        {"encoder_model": Model.from_pretrained(tmp_path)},
+        {"encoder_pretrained_model_name_or_path": tmp_path},
+    ):
+        with pytest.raises(ValueError, match="A llm2slm model cannot be the LLM: .* Take its LLM"):
+            Model.from_encoder_decoder_pretrained(**llm, decoder_model=slm)
+
+
 def test_a_multimodal_config_is_refused() -> None:
     with pytest.raises(ValueError, match="its `text_config`"):
         LLM2SLMConfig(encoder={"model_type": "clip"}, decoder=GPT2Config())

@@ -38,7 +38,7 @@ def write_sources(folder: Path) -> Path:
         warnings.simplefilter("ignore", FutureWarning)  # peft asks for a deprecated attribute
         adapted = get_peft_model(model, lora_config(model, r=2))
     for name, parameter in adapted.named_parameters():
-        if "lora_B" in name or "projector.modules_to_save" in name:
+        if "lora_B" in name or ".modules_to_save." in name:
             torch.nn.init.normal_(parameter, std=0.3)
     adapted.peft_config["default"].base_model_name_or_path = str(folder / "full")
     adapted.save_pretrained(folder / "adapter")

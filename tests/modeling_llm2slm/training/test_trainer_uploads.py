@@ -111,6 +111,9 @@ found = {
     "in training": outcome(lambda: trainer(model_of_folder(), "tester/trained", **push).train()),
     "saved": outcome(lambda: trainer(model_of_folder(), "tester/saved", push_to_hub=True).save_model()),
 }
+model = model_of_folder()
+trainer(model, "tester/again", push_to_hub=True)
+model.save_pretrained(HOME + "/elsewhere", include_llm=False)  # which is not uploaded
 changed = trainer(model_of_folder(), "tester/changed", push_to_hub=True)
 changed.model.include_llm = False
 found["changed"] = outcome(changed.push_to_hub)
