@@ -40,7 +40,7 @@ def cut(llm: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedModel:
     """
     name, stack = _find_layers(llm)
     layers = _choose(layers, len(stack))
-    config = _cut_config(llm.config, layers, len(stack))
+    config = cut_config(llm.config, layers)
     state = _cut_state(llm, name, layers)
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):  # GPT-2 divides by the number of the layer
         config.scale_attn_by_inverse_layer_idx = False
@@ -150,9 +150,14 @@ def _choose(layers: int | Sequence[int], number: int) -> list[int]:
     return chosen
 
 
-def _cut_config(config: PreTrainedConfig, layers: list[int], number: int) -> PreTrainedConfig:
-    """Return a config of these layers: their number, and the values of every list that has one for each layer."""
+def cut_config(config: PreTrainedConfig, layers: int | Sequence[int]) -> PreTrainedConfig:
+    """
+    Return the config of a model that is cut, see [`cut`]: the number of its layers, and the values of every list that
+    has one for each layer.
+    """
     holder, attribute = _layer_setting(config)
+    number = getattr(holder, attribute)
+    layers = _choose(layers, number)
     values = config.to_dict()
     inner = next((values[name] for name in config.sub_configs if getattr(config, name, None) is holder), values)
     for name, value in inner.items():
@@ -166,9 +171,9 @@ def _cut_config(config: PreTrainedConfig, layers: list[int], number: int) -> Pre
     if "attention_types" in inner:  # GPT-Neo writes its list in a short form too
         inner["attention_types"] = [[inner["attention_layers"], 1]]
     inner[holder.attribute_map.get(attribute, attribute)] = len(layers)
-    cut_config = type(config).from_dict({**values, "cut_from_layers": layers})
-    cut_config._attn_implementation = config._attn_implementation
-    return cut_config
+    smaller = type(config).from_dict({**values, "cut_from_layers": layers})
+    smaller._attn_implementation = config._attn_implementation
+    return smaller
 
 
 def _cut_state(llm: PreTrainedModel, name: str, layers: list[int]) -> dict[str, torch.Tensor]:

@@ -461,11 +461,15 @@ class SpeedupSettings(Settings):
 
     llm: str = option(MISSING, "The LLM with its decoder: a folder, or a name on the Hub.", panel=MODEL)
     prompts: str = option(MISSING, "Prompts: .txt, .jsonl, .csv, .parquet, or a data set on the Hub.", panel=DATA)
-    slm: str = option("openai-community/gpt2", "The SLM: a folder, a name on the Hub, or a config .json.", panel=MODEL)
+    slm: str = option(
+        "openai-community/gpt2",
+        "The SLM: a folder, a name on the Hub, or a config .json; or cut:4, four layers of a decoder-only LLM.",
+        panel=MODEL,
+    )
     slm_tokenizer: str | None = option(
         None, "Tokenizer of the SLM. Default: its own; for a config file, the LLM's.", panel=MODEL
     )
-    fusion: str = option("add", FUSION, panel=MODEL)
+    fusion: str | None = option(None, f"{FUSION} Default: cache for an SLM that is cut, else add.", panel=MODEL)
     encoder_dtype: str | None = option(None, "dtype of the LLM, such as bfloat16.", panel=MODEL)
     prompt_column: str = option("prompt", "Column that holds the prompts.", panel=DATA)
     limit: int | None = option(None, "Read only this many rows, from the top.", minimum=3, panel=DATA)

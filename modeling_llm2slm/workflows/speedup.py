@@ -1,4 +1,4 @@
-"""Turn an LLM and prompts into a model to serve: distill, build, encode, train, evaluate, each stage once."""
+"""Turn an LLM and prompts into a model to serve: distill, cut, build, encode, train, evaluate, each stage once."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..configuration_llm2slm import LLM2SLMConfig, check_length
 from ..conversion.build import build, float_dtype, is_config, part_config
+from ..conversion.cut import cut_checkpoint, cut_config
 from ..data.atomic import atomic_write, remove_unfinished
 from ..data.bad_rows import good_rows
 from ..data.conversations import (
@@ -50,8 +51,8 @@ SPLITS = ("train", "validation", "test")
 Progress = Callable[[str, int, int], None]
 RECORD = "speedup.json"
 RESULTS = (
-    "distilled.jsonl", *(f"{split}.jsonl" for split in SPLITS), "start", "states", "recipe.yaml", "model",
-    "evaluation.json",
+    "distilled.jsonl", *(f"{split}.jsonl" for split in SPLITS), "slm", "start", "states", "recipe.yaml",
+    "model", "evaluation.json",
 )  # fmt: skip
 # Settings that may not change after a stage has begun.
 SETTINGS_OF_DISTILL = ("llm", "prompts", "prompt_column", "limit", "held_out", "num_beams", "max_new_tokens")
@@ -97,13 +98,22 @@ class Speedup:
             raise ValueError(
                 f"{settings.llm} is a config; speedup needs a trained LLM: a folder or a name on the Hub."
             )
+        self.layers = layers_to_cut(settings.slm)
+        self.fusion = settings.fusion or ("add" if self.layers is None else "cache")
         self._check_fields()
         self.recipe, self.arguments = parse_recipe(self._recipe())
         check_trainable(self.recipe, self.arguments)
         self._check_folder()
         llm, tokenizer = load(AutoConfig, settings.llm), settings.slm_tokenizer or settings.llm
-        decoder = part_config(settings.slm, tokenizer)
-        self.config = LLM2SLMConfig(encoder=llm, decoder=decoder, fusion=settings.fusion)
+        if self.layers is not None and llm.is_encoder_decoder:
+            raise ValueError(
+                f"{settings.llm} is an encoder-decoder, and one with fewer layers is a plain model: make it with "
+                "`llm2slm convert cut`, and train it on the LLM's outputs (`llm2slm distill`)."
+            )
+        decoder = part_config(settings.slm, tokenizer) if self.layers is None else cut_config(llm, self.layers)
+        self.config = LLM2SLMConfig(
+            encoder=llm, decoder=decoder, fusion=self.fusion, shared_tokenizer=self.layers is not None
+        )
         float_dtype("encoder_dtype", settings.encoder_dtype)
 
     def _check_folder(self) -> None:
@@ -167,7 +177,7 @@ class Speedup:
         if any((self.output / name).exists() for name in ("distilled.jsonl.part", *RESULTS) if name != "start"):
             fixed |= {name: record.get(name) for name in (*SETTINGS_OF_DISTILL, *CONTENTS)}
             fixed["prompt_max_length"] = recipe.get("prompt_max_length")
-        if (self.output / "start" / "config.json").is_file():
+        if any((self.output / name / "config.json").is_file() for name in ("slm", "start")):
             fixed |= {name: record.get(name) for name in SETTINGS_OF_BUILD}
         trained, failed = (self.output / "model" / REPORT).is_file(), last_failure(self.output / "model")
         if trained or (last_checkpoint(self.output / "model") and failed is None):
@@ -188,10 +198,11 @@ class Speedup:
                 ),
                 self.distill,
             ),
+            **self._cut_stage(),
             "build": (
                 _command(
-                    "build", f"{output}/start", llm=llm, slm=settings.slm, slm_tokenizer=settings.slm_tokenizer,
-                    fusion=settings.fusion, encoder_dtype=settings.encoder_dtype,
+                    "build", f"{output}/start", llm=llm, slm=self._slm, slm_tokenizer=settings.slm_tokenizer,
+                    fusion=self.fusion, encoder_dtype=settings.encoder_dtype,
                     max_new_tokens=settings.max_new_tokens,
                 ),
                 self.build,
@@ -212,6 +223,16 @@ class Speedup:
                 self.evaluate,
             ),
         }  # fmt: skip
+
+    @property
+    def _slm(self) -> str:
+        return self.settings.slm if self.layers is None else f"{self.output}/slm"
+
+    def _cut_stage(self) -> dict[str, tuple[str, Callable[[], Any]]]:
+        if self.layers is None:
+            return {}
+        layers = str(self.layers).strip("[]").replace(" ", "")
+        return {"cut": (_command("convert", "cut", self.settings.llm, self._slm, layers=layers), self.cut)}
 
     def _data_options(self) -> dict[str, Any]:
         """Return the recipe's settings that hold for every stage that reads data."""
@@ -286,16 +307,22 @@ class Speedup:
                         values = {**row, "prompt": conversation_in(prompt) or prompt}
                         file.write(json.dumps(values, ensure_ascii=False) + "\n")
 
+    def cut(self) -> None:
+        """Make the SLM of some of the LLM's layers."""
+        assert self.layers is not None
+        if not (self.output / "slm" / "config.json").is_file():
+            cut_checkpoint(self.settings.llm, self._slm, self.layers, overwrite=True)
+
     def build(self) -> None:
         """Build the checkpoint to train from the LLM's encoder and the SLM."""
         settings, start = self.settings, self.output / "start"
         if (start / "config.json").is_file():
             return
         options = BuildSettings(
-            llm_tokenizer=settings.llm, slm_tokenizer=settings.slm_tokenizer, fusion=settings.fusion,
+            llm_tokenizer=settings.llm, slm_tokenizer=settings.slm_tokenizer, fusion=self.fusion,
             encoder_dtype=settings.encoder_dtype, max_new_tokens=settings.max_new_tokens,
         )  # fmt: skip
-        built = build(settings.llm, settings.slm, options)
+        built = build(settings.llm, self._slm, options)
         write_json(self.output / RECORD, self._record)
         remove_unfinished(start)
         with atomic_write(start) as folder:
@@ -327,7 +354,9 @@ class Speedup:
 
     def _recipe(self) -> dict[str, Any]:
         shipped = files("modeling_llm2slm.configuration") / "recipes" / "speedup.yaml"
-        return load_recipe(str(shipped), {**self._paths(), **with_current_names(self.settings.recipe)})
+        # Fusion "cache" has no modules of its own.
+        own = {"learning_rate_mapping": {}} if self.fusion == "cache" else {}
+        return load_recipe(str(shipped), {**own, **self._paths(), **with_current_names(self.settings.recipe)})
 
     def evaluate(self) -> None:
         """Compare the model with the LLM on the prompts that were held out for the test."""
@@ -352,6 +381,18 @@ def _token_ids(tokenizer: Any, prompts: list[Any]) -> list[list[int]]:
 def _prompt_of(row: Mapping[str, Any], column: str) -> str:
     """Return the prompt of a row as a text, also if it is a conversation."""
     return read_conversations(row, sources_of([column], row), 0)[0][column]
+
+
+def layers_to_cut(slm: str) -> int | list[int] | None:
+    """Return the layers, or their number, in `cut:4` or `cut:0,5,11,17`; `None` for any other SLM."""
+    if not slm.startswith("cut:"):
+        return None
+    layers = slm.removeprefix("cut:").split(",")
+    if not all(layer.strip().isdigit() for layer in layers):
+        raise ValueError(
+            f"slm is {slm!r}, but a cut names layers of the LLM, or their number: cut:0,5,11,17 or cut:4."
+        )
+    return int(layers[0]) if len(layers) == 1 else [int(layer) for layer in layers]
 
 
 def _hash(text: str) -> str:

@@ -65,6 +65,40 @@ def test_prompts_become_a_model_and_no_stage_runs_twice(
     assert Speedup(settings, tmp_path).run() == result
 
 
+def test_layers_of_a_decoder_only_llm_become_the_slm(
+    settings: SpeedupSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = replace(settings, llm=write_checkpoint("slm", tmp_path), slm="cut:1")
+    told: list[str] = []
+    result = Speedup(cut, tmp_path / "out").run(lambda stage, command: told.append(command))
+    assert [command.split()[1] for command in told] == ["distill", "convert", "build", "encode", "train", "evaluate"]
+    config = TextToText.from_pretrained(tmp_path / "out" / "model").model.config
+    assert (config.fusion, config.decoder_layers, config.shared_tokenizer) == ("cache", [0], True)
+    for name in ("distill", "cut_checkpoint", "build", "encode", "train", "compare"):
+        monkeypatch.setattr(speedup, name, None)
+    assert Speedup(cut, tmp_path / "out").run() == result
+    with pytest.raises(ValueError, match="was started with --slm cut:1"):
+        Speedup(replace(cut, slm="cut:0,1"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("slm", "message"),
+    [
+        ("cut:a", "slm is 'cut:a', but a cut names layers of the LLM, or their number"),
+        ("cut:9", "`layers` is 9, but it must be 1 to 2"),
+        ("cut:1,0", "must name layers from 0 to 1 in ascending order"),
+    ],
+)
+def test_cuts_that_cannot_be_made_are_refused_before_any_work(
+    settings: SpeedupSettings, tmp_path: Path, slm: str, message: str
+) -> None:
+    llm = write_checkpoint("slm", tmp_path)
+    with pytest.raises(ValueError, match=message):
+        Speedup(replace(settings, llm=llm, slm=slm), tmp_path / "out")
+    with pytest.raises(ValueError, match="is an encoder-decoder, and one with fewer layers is a plain model"):
+        Speedup(replace(settings, slm="cut:1"), tmp_path / "out")
+
+
 @pytest.mark.parametrize("stage", ["build", "encode", "train", "compare"])
 def test_interrupted_run_resumes(
     settings: SpeedupSettings, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
