@@ -157,12 +157,15 @@ class LLM2SLMProjector(nn.Module):
             hidden_states = linear(self.act(hidden_states))
         return hidden_states
 
-    def initialize(self, rms_in: float, rms_out: float) -> None:
-        """Sample weights that map hidden states of root mean square `rms_in` to embeddings of `rms_out`."""
-        gains = [1 / rms_in, *[2**0.5] * (len(self.linears) - 1)]  # ReLU halves the mean square
+    def initialize(self, mean: torch.Tensor, scale: torch.Tensor, rms_out: float) -> None:
+        """Sample weights that map hidden states of this mean and scale `(d_llm,)` to embeddings of `rms_out`."""
+        first, *others = self.linears
+        gains = [1.0, *[2**0.5] * len(others)]  # ReLU halves the mean square
         gains[-1] *= rms_out
         for linear, gain in zip(self.linears, gains, strict=True):
             init.normal_(linear.weight, std=gain / linear.in_features**0.5)
+        init.copy_(first.weight, first.weight / scale.to(first.weight))
+        init.copy_(first.bias, -first.weight @ mean.to(first.weight))
 
 
 @register_fusion
@@ -194,7 +197,7 @@ class Add(Fusion):
         if encoder.prompt_embedding is not None:
             size = encoder.prompt_embedding.in_features
             init.normal_(encoder.prompt_embedding.weight, std=scale / (embedding_rms(encoder.llm) * size**0.5))
-        encoder.projector.initialize(encoder.hidden_states_rms(), scale)
+        encoder.projector.initialize(*encoder.hidden_states_scale(), scale)
 
 
 @register_fusion
@@ -211,7 +214,7 @@ class Replace(Fusion):
         return encoder.projector(hidden_states)
 
     def initialize(self, encoder: Any) -> None:
-        encoder.projector.initialize(encoder.hidden_states_rms(), embedding_rms(encoder.slm))
+        encoder.projector.initialize(*encoder.hidden_states_scale(), embedding_rms(encoder.slm))
 
 
 @register_fusion

@@ -208,11 +208,17 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
         return prompt_mask[:, : prompt_mask.shape[1] - self.fusion.shared_positions]
 
     @torch.no_grad()
-    def hidden_states_rms(self) -> float:
-        """Return the median root mean square of the LLM's hidden states of 64 tokens; the first token's is huge."""
+    def hidden_states_scale(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Return mean and scale `(d_llm,)` of the LLM's hidden states of 64 tokens. Pretrained LLMs have some dimensions
+        that are huge and nearly constant, and tokens (the first) with huge hidden states, which are left out.
+        """
         input_ids = probe_ids(self.llm.get_input_embeddings().weight, 64)[None]
-        states = self.run_llm(input_ids, torch.ones_like(input_ids)).last_hidden_state
-        return float(states.float().square().mean(-1).sqrt().median())
+        states = self.run_llm(input_ids, torch.ones_like(input_ids)).last_hidden_state[0].float()
+        sizes = states.square().mean(-1)
+        states = states[sizes <= 4 * sizes.median()]
+        spread = states.std(0, correction=0)
+        return states.mean(0), spread.clamp(min=spread.median())  # noise of the others is not amplified
 
 
 class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedModel, LLM2SLMGenerationMixin):

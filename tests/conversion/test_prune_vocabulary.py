@@ -282,7 +282,7 @@ def test_rare_tokens_are_written_in_others(corpus, tmp_path):
 def test_texts_come_from_lines_and_from_several_columns(tmp_path):
     llm = write("GPT-2", tmp_path / "llm")
     (tmp_path / "a.txt").write_text("A red gate.\n", encoding="utf-8")
-    row = {"prompt": "the man", "target": "der Mann", "llm_output": "unser Tor"}
+    row = {"prompt": "the man", "target": "der Mann", "llm_output": "das Tor"}
     (tmp_path / "b.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     corpus = [tmp_path / "a.txt", tmp_path / "b.jsonl"]
     settings = PruneSettings(target_column=["target", "llm_output"])

@@ -48,6 +48,7 @@ from tests.support.common import (
     strip_padding,
     t5_config,
 )
+from tests.support.families import build_llm
 
 
 Model = LLM2SLMForConditionalGeneration
@@ -713,6 +714,26 @@ def test_a_model_from_a_config_has_the_scale_of_the_slm(fusion: str) -> None:
     ids = torch.randint(2, SLM_VOCAB_SIZE, (4, 20))
     ratio = rms(model.encode_prompt(ids).last_hidden_state) / rms(model.decoder.transformer.wte.weight)
     assert 0.7 < ratio < 1.5
+
+
+@pytest.mark.parametrize("huge", [0.0, 300.0, -20000.0])
+@pytest.mark.parametrize("fusion", ["replace", "add"])
+def test_a_huge_constant_dimension_of_the_llm_is_no_scale(fusion: str, huge: float) -> None:
+    """As in pretrained decoder-only LLMs: what differs between tokens arrives in the scale of the SLM."""
+    torch.manual_seed(0)
+    llm = build_llm("llama")
+    with torch.no_grad():
+        llm.get_input_embeddings().weight.normal_()
+        llm.get_input_embeddings().weight[:, 5].add_(huge)
+    slm = GPT2LMHeadModel(gpt2_config(n_embd=64))
+    model = Model.from_encoder_decoder_pretrained(
+        encoder_model=llm, decoder_model=slm, fusion=fusion, shared_tokenizer=False, encoder_layer=1
+    )
+    ids = torch.randint(3, LLM_VOCAB_SIZE, (8, 20))
+    projected = model.encoder.projector(model.encode_llm(ids)).flatten(0, 1)
+    expected = rms(slm.transformer.wte.weight) / (1 if fusion == "replace" else 2**0.5)
+    assert 0.4 < rms(projected - projected.mean(0)) / expected < 1.5
+    assert rms(projected.mean(0)) < expected
 
 
 # Embeddings, copies, wrong inputs.
