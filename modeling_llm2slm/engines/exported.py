@@ -91,6 +91,7 @@ class ExportedEncoder:
 
     def __init__(self, config: LLM2SLMConfig, graph: Any, embed: Any):
         self.config = config
+        self.fusion = fusion_of(config)
         self._graph = graph
         self._embed = embed
 
@@ -117,7 +118,7 @@ class ExportedEncoder:
             input_ids, mask = reorder(input_ids, order), reorder(mask, order)
         inputs = {"input_ids": input_ids, "attention_mask": mask}
         # CODEPATH: a fusion that reads the SLM's embedding table, which is in no graph.
-        if fusion_of(self.config).table == "slm":
+        if self.fusion.table == "slm":
             inputs["inputs_embeds"] = self._embed(input_ids)
         states = self._graph.run(inputs)["last_hidden_state"]
         # CODEPATH: a decoder-only SLM reads the prompt right before the output.
