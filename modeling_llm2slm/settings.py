@@ -344,6 +344,10 @@ def check_generate_arguments(arguments: Mapping[str, Any], owner: str = "") -> N
 class LoadSettings(DeviceSettings):
     """How a model is loaded to generate."""
 
+    engine: str | None = option(
+        None, "Engine that generates, such as vllm. Default: the one that the model was exported for, or pytorch.",
+        panel=COMPUTE,
+    )  # fmt: skip
     quantize: str | None = option(
         None, "Quantize the weights: int8 (torchao) or nf4 (bitsandbytes). On a CPU, export the model instead.",
         choices=("int8", "nf4"), panel=COMPUTE,

@@ -84,6 +84,10 @@ class GraphEngine(Engine):
         return is_exported(path) and read_manifest(path)["export_format"] == self.name
 
     def load(self, path: str | Path, options: LoadOptions) -> ExportedTextToText:
+        if not self.can_load(path):
+            raise ValueError(
+                f"{path} is not exported for {self.name}. Export it first: `llm2slm export --engine {self.name}`."
+            )
         if options.quantize is not None:
             raise ValueError(f"{path} is an exported model: export it with the weights that you want.")
         if torch.device(options.device or "cpu").type != "cpu":

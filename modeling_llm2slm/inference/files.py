@@ -101,7 +101,7 @@ def generate_file(
     with ExitStack() as stack:
         stack.enter_context(claimed(output, overwrite=settings.overwrite, inputs=(model, data), rank=rank))
         rows = _load(data, output, settings)
-        loading = ("device", "prompt_max_length", "quantize", "allow_nonfinite")
+        loading = ("engine", "device", "prompt_max_length", "quantize", "allow_nonfinite")
         text_to_text = TextToText.from_pretrained(model, **{name: getattr(settings, name) for name in loading})
         generate_kwargs = text_to_text.with_limit({**settings.generate_kwargs(), **generate_kwargs})
         rows, table = _fitting_rows(text_to_text, rows, data, settings, generate_kwargs)
@@ -228,7 +228,8 @@ def _run_settings(
     if table.sampled:  # a sampled output depends on its batch
         run |= {"seed": settings.seed, "rows": settings.batch_size, "tokens": settings.batch_tokens}
         run["data"] = table.fingerprint()
-    return run if settings.quantize is None else {**run, "quantize": settings.quantize}
+    given = {name: getattr(settings, name) for name in ("engine", "quantize")}
+    return run | {name: value for name, value in given.items() if value is not None}
 
 
 def _finish(output: Path, rows: Dataset, column: str, table: PromptTable, parts: OutputParts) -> None:

@@ -20,7 +20,8 @@ from ..settings import check_generate_arguments, check_value
 from ..states.fingerprints import tokenizer_fingerprint
 from ..states.store import StateStore
 from .batching import BatchLimits, OutputId, PromptTable, can_overlap, one_ahead, prompts_of, take_rows
-from .engine import LoadOptions, engine_of
+from .engine import DEFAULT, LoadOptions, engine_of
+from .engine import engine as engine_named
 from .parts import Part, count_parameters, decoding_modules, part_of
 from .text_stream import StreamedText
 
@@ -80,22 +81,27 @@ class TextToText:
         self.tokenizer: PreTrainedTokenizerBase = getattr(processor, "decoder_tokenizer", processor)
 
     @staticmethod
-    def from_pretrained(path: str | Path, **options: Any) -> TextToText:
+    def from_pretrained(path: str | Path, engine: str | None = None, **options: Any) -> TextToText:
         """
-        Load a checkpoint of any kind, with the engine that it was written for.
+        Load a checkpoint of any kind.
 
         Args:
             path: A folder, or the name of a model on the Hub.
+            engine: The engine that computes it, such as `"vllm"`. Default: the one that it was exported for, or
+                PyTorch.
             options: How to load it: the arguments of [`LoadOptions`], such as `dtype` and `device`.
 
         Raises:
             ImportError: If the checkpoint's engine, or the library that quantizes, is not installed.
             OSError: If the checkpoint does not exist, is damaged or is incomplete.
-            ValueError: If the model does not generate text, the device does not exist, or the store belongs to another
-                LLM.
+            ValueError: If the engine or the device does not exist, the engine cannot compute the checkpoint, the model
+                does not generate text, or the store belongs to another LLM.
         """
-        wanted = LoadOptions(**options)
-        return engine_of(path).load(path, wanted)
+        wanted, own = LoadOptions(**options), engine_of(path)
+        chosen = own if engine is None else engine_named(engine)
+        if own.name not in (DEFAULT, chosen.name):
+            raise ValueError(f"{path} was exported for {own.name} and runs in no other engine: leave engine out.")
+        return chosen.load(path, wanted)
 
     def save_pretrained(self, path: str | Path, **kwargs: Any) -> None:
         """

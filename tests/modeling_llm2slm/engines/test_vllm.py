@@ -12,7 +12,9 @@ from transformers import AutoConfig, T5Config
 
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from modeling_llm2slm.inference.engine import LoadOptions, engine
+from modeling_llm2slm.inference.files import generate_file
 from modeling_llm2slm.inference.text_to_text import TextToText
+from modeling_llm2slm.settings import GenerateFileSettings
 from tests.support.checkpoints import write_checkpoint
 from tests.support.common import LLM_VOCAB_SIZE, SLM_VOCAB_SIZE, apart, llm_tokenizer, slm_tokenizer
 from tests.support.serving import serving
@@ -99,6 +101,18 @@ def check_options(path: str) -> None:
 
 def test_streams_samples_and_ends(tmp_path: Path) -> None:
     apart(check_options, write_model("gpt2", tmp_path / "model"))
+
+
+def check_file(path: str, folder: Path) -> None:
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    for name, engine_name in (("vllm", "vllm"), ("pytorch", None)):
+        settings = GenerateFileSettings(engine=engine_name, max_new_tokens=10, batch_size=5)
+        generate_file(path, folder / "prompts.txt", folder / name, settings)
+    assert (folder / "vllm").read_text() == (folder / "pytorch").read_text()
+
+
+def test_a_file_of_prompts_gets_the_same_outputs(tmp_path: Path) -> None:
+    apart(check_file, write_model("gpt2", tmp_path / "model"), tmp_path)
 
 
 def check_server(path: str) -> None:

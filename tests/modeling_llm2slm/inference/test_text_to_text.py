@@ -169,6 +169,17 @@ def test_a_decoder_only_model_continues_a_prompt_that_its_tokenizer_starts(check
     assert text_to_text.features(PROMPTS[:1])["input_ids"] == [[5, *prompt[:2]]]
 
 
+def test_an_engine_is_chosen_by_name(checkpoints):
+    chosen = TextToText.from_pretrained(checkpoints["llm2slm"], engine="pytorch")
+    assert type(chosen) is LLM2SLMTextToText
+    with pytest.raises(ValueError, match="Engine 'torch' does not exist. Choose one of: pytorch"):
+        TextToText.from_pretrained(checkpoints["llm2slm"], engine="torch")
+    with pytest.raises(
+        ValueError, match="is not exported for openvino. Export it first: `llm2slm export --engine openv"
+    ):
+        TextToText.from_pretrained(checkpoints["llm2slm"], engine="openvino")
+
+
 def test_each_kind_has_its_class(checkpoints):
     names = {kind: type(TextToText.from_pretrained(path)).__name__ for kind, path in checkpoints.items()}
     assert names == {
