@@ -175,7 +175,7 @@ def test_an_engine_is_chosen_by_name(checkpoints):
     with pytest.raises(ValueError, match="Engine 'torch' does not exist. Choose one of: pytorch"):
         TextToText.from_pretrained(checkpoints["llm2slm"], engine="torch")
     with pytest.raises(
-        ValueError, match="is not exported for openvino. Export it first: `llm2slm export --engine openv"
+        ValueError, match="is not exported for openvino. Export it first: `llm2slm export"
     ):
         TextToText.from_pretrained(checkpoints["llm2slm"], engine="openvino")
 
