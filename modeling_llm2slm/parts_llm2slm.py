@@ -153,9 +153,7 @@ def keep_special_ids(model: Any, before: dict[str, list[Any]]) -> dict[str, list
     for name, old in before.items():
         new = [_first_id(now) if now != was else None for now, was in zip(held[name], old, strict=True)]
         if (new[0] is None) != (new[1] is None) and _first_id(held[name][2]) in new[:2]:
-            logger.warning_once(
-                "`Trainer` wrote special ids of `processing_class` into two of three configs; they are undone."
-            )
+            logger.warning_once("`Trainer` wrote special ids of `processing_class` into a config; this is undone.")
             for holder, value in zip(holders, old, strict=True):
                 setattr(holder, name, value)
             held[name] = old

@@ -284,7 +284,7 @@ class LLM2SLMTokenizer(transformers.PreTrainedTokenizerFast):
     OF_THE_LLM += " is_fast num_special_tokens_to_add truncation_side"
 
     def __init__(self, processor: LLM2SLMProcessor) -> None:
-        vars(self)["processor"] = processor
+        object.__setattr__(self, "processor", processor)
 
     @classmethod
     def from_pretrained(cls, path: Any, *inputs: Any, **kwargs: Any) -> "LLM2SLMTokenizer":
