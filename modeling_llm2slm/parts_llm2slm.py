@@ -53,6 +53,8 @@ def build_llm(config: LLM2SLMConfig) -> PreTrainedModel:
 
 def reader_of(llm: PreTrainedModel) -> PreTrainedModel:
     """Return the module of an LLM that reads a prompt: the encoder of BART, BERT without its pooler."""
+    if isinstance(llm.config, LLM2SLMConfig):
+        raise ValueError("A llm2slm model cannot be the LLM: it consists of an LLM and an SLM. Take its LLM.")
     if llm.config.is_encoder_decoder and llm_class(llm.config) is AutoModel:
         llm = llm.get_encoder()
     if getattr(llm, "pooler", None) is not None:
@@ -113,8 +115,6 @@ def check_parts(llm: PreTrainedModel, slm: PreTrainedModel) -> None:
 
 
 def _why_not_llm(llm: PreTrainedModel) -> str | None:
-    if isinstance(llm.config, LLM2SLMConfig):
-        return "it consists of an LLM and an SLM. Take its LLM"
     if missing := [name for name in ("input_ids", "attention_mask") if not _takes(llm, name)]:
         return f"it is not called with {' and '.join(missing)}"
     sizes = llm_sizes(llm.config)
