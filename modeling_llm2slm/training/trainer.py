@@ -97,7 +97,7 @@ class TextToTextTrainer(Seq2SeqTrainer):
             return
         model, training = self.model_wrapped, self.model_wrapped.training
         with self.compute_loss_context_manager():
-            loss = self.compute_loss(model.eval(), self._prepare_inputs(self._last_batch))
+            loss = self.compute_loss(model.eval(), self._prepare_inputs(self._last_batch)).mean()
         model.train(training)
         self._check_finite("training loss", loss, self.state.global_step)
         self._checked_step = self.state.global_step

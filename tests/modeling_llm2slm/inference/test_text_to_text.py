@@ -174,9 +174,7 @@ def test_an_engine_is_chosen_by_name(checkpoints):
     assert type(chosen) is LLM2SLMTextToText
     with pytest.raises(ValueError, match="Engine 'torch' does not exist. Choose one of: pytorch"):
         TextToText.from_pretrained(checkpoints["llm2slm"], engine="torch")
-    with pytest.raises(
-        ValueError, match="is not exported for openvino. Export it first: `llm2slm export"
-    ):
+    with pytest.raises(ValueError, match="is not exported for openvino. Export it first: `llm2slm export"):
         TextToText.from_pretrained(checkpoints["llm2slm"], engine="openvino")
 
 
