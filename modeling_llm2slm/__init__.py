@@ -15,6 +15,7 @@ from .configuration_llm2slm import LLM2SLMConfig
 from .data.collator import DataCollatorForLLM2SLM
 from .fusion_llm2slm import Fusion, register_fusion
 from .inference.model import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
+from .inference.shared_layers import CheckedCache
 from .training.adapters import ia3_config, lora_config
 from .training.optimization import parameter_groups
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .states.store import StateStore
     from .states.without_llm import load_without_llm
 
+register_fusion(CheckedCache)
 AutoConfig.register(LLM2SLMConfig.model_type, LLM2SLMConfig)
 AutoModelForSeq2SeqLM.register(LLM2SLMConfig, LLM2SLMForConditionalGeneration)
 AutoProcessor.register(LLM2SLMConfig, LLM2SLMProcessor)

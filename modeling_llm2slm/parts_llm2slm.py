@@ -63,11 +63,6 @@ def reader_of(llm: PreTrainedModel) -> PreTrainedModel:
     return llm
 
 
-def reading_arguments(llm: PreTrainedModel) -> dict[str, Any]:
-    """Return the arguments of every call of the LLM: a decoder-only one would return a cache that nothing reads."""
-    return {"use_cache": False} if _takes(llm, "use_cache") else {}
-
-
 def keep_layers(llm: PreTrainedModel, encoder_layer: int | None) -> PreTrainedModel:
     """
     Cut the LLM so that its `last_hidden_state` is `hidden_states[encoder_layer]` of the full one. A checkpoint may
