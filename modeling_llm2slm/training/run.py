@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from transformers import Seq2SeqTrainingArguments, set_seed
 
+from ..configuration_llm2slm import LLM2SLMConfig
 from ..data.atomic import atomic_write, check_replaceable
 from ..data.records import versions, without_secrets
+from ..fusion_llm2slm import fusion_of
 from ..inference.saving import check_not_replaced
 from ..inference.text_to_text import TextToText
 from .callbacks import ProgressLines, progress_lines
@@ -109,6 +111,8 @@ def _train(
 
 def make_trainer(ours: Recipe, arguments: Seq2SeqTrainingArguments, text_to_text: TextToText) -> TextToTextTrainer:
     """Return a Trainer for a model that [`load_to_train`] has loaded, with the data of a recipe."""
+    if text_to_text.is_llm2slm:
+        check_fusion(ours, arguments, text_to_text.model.config)
     data = training_data(ours, arguments, text_to_text)
     return TextToTextTrainer(
         text_to_text,
@@ -122,6 +126,21 @@ def make_trainer(ours: Recipe, arguments: Seq2SeqTrainingArguments, text_to_text
         train_dataset=data.train,
         eval_dataset=data.validation,
     )
+
+
+def check_fusion(ours: Recipe, arguments: Seq2SeqTrainingArguments, config: LLM2SLMConfig) -> None:
+    """Raise `ValueError` for settings that the model's fusion cannot train with, before any data is read."""
+    fusion = fusion_of(config)
+    if fusion.fills_cache and arguments.gradient_checkpointing:
+        raise ValueError(
+            f'gradient_checkpointing drops the cache that fusion "{fusion.name}" fills. Set gradient_checkpointing: '
+            "false."
+        )
+    if fusion.llm_has_head and ours.llm_states and ours.validation_data and ours.metric != "loss":
+        raise ValueError(
+            f"metric: {ours.metric} generates outputs, whose first token comes from the LLM, and llm_states loads "
+            "none. Set metric: loss, and score the trained model with llm2slm evaluate."
+        )
 
 
 def _save(
