@@ -131,7 +131,7 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
         if self.recent is not None and (known := self.recent.find(input_ids, attention_mask)) is not None:
             return BaseModelOutput(last_hidden_state=known)
         self.config.check_llm_length(input_ids.shape[1])
-        order = padding_to(self.fusion.llm_padding, attention_mask)  # and back
+        order = padding_to(self.fusion.llm_padding, attention_mask)  # its states return to the layout of the input
         back, mask = order.argsort(dim=-1), reorder(attention_mask, order)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_llm):
             outputs = self.llm(
@@ -444,10 +444,6 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         cache, fusion = as_llm2slm_cache(past_key_values), self.encoder.fusion
         if cache is None and (use_cache or fusion.fills_cache):
             cache = LLM2SLMCache(DynamicCache(config=self.config.decoder))
-        if fusion.fills_cache and self.training and self.decoder.is_gradient_checkpointing:
-            raise ValueError(
-                f'Gradient checkpointing drops the cache that `fusion="{fusion.name}"` fills. Turn it off in training.'
-            )
         output_length = tokens.shape[1]
         embeds, position_ids, first = self.get_input_embeddings()(tokens), decoder_position_ids, None
         if position_ids is None:

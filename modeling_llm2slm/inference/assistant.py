@@ -65,8 +65,8 @@ def check_assistant(model: Any, llm: PreTrainedModel) -> None:
         starts["decoder_start_token_id"] = config.decoder_start_token_id, llm.generation_config.decoder_start_token_id
     elif not model.encoder.fusion.fills_cache or type(llm) is not type(model.decoder):
         raise ValueError(
-            f"A {type(llm).__name__} has no decoder. Pass the whole LLM, such as a T5ForConditionalGeneration, or, for "
-            'a model of `fusion="cache"`, its decoder-only LLM with the head.'
+            f"A {type(llm).__name__} has no decoder. Pass the whole LLM, such as a T5ForConditionalGeneration; for a "
+            'model of `fusion="cache"`, its decoder-only LLM with the head.'
         )
     if not config.shared_tokenizer:
         raise ValueError("SLM and LLM have different tokenizers. Build the model with an SLM that shares the LLM's.")

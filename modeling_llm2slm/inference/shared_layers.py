@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..cache_llm2slm import PromptStates
 from ..fusion_llm2slm import Cache, key_heads
 
 
@@ -40,6 +41,13 @@ class CheckedCache(Cache):
                 f"{self.layers} have {self.states_size}. Pass what `encode_llm` of this model returns."
             )
         return super().combine(encoder, hidden_states, embeds)
+
+    def read_prompt(self, encoder: Any, *args: Any) -> PromptStates:
+        if encoder.training and any(
+            getattr(module, "gradient_checkpointing", False) for module in encoder.slm.modules()
+        ):
+            raise ValueError('Gradient checkpointing drops the cache that `fusion="cache"` fills. Turn it off.')
+        return super().read_prompt(encoder, *args)
 
     def _problem(self) -> str | None:
         config, llm, slm = self.config, self.config.encoder, self.config.decoder
