@@ -109,8 +109,8 @@ def _continuing_slm(model: Any, llm: PreTrainedModel) -> Any:
                 return CausalLMOutputWithPast(
                     logits=encoder.fusion.first_logits(prompt, embeds), past_key_values=cache
                 )
-            kwargs["position_ids"] = kwargs["position_ids"][:, -1:]
-            return super().forward(**{**kwargs, "input_ids": None, "inputs_embeds": embeds})
+            kwargs |= {"input_ids": None, "inputs_embeds": embeds, "position_ids": kwargs["position_ids"][:, -1:]}
+            return super().forward(*args, **kwargs)
 
     assistant = _shallow(model.decoder)
     assistant.__class__ = ContinuingSLM

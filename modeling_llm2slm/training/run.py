@@ -131,10 +131,11 @@ def make_trainer(ours: Recipe, arguments: Seq2SeqTrainingArguments, text_to_text
 def check_fusion(ours: Recipe, arguments: Seq2SeqTrainingArguments, config: LLM2SLMConfig) -> None:
     """Raise `ValueError` for settings that the model's fusion cannot train with, before any data is read."""
     fusion = fusion_of(config)
-    if fusion.fills_cache and arguments.gradient_checkpointing:
+    # Its name is new in transformers 5.23.
+    if fusion.fills_cache and getattr(arguments, "activation_checkpointing", arguments.gradient_checkpointing):
         raise ValueError(
-            f'gradient_checkpointing drops the cache that fusion "{fusion.name}" fills. Set gradient_checkpointing: '
-            "false."
+            f'Activation (gradient) checkpointing drops the cache that fusion "{fusion.name}" fills. Leave it out of '
+            "the recipe."
         )
     if fusion.llm_has_head and ours.llm_states and ours.validation_data and ours.metric != "loss":
         raise ValueError(

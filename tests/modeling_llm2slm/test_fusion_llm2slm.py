@@ -313,7 +313,8 @@ def test_checkpoints_of_fusion_cache(family: str, first: bool, tmp_path) -> None
     assert all(name.startswith("decoder.") for name in names)
 
 
-def test_adapters_of_fusion_cache_train_the_slm(tmp_path) -> None:
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_of_fusion_cache_train_the_slm() -> None:
     from peft import get_peft_model
 
     model, batch = build_cache_model("llama"), pad_prompts(PROMPTS)
@@ -354,7 +355,9 @@ def test_what_fusion_cache_cannot_do_is_an_error() -> None:
         model(**batch, labels=labels, decoder_attention_mask=mask)
     with pytest.raises(ValueError, match="`llm_hidden_states` have width 32, but keys and values of the layers"):
         model(**batch, labels=labels, llm_hidden_states=torch.zeros(3, 12, 32))
-    model.gradient_checkpointing_enable()
+    for module in model.decoder.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = True
     with pytest.raises(ValueError, match='Gradient checkpointing drops the cache that `fusion="cache"` fills'):
         model.train()(**batch, labels=labels)
     with pytest.raises(ValueError, match="exported graphs contain only its `combine`"):
