@@ -16,6 +16,7 @@ from .configuration_llm2slm import LLM2SLMConfig
 from .data.collator import DataCollatorForLLM2SLM
 from .fusion_llm2slm import Fusion, register_fusion
 from .inference.model import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
+from .inference.shared_layers import CheckedCache
 from .processing_llm2slm import LLM2SLMTokenizer
 from .states import without_llm
 from .states.without_llm import load_without_llm
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .inference.text_to_text import TextToText
     from .states.store import StateStore
 
+register_fusion(CheckedCache)
 AutoConfig.register(LLM2SLMConfig.model_type, LLM2SLMConfig)
 AutoModel.register(LLM2SLMConfig, LLM2SLMForConditionalGeneration)
 AutoModelForSeq2SeqLM.register(LLM2SLMConfig, LLM2SLMForConditionalGeneration)

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """State of an LLM-to-SLM model between steps: the prompt as the SLM reads it, the SLM's cache, masks, positions."""
 
-from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -28,6 +27,9 @@ class PromptStates(ModelOutput):
             0 on padding. Within `generate()` it has a row for each beam or sample; those of a prompt are adjacent.
         hidden_states (`tuple(torch.Tensor)`, *optional*): The LLM's, if requested, in the layout of its input.
         attentions (`tuple(torch.Tensor)`, *optional*): The LLM's, if requested, in the layout of its input.
+        first (`torch.Tensor`, *optional*):
+            With `fusion="cache"`, the LLM's logits `(B, vocabulary)` of the first output token; or, without
+            `llm_first_token`, the SLM's embedding `(B, d_slm)` of the last prompt token.
     """
 
     # `generate()` expands tensors in the output of `get_encoder()` for beams, so the mask travels with the states.
@@ -35,6 +37,7 @@ class PromptStates(ModelOutput):
     attention_mask: torch.Tensor = None  # type: ignore[assignment]
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+    first: torch.Tensor | None = None
 
     # `torch.load` reads saved states with its defaults: it knows the class, and sets no items of a dictionary.
     def __init_subclass__(cls) -> None:
@@ -61,23 +64,7 @@ class PromptStates(ModelOutput):
         return replace(self, **repeated)
 
 
-@dataclass
-class CachedPromptStates(PromptStates):
-    """
-    [`PromptStates`] of `fusion="cache"`, whose `last_hidden_state` `(B, N, d)` packs keys and values of the LLM.
-
-    Args:
-        first_logits (`torch.Tensor` of shape `(B, vocabulary)`, *optional*):
-            The LLM's logits for the first output token; `None` if its hidden states were given.
-        last_embeds (`torch.Tensor` of shape `(B, d_slm)`, *optional*):
-            With `llm_first_token=False`, the SLM's embedding of the last prompt token.
-    """
-
-    first_logits: torch.Tensor | None = None
-    last_embeds: torch.Tensor | None = None
-
-
-torch.serialization.add_safe_globals([PromptStates, CachedPromptStates])
+torch.serialization.add_safe_globals([PromptStates])
 
 
 def as_prompt_states(
@@ -132,19 +119,6 @@ def reorder(values: torch.Tensor, order: torch.Tensor, dim: int = 1) -> torch.Te
     shape = [1] * values.dim()
     shape[0], shape[dim] = order.shape
     return values.gather(dim, order.to(values.device).view(shape).expand_as(values))
-
-
-class PickedLayers(DynamicCache):
-    """Keeps, of what a model computes for its input, the keys and values of some layers; the model sees it empty."""
-
-    def __init__(self, layers: Collection[int]):
-        super().__init__()
-        self.picked: dict[int, Any] = dict.fromkeys(layers)
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        if layer_idx in self.picked:
-            self.picked[layer_idx] = (keys, values)
-        return keys, values
 
 
 class LLM2SLMCache(EncoderDecoderCache):

@@ -76,11 +76,10 @@ class LLM2SLMConfig(PreTrainedConfig):
             Whether LLM and SLM have the same tokenizer. `fusion="add"` then uses the SLM's embedding of the prompt,
             and otherwise the LLM's (frozen) embedding followed by a trained linear map.
         decoder_layers (`list[int]`, *optional*):
-            With `fusion="cache"`: for each layer of the SLM the layer of the LLM whose keys and values it continues.
-            Default: `cut_from_layers` of the SLM's config.
+            For `fusion="cache"`, the layer of the LLM that each layer of the SLM continues. Default: the
+            `cut_from_layers` of the SLM's config.
         llm_first_token (`bool`, *optional*, defaults to `True`):
-            With `fusion="cache"`: take the first output token from the LLM's logits; the SLM computes the others, and
-            no loss trains it for the first. `False`: the SLM reads the last prompt token again to predict the first.
+            For `fusion="cache"`, whether the first output token comes from the LLM's logits, and no loss trains it.
         encoder_layer (`int`, *optional*):
             Use `hidden_states[encoder_layer]` of the full LLM and build no layer above. Default: its
             `last_hidden_state`.

@@ -5,16 +5,17 @@ Fusions: how the LLM's hidden states of a prompt become what the SLM reads. Each
 package depends on which one is used. Shapes: batch B, prompt length N, output length M, widths d_llm and d_slm.
 """
 
+import inspect
 import math
-from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.cache_utils import DynamicCache
 
-from .cache_llm2slm import CachedPromptStates, PickedLayers, PromptStates, padding_to, reorder
+from .cache_llm2slm import PromptStates, padding_to, reorder
 
 
 class Fusion:
@@ -24,52 +25,42 @@ class Fusion:
 
     A fusion that hands over more than embeddings overrides `read_prompt` and `prepend` too, and cannot be exported:
     the first may keep keys and values in a subclass of [`PromptStates`], the second write them to the SLM's cache.
-    [`CacheFusion`] shows the other hooks.
+    [`Cache`] shows the other hooks.
     """
 
     name: ClassVar[str]  # the value of `LLM2SLMConfig.fusion`
     description: ClassVar[str]  # completes "The SLM ..." in the model card
 
-    fills_cache = False  # whether `prepend` writes to the cache, which a decoder-only SLM then gets in training too
-    shared_positions = 0  # positions of the prompt that belong to the output: 1 if the start token takes its last one
-    llm_padding = (
-        "right"  # side on which the LLM reads padding: GPT-2 and BERT count positions from the first place on
-    )
-    llm_has_head = False  # whether the LLM is loaded with its language modeling head
+    fills_cache = False  # whether `prepend` writes to the SLM's cache, which is there in training too
+    shared_positions = 0  # 1 if the start token takes the position of the last prompt token
+    llm_padding = "right"  # of the LLM's input: GPT-2 and BERT count positions from the first place on
+    states_size: int | None = None  # width of H, if it is not the LLM's hidden size
 
     def __init__(self, config: Any):
         self.config = config
-
-    @property
-    def llm_layer(self) -> int | None:
-        """`int`, *optional*: Number of the LLM's layers that are built, if not all."""
-        return self.config.encoder_layer
-
-    @property
-    def states_size(self) -> int | None:
-        """`int`, *optional*: Width of the LLM's states of a token, if it is not the LLM's hidden size."""
-        return None
-
-    def prepare(self) -> None:
-        """Complete the configuration, and raise `ValueError` if this fusion cannot work with it."""
-        if self.config.decoder_layers is not None:
-            raise ValueError(f'`decoder_layers` belongs to `fusion="cache"`, not to {self.name!r}. Leave it out.')
-
-    def llm_arguments(self, attention_mask: torch.Tensor) -> dict[str, Any]:
-        """Return further arguments of the LLM's call for prompts with this mask `(B, N)`."""
-        return {}
-
-    def states_of(self, llm_outputs: Any) -> torch.Tensor:
-        """Return the states H `(B, N, d_llm)` in the LLM's output."""
-        return llm_outputs.last_hidden_state
+        self.llm_has_head = False  # whether the LLM has its language modeling head
+        self.llm_layer: int | None = config.encoder_layer  # build no layer of the LLM above; `None`: build all
 
     @property
     def table(self) -> str | None:
         """`str`, *optional*: `"slm"` or `"llm"`, whose embedding of the prompt tokens `combine` gets, if any."""
         return None
 
+    def prepare(self) -> None:
+        """Complete the config, or raise `ValueError` if it does not fit this fusion."""
+        if self.config.decoder_layers is not None:
+            raise ValueError(f'`decoder_layers` is for `fusion="cache"`, not for {self.name!r}. Leave it out.')
+
     def add_modules(self, encoder: Any) -> None:
         """Add the trained modules to a [`LLM2SLMEncoder`] that already holds the LLM."""
+
+    def llm_arguments(self, llm: Any, attention_mask: torch.Tensor) -> dict[str, Any]:
+        """Return further arguments of the LLM: by default, not to return a cache, which nothing would read."""
+        return {"use_cache": False} if "use_cache" in inspect.signature(llm.forward).parameters else {}
+
+    def states_of(self, llm_outputs: Any) -> torch.Tensor:
+        """Return H `(B, N, d_llm)`, all that is kept of the LLM's output for training."""
+        return llm_outputs.last_hidden_state
 
     def combine(self, encoder: Any, hidden_states: torch.Tensor, embeds: torch.Tensor | None) -> torch.Tensor:
         """
@@ -107,15 +98,12 @@ class Fusion:
         """Return what a decoder-only SLM reads first: P before the embeddings `(B, M, d_slm)` of its own tokens."""
         return torch.cat([prompt.last_hidden_state.to(embeds), embeds], dim=1)
 
-    def first_logits(self, prompt: PromptStates, embeds: torch.Tensor) -> torch.Tensor:
-        """Return logits `(B, 1, vocabulary)` of the start token, where `prepend` leaves it out of `embeds`."""
+    def first_logits(self, prompt: Any, embeds: torch.Tensor) -> torch.Tensor:
+        """Return logits `(B, 1, vocabulary)` of the start token, if `prepend` leaves it out of `embeds`."""
         raise NotImplementedError
 
-    def check_generation(self, prompt: PromptStates) -> None:
-        """Raise `ValueError` for a prompt that cannot be continued."""
-
     def trained_labels(self, labels: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return labels `(B, K)` of these output positions `(K,)`, with -100 where the SLM is not trained."""
+        """Return labels `(B, K)` of output positions `(K,)`, with -100 where nothing trains."""
         return labels
 
 
@@ -218,137 +206,84 @@ class Replace(Fusion):
 
 
 @register_fusion
-class CacheFusion(Fusion):
+class Cache(Fusion):
     """
-    The SLM's layers are layers of the LLM, and continue the keys and values that those have computed for the prompt:
-    H packs them, `(B, N, layers * 2 * heads * head size)`. The start token takes the position of the last prompt
-    token. Its logits are the LLM's own (`llm_first_token`), or the SLM reads that token again.
+    The SLM continues the LLM's keys and values of the prompt, in the layers that both share. H packs them: `(B, N,
+    layers * 2 * heads * head size)`. The start token takes the position of the last prompt token: its logits are the
+    LLM's (`llm_first_token`), or the SLM reads the last prompt token again in its place.
     """
 
     name = "cache"
-    description = "continues the keys and values of the prompt from the layers that it shares with the LLM"
+    description = "continues the keys and values that the LLM computed for the prompt, in the layers that both share"
     fills_cache, shared_positions, llm_padding = True, 1, "left"
-    _per_layer = ("layer_types", "attention_layers", "no_rope_layers")
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.layers = config.decoder_layers or getattr(config.decoder, "cut_from_layers", None) or []
+        self.llm_has_head = config.llm_first_token
+        self.llm_layer = None if self.llm_has_head else max(self.layers, default=0) + 1
 
     @property
-    def llm_has_head(self) -> bool:  # type: ignore[override]
-        return self.config.llm_first_token
-
-    @property
-    def llm_layer(self) -> int | None:
-        return None if self.config.llm_first_token else max(self.config.decoder_layers) + 1
-
-    @property
-    def states_size(self) -> int:
-        return len(self.config.decoder_layers) * 2 * math.prod(_heads(self.config.encoder))
+    def states_size(self) -> int:  # type: ignore[override]
+        return len(self.layers) * 2 * math.prod(key_heads(self.config.encoder))
 
     @property
     def table(self) -> str | None:
         return None if self.config.llm_first_token else "slm"
 
     def prepare(self) -> None:
-        if self.config.decoder_layers is None:
-            self.config.decoder_layers = getattr(self.config.decoder, "cut_from_layers", None)
-        if (problem := self._problem()) is not None:
-            raise ValueError(f'`fusion="cache"` is not possible: {problem}')
+        self.config.decoder_layers = self.layers  # the installed package checks them and compares the two models
 
-    def _problem(self) -> str | None:
-        config, llm, slm, cut = self.config, self.config.encoder, self.config.decoder, self.config.decoder_layers
-        for part, of_part in (("LLM", llm), ("SLM", slm)):
-            if of_part.is_encoder_decoder:
-                return f"the {part} ({of_part.model_type}) is an encoder-decoder. Use another fusion."
-        take = "Take an SLM that was cut from this LLM (`llm2slm convert cut`)."
-        if llm.model_type != slm.model_type:
-            return f"the LLM is a {llm.model_type} and the SLM a {slm.model_type} model. {take}"
-        if not config.shared_tokenizer:
-            return f"LLM and SLM have different tokenizers (`shared_tokenizer=False`). {take}"
-        if config.encoder_layer is not None:
-            return "`encoder_layer` is set, but `decoder_layers` names the layers it uses. Leave `encoder_layer` out."
-        if not config.freeze_llm:
-            return "`freeze_llm=False` would train keys and values away from the SLM's. Leave it out."
-        if cut is None:
-            return "it is not known which layers the SLM shares. Pass `decoder_layers`, such as [0, 5, 11, 17]."
-        if len(cut) != slm.num_hidden_layers or not set(cut) <= set(range(llm.num_hidden_layers)):
-            return (
-                f"`decoder_layers` is {cut}, but must name a layer of the LLM, 0 to {llm.num_hidden_layers - 1}, for "
-                f"each of the {slm.num_hidden_layers} layers of the SLM."
-            )
-        wanted = self._attention(llm, cut)
-        for name, value in self._attention(slm, range(len(cut))).items():
-            if value != wanted[name]:
-                return f"{name} is {value} in the SLM, but {wanted[name]} in these layers of the LLM. {take}"
-        return None
-
-    def _attention(self, config: Any, layers: Collection[int]) -> dict[str, Any]:
-        """Return what keys and values of some layers depend on, besides weights."""
-        lists = {name: getattr(config, name, None) for name in self._per_layer}
-        found: dict[str, Any] = {name: all_ and [all_[index] for index in layers] for name, all_ in lists.items()}
-        found["number of key heads and head size"] = _heads(config)
-        if "sliding_attention" in (types := found["layer_types"] or ()):
-            found["sliding_window"] = config.sliding_window
-        rope = getattr(config, "rope_parameters", None) or {}
-        by_type = {kind: rope[kind] for kind in types if kind in rope}
-        return found | {"rope_parameters": by_type or rope, "rotary_dim": getattr(config, "rotary_dim", None)}
-
-    def llm_arguments(self, attention_mask: torch.Tensor) -> dict[str, Any]:
-        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        kept = {"logits_to_keep": 1} if self.llm_has_head else {}
-        cache = PickedLayers(self.config.decoder_layers)
-        return {"use_cache": True, "past_key_values": cache, "position_ids": position_ids, **kept}
+    def llm_arguments(self, llm: Any, attention_mask: torch.Tensor) -> dict[str, Any]:
+        # Without a config, the cache keeps all keys and values of layers with a sliding window too.
+        arguments = {"past_key_values": DynamicCache(), "position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)}
+        return arguments | {"use_cache": True, **({"logits_to_keep": 1} if self.llm_has_head else {})}
 
     def states_of(self, llm_outputs: Any) -> torch.Tensor:
-        picked = llm_outputs.past_key_values.picked
-        pairs = [picked[layer] for layer in self.config.decoder_layers]
-        return torch.cat([part.transpose(1, 2).flatten(2) for pair in pairs for part in pair], dim=-1)
+        picked = [llm_outputs.past_key_values.layers[layer] for layer in self.layers]
+        pairs = [part.transpose(1, 2).flatten(2) for layer in picked for part in (layer.keys, layer.values)]
+        return torch.cat(pairs, dim=-1)
+
+    def combine(self, encoder: Any, hidden_states: torch.Tensor, embeds: torch.Tensor | None) -> torch.Tensor:
+        return hidden_states
 
     def read_prompt(
-        self, encoder: Any, llm_outputs: Any, input_ids: torch.Tensor | None, attention_mask: torch.Tensor
+        self, encoder: Any, llm_outputs: Any, input_ids: Any, attention_mask: torch.Tensor
     ) -> PromptStates:
-        order, states = padding_to("left", attention_mask), llm_outputs.last_hidden_state
-        if states.shape[-1] != self.states_size:
-            raise ValueError(
-                f"The keys and values of a prompt token have width {states.shape[-1]}, but those of the layers "
-                f"{self.config.decoder_layers} have {self.states_size}. Pass what `encode_llm` of this model returns."
-            )
-        embeds, logits = encoder.embed_tokens(input_ids), llm_outputs.get("logits")
-        return CachedPromptStates(
-            last_hidden_state=reorder(states, order),
-            attention_mask=reorder(attention_mask, order),
-            hidden_states=llm_outputs.get("hidden_states"),
-            attentions=llm_outputs.get("attentions"),
-            first_logits=logits if logits is None else logits[:, -1],
-            last_embeds=embeds if embeds is None else reorder(embeds, order)[:, -1],
-        )
+        prompt = super().read_prompt(encoder, llm_outputs, input_ids, attention_mask)
+        if "logits" in llm_outputs:
+            prompt.first = llm_outputs["logits"][:, -1]
+        elif self.table is not None:
+            last = padding_to("left", attention_mask)[:, -1:]
+            prompt.first = encoder.embed_tokens(input_ids.gather(1, last))[:, 0]
+        return prompt
 
     def prepend(self, prompt: Any, embeds: torch.Tensor, cache: Any) -> torch.Tensor:
-        first, states = self.config.llm_first_token, prompt.last_hidden_state.to(embeds)
-        states = states if first else states[:, :-1]
-        layers = states.unflatten(-1, (len(self.config.decoder_layers), 2, *_heads(self.config.encoder)))
+        has_first, states = self.config.llm_first_token, prompt.last_hidden_state.to(embeds)
+        states = states if has_first else states[:, :-1]
+        layers = states.unflatten(-1, (len(self.layers), 2, *key_heads(self.config.encoder)))
         for index, (keys, values) in enumerate(layers.permute(2, 3, 0, 4, 1, 5)):
-            if states.shape[1]:
+            if states.shape[1]:  # else the prompt is its last token alone
                 cache.self_attention_cache.update(keys, values, index)
-        return embeds[:, 1:] if first else torch.cat([prompt.last_embeds[:, None].to(embeds), embeds[:, 1:]], dim=1)
+        return embeds[:, 1:] if has_first else torch.cat([prompt.first[:, None].to(embeds), embeds[:, 1:]], dim=1)
 
     def first_logits(self, prompt: Any, embeds: torch.Tensor) -> torch.Tensor:
-        size, logits = self.config.vocab_size, getattr(prompt, "first_logits", None)
-        if logits is None:
-            return embeds.new_zeros(embeds.shape[0], 1, size)
-        # An SLM whose embeddings were resized has tokens that the LLM does not know.
-        return nn.functional.pad(logits.to(embeds), (0, size - logits.shape[-1]), value=-torch.inf)[:, None]
-
-    def check_generation(self, prompt: Any) -> None:
-        if self.config.llm_first_token and getattr(prompt, "first_logits", None) is None:
+        size, logits = self.config.vocab_size, prompt.first
+        if logits is not None:  # resized embeddings of the SLM have tokens that the LLM does not know
+            return nn.functional.pad(logits.to(embeds), (0, size - logits.shape[-1]), value=-torch.inf)[:, None]
+        if not embeds.shape[1]:
             raise ValueError(
                 "The first output token comes from the LLM's logits, which stored hidden states lack. Load the model "
                 "with its LLM and pass `input_ids`, or build it with `llm_first_token=False`."
             )
+        return embeds.new_zeros(embeds.shape[0], 1, size)
 
     def trained_labels(self, labels: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        is_first = (positions == 0).to(labels.device)
-        return labels.masked_fill(is_first, -100) if self.config.llm_first_token else labels
+        first = (positions == 0).to(labels.device)
+        return labels.masked_fill(first, -100) if self.config.llm_first_token else labels
 
 
-def _heads(config: Any) -> tuple[int, int]:
+def key_heads(config: Any) -> tuple[int, int]:
     """Return the number of key heads of a decoder-only model, and their size."""
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads

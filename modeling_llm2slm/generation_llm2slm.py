@@ -134,8 +134,6 @@ class LLM2SLMGenerationMixin(GenerationMixin):
             prompt = as_prompt_states(model_kwargs["encoder_outputs"], model_kwargs.get("attention_mask"))
             self.encoder.check_prompt(prompt.attention_mask, max_cache_length)
             max_cache_length += self.encoder.mask_before_output(prompt.attention_mask).shape[1]
-            if not has_read_prompt(model_kwargs.get("past_key_values")):
-                self.encoder.fusion.check_generation(prompt)
             if model_kwargs.get("past_key_values") is not None:
                 model_kwargs["past_key_values"] = as_llm2slm_cache(model_kwargs["past_key_values"])
         given = model_kwargs.get("past_key_values")

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput, ModelOutput, Seq2SeqLMOutput
+from transformers.modeling_outputs import BaseModelOutput, ModelOutput, Seq2SeqLMOutput
 from transformers.utils.generic import can_return_tuple
 
 from .cache_llm2slm import (
@@ -46,7 +46,7 @@ from .checkpoint_llm2slm import LLM2SLMCheckpointMixin
 from .configuration_llm2slm import LLM2SLMConfig, llm_sizes
 from .fusion_llm2slm import fusion_of, probe_ids
 from .generation_llm2slm import LLM2SLMGenerationMixin
-from .parts_llm2slm import build_llm, check_parts, check_token_ids, keep_special_ids, reading_arguments, slm_class
+from .parts_llm2slm import build_llm, check_parts, check_token_ids, keep_special_ids, slm_class
 
 
 class LLM2SLMPreTrainedModel(PreTrainedModel):
@@ -122,14 +122,14 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
         if input_ids is None:
             raise ValueError(NO_PROMPT)
         self.config.check_llm_length(input_ids.shape[1])
-        order = padding_to(self.fusion.llm_padding, attention_mask)  # and back
+        order = padding_to(self.fusion.llm_padding, attention_mask)  # its states return to the layout of the input
         back, mask = order.argsort(dim=-1), reorder(attention_mask, order)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_llm):
             outputs = self.llm(
                 input_ids=reorder(input_ids, order),
                 attention_mask=mask,
                 return_dict=True,
-                **reading_arguments(self.llm) | self.fusion.llm_arguments(mask),
+                **self.fusion.llm_arguments(self.llm, mask),
                 **{name: bool(flag) for name, flag in flags.items()},
             )
         states = self.fusion.states_of(outputs)
@@ -444,8 +444,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         cache, fusion = as_llm2slm_cache(past_key_values), self.encoder.fusion
         if cache is None and (use_cache or fusion.fills_cache):
             cache = LLM2SLMCache(DynamicCache(config=self.config.decoder))
-        output_length, prompt_length = tokens.shape[1], 0
-        embeds, position_ids = self.get_input_embeddings()(tokens), decoder_position_ids
+        output_length = tokens.shape[1]
+        embeds, position_ids, first = self.get_input_embeddings()(tokens), decoder_position_ids, None
         if position_ids is None:
             if prompt is None:
                 raise ValueError(NO_PROMPT)
@@ -454,38 +454,37 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
             mask, position_ids = mask_and_positions(prompt_mask, mask, output_length, cache)
             output_mask = mask[:, prompt_mask.shape[1] :]
             self.encoder.check_prompt(prompt.attention_mask, output_mask.sum(-1) if given else output_mask.shape[1])
+            if given and fusion.shared_positions and not output_mask[:, 0].all():
+                raise ValueError(
+                    "`decoder_attention_mask` hides a start token, which stands for the last prompt token."
+                )
             if not has_read_prompt(cache):
-                prompt_length = prompt_mask.shape[1]
                 embeds = fusion.prepend(prompt, embeds, cache)
-                output_length = min(output_length, embeds.shape[1])
                 position_ids = position_ids[:, position_ids.shape[1] - embeds.shape[1] :]
-        # CODEPATH: a fusion may have logits of the start token, which the SLM does not read then.
-        first = fusion.first_logits(prompt, embeds) if output_length < tokens.shape[1] else None
+                if cache is not None:
+                    cache.prompt_length = prompt_mask.shape[1]
+        # CODEPATH: a fusion that has logits of the start token; the SLM does not read it then.
+        if embeds.shape[1] < output_length:
+            first, output_length = fusion.first_logits(prompt, embeds), embeds.shape[1]
+            if not output_length:
+                return Seq2SeqLMOutput(logits=first, past_key_values=cache if use_cache else None)
         kept = logits_to_keep if first is None or isinstance(logits_to_keep, int) else 0
         if isinstance(kept, torch.Tensor):
             kept = kept + (embeds.shape[1] - output_length)
-        outputs = (
-            CausalLMOutput(logits=embeds.new_empty(0))
-            if not output_length
-            else self.decoder(
-                inputs_embeds=embeds,
-                attention_mask=mask,
-                position_ids=position_ids,
-                past_key_values=cache.self_attention_cache if cache is not None else None,
-                use_cache=use_cache or fusion.fills_cache,
-                logits_to_keep=output_length if isinstance(kept, int) and not kept else kept,
-                return_dict=True,
-                **kwargs,
-            )
+
+        outputs = self.decoder(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=cache.self_attention_cache if cache is not None else None,
+            use_cache=use_cache or fusion.fills_cache,
+            logits_to_keep=output_length if isinstance(kept, int) and not kept else kept,
+            return_dict=True,
+            **kwargs,
         )
-        if prompt_length and cache is not None:
-            cache.prompt_length = prompt_length
-        hidden_states, attentions = outputs.hidden_states, outputs.attentions
-        logits = outputs.logits
-        if first is not None:
-            logits = torch.cat([first, logits], dim=1)[:, _kept(logits_to_keep)] if output_length else first
+        logits, hidden_states, attentions = outputs.logits, outputs.hidden_states, outputs.attentions
         return Seq2SeqLMOutput(
-            logits=logits,
+            logits=logits if first is None else torch.cat([first, logits], dim=1)[:, _kept(logits_to_keep)],
             past_key_values=cache if use_cache else None,
             decoder_hidden_states=hidden_states and tuple(layer[:, -output_length:] for layer in hidden_states),
             decoder_attentions=attentions and tuple(layer[:, :, -output_length:] for layer in attentions),

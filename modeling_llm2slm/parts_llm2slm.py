@@ -65,11 +65,6 @@ def reader_of(llm: PreTrainedModel) -> PreTrainedModel:
     return llm
 
 
-def reading_arguments(llm: PreTrainedModel) -> dict[str, Any]:
-    """Return the arguments of every call of the LLM: a decoder-only one would return a cache that nothing reads."""
-    return {"use_cache": False} if _takes(llm, "use_cache") else {}
-
-
 def check_token_ids(name: str, token_ids: torch.Tensor, part: str, vocab_size: int) -> None:
     """Raise `ValueError` for a token id that the vocabulary of a part lacks; `labels` may hold -100."""
     if torch.compiler.is_compiling() or type(token_ids) is not torch.Tensor:

@@ -212,8 +212,8 @@ METRICS = {
 DATA, MODEL, GENERATION, COMPUTE = "Data", "Model", "Generation", "Computation"
 # Help of options that several commands have.
 FUSION = (
-    "How the hidden states enter the SLM: add (to an embedding of the prompt), replace (it), cache (keys and values, "
-    "for an SLM that was cut from the LLM), or a registered fusion."
+    "How the LLM's states enter the SLM: add (to an embedding of the prompt), replace (it), cache (as keys and values "
+    "of an SLM that was cut from the LLM), or a registered fusion."
 )
 SPLIT = "Split of a data set on the Hub; a file is one split."
 TRUNCATE = "Truncate prompts to this many tokens."

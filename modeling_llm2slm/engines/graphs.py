@@ -10,7 +10,6 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from ..fusion_llm2slm import Fusion
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
-from ..parts_llm2slm import reading_arguments
 
 
 class PromptGraph(nn.Module):
@@ -25,11 +24,12 @@ class PromptGraph(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, inputs_embeds: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        llm = self.encoder.llm
-        outputs = llm(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **reading_arguments(llm))
+        llm, fusion = self.encoder.llm, self.encoder.fusion
+        arguments = fusion.llm_arguments(llm, attention_mask)
+        outputs = llm(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **arguments)
         if inputs_embeds is None:  # else the fusion reads the SLM's embedding table, which is in no graph
             inputs_embeds = self.encoder.embed_tokens(input_ids)
-        prompt = self.encoder.fusion.combine(self.encoder, outputs.last_hidden_state, inputs_embeds)
+        prompt = fusion.combine(self.encoder, outputs.last_hidden_state, inputs_embeds)
         if self.slm_encoder is not None:
             prompt = self.slm_encoder(inputs_embeds=prompt, attention_mask=attention_mask).last_hidden_state
         return {"last_hidden_state": prompt}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 import weakref
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, ModelOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, ModelOutput
 
+from ..cache_llm2slm import LLM2SLMCache
 from ..fusion_llm2slm import probe_ids
 from ..modeling_llm2slm import LLM2SLMEncoder
 
@@ -69,6 +71,8 @@ class AssistantEncoder(LLM2SLMEncoder):
 def as_assistant_of(model: Any, llm: PreTrainedModel) -> Any:
     """See [`LLM2SLMForConditionalGeneration.as_assistant_of`]."""
     check_assistant(model, llm)
+    if not llm.config.is_encoder_decoder:
+        return _continuing_slm(model, llm)
     encoder, assistant = _shallow(model.encoder, AssistantEncoder), _shallow(model, type(model))
     encoder.llm, assistant.encoder = llm.get_encoder(), encoder
     encoder.recent = RecentStates(encoder.llm, owner=encoder)
@@ -78,27 +82,61 @@ def as_assistant_of(model: Any, llm: PreTrainedModel) -> Any:
 
 def check_assistant(model: Any, llm: PreTrainedModel) -> None:
     """Raise `ValueError` if drafts of `model` would not be tokens of `llm`, or if it was built on another LLM."""
-    config = model.config
-    if not llm.config.is_encoder_decoder:
+    config, starts = model.config, {}
+    if llm.config.is_encoder_decoder:
+        starts["decoder_start_token_id"] = config.decoder_start_token_id, llm.generation_config.decoder_start_token_id
+    elif not model.encoder.fusion.fills_cache or type(llm) is not type(model.decoder):
         raise ValueError(
-            f"A {type(llm).__name__} has no decoder. Pass the whole LLM, such as a T5ForConditionalGeneration."
+            f"A {type(llm).__name__} has no decoder. Pass the whole LLM, such as a T5ForConditionalGeneration; for a "
+            'model of `fusion="cache"`, its decoder-only LLM with the head.'
         )
     if not config.shared_tokenizer:
         raise ValueError("SLM and LLM have different tokenizers. Build the model with an SLM that shares the LLM's.")
     if config.encoder_layer is not None:
         raise ValueError("The SLM was built on a middle layer of the LLM (`encoder_layer`). Build one without.")
-    for name, ours, wanted in (
-        ("vocab_size", config.vocab_size, llm.config.get_text_config(decoder=True).vocab_size),
-        ("decoder_start_token_id", config.decoder_start_token_id, llm.generation_config.decoder_start_token_id),
-    ):
+    sizes = {"vocab_size": (config.vocab_size, llm.config.get_text_config(decoder=True).vocab_size)}
+    for name, (ours, wanted) in (sizes | starts).items():
         if ours != wanted:
             raise ValueError(
                 f"The SLM's `{name}` is {ours}, but the LLM's is {wanted}. Build the model with an SLM that has the "
                 "LLM's."
             )
-    first, second = (part.get_input_embeddings().weight for part in (model.encoder.llm, llm.get_encoder()))
+    reader = llm.get_encoder() if llm.config.is_encoder_decoder else llm
+    first, second = (part.get_input_embeddings().weight for part in (model.encoder.llm, reader))
     if first.shape != second.shape or not _are_close(first, second):
         raise ValueError(f"{type(llm).__name__} is another LLM than the one in the model: its embeddings differ.")
+
+
+def _continuing_slm(model: Any, llm: PreTrainedModel) -> Any:
+    """
+    Return the SLM as a decoder-only model that generates after a prompt of the LLM: the LLM reads what comes before
+    the first step, and the SLM continues its keys and values. Stock `generate()` counts the prompt, as for any other.
+    """
+    encoder, slm_class = _shallow(model.encoder, LLM2SLMEncoder), type(model.decoder)
+    encoder.llm = llm if encoder.fusion.llm_has_head else llm.base_model
+    encoder.bind(model.decoder)
+
+    class ContinuingSLM(slm_class):  # type: ignore[misc, valid-type]
+        @functools.wraps(slm_class.forward)  # stock generation reads the signature
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            cache, prompt_ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
+            if cache is None or prompt_ids is None or cache.get_seq_length() > 0:
+                return super().forward(*args, **kwargs)
+            mask = kwargs.get("attention_mask")
+            prompt = encoder(prompt_ids, torch.ones_like(prompt_ids) if mask is None else mask, return_dict=True)
+            embeds = encoder.fusion.prepend(
+                prompt, self.get_input_embeddings()(prompt_ids[:, -1:]), LLM2SLMCache(cache)
+            )
+            if not embeds.shape[1]:
+                return CausalLMOutputWithPast(
+                    logits=encoder.fusion.first_logits(prompt, embeds), past_key_values=cache
+                )
+            kwargs |= {"input_ids": None, "inputs_embeds": embeds, "position_ids": kwargs["position_ids"][:, -1:]}
+            return super().forward(*args, **kwargs)
+
+    assistant = _shallow(model.decoder, ContinuingSLM)
+    assistant.generation_config = copy.deepcopy(model.decoder.generation_config)
+    return assistant
 
 
 def _are_close(first: torch.Tensor, second: torch.Tensor) -> bool:

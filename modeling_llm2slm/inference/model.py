@@ -77,18 +77,21 @@ class LLM2SLMForConditionalGeneration(modeling_llm2slm.LLM2SLMForConditionalGene
             raise ValueError("Only LoRA and DoRA adapters can be mixed in a batch. Leave out `adapter_names`.")
         yield
 
-    def as_assistant_of(self, llm: PreTrainedModel) -> LLM2SLMForConditionalGeneration:
+    def as_assistant_of(self, llm: PreTrainedModel) -> PreTrainedModel:
         """
         Return this model as `assistant_model` of the whole LLM that it was built on: `llm.generate(...,
         assistant_model=...)` gives the LLM's own output, faster. The two share the encoder and the hidden states that
         `llm` has just computed.
 
         Args:
-            llm (`PreTrainedModel`): An encoder-decoder with its decoder, such as a `T5ForConditionalGeneration`.
+            llm (`PreTrainedModel`):
+                An encoder-decoder with its decoder, such as a `T5ForConditionalGeneration`; with `fusion="cache"` the
+                decoder-only LLM, which then reads the prompt twice.
 
         Returns:
-            `LLM2SLMForConditionalGeneration`: A model over the same SLM and projector. Its `generation_config` sets
-            how far it drafts ahead (`num_assistant_tokens`, `assistant_confidence_threshold`).
+            `PreTrainedModel`: A model over the same SLM and projector; with `fusion="cache"` one of the SLM's class.
+            Its `generation_config` sets how far it drafts ahead (`num_assistant_tokens`,
+            `assistant_confidence_threshold`).
 
         Raises:
             ValueError: If tokenizer, vocabulary size or start id are not the LLM's, or it is another LLM.

@@ -161,7 +161,7 @@ def _saved_bytes(config: LLM2SLMConfig, setup: TrainingSetup) -> int:
         outputs = model(
             input_ids=torch.zeros(batch, prompt, dtype=torch.long),
             attention_mask=torch.ones(batch, prompt, dtype=torch.long),
-            llm_hidden_states=torch.zeros(batch, prompt, llm_sizes(config.encoder).hidden_size, dtype=torch.bfloat16),
+            llm_hidden_states=torch.zeros(batch, prompt, config.llm_hidden_size, dtype=torch.bfloat16),
             labels=torch.zeros(batch, setup.output_length, dtype=torch.long),
         )
     # The output keeps its logits while the loss, computed in float32, passes back two gradients of their size.

@@ -14,11 +14,13 @@ import torch
 from transformers import Seq2SeqTrainingArguments, set_seed
 
 from ..checkpoint_llm2slm import LLM_PREFIX
+from ..configuration_llm2slm import LLM2SLMConfig
 from ..data.atomic import atomic_write, check_replaceable
 from ..data.output_paths import locked
 from ..data.records import versions, without_secrets
 from ..data.resources import check_disk_space
 from ..evaluation.metrics import check_installed
+from ..fusion_llm2slm import fusion_of
 from ..inference.saving import check_not_replaced
 from ..inference.text_to_text import TextToText
 from .callbacks import ProgressLines, progress_lines
@@ -163,6 +165,8 @@ def _bytes_to_write(ours: Recipe, arguments: Seq2SeqTrainingArguments, model: An
 
 def make_trainer(ours: Recipe, arguments: Seq2SeqTrainingArguments, text_to_text: TextToText) -> TextToTextTrainer:
     """Return a Trainer for a model that [`load_to_train`] has loaded, with the data of a recipe."""
+    if text_to_text.is_llm2slm:
+        check_fusion(ours, arguments, text_to_text.model.config)
     data = training_data(ours, arguments, text_to_text)
     return TextToTextTrainer(
         text_to_text,
@@ -176,6 +180,22 @@ def make_trainer(ours: Recipe, arguments: Seq2SeqTrainingArguments, text_to_text
         train_dataset=data.train,
         eval_dataset=data.validation,
     )
+
+
+def check_fusion(ours: Recipe, arguments: Seq2SeqTrainingArguments, config: LLM2SLMConfig) -> None:
+    """Raise `ValueError` for settings that the model's fusion cannot train with, before any data is read."""
+    fusion = fusion_of(config)
+    # Its name is new in transformers 5.23.
+    if fusion.fills_cache and getattr(arguments, "activation_checkpointing", arguments.gradient_checkpointing):
+        raise ValueError(
+            f'Activation (gradient) checkpointing drops the cache that fusion "{fusion.name}" fills. Leave it out of '
+            "the recipe."
+        )
+    if fusion.llm_has_head and ours.llm_states and ours.validation_data and ours.metric != "loss":
+        raise ValueError(
+            f"metric: {ours.metric} generates outputs, whose first token comes from the LLM, and llm_states loads "
+            "none. Set metric: loss, and score the trained model with llm2slm evaluate."
+        )
 
 
 def _save(

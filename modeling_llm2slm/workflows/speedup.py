@@ -355,7 +355,7 @@ class Speedup:
     def _recipe(self) -> dict[str, Any]:
         shipped = files("modeling_llm2slm.configuration") / "recipes" / "speedup.yaml"
         # Fusion "cache" has no modules of its own.
-        own = {"learning_rate_mapping": {}} if self.fusion == "cache" else {}
+        own: dict[str, Any] = {"learning_rate_mapping": {}} if self.fusion == "cache" else {}
         return load_recipe(str(shipped), {**own, **self._paths(), **with_current_names(self.settings.recipe)})
 
     def evaluate(self) -> None:

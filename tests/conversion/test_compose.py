@@ -12,6 +12,8 @@ from transformers import AutoProcessor, T5EncoderModel
 
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
 from modeling_llm2slm.conversion.compose import compose
+from modeling_llm2slm.settings import BuildSettings
+from tests.support import families
 from tests.support.common import PROMPTS, gpt2_config, pad_prompts, slm_tokenizer
 from tests.support.conversions import weights_of, write_sources
 
@@ -118,3 +120,24 @@ def test_tied_weights_are_written_once(tmp_path, sources):
         names = set(file.keys())
     assert "decoder.lm_head.weight" not in names
     assert "encoder.llm.encoder.embed_tokens.weight" not in names
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_slm_that_was_cut_from_the_llm_shares_its_layers(first, tmp_path):
+    """The config of the SLM names the layers; the LLM keeps its head only if it gives the first token."""
+    slm = families.build_slm("llama")
+    slm.config.cut_from_layers = [0, 1]
+    for name, model in (("llm", families.build_whole("llama")), ("slm", slm)):
+        model.save_pretrained(tmp_path / name)
+        slm_tokenizer().save_pretrained(tmp_path / name)
+    settings = BuildSettings(fusion="cache", slm_first_token=not first)
+    report = dict(compose(tmp_path / "llm", tmp_path / "slm", tmp_path / "new", settings).rows)
+    assert report[f"{'logits' if first else 'hidden states'} of the LLM, largest difference"] == "none"
+    model = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path / "new")
+    assert (model.config.decoder_layers, model.config.llm_first_token) == ([0, 1], first)
+    assert len(model.encoder.llm.base_model.layers) == (3 if first else 2)
+    built = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(
+        tmp_path / "llm", tmp_path / "slm", fusion="cache", llm_first_token=first
+    )
+    batch = pad_prompts(PROMPTS)
+    assert torch.equal(model.generate(**batch, max_new_tokens=6), built.generate(**batch, max_new_tokens=6))

@@ -39,11 +39,11 @@ def compiled(slm: str, backend: str) -> dict[str, Any]:
     return {"cache_implementation": "static", "compile_config": config, "max_cache_len": 63}
 
 
-def check_one_graph(slm: str, backend: str) -> None:
+def check_one_graph(slm: str, backend: str, *sharing: str) -> None:
     """Compiled generation gives the eager outputs, from as many graphs as `GRAPHS` says, for prompts of any length."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model, graphs = build_family(slm).model, []
+    model, graphs = build_family(slm, *sharing).model, []
     kwargs = {"max_new_tokens": 8, "do_sample": False}
     for length in PROMPT_LENGTHS:
         ids = torch.arange(3, 3 + length)[None]
@@ -57,6 +57,11 @@ def check_one_graph(slm: str, backend: str) -> None:
 @pytest.mark.parametrize("slm", PARAMETERS)
 def test_one_graph_serves_prompts_of_all_lengths(slm: str) -> None:
     check_one_graph(slm, "eager")
+
+
+@pytest.mark.parametrize("slm", ["llama", *[pytest.param(slm, marks=pytest.mark.slow) for slm in ("gemma3", "gpt2")]])
+def test_one_graph_serves_all_prompts_of_fusion_cache(slm: str) -> None:
+    check_one_graph(slm, "eager", slm, "cache")
 
 
 @pytest.mark.slow

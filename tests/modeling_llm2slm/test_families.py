@@ -57,7 +57,11 @@ PADDINGS = ("alone", "left", "right")
 PAIRS = list(itertools.product(families.SLMS, ("t5", "llama"), FUSIONS))
 # The fast tests take one of the six for each SLM, such that every LLM and fusion meets many SLMs.
 FAST = [pair for index, pair in enumerate(PAIRS) if index % 6 == (index // 6) % 6]
-GRID = [pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow, id="-".join(pair)) for pair in PAIRS]
+SHARING = [(slm, slm, "cache") for slm in families.SHARING]
+FAST += [pair for pair in SHARING if pair[0] in ("gemma3", "gpt2")]
+GRID = [
+    pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow, id="-".join(pair)) for pair in PAIRS + SHARING
+]
 
 
 def caches(slm: str) -> list[str]:
@@ -110,6 +114,8 @@ def test_parity(slm: str, llm: str, fusion: str, strategy: str) -> None:
 def assistants(parts: Parts, kind: str, pair: tuple[str, str, str]) -> dict[str, Any]:
     if kind == "prompt_lookup":
         return {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}
+    if kind == "composite" and pair[2] == "cache":
+        return {"assistant_model": shared_family(pair[0]).model}
     if kind == "composite":
         return {"assistant_model": shared_family(pair[0], pair[1], "replace" if pair[2] == "add" else "add").model}
     torch.manual_seed(3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,8 +12,17 @@ from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoProce
 
 import modeling_llm2slm
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
-from tests.support import fresh_process
-from tests.support.common import build_parts, gpt2_config, llm_tokenizer, slm_tokenizer, t5_config
+from tests.support import families, fresh_process
+from tests.support.common import (
+    PROMPTS,
+    build_parts,
+    compose,
+    gpt2_config,
+    llm_tokenizer,
+    pad_prompts,
+    slm_tokenizer,
+    t5_config,
+)
 
 
 MODEL_FILES = {
@@ -136,6 +146,26 @@ print(json.dumps([type(model).__name__, type(model).__module__]))
     assert module.startswith("transformers_modules.")
     for auto_class in (AutoModel, AutoModelForSeq2SeqLM):
         assert type(auto_class.from_pretrained(tmp_path / "again")) is LLM2SLMForConditionalGeneration
+
+
+def test_an_upload_of_fusion_cache_works_without_the_package(tmp_path):
+    model = compose(families.build_whole("gemma3"), families.build_slm("gemma3"), "cache").model
+    model.save_pretrained(tmp_path / "model")
+    prompts = json.dumps({name: value.tolist() for name, value in pad_prompts(PROMPTS).items()})
+    code = f"""
+import json, torch
+from transformers import AutoModelForSeq2SeqLM
+model = AutoModelForSeq2SeqLM.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True)
+batch = {{name: torch.tensor(value) for name, value in {prompts}.items()}}
+tokens = model.generate(**batch, max_new_tokens=5, num_beams=2)
+loss = model.train()(**batch, labels=tokens[:, 1:]).loss
+loss.backward()
+print(json.dumps([type(model.encoder.fusion).__name__, tokens.tolist(), float(loss)]))
+"""
+    name, tokens, loss = fresh_process.run(code, package=False, HF_HOME=str(tmp_path / "home"))
+    expected = model.generate(**pad_prompts(PROMPTS), max_new_tokens=5, num_beams=2)
+    assert (name, tokens) == ("Cache", expected.tolist())
+    assert loss == pytest.approx(float(model(**pad_prompts(PROMPTS), labels=expected[:, 1:]).loss.detach()), rel=1e-4)
 
 
 def test_the_snippet_of_the_card_runs(saved, tmp_path):

@@ -24,6 +24,7 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
+from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
@@ -39,6 +40,7 @@ FUSIONS = {
     "add": {"fusion": "add", "shared_tokenizer": False},
     "add_shared": {"fusion": "add", "shared_tokenizer": True},
 }
+CACHE = {"fusion": "cache", "shared_tokenizer": True, "decoder_layers": families.SHARED_LAYERS}
 T5_VARIANTS = {
     "tied": {},
     "untied": {"tie_word_embeddings": False},
@@ -105,9 +107,12 @@ def build_parts(fusion: str = "add", llm: str = "tied", seed: int = 2, **config:
 
 def build_family(slm: str, llm: str = "t5", fusion: str = "add") -> Parts:
     """A new composite of two families, safe to change."""
-    llm_model = families.build_llm(llm, SLM_VOCAB_SIZE if fusion == "add_shared" else LLM_VOCAB_SIZE)
     slm_model = families.build_slm(slm)
-    parts = compose(llm_model, slm_model, fusion, encoder_layer=families.LLMS[llm].layer)
+    if fusion == "cache":
+        parts = compose(families.build_whole(llm), slm_model, fusion)
+    else:
+        llm_model = families.build_llm(llm, SLM_VOCAB_SIZE if fusion == "add_shared" else LLM_VOCAB_SIZE)
+        parts = compose(llm_model, slm_model, fusion, encoder_layer=families.LLMS[llm].layer)
     learn_by_heart(parts.model)
     return parts._replace(slm=copy.deepcopy(parts.model.decoder))
 
@@ -129,6 +134,8 @@ def learn_by_heart(model: Any, loss: float = 0.05, labels: torch.Tensor | None =
     optimizer = torch.optim.Adam([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2)
     batch = pad_prompts(PROMPTS)
     if isinstance(model, LLM2SLMForConditionalGeneration):
+        if model.config.fusion == "cache":  # the first token is the LLM's
+            labels[:, 0] = model.encode_prompt(**batch).first.argmax(-1)
         batch["llm_hidden_states"] = model.encode_llm(**batch)
     for _ in range(300):
         now = model(**batch, labels=labels).loss
@@ -143,11 +150,11 @@ def learn_by_heart(model: Any, loss: float = 0.05, labels: torch.Tensor | None =
 def compose(llm_model: Any, slm_model: Any, fusion: str, **config: Any) -> Parts:
     """A composite of two models, with copies of them."""
     plain = copy.deepcopy((llm_model, slm_model))
-    values = {"shared_tokenizer": False} | FUSIONS[fusion] | config
+    values = {"shared_tokenizer": False} | FUSIONS.get(fusion, CACHE) | config
     model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(
         encoder_model=llm_model, decoder_model=slm_model, **values
     )
-    for linear in model.encoder.projector.linears:
+    for linear in model.encoder.projector.linears if model.encoder.projector is not None else ():
         nn.init.normal_(linear.bias, std=0.1)  # new biases are zero, and a forgotten one would not be seen
     return Parts(model, *plain)
 
@@ -226,11 +233,30 @@ def reference_prompt(parts: Parts, prompt: Sequence[int]) -> torch.Tensor:
 @torch.no_grad()
 def reference_logits(parts: Parts, prompt: Sequence[int], sequence: Sequence[int]) -> torch.Tensor:
     """Logits `(M + 1, vocabulary)` for each next token after the start token and `output`."""
+    if parts.model.config.fusion == "cache":
+        return reference_continuation(parts, prompt, sequence)
     embeds, tokens = reference_prompt(parts, prompt), torch.tensor([[END, *sequence]])
     if parts.slm.config.is_encoder_decoder:
         return parts.slm(inputs_embeds=embeds, decoder_input_ids=tokens, use_cache=False).logits[0]
     embeds = torch.cat([embeds, parts.slm.get_input_embeddings()(tokens)], dim=1)
     return parts.slm(inputs_embeds=embeds, use_cache=False).logits[0, len(prompt) :]
+
+
+@torch.no_grad()
+def reference_continuation(parts: Parts, prompt: Sequence[int], sequence: Sequence[int]) -> torch.Tensor:
+    """The same for fusion "cache": the LLM's logits, then the SLM's after the LLM's own keys and values."""
+    outputs, cache = (
+        parts.llm(torch.tensor([list(prompt)]), use_cache=True, past_key_values=DynamicCache()),
+        DynamicCache(),
+    )
+    for index, layer in enumerate(parts.model.config.decoder_layers):
+        cache.update(*[getattr(outputs.past_key_values.layers[layer], name) for name in ("keys", "values")], index)
+    first, tokens = outputs.logits[0, -1:], torch.tensor([list(sequence)])
+    if not sequence:
+        return first
+    positions = torch.arange(len(prompt), len(prompt) + len(sequence))[None]
+    logits = parts.slm(tokens, past_key_values=cache, position_ids=positions, use_cache=True).logits[0]
+    return torch.cat([first, logits])
 
 
 class Rows(nn.Module):

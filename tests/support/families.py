@@ -185,6 +185,10 @@ SLMS = {
     ),
 }
 
+# Families for fusion "cache": an LLM of three layers, of which an SLM of two is made.
+SHARING = ("gemma3", "llama", "qwen3", "gpt2", "opt", "gpt_neox")
+SHARED_LAYERS = [0, 2]
+
 # transformers generates other outputs for these with a static cache.
 NO_STATIC_CACHE = ("gpt_neo",)
 
@@ -246,6 +250,15 @@ def build_llm(family: str, vocab_size: int = LLM_VOCAB_SIZE) -> PreTrainedModel:
     if family == "t5gemma":
         config.is_encoder_decoder = False  # its class for reading alone asks for it
     return move_vectors((AutoModelForTextEncoding if text_encoding else AutoModel).from_config(config).eval())
+
+
+def build_whole(family: str, **values: Any) -> PreTrainedModel:
+    """A tiny decoder-only LLM with its head, of the family of an SLM and with one layer more."""
+    torch.manual_seed(1)
+    layers = {"gpt2": "n_layer"}.get(family, "num_hidden_layers")
+    kinds = {"layer_types": ["sliding_attention", "full_attention", "full_attention"]} if family == "gemma3" else {}
+    config = SLMS[family].config(**{layers: 3, **kinds, "pad_token_id": PAD, "initializer_range": 0.3, **values})
+    return move_vectors(AutoModelForCausalLM.from_config(config).eval())
 
 
 def move_vectors(model: PreTrainedModel) -> PreTrainedModel:

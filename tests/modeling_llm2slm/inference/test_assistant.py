@@ -13,7 +13,16 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, GPT2LMHeadModel, T5EncoderModel
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
-from tests.support.common import PROMPTS, build_family, count_calls, gpt2_config, learn_by_heart, pad_prompts
+from tests.support import families
+from tests.support.common import (
+    PROMPTS,
+    build_family,
+    compose,
+    count_calls,
+    gpt2_config,
+    learn_by_heart,
+    pad_prompts,
+)
 from tests.support.families import LLM_VOCAB_SIZE, LLMS, PAD, move_vectors
 
 
@@ -196,3 +205,38 @@ def test_errors_name_the_fix() -> None:
     )
     with pytest.raises(ValueError, match="middle layer"):
         cut.as_assistant_of(llm)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("family", families.SHARING)
+def test_a_model_of_fusion_cache_drafts_for_its_decoder_only_llm(family: str, first: bool) -> None:
+    """Exactly the LLM's own output, whatever is accepted of the drafts; the LLM's weights are there once."""
+    llm = families.build_whole(family, bos_token_id=2, eos_token_id=1)
+    reader = copy.deepcopy(llm if first else llm.base_model)
+    model = compose(reader, families.build_slm(family), "cache", llm_first_token=first).model
+    assistant = model.as_assistant_of(llm)
+    kwargs = {"max_new_tokens": 12, "do_sample": False}
+    for prompt in PROMPTS:
+        batch = pad_prompts([prompt], "left", extra=2)
+        with count_calls(model.decoder.base_model) as calls:
+            drafted = llm.generate(**batch, assistant_model=assistant, **kwargs)
+        assert drafted.tolist() == llm.generate(**batch, **kwargs).tolist()
+        assert calls
+    plain = assistant.generate(**batch, **kwargs)[:, batch["input_ids"].shape[1] :]
+    wanted = model.generate(**batch, **kwargs, eos_token_id=assistant.generation_config.eos_token_id)[:, 1:]
+    assert plain.tolist() == wanted.tolist()
+
+
+def test_no_other_model_drafts_for_a_decoder_only_llm() -> None:
+    llm = families.build_whole("llama")
+    model = compose(copy.deepcopy(llm), families.build_slm("llama"), "cache").model
+    with pytest.raises(ValueError, match="is another LLM than the one in the model"):
+        model.as_assistant_of(move_vectors_far(copy.deepcopy(llm)))
+    for other in (llm.base_model, families.build_whole("qwen3")):
+        with pytest.raises(ValueError, match="has no decoder. Pass the whole LLM"):
+            model.as_assistant_of(other)
+
+
+def move_vectors_far(llm: Any) -> Any:
+    torch.nn.init.normal_(llm.get_input_embeddings().weight)
+    return llm

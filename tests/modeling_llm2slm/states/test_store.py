@@ -114,6 +114,7 @@ def test_two_writers_share_a_store(tmp_path: Path) -> None:
     [
         ({"llm": "d" * 64}, "another LLM"),
         ({"encoder_layer": 2}, r"another encoder_layer \(None, not 2\)"),
+        ({"decoder_layers": [0, 2]}, r"another decoder_layers \(None, not \[0, 2\]\)"),
         ({"tokenizer": "d" * 64}, "another tokenizer"),
         ({"data": "d" * 64}, "another set of prompts"),
         ({"dtype": "float32"}, r"another dtype \(bfloat16, not float32\)"),

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import AutoModelForCausalLM, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from modeling_llm2slm import DataCollatorForLLM2SLM, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
+from modeling_llm2slm.conversion.compose import compose
 from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.settings import EncodeSettings
 from modeling_llm2slm.states.encoding import encode
@@ -19,8 +20,9 @@ from modeling_llm2slm.states.without_llm import load_without_llm
 from modeling_llm2slm.training import features as feature_module
 from modeling_llm2slm.training.run import train
 from modeling_llm2slm.training.trainer import TextToTextTrainer
+from tests.support import families
 from tests.support.checkpoints import PAIRS, PROMPTS, stopped_at, write_checkpoint, write_pairs
-from tests.support.common import apart, same_tensors
+from tests.support.common import apart, llm_tokenizer, same_tensors
 from tests.support.training import losses, weights
 
 
@@ -339,3 +341,38 @@ def test_recipe_trains_on_references_and_outputs_of_the_llm(recipe: dict[str, An
     assert train({**recipe, "target_column": ["target", "llm_output"]})["steps"] == 4
     recipe = {**recipe, "output_dir": str(tmp_path / "one"), "validation_data": None, "metric": "loss"}
     assert train({**recipe, "target_column": "llm_output"})["steps"] == 2
+
+
+class TestFusionCache:
+    @pytest.fixture
+    def cut(self, recipe: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+        """A recipe for an SLM that was cut from a decoder-only LLM; the two share a tokenizer."""
+        tokenizer, parts = llm_tokenizer(), {}
+        slm = AutoModelForCausalLM.from_config(
+            families.SLMS["llama"].config(vocab_size=len(tokenizer), eos_token_id=1)
+        )
+        slm.config.cut_from_layers = [0, 2]
+        for name, model in (("llm", families.build_whole("llama", vocab_size=len(tokenizer))), ("slm", slm)):
+            parts[name] = tmp_path / name
+            model.save_pretrained(parts[name])
+            tokenizer.save_pretrained(parts[name])
+        compose(parts["llm"], parts["slm"], tmp_path / "cut", fusion="cache")
+        return {**recipe, "model": str(tmp_path / "cut"), "metric": "loss"}
+
+    def test_stored_keys_and_values_train_as_a_running_llm_does(self, cut: dict[str, Any], tmp_path: Path) -> None:
+        with_llm = train({**cut, "output_dir": str(tmp_path / "with")})
+        encode(cut["model"], [cut["train_data"]], tmp_path / "states", EncodeSettings(dtype="float32"))
+        without = train({**cut, "llm_states": str(tmp_path / "states"), "include_llm": False})
+        assert losses(without) == pytest.approx(losses(with_llm), rel=1e-4)
+        outputs = [
+            TextToText.from_pretrained(path).generate(PROMPTS, 3) for path in (tmp_path / "with", tmp_path / "out")
+        ]
+        assert outputs[0] == outputs[1]
+        assert {name.split(".")[0] for name in weights(tmp_path / "out")} == {"decoder"}
+
+    def test_settings_that_cannot_work_are_refused_before_training(self, cut: dict[str, Any], tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match='checkpointing drops the cache that fusion "cache" fills. Leave it out'):
+            train({**cut, "gradient_checkpointing": True})
+        encode(cut["model"], [cut["train_data"]], tmp_path / "states")
+        with pytest.raises(ValueError, match="metric: chrf generates outputs, whose first token comes from the LLM"):
+            train({**cut, "llm_states": str(tmp_path / "states"), "metric": "chrf"})
