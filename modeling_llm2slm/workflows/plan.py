@@ -160,6 +160,7 @@ def plan_within_limit(
     Raises:
         MemoryLimitError: If even the smallest batch needs more memory. It is an `OSError`.
     """
+    _check_llm(llm)  # at once, and not in a process that takes seconds to start
     limit = int(SHARE_OF_MEMORY * free_memory()) if settings.memory is None else int(settings.memory * 1e9)
     function = partial(_plan_here, str(llm), str(data), settings, options)
     result, used = run_limited(function, limit, progress)

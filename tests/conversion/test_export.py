@@ -250,8 +250,8 @@ def test_exported_weights_that_are_not_finite_are_refused(folder, tmp_path) -> N
     for name in ("embeddings.safetensors", "openvino_prompt.bin", "openvino_step.bin"):
         broken = Path(shutil.copytree(folder, tmp_path / name))
         data = bytearray((broken / name).read_bytes())
-        middle = (len(data) // 8) * 4
-        data[middle : middle + 4] = b"\x00\x00\xc0\x7f"
+        middle = len(data) // 2
+        data[middle : middle + 64] = b"\xff" * 64  # NaN, wherever a number begins
         (broken / name).write_bytes(data)
         with pytest.raises(OSError, match="holds values that are not finite"):
             TextToText.from_pretrained(broken)
