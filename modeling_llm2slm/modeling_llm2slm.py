@@ -167,11 +167,11 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
     ) -> torch.Tensor:
         """Return the prompt's mask `(B, N)`: as given, else inferred from the LLM's pad id (`generate()` does not)."""
         prompt = input_ids if input_ids is not None else llm_hidden_states
-        if prompt is None or not prompt.numel():
+        if prompt is None or not len(prompt):
             raise ValueError(NO_PROMPT)
         if input_ids is not None:
             check_token_ids("input_ids", input_ids, "LLM", llm_sizes(self.config.encoder).vocab_size)
-            if self.fusion.table == "slm":
+            if fusion_of(self.config).table == "slm":
                 check_token_ids("input_ids", input_ids, "SLM", self.config.vocab_size)
         if attention_mask is not None:
             if attention_mask.shape != prompt.shape[:2]:

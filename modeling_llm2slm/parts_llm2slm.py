@@ -68,7 +68,7 @@ def reader_of(llm: PreTrainedModel) -> PreTrainedModel:
 def check_token_ids(name: str, token_ids: torch.Tensor, part: str, vocab_size: int) -> None:
     """Raise `ValueError` for a token id that the vocabulary of a part lacks; `labels` may hold -100."""
     if torch.compiler.is_compiling() or type(token_ids) is not torch.Tensor:
-        return  # see `check_prompt`; a tensor that only traces has no values either
+        return  # the tokens of a graph, and fake ones, have no values
     wrong = ((token_ids < 0) | (token_ids >= vocab_size)) & ((token_ids != -100) | (name != "labels"))
     if wrong.any():
         raise ValueError(

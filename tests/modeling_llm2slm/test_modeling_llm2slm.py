@@ -870,7 +870,6 @@ TOKENS = torch.tensor([[END, 4]])
         {"input_ids": None},
         {"attention_mask": torch.ones_like(IDS)},
         {"decoder_input_ids": TOKENS},
-        {"input_ids": torch.empty(1, 0, dtype=torch.long)},
         {"input_ids": torch.empty(0, 5, dtype=torch.long), "attention_mask": torch.empty(0, 5)},
         {"inputs": torch.tensor([])},
         {"llm_hidden_states": torch.empty(0, 5, 24)},
@@ -893,6 +892,19 @@ def test_every_way_in_says_the_same_about_a_prompt_that_is_not_there(inputs: dic
         ways += [lambda: model.encode_prompt(**prompt), lambda: model.encode_llm(**{"input_ids": None} | prompt)]
     for way in ways:
         with count_calls(model.encoder.llm) as calls, pytest.raises(ValueError, match=f"^{re.escape(NO_PROMPT)}$"):
+            way()
+        assert not calls
+
+
+def test_every_way_in_says_the_same_about_a_prompt_without_tokens() -> None:
+    model, ids = shared_parts("add").model, torch.empty(1, 0, dtype=torch.long)
+    for way in (
+        lambda: model(input_ids=ids, labels=LABELS),
+        lambda: model.generate(ids, max_new_tokens=3),
+        lambda: model.generate(input_ids=ids, max_new_tokens=3, num_beams=2),
+        lambda: model.encode_prompt(ids),
+    ):
+        with count_calls(model.encoder.llm) as calls, pytest.raises(ValueError, match="^A prompt is empty: every row"):
             way()
         assert not calls
 
