@@ -41,6 +41,8 @@ class LoadRequest(NamedTuple):
 
 # Per thread: two may load at once.
 _REQUEST: ContextVar[LoadRequest | None] = ContextVar("llm2slm_load_request", default=None)
+# After the checks of a checkpoint: a further load inside `from_pretrained` is that of an adapter.
+_CHECKED = LoadRequest("", None, None, None, False, {})
 
 
 class LLM2SLMCheckpointMixin:
@@ -132,8 +134,10 @@ class LLM2SLMCheckpointMixin:
         model: PreTrainedModel, state_dict: Any, checkpoint_files: list[str] | None, *args: Any, **kwargs: Any
     ) -> Any:
         # The one step of `from_pretrained` at which the model is complete, on the meta device, and takes no memory.
-        request = _REQUEST.get() if state_dict is None else None
-        _REQUEST.set(None)  # the next load, if any, is that of an adapter
+        current = _REQUEST.get()
+        request = current if state_dict is None and current is not _CHECKED else None
+        if current is not None:
+            _REQUEST.set(_CHECKED)
         if request is not None and request.path != (path := str(model.config.name_or_path)):  # an adapter's base
             request = request._replace(path=path, folder=path if os.path.isdir(path) else None)
         if request is not None and checkpoint_files:
