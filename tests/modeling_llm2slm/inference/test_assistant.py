@@ -211,7 +211,7 @@ def test_errors_name_the_fix() -> None:
 @pytest.mark.parametrize("family", families.SHARING)
 def test_a_model_of_fusion_cache_drafts_for_its_decoder_only_llm(family: str, first: bool) -> None:
     """Exactly the LLM's own output, whatever is accepted of the drafts; the LLM's weights are there once."""
-    llm = families.build_whole(family, bos_token_id=2, eos_token_id=1)
+    llm = families.build_whole(family, bos_token_id=2, eos_token_id=97)
     reader = copy.deepcopy(llm if first else llm.base_model)
     model = compose(reader, families.build_slm(family), "cache", llm_first_token=first).model
     assistant = model.as_assistant_of(llm)
