@@ -46,7 +46,7 @@ from .checkpoint_llm2slm import LLM2SLMCheckpointMixin
 from .configuration_llm2slm import LLM2SLMConfig, llm_sizes
 from .fusion_llm2slm import fusion_of, probe_ids
 from .generation_llm2slm import LLM2SLMGenerationMixin
-from .parts_llm2slm import build_llm, check_parts, check_token_ids, keep_special_ids, slm_class
+from .parts_llm2slm import build_llm, check_token_ids, keep_special_ids, slm_class
 
 
 class LLM2SLMPreTrainedModel(PreTrainedModel):
@@ -244,7 +244,6 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         self.decoder = decoder if decoder is not None else slm_class(config.decoder).from_config(config.decoder)
         config.decoder = self.decoder.config
         self.encoder.bind(self.decoder)
-        check_parts(self.encoder.llm, self.decoder)
         self.post_init()
         self.train(self.training)  # freezes the LLM
 

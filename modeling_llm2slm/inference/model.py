@@ -11,15 +11,15 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
-from .. import modeling_llm2slm, processing_llm2slm
+from .. import processing_llm2slm
+from ..checks import CheckedModel
 from ..data.atomic import atomic_write
-from ..reserving import with_reserve
 from . import assistant, factory, saving
 from .mixed_adapters import mixed_adapters
 from .processor import TextProcessor
 
 
-class LLM2SLMForConditionalGeneration(modeling_llm2slm.LLM2SLMForConditionalGeneration):
+class LLM2SLMForConditionalGeneration(CheckedModel):
     r"""
     A large frozen LLM that reads the prompt and a small language model that writes the output (arXiv 2402.16844). It
     trains, generates, saves and loads like every sequence-to-sequence model of transformers. Token ids of the prompt
@@ -37,7 +37,6 @@ class LLM2SLMForConditionalGeneration(modeling_llm2slm.LLM2SLMForConditionalGene
 
     include_llm: bool = True  # default of `save_pretrained`, for `Trainer`, which does not pass it
     uploaded: tuple[Path, str] | None = None  # a folder that a `Trainer` uploads, and the repository
-    reserve = staticmethod(with_reserve)
 
     @classmethod
     def from_encoder_decoder_pretrained(
