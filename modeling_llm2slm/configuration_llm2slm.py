@@ -1,16 +1,11 @@
-# Copyright 2026 The modeling-llm2slm authors. All rights reserved.
+# Copyright 2026 The modeling-llm2slm authors.
+# SPDX-License-Identifier: Apache-2.0
 #
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0. Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """Configuration of an LLM-to-SLM model: the LLM's, the SLM's, their fusion, and the quirks of model families."""
 
 import copy
@@ -99,7 +94,7 @@ class LLM2SLMConfig(PreTrainedConfig):
         use_cache (`bool`, *optional*, defaults to `True`): Return a cache outside training; `Trainer` turns it off.
 
     Raises:
-        ValueError: If a value does not exist or does not fit; the message names the fix.
+        ValueError: If a value does not exist or does not fit, as far as the installed package can tell.
     """
 
     model_type = "llm2slm"
@@ -125,8 +120,10 @@ class LLM2SLMConfig(PreTrainedConfig):
     is_encoder_decoder: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.encoder = as_reader(_as_config(self.encoder, "encoder", default=T5Config))
+        self.encoder = _as_config(self.encoder, "encoder", default=T5Config)
         self.decoder = _as_config(self.decoder, "decoder", default=GPT2Config)
+        if llm_sizes(self.encoder) is not self.encoder:  # T5Gemma's class for the encoder alone asks for this
+            self.encoder.is_encoder_decoder = False
         self._take_ids_from_slm()
         for check in CHECKS:
             check(self)
@@ -228,13 +225,6 @@ class LLM2SLMConfig(PreTrainedConfig):
 def quirks_of(config: PreTrainedConfig) -> Quirks:
     """Return the quirks of a model's family."""
     return QUIRKS.get(config.model_type, Quirks())
-
-
-def as_reader(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Prepare the LLM's config to build its encoder alone: T5Gemma's class asks for a config that says so."""
-    if isinstance(getattr(config, "encoder", None), PreTrainedConfig):
-        config.is_encoder_decoder = False
-    return config
 
 
 def llm_sizes(config: PreTrainedConfig) -> PreTrainedConfig:

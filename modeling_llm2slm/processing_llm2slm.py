@@ -1,5 +1,11 @@
 # Copyright 2026 The modeling-llm2slm authors.
 # SPDX-License-Identifier: Apache-2.0
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0. Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """Processor of an LLM-to-SLM model: the LLM's tokenizer for prompts, the SLM's for targets and outputs."""
 
 import copy
@@ -135,15 +141,9 @@ class LLM2SLMProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> Any:
         """
-        Apply the chat template of the LLM's tokenizer to a conversation or a list of them.
-
-        Args:
-            conversation (`list[dict[str, str]]` or a list of these): Messages with `"role"` and `"content"`.
-            chat_template (`str`, *optional*): Another template.
-            tokenize (`bool`, *optional*, defaults to `False`): Return the result of `__call__` instead of text.
-            add_generation_prompt (`bool`, *optional*, defaults to `True`):
-                Whether the prompt ends with the template's start of a reply, which the SLM writes.
-            kwargs: Arguments of the template (`tools`, `documents`, ...), or with `tokenize` of `__call__`.
+        Apply the chat template of the LLM's tokenizer to a conversation or a list of them, which gives text; with
+        `tokenize`, return the result of `__call__`. `add_generation_prompt` adds the template's start of a reply.
+        `kwargs` are arguments of the template (`tools`, `documents`, ...), or of `__call__`.
         """
         if tokenize:
             return self(conversation, add_generation_prompt=add_generation_prompt, **kwargs)
