@@ -217,12 +217,9 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
 
 class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedModel, LLM2SLMGenerationMixin):
     r"""
-    A frozen LLM that reads the prompt and a small language model that writes the output (arXiv 2402.16844). It trains,
-    generates, saves and loads like every sequence-to-sequence model of transformers. Token ids of the prompt are the
-    LLM's, those of the output the SLM's.
-
-    Uploads carry this class. It lacks what the installed package adds in `inference/model.py`: building from
-    pretrained parts, assisting the LLM, atomic saves, lean checkpoints, model cards and a faster cache.
+    A frozen LLM that reads the prompt and a small language model that writes the output (arXiv 2402.16844). Token ids
+    of the prompt are the LLM's, those of the output the SLM's. Uploads carry this class, which the installed package
+    extends in `checks.py` and `inference/model.py`.
 
     Args:
         config ([`LLM2SLMConfig`]): The configuration.

@@ -38,15 +38,6 @@ class LLM2SLMProcessor(ProcessorMixin):
         target_max_length (`int`, *optional*): The same for targets, end token included.
         chat_template (`str`, *optional*): A chat template to use instead of the tokenizer's.
         answer_max_length (`int`, *optional*): The former name of `target_max_length`.
-
-    Example:
-
-    ```python
-    >>> processor = LLM2SLMProcessor.from_encoder_decoder_pretrained("google-t5/t5-large", "openai-community/gpt2")
-    >>> batch = processor(text=["translate: Hello"], text_target=["Hallo"], padding=True, return_tensors="pt")
-    >>> sorted(batch)
-    ['attention_mask', 'input_ids', 'labels']
-    ```
     """
 
     padding_side = "right"  # of labels, which `DataCollatorForSeq2Seq` pads
@@ -151,15 +142,11 @@ class LLM2SLMProcessor(ProcessorMixin):
         return self.tokenizer.apply_chat_template(conversation, add_generation_prompt=add_generation_prompt, **kwargs)
 
     def _encode_prompts(
-        self,
-        prompts: list[Any],
-        max_length: int | None,
-        add_generation_prompt: bool,
-        add_special_tokens: bool = True,
-        **kwargs: Any,
+        self, prompts: list[Any], max_length: int | None, add_generation_prompt: bool, **kwargs: Any
     ) -> BatchEncoding:
         if not isinstance(prompts[0], str):
             prompts = self.apply_chat_template(prompts, add_generation_prompt=add_generation_prompt)
+        add_special_tokens = kwargs.pop("add_special_tokens", True)
         special = [add_special_tokens and not self.is_chat(prompt) for prompt in prompts]
         kwargs = {"return_token_type_ids": False, **kwargs, "return_attention_mask": True, "verbose": False}
 

@@ -156,7 +156,29 @@ class LLM2SLMForConditionalGeneration(CheckedModel):
 
 
 class LLM2SLMProcessor(TextProcessor):
-    __doc__ = processing_llm2slm.LLM2SLMProcessor.__doc__
+    r"""
+    Turns prompts into token ids of the LLM and targets into token ids of the SLM, and decodes outputs of the SLM.
+
+    A tokenizer without a pad token (GPT-2's) pads with its end token: padding is never found by comparing ids.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The LLM's, for prompts.
+        decoder_tokenizer (`PreTrainedTokenizerBase`): The SLM's, for targets and outputs.
+        prompt_max_length (`int`, *optional*):
+            Truncate longer prompts to this many tokens, with a warning that counts them. Default: never.
+        target_max_length (`int`, *optional*): The same for targets, end token included.
+        chat_template (`str`, *optional*): A chat template to use instead of the tokenizer's.
+        answer_max_length (`int`, *optional*): The former name of `target_max_length`.
+
+    Example:
+
+    ```python
+    >>> processor = LLM2SLMProcessor.from_encoder_decoder_pretrained("google-t5/t5-large", "openai-community/gpt2")
+    >>> batch = processor(text=["translate: Hello"], text_target=["Hallo"], padding=True, return_tensors="pt")
+    >>> sorted(batch)
+    ['attention_mask', 'input_ids', 'labels']
+    ```
+    """
 
     @classmethod
     def from_encoder_decoder_pretrained(
