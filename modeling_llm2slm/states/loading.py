@@ -13,7 +13,8 @@ from rich.filesize import decimal
 from transformers import PreTrainedConfig
 
 from ..checkpoint_llm2slm import LLM_PREFIX
-from ..configuration_llm2slm import check_sizes, decoder_sizes, llm_sizes
+from ..checks import check_sizes
+from ..configuration_llm2slm import decoder_sizes, llm_sizes
 from ..data.causes import unreadable_file
 from ..data.resources import free_memory
 from ..files_llm2slm import first_line, open_weights, shape_of, weight_files
