@@ -59,6 +59,8 @@ class Benchmark:
         models: BenchmarkModels | None = None,
         progress: Progress = lambda step: None,
     ):
+        check_output(output, overwrite=True, inputs=(models.llm, models.llm2slm) if models is not None else ())
+        check_output(work, folder=True, overwrite=True)
         self.cells = cells
         self.output = output
         self.work = work
@@ -72,8 +74,6 @@ class Benchmark:
                 raise ValueError(f"Contestant {unknown.pop()!r} does not exist. Choose from: {names}.")
             for name in cell.contestants:
                 self.contestants[name].check_installed(name)
-        check_output(output, overwrite=True, inputs=(models.llm, models.llm2slm) if models is not None else ())
-        check_output(work, folder=True, overwrite=True)
         self.result = self._load_result()
 
     def run(self) -> dict[str, Any]:
