@@ -57,7 +57,7 @@ class LLM2SLMCheckpointMixin:
     @torch.no_grad()
     def _initialize_fusion(self: Any) -> None:
         weights = self._fusion_weights()
-        new = getattr(self, "_new", set()) & weights.keys()  # an adapter may have replaced some
+        new = vars(self).pop("_new", set()) & weights.keys()  # an adapter may have replaced some
         if any(weights[name].is_meta or not weights[name].is_floating_point() for name in new):
             raise ValueError(
                 f"The checkpoint lacks `encoder.{min(new)}`, which cannot be initialized if quantized or offloaded. "
@@ -133,7 +133,6 @@ class LLM2SLMCheckpointMixin:
     ) -> Any:
         # The one step of `from_pretrained` at which the model is complete, on the meta device, and takes no memory.
         request = _REQUEST.get() if state_dict is None else None
-        _REQUEST.set(None)  # the next load, if any, is that of an adapter
         if request is not None and request.path != (path := str(model.config.name_or_path)):  # an adapter's base
             request = request._replace(path=path, folder=path if os.path.isdir(path) else None)
         if request is not None and checkpoint_files:
@@ -148,6 +147,7 @@ class LLM2SLMCheckpointMixin:
                 raise OSError(LACKS_LLM.format(request.path))
             _check_shapes(model, state_dict or weights, request)
         loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+        _REQUEST.set(None)  # the next load, if any, is that of an adapter
         # `missing_keys` has transformers' own names, which may differ from those in the files.
         if request is not None and _new_in_llm(model, loaded[0].missing_keys):
             raise OSError(LACKS_LLM.format(request.path))
