@@ -313,6 +313,12 @@ def test_a_model_of_another_type_is_an_error(tmp_path):
         TextToText.from_pretrained(tmp_path)
 
 
+def test_an_adapter_alone_is_an_error_with_the_command_that_merges_it(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "base", "peft_type": "LORA"}')
+    with pytest.raises(OSError, match="is an adapter, not a checkpoint. Merge it with its base: `llm2slm convert"):
+        TextToText.from_pretrained(tmp_path)
+
+
 def test_an_unknown_model_type_is_an_error(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard-of"}))
     with pytest.raises(OSError, match="cannot be loaded"):
