@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub.errors import HFValidationError
@@ -40,7 +40,7 @@ class LoadRequest(NamedTuple):
 
 
 # Per thread: two may load at once.
-_REQUEST: ContextVar[LoadRequest | None] = ContextVar("llm2slm_load_request", default=None)
+_REQUEST: ContextVar[LoadRequest | Literal[False] | None] = ContextVar("llm2slm_load_request", default=None)
 
 
 class LLM2SLMCheckpointMixin:
@@ -132,7 +132,9 @@ class LLM2SLMCheckpointMixin:
         model: PreTrainedModel, state_dict: Any, checkpoint_files: list[str] | None, *args: Any, **kwargs: Any
     ) -> Any:
         # The one step of `from_pretrained` at which the model is complete, on the meta device, and takes no memory.
-        request = _REQUEST.get() if state_dict is None else None
+        request = (_REQUEST.get() or None) if state_dict is None else None
+        if request is not None:
+            _REQUEST.set(False)  # until the end of `from_pretrained`: the next step, if any, loads an adapter
         if request is not None and request.path != (path := str(model.config.name_or_path)):  # an adapter's base
             request = request._replace(path=path, folder=path if os.path.isdir(path) else None)
         if request is not None and checkpoint_files:
@@ -147,7 +149,6 @@ class LLM2SLMCheckpointMixin:
                 raise OSError(LACKS_LLM.format(request.path))
             _check_shapes(model, state_dict or weights, request)
         loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
-        _REQUEST.set(None)  # the next load, if any, is that of an adapter
         # `missing_keys` has transformers' own names, which may differ from those in the files.
         if request is not None and _new_in_llm(model, loaded[0].missing_keys):
             raise OSError(LACKS_LLM.format(request.path))
