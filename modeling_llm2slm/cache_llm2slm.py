@@ -71,7 +71,7 @@ def as_prompt_states(
     encoder_outputs: PromptStates | ModelOutput | tuple, attention_mask: torch.Tensor | None, check: bool = False
 ) -> PromptStates:
     """Return `encode_prompt`'s output itself, or a bare `last_hidden_state` with its mask as `PromptStates`."""
-    if not encoder_outputs or not encoder_outputs[0].numel():
+    if not encoder_outputs or encoder_outputs[0] is None or not encoder_outputs[0].numel():
         raise ValueError(NO_PROMPT)
     states, own_mask = encoder_outputs[0], getattr(encoder_outputs, "attention_mask", None)
     optional = [getattr(encoder_outputs, name, None) for name in ("hidden_states", "attentions")]

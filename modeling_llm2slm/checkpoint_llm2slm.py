@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub.errors import HFValidationError
@@ -37,9 +37,7 @@ class LoadRequest(NamedTuple):
 
 
 # Per thread: two may load at once.
-_REQUEST: ContextVar[LoadRequest | None] = ContextVar("llm2slm_load_request", default=None)
-# After the checks of a checkpoint: a further load inside `from_pretrained` is that of an adapter.
-_CHECKED = LoadRequest("", None, None, None, False, {})
+_REQUEST: ContextVar[LoadRequest | Literal[False] | None] = ContextVar("llm2slm_load_request", default=None)
 
 
 class LLM2SLMCheckpointMixin:
@@ -56,7 +54,7 @@ class LLM2SLMCheckpointMixin:
     @torch.no_grad()
     def _initialize_fusion(self: Any) -> None:
         weights = self._fusion_weights()
-        new = getattr(self, "_new", set()) & weights.keys()  # an adapter may have replaced some
+        new = vars(self).pop("_new", set()) & weights.keys()  # an adapter may have replaced some
         if any(weights[name].is_meta or not weights[name].is_floating_point() for name in new):
             raise ValueError(
                 f"The checkpoint lacks `encoder.{min(new)}`, which cannot be initialized if quantized or offloaded. "
@@ -134,10 +132,9 @@ class LLM2SLMCheckpointMixin:
         model: PreTrainedModel, state_dict: Any, checkpoint_files: list[str] | None, *args: Any, **kwargs: Any
     ) -> Any:
         # The one step of `from_pretrained` at which the model is complete, on the meta device, and takes no memory.
-        current = _REQUEST.get()
-        request = current if state_dict is None and current is not _CHECKED else None
-        if current is not None:
-            _REQUEST.set(_CHECKED)
+        request = (_REQUEST.get() or None) if state_dict is None else None
+        if request is not None:
+            _REQUEST.set(False)  # until the end of `from_pretrained`: the next step, if any, loads an adapter
         if request is not None and request.path != (path := str(model.config.name_or_path)):  # an adapter's base
             request = request._replace(path=path, folder=path if os.path.isdir(path) else None)
         if request is not None and checkpoint_files:

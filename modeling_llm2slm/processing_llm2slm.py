@@ -85,6 +85,7 @@ class LLM2SLMProcessor(ProcessorMixin):
         *,
         prompt_max_length: int | None = None,
         target_max_length: int | None = None,
+        max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
         return_tensors: str | None = None,
         add_generation_prompt: bool = True,
@@ -97,7 +98,7 @@ class LLM2SLMProcessor(ProcessorMixin):
                 and `"content"`) into one. A prompt that has the template's special tokens gets no others.
             text_target (`str` or `list[str]`, *optional*): Targets, one for each prompt.
             padding (`bool` or `str`, *optional*): `True` pads to the longest prompt, `"max_length"` to the limits.
-            prompt_max_length, target_max_length (`int`, *optional*): Override the processor's for this call.
+            prompt_max_length, target_max_length (`int`, *optional*): Limits of this call; `max_length` sets both.
             pad_to_multiple_of (`int`, *optional*): Pad lengths to a multiple of this.
             return_tensors (`str`, *optional*): `"pt"` for tensors.
             add_generation_prompt (`bool`, *optional*, defaults to `True`): See `apply_chat_template`.
@@ -110,12 +111,12 @@ class LLM2SLMProcessor(ProcessorMixin):
         pad = {"padding": padding, "pad_to_multiple_of": pad_to_multiple_of, "return_tensors": return_tensors}
         features: dict[str, Any] = {}
         if text is not None:
-            limit = self.prompt_max_length if prompt_max_length is None else prompt_max_length
+            limit = prompt_max_length or max_length or self.prompt_max_length
             prompts = [text] if is_one(text) else list(text)
             encoded = self._encode_prompts(prompts, limit, add_generation_prompt, **kwargs)
             features.update(self.tokenizer.pad(encoded, max_length=limit, verbose=False, **pad))
         if text_target is not None:
-            limit = self.target_max_length if target_max_length is None else target_max_length
+            limit = target_max_length or max_length or self.target_max_length
             with_end = text is not None or kwargs.get("add_special_tokens", True)
             targets = [text_target] if isinstance(text_target, str) else list(text_target)
             features["labels"] = self.pad_labels(self._encode_targets(targets, limit, with_end), limit, **pad)
@@ -162,7 +163,7 @@ class LLM2SLMProcessor(ProcessorMixin):
             return encoded
         longer = sum(len(row) > max_length for row in encoded["input_ids"])
         _warn_of_truncation("prompt", longer, len(prompts), max_length)
-        return encode(truncation=True, max_length=max_length, **kwargs)
+        return encode(**kwargs | {"truncation": True, "max_length": max_length})
 
     def is_chat(self, prompt: str) -> bool:
         """Return whether a chat template wrote a prompt, with all the special tokens that it needs."""

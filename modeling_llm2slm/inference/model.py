@@ -106,10 +106,9 @@ class LLM2SLMForConditionalGeneration(CheckedModel):
                 part.set_attn_implementation(attn_implementation.get(name, part.config._attn_implementation))
 
     def _validate_generation_mode(self, mode: Any, generation_config: GenerationConfig, *args: Any) -> None:
-        # Stock generation splits the outputs of a draft by token, and fails after the compute if it cannot.
         super()._validate_generation_mode(mode, generation_config, *args)
-        if mode == GenerationMode.ASSISTED_GENERATION and generation_config.return_dict_in_generate:
-            assistant.check_outputs_of_drafts(self.config, generation_config)
+        if mode == GenerationMode.ASSISTED_GENERATION:
+            assistant.check_drafts(self.encoder.fusion, generation_config)
 
     def save_pretrained(
         self,

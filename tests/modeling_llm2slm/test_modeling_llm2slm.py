@@ -874,6 +874,7 @@ TOKENS = torch.tensor([[END, 4]])
         {"inputs": torch.tensor([])},
         {"llm_hidden_states": torch.empty(0, 5, 24)},
         {"encoder_outputs": ()},
+        {"encoder_outputs": (None,)},
         {"encoder_outputs": PromptStates()},
         {"encoder_outputs": PromptStates(torch.empty(0, 5, 32), torch.empty(0, 5))},
     ],
@@ -888,6 +889,8 @@ def test_every_way_in_says_the_same_about_a_prompt_that_is_not_there(inputs: dic
         lambda: model.generate(**inputs, max_new_tokens=3, prompt_lookup_num_tokens=2),
         lambda: model(**{"decoder_input_ids": TOKENS} | given),
     ]
+    if "decoder_input_ids" not in given:
+        ways.append(lambda: model(**given, labels=TOKENS))
     if not given.keys() & {"encoder_outputs", "llm_hidden_states", "decoder_input_ids"}:
         ways += [lambda: model.encode_prompt(**prompt), lambda: model.encode_llm(**{"input_ids": None} | prompt)]
     for way in ways:
