@@ -27,6 +27,8 @@ from .text_stream import StreamedText
 
 
 DEFAULT_MAX_NEW_TOKENS = 128
+# Arguments of `generate()` that write to the logits of token ids.
+TOKEN_IDS = ("bad_words_ids", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens")
 Features = dict[str, list[list[int]]]
 
 
@@ -314,8 +316,20 @@ class TextToText:
 
         The limit is, in this order: the one in `generate_kwargs`, `target_max_length`, the checkpoint's own, or
         `DEFAULT_MAX_NEW_TOKENS`, but at most half of the model's positions.
+
+        Raises:
+            ValueError: If an argument, or one of the checkpoint's own, holds a token id that the vocabulary lacks.
         """
         defaults = getattr(self.model, "generation_config", None)
+        size = getattr(self.model.config.get_text_config(decoder=True), "vocab_size", sys.maxsize)
+        for name in TOKEN_IDS:
+            given = generate_kwargs.get(name, getattr(defaults, name, None))
+            wrong = next((token for token in _flattened(given) if not 0 <= token < size), None)
+            if wrong is not None:
+                raise ValueError(
+                    f"{name} holds the id {wrong}, but the vocabulary of outputs has ids from 0 to {size - 1}. Use "
+                    "ids of its tokenizer, and check generation_config.json."
+                )
         own = self.target_max_length or getattr(defaults, "max_new_tokens", None)
         limit = own or min(DEFAULT_MAX_NEW_TOKENS, (self.max_positions or sys.maxsize) // 2)
         limits = {} if "max_length" in generate_kwargs else {"max_new_tokens": limit}
@@ -378,6 +392,17 @@ class TextToText:
     def _until_end(self, tokens: list[int]) -> list[int]:
         end = self.tokenizer.eos_token_id
         return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+
+
+def _flattened(ids: Any) -> Iterator[int]:
+    """Yield the token ids in nested lists, in a tensor or alone; nothing for `None`."""
+    if isinstance(ids, torch.Tensor):
+        yield from ids.flatten().tolist()
+    elif isinstance(ids, list | tuple):
+        for entry in ids:
+            yield from _flattened(entry)
+    elif ids is not None:
+        yield ids
 
 
 def is_sampled(text_to_text: TextToText, generate_kwargs: Mapping[str, Any]) -> bool:

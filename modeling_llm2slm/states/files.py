@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from ..data.causes import no_file
 from ..data.records import MAPPING, NUMBER, SWITCH, TEXT, WHOLE, Kind, mapping_to, read_record, whole_number
 from ..files_llm2slm import INDEX
 
@@ -22,6 +26,12 @@ TOKENS = {f"{name}_token": SPECIAL_TOKEN for name in ("bos", "cls", "eos", "mask
 FILES: dict[str, dict[str, Kind]] = {
     "config.json": {"model_type": TEXT},
     "generation_config.json": {
+        "assistant_early_exit": Kind("null: no model exits early", lambda value: value is None),
+        "bad_words_ids": Kind(
+            "a list of lists of token ids",
+            lambda value: isinstance(value, list) and all(isinstance(ids, list) and IDS.holds(ids) for ids in value),
+        ),
+        "forced_bos_token_id": WHOLE,
         **dict.fromkeys(("num_beams", "num_return_sequences"), FEW),
         **dict.fromkeys(("max_length", "max_new_tokens", "max_cache_len"), POSITIVE),
         **dict.fromkeys(
@@ -66,9 +76,22 @@ FILES: dict[str, dict[str, Kind]] = {
 def check_files(folder: str | Path) -> None:
     """Raise `OSError` for a JSON file of a local checkpoint that is damaged or holds a value that cannot work."""
     for place in (Path(folder), Path(folder, "decoder_tokenizer")):
+        for path in place.iterdir() if place.is_dir() else ():
+            if not path.is_file() and (path.name in FILES or (path.exists() and not path.is_dir())):
+                raise no_file(path)
         for name, fields in FILES.items():
             if (place / name).is_file():
                 try:
-                    read_record(place / name, FIX, fields, optional=name != INDEX)
+                    values = read_record(place / name, FIX, fields, optional=name != INDEX)
+                    _check_finite(place / name, values)
                 except ValueError as error:
                     raise OSError(str(error)) from error
+
+
+def _check_finite(path: Path, values: Mapping[str, Any], prefix: str = "") -> None:
+    """Raise `ValueError` for a number that is not finite. Lists are not searched: limits in them may be infinite."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _check_finite(path, value, f"{prefix}{name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{path} cannot be read: {prefix}{name} is {value}, but it must be {NUMBER.words}. {FIX}")

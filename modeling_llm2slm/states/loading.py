@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from rich.filesize import decimal
 from transformers import PreTrainedConfig
 
@@ -152,7 +153,11 @@ def _sentence(path: str, error: Exception) -> str:
 def _cause(path: str, error: Exception) -> str:
     """Return the cause of an error. For a missing folder, transformers reports a bad name or an unreachable Hub."""
     if Path(path).exists():
-        return "one of its files is nested too deeply." if isinstance(error, RecursionError) else first_line(error)
+        if isinstance(error, RecursionError):
+            return "one of its files is nested too deeply."
+        if isinstance(error, StrictDataclassError | KeyError):  # the first line of the former lacks the value
+            return f"a value in one of its JSON files is invalid ({first_line(error.__cause__ or error)}). Correct it."
+        return first_line(error)
     if path.endswith(".json"):
         return "there is no such file"
     is_folder = path.startswith((".", "/", "~")) or path.count("/") > 1 or ("/" in path and Path(path).parent.is_dir())

@@ -113,6 +113,28 @@ def test_a_value_that_no_model_can_use_is_found_before_any_compute(checkpoints, 
         text_to_text.generate(PROMPTS[:1], **options)
 
 
+@pytest.mark.parametrize("default", [False, True])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("forced_bos_token_id", 10**6),
+        ("forced_eos_token_id", [1, 10**6]),
+        ("suppress_tokens", [10**6]),
+        ("begin_suppress_tokens", torch.tensor([0, 10**6])),
+        ("bad_words_ids", [[0], [1, 10**6]]),
+    ],
+)
+def test_a_token_id_that_the_vocabulary_lacks_is_found_before_any_compute(
+    text_to_text, monkeypatch, name, value, default
+):
+    monkeypatch.setattr(text_to_text.model, "generate", None)
+    options = {} if default else {name: value}
+    if default:
+        monkeypatch.setattr(text_to_text.model.generation_config, name, value, raising=False)
+    with pytest.raises(ValueError, match=rf"^{name} holds the id 1000000, but the vocabulary of outputs"):
+        text_to_text.generate(PROMPTS[:1], **options)
+
+
 def test_lengths_are_checked_before_a_model_is_loaded():
     with pytest.raises(ValueError, match="prompt_max_length is 0, but it must be at least 1"):
         TextToText.from_pretrained("no/such/model", prompt_max_length=0)
