@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from ..data.causes import no_file
 from ..data.records import MAPPING, NUMBER, SWITCH, TEXT, WHOLE, Kind, mapping_to, read_record, whole_number
 from ..files_llm2slm import INDEX
 
 
+# Files that hold a whole vocabulary, whatever the class of the tokenizer calls its own.
+VOCABULARY = re.compile(r"tokenizer\.json|tekken\.json|.*\.(model|tiktoken)")
 FIX = "Correct the file, or take another copy of the checkpoint."
 POSITIVE, FEW = whole_number(1), whole_number(1, 1000)
 IDS = Kind(
@@ -84,8 +89,22 @@ def check_files(folder: str | Path) -> None:
                 try:
                     values = read_record(place / name, FIX, fields, optional=name != INDEX)
                     _check_finite(place / name, values)
+                    if name == "tokenizer_config.json":
+                        _check_vocabulary(place, values.get("tokenizer_class"))
                 except ValueError as error:
                     raise OSError(str(error)) from error
+
+
+def _check_vocabulary(folder: Path, tokenizer_class: Any) -> None:
+    """Raise `ValueError` if the files of a vocabulary are missing: transformers loads a tokenizer without one then."""
+    found = tokenizer_class_from_name(tokenizer_class) if isinstance(tokenizer_class, str) else None
+    names = getattr(found, "vocab_files_names", {})  # none for tokenizers of bytes
+    missing = [names[file] for file in ("vocab_file", "merges_file") if file in names]
+    missing = [name for name in missing if not (folder / name).is_file()]
+    if missing and not any(VOCABULARY.fullmatch(path.name) and path.is_file() for path in folder.iterdir()):
+        raise ValueError(
+            f"{folder} has neither tokenizer.json nor {' and '.join(missing)}: its tokenizer is empty. {FIX}"
+        )
 
 
 def _check_finite(path: Path, values: Mapping[str, Any], prefix: str = "") -> None:

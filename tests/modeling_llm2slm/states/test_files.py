@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from modeling_llm2slm.inference.text_to_text import TextToText
+from modeling_llm2slm.states.files import check_files
 from tests.support.checkpoints import KINDS, write_checkpoint
 
 
@@ -119,9 +120,11 @@ def test_a_value_of_a_config_with_a_wrong_type_is_shown(copies: dict[str, Path],
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to(path)], ids=["pipe", "folder", "loop"]
-)
+def make_loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, make_loop])
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
 def test_what_is_no_file_is_named(copies: dict[str, Path], name: str, make: Any) -> None:
     for path in copies.values():
@@ -137,3 +140,42 @@ def test_a_pipe_in_place_of_weights_is_named(copies: dict[str, Path]) -> None:
         os.mkfifo(path / "model.safetensors")
         with pytest.raises(OSError, match=r"model.safetensors is a pipe or a device, but a file is needed\."):
             TextToText.from_pretrained(path)
+
+
+def test_a_tokenizer_without_a_vocabulary_is_named(copies: dict[str, Path]) -> None:
+    for path in [*copies.values(), copies["llm2slm"] / "decoder_tokenizer"]:
+        vocabulary = (path / "tokenizer.json").read_bytes()
+        (path / "tokenizer.json").unlink()
+        with pytest.raises(
+            OSError, match=rf"{path.name} has neither tokenizer.json nor .*: its tokenizer is empty\. Corr"
+        ):
+            TextToText.from_pretrained(copies["llm2slm"] if path.name == "decoder_tokenizer" else path)
+        (path / "tokenizer.json").write_bytes(vocabulary)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_class", "files", "is_complete"),
+    [
+        ("GPT2Tokenizer", ["vocab.json"], False),
+        ("GPT2Tokenizer", ["vocab.json", "merges.txt"], True),
+        ("T5Tokenizer", ["spiece.model"], True),
+        ("T5Tokenizer", [], False),
+        ("LlamaTokenizer", ["tekken.json"], True),
+        ("BertTokenizer", ["vocab.txt"], True),
+        ("BertTokenizer", ["vocab.json"], False),
+        ("ByT5Tokenizer", [], True),
+        ("TokenizerOfSomebody", [], True),
+        (None, [], True),
+    ],
+)
+def test_the_vocabulary_of_each_tokenizer_is_looked_for(
+    tmp_path: Path, tokenizer_class: str | None, files: list[str], is_complete: bool
+) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": tokenizer_class}), encoding="utf-8")
+    for name in files:
+        (tmp_path / name).touch()
+    if is_complete:
+        check_files(tmp_path)
+        return
+    with pytest.raises(OSError, match="its tokenizer is empty"):
+        check_files(tmp_path)
