@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from ..data.causes import no_file
+from ..data.parsing import read_json
 from ..data.records import MAPPING, NUMBER, SWITCH, TEXT, WHOLE, Kind, mapping_to, read_record, whole_number
-from ..files_llm2slm import INDEX
+from ..files_llm2slm import INDEX, first_line
 
 
 # Files that hold a whole vocabulary, whatever the class of the tokenizer calls its own.
@@ -80,7 +82,7 @@ FILES: dict[str, dict[str, Kind]] = {
 
 def check_files(folder: str | Path) -> None:
     """Raise `OSError` for a JSON file of a local checkpoint that is damaged or holds a value that cannot work."""
-    for place in (Path(folder), Path(folder, "decoder_tokenizer")):
+    for place in _places(folder):
         for path in place.iterdir() if place.is_dir() else ():
             if not path.is_file() and (path.name in FILES or (path.exists() and not path.is_dir())):
                 raise no_file(path)
@@ -93,6 +95,27 @@ def check_files(folder: str | Path) -> None:
                         _check_vocabulary(place, values.get("tokenizer_class"))
                 except ValueError as error:
                     raise OSError(str(error)) from error
+
+
+def damaged_file(folder: str | Path) -> str | None:
+    """Return a sentence about the first JSON or safetensors file of a checkpoint that is damaged, or `None`."""
+    for path in (path for place in _places(folder) if place.is_dir() for path in sorted(place.iterdir())):
+        try:
+            if path.suffix == ".json":
+                read_json(path)
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="np"):
+                    pass
+        except (ValueError, SafetensorError) as error:
+            cause = first_line(error).removesuffix(".")
+            return f"{path} is truncated or corrupted ({cause}). Take another copy of the checkpoint."
+        except OSError:  # not what failed
+            continue
+    return None
+
+
+def _places(folder: str | Path) -> tuple[Path, Path]:
+    return Path(folder), Path(folder, "decoder_tokenizer")
 
 
 def _check_vocabulary(folder: Path, tokenizer_class: Any) -> None:

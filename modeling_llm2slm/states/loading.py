@@ -18,7 +18,7 @@ from ..configuration_llm2slm import check_sizes, decoder_sizes, llm_sizes
 from ..data.causes import unreadable_file
 from ..data.resources import free_memory
 from ..files_llm2slm import first_line, open_weights, shape_of, weight_files
-from .files import check_files
+from .files import check_files, damaged_file
 from .fingerprints import checkpoint_folder, tensors_of
 
 
@@ -141,7 +141,7 @@ def _sentence(path: str, error: Exception) -> str:
         return f"{path} is not a checkpoint: it has no config.json."
     if str(error).startswith(f"{path} cannot be loaded: "):
         return first_line(error)
-    unreadable = unreadable_file(path) if Path(path).exists() else None
+    unreadable = (unreadable_file(path) or damaged_file(path)) if Path(path).exists() else None
     if unreadable is not None:
         return f"{path} cannot be loaded: {unreadable}"
     cause = _cause(path, error)

@@ -179,3 +179,12 @@ def test_the_vocabulary_of_each_tokenizer_is_looked_for(
         return
     with pytest.raises(OSError, match="its tokenizer is empty"):
         check_files(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors", "decoder_tokenizer/tokenizer.json"])
+def test_a_file_that_is_cut_short_is_named(copies: dict[str, Path], name: str) -> None:
+    for path in copies.values():
+        if (path / name).is_file():
+            (path / name).write_bytes((path / name).read_bytes()[:-100])
+            with pytest.raises(OSError, match=rf"cannot be loaded: .*{name} is truncated or corrupted \(.*\)\. Take"):
+                TextToText.from_pretrained(path)
