@@ -103,6 +103,11 @@ def test_an_empty_prompt_is_found_before_any_compute(checkpoints, monkeypatch):
         ({"eos_token_id": [1, "x"]}, "eos_token_id is .* a whole number or a list with a whole number in each place"),
         ({"eos_token_id": [1, -2]}, r"eos_token_id is \[1, -2\], but it must be at least 0"),
         ({"suppress_tokens": [10**30]}, "suppress_tokens is .* a whole number of at most 64 bits"),
+        ({"seed": "x"}, "seed is 'x', but it must be a whole number"),
+        ({"generation_config": "x"}, "generation_config is 'x', but it must be a GenerationConfig"),
+        ({"stopping_criteria": "x"}, "stopping_criteria is 'x', but it must be a list"),
+        ({"streamer": "x"}, "streamer is 'x', but it must be a BaseStreamer"),
+        ({"assistant_model": "x"}, "assistant_model is 'x', but it must be a Module"),
         ({"batch_size": 0}, "batch_size is 0, but it must be at least 1"),
     ],
 )
@@ -133,6 +138,13 @@ def test_a_token_id_that_the_vocabulary_lacks_is_found_before_any_compute(
         monkeypatch.setattr(text_to_text.model.generation_config, name, value, raising=False)
     with pytest.raises(ValueError, match=rf"^{name} holds the id 1000000, but the vocabulary of outputs"):
         text_to_text.generate(PROMPTS[:1], **options)
+
+
+def test_none_stands_for_the_default(text_to_text):
+    defaults = dict.fromkeys(
+        ("num_beams", "num_return_sequences", "do_sample", "max_new_tokens", "eos_token_id", "seed")
+    )
+    assert text_to_text.generate(PROMPTS[:2], **defaults) == text_to_text.generate(PROMPTS[:2])
 
 
 def test_lengths_are_checked_before_a_model_is_loaded():
