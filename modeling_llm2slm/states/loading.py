@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,13 +15,15 @@ from rich.filesize import decimal
 from transformers import PreTrainedConfig
 
 from ..checkpoint_llm2slm import LLM_PREFIX
-from ..configuration_llm2slm import check_sizes, decoder_sizes, llm_sizes
+from ..configuration_llm2slm import LLM2SLMConfig, check_sizes, decoder_sizes, llm_sizes
 from ..data.causes import unreadable_file
 from ..data.resources import free_memory
 from ..files_llm2slm import first_line, open_weights, shape_of, weight_files
 from .files import check_files, damaged_file
 from .fingerprints import checkpoint_folder, tensors_of
 
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 NO_FOLDER = "there is no such folder"
@@ -60,6 +63,13 @@ def load_model(auto_class: Any, path: str | Path, *, allow_nonfinite: bool = Fal
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise OSError(f"{path} is incomplete: {len(missing)} weights are missing, among them {missing[0]}.")
+    # The files of a plain LLM may hold more than is needed, but an SLM has all of its layers.
+    unused = sorted(name for name in loading["unexpected_keys"] if name.startswith("decoder."))
+    if unused and model.config.model_type == LLM2SLMConfig.model_type:
+        logger.warning(
+            f"{path} holds {len(unused)} weights of the SLM that are not used, among them {unused[0]}. Check the "
+            "sizes in config.json."
+        )
     if not allow_nonfinite:
         check_finite(model.state_dict(), path)
     return model
