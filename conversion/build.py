@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from modeling_llm2slm.configuration_llm2slm import LLM2SLMConfig
+from modeling_llm2slm.data.causes import no_file
 from modeling_llm2slm.files_llm2slm import first_line
 from modeling_llm2slm.inference.factory import are_same_tokenizer
 from modeling_llm2slm.inference.families import (
@@ -71,7 +72,7 @@ def build(
     set_seed(settings.seed)
     for source in filter(None, (llm, slm, preset)):
         if is_config(source) and not Path(source).is_file():
-            raise FileNotFoundError(f"There is no config file {source}.")
+            raise no_file(source, "config file")
     if preset is not None:
         if llm or slm:
             raise ValueError("A preset names both models: give either a preset or an LLM and an SLM.")
@@ -186,7 +187,7 @@ def _preset_file(preset: str) -> str:
 def _check_preset(file: Path) -> None:
     """Raise an error if a config file does not exist, or is not that of an LLM-to-SLM model."""
     if not file.is_file():
-        raise FileNotFoundError(f"There is no config file {file}.")
+        raise no_file(file, "config file")
     kind = PreTrainedConfig.get_config_dict(file)[0].get("model_type")
     if kind != LLM2SLMConfig.model_type:
         raise ValueError(

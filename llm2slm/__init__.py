@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         finally:
             if isinstance(sys.stdout, StandardOutput):
                 sys.stdout.flush()  # here, its error is one sentence
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, MemoryError) as error:
         if os.environ.get("LLM2SLM_DEBUG"):
             raise
         exit_with(error)

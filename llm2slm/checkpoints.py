@@ -173,10 +173,11 @@ def print_model(name: str, text_to_text: TextToText) -> None:
 
 
 def _read_result(file: Path) -> dict[str, Any]:
+    from modeling_llm2slm.data.causes import no_file
     from modeling_llm2slm.data.records import MAPPING, NUMBER, mapping_to, read_record
 
     if not file.is_file():
-        raise FileNotFoundError(f"There is no file {file}.")
+        raise no_file(file)
     fields = {"scores": mapping_to(NUMBER), "speed": mapping_to(NUMBER), "signatures": MAPPING}
     fix = "Write it again: llm2slm evaluate --output."
     return read_record(file, fix, fields, optional=True, what="a result of `llm2slm evaluate`")

@@ -183,7 +183,7 @@ def cut(
     try:
         numbers = [int(number) for number in layers.split(",") if number]
     except ValueError as error:
-        raise typer.BadParameter(f"--layers is {layers!r}, but it must be numbers, such as 0,5,11,17.") from error
+        raise typer.BadParameter(f"--layers is {layers[:50]!r}, but it must be numbers, such as 0,5,11,17.") from error
     chosen = numbers if "," in layers or not numbers else numbers[0]
     _convert("cut", "cut_checkpoint", llm, output, chosen, overwrite=overwrite)
 

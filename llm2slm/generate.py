@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .loading import claimed, load_text_to_text, local_device, quiet_libraries
-from .options import ModelArgument, is_given, refuse_given, with_settings
-from .output import count_of, one_line, out, print_line, print_note, resumable
+from .options import ModelArgument, is_given, load_module, refuse_given, with_settings
+from .output import CAUSES, count_of, one_line, out, print_line, print_note, resumable
 from .progress import counting
 
 
@@ -60,7 +60,7 @@ def generate(
         raise typer.BadParameter("Give prompts or --file, not both.")
     _refuse_options_without_effect(context, file, output)
     if file is not None and not file.is_file():
-        raise FileNotFoundError(f"There is no file {file}.")
+        raise load_module(CAUSES).no_file(file)
     if file is not None and output is not None:
         _generate_file(model, file, output, settings)
         return
@@ -141,10 +141,10 @@ def _were(number: int, noun: str) -> str:
 
 def _load(model: str, settings: GenerateFileSettings) -> TextToText:
     quiet_libraries()
-    from transformers import set_seed
+    from torch import manual_seed
 
     if settings.seed is not None:
-        set_seed(settings.seed)
+        manual_seed(settings.seed)
     return load_text_to_text(model, settings, prompt_max_length=settings.prompt_max_length)
 
 

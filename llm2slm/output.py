@@ -6,6 +6,7 @@ import functools
 import io
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,6 +27,8 @@ Result = TypeVar("Result")
 out = Console()
 err = Console(stderr=True)
 LIBRARY = "modeling_llm2slm"
+CAUSES = "modeling_llm2slm.data.causes"
+OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory", re.IGNORECASE)
 
 # The extra of the package that installs a module; all others belong to `train`.
 EXTRAS = {
@@ -178,6 +181,11 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         extra = EXTRAS.get(error.name or "", "train")
         return f"{error.name} is not installed. Try: pip install 'modeling-llm2slm[{extra}]'"
-    causes = load_module("modeling_llm2slm.data.causes")
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))):
+        return "There is not enough memory. Take smaller batches, shorter texts or fewer beams, or a larger machine."
+    if isinstance(error, RuntimeError):  # of a library, about values that nothing has checked
+        cause = " ".join(str(error).split())[:500].removesuffix(".") or type(error).__name__
+        return f"The command failed: {cause}. Set LLM2SLM_DEBUG=1 to see where."
+    causes = load_module(CAUSES)
     sentence = causes.sentence_of(error) if isinstance(error, OSError) else None
     return sentence or " ".join(str(error).split()) or type(error).__name__

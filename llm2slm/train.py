@@ -115,12 +115,15 @@ def speedup(
     """
     recipe = dict(extra_options(context.args))
     quiet_libraries(data=True)
-    from modeling_llm2slm.workflows.speedup import Speedup
+    from modeling_llm2slm.data.records import check_fields
+    from modeling_llm2slm.evaluation.agreement import COMPARISON
+    from modeling_llm2slm.workflows.speedup import EVALUATE_AGAIN, Speedup
 
     settings = replace(settings, recipe=recipe)
     with counting("prompts") as count:
         run = Speedup(settings, output, local_device(device), count, is_quiet())
         result = run.run(lambda stage, command: print_line(f"{stage}  {command}"))
+    check_fields(output / "evaluation.json", result, EVALUATE_AGAIN, COMPARISON)
     print_comparison({"data": "test.jsonl", **result})
     print_line(f"The model is in {output}/model.")
 

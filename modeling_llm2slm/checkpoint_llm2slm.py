@@ -123,7 +123,8 @@ class LLM2SLMCheckpointMixin:
             model.eval()._initialize_fusion()  # `eval()` records the special ids
             return loaded
         except (AttributeError, KeyError, OverflowError, TypeError) as error:  # no model has such values
-            raise ValueError(f"{path} cannot be loaded: {type(error).__name__}, {first_line(error)}") from error
+            cause = f"a value in one of its JSON files is invalid ({first_line(error)})"
+            raise ValueError(f"{path} cannot be loaded: {cause}. Correct it.") from error
         finally:
             _REQUEST.reset(token)
 

@@ -142,7 +142,8 @@ class LLM2SLMConfig(PreTrainedConfig):
         try:
             return super().from_dict(config_dict, **kwargs)
         except (AttributeError, KeyError, OverflowError, TypeError, StrictDataclassError) as error:
-            raise ValueError(f"The config of the checkpoint is invalid: {' '.join(str(error).split())}") from error
+            cause = " ".join(str(error.__cause__ or error).split())  # the cause of a strict error has no class name
+            raise ValueError(f"The config of the checkpoint is invalid: {cause}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values but the folders of this machine that the parts were loaded from."""

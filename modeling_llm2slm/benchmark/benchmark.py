@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from ..conversion.build import preset_config
 from ..data.atomic import atomic_write, remove_unfinished
 from ..data.output_paths import check_output, locked
 from ..data.parsing import read_json
-from ..data.records import write_json
+from ..data.records import COUNT, MAPPING, NUMBER, SWITCH, TEXT, mapping_to, record_of, write_json
 from ..data.resources import peak_memory
 from ..evaluation.timing import Timing, median_timing, time_in_turns
 from ..files_llm2slm import weight_files
@@ -30,6 +31,20 @@ from .stages import Flops, Stages
 
 
 Progress = Callable[[str], None]
+# What a result must hold to be continued, printed and plotted.
+_ROW = record_of(dict.fromkeys(("seconds", "first_token_ms", "ms_per_token", "tokens_per_second"), NUMBER))
+_CELL = record_of(
+    {
+        **dict.fromkeys(("prompt", "output", "batch", "beams"), COUNT),
+        **dict.fromkeys(("gigabytes_per_second", "others_busy"), NUMBER),
+        "preset": TEXT,
+        "noisy": SWITCH,
+        "results": mapping_to(_ROW),
+        "stages_ms": mapping_to(NUMBER),
+    }
+)
+_COSTS = mapping_to(record_of(dict.fromkeys(("load_seconds", "peak_bytes"), NUMBER)))
+RESULT = record_of({"setting": MAPPING, "contestants": mapping_to(_COSTS), "cells": mapping_to(_CELL)})
 
 
 class Benchmark:
@@ -74,6 +89,10 @@ class Benchmark:
                 raise ValueError(f"Contestant {unknown.pop()!r} does not exist. Choose from: {names}.")
             for name in cell.contestants:
                 self.contestants[name].check_installed(name)
+            if cell.preset:
+                preset_config(cell.preset).check_length(cell.prompt, cell.output)
+            elif models is None:
+                raise ValueError("A cell names no preset: pass the checkpoints to compare (--llm and --llm2slm).")
         self.result = self._load_result()
 
     def run(self) -> dict[str, Any]:
@@ -112,10 +131,11 @@ class Benchmark:
             return {"setting": setting, "contestants": {}, "cells": {}}
         try:
             result = read_json(self.output)
-            found = result["setting"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.output} is not the result of a benchmark. Choose another file.") from error
-        if found != setting:
+        except ValueError:
+            result = None
+        if not RESULT.holds(result):
+            raise ValueError(f"{self.output} is not the result of a benchmark. Choose another file.")
+        if result["setting"] != setting:
             raise ValueError(
                 f"{self.output} was measured in another setting: with other checkpoints, versions or threads, or on "
                 "another device. Choose another file, or remove it."
@@ -124,8 +144,7 @@ class Benchmark:
 
     def _models(self, preset: str) -> BenchmarkModels:
         if not preset:
-            if self.given is None:
-                raise ValueError("A cell names no preset: pass the checkpoints to compare (--llm and --llm2slm).")
+            assert self.given is not None
             return self.given
         self.progress(f"{preset}: making models of its sizes")
         return make_models(preset, self.work / preset)

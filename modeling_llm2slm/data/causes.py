@@ -54,11 +54,23 @@ def _cause(error: OSError) -> str:
     return error.strerror or os.strerror(error.errno or 0)
 
 
+def no_file(path: str | os.PathLike, what: str = "file") -> OSError:
+    """Return the error for a path that is not a regular file: reading a pipe may never end."""
+    place = Path(path).expanduser()
+    if place.is_dir():
+        return IsADirectoryError(f"{path} is a folder, but a {what} is needed. Check the path.")
+    if place.exists():
+        return OSError(f"{path} is a pipe or a device, but a {what} is needed. Copy its content to a file first.")
+    return FileNotFoundError(f"There is no {what} {path}.")
+
+
 def unreadable_file(path: str | os.PathLike) -> str | None:
     """Return a sentence about the first file, at a path or in its folder, that the system cannot read, or `None`."""
     place = Path(path)
     try:
         for file in sorted(place.iterdir()) if place.is_dir() else [place]:
+            if file.exists() and not file.is_file() and not file.is_dir():
+                return str(no_file(file))
             if not file.is_dir():
                 with file.open("rb") as content:
                     content.read(1)

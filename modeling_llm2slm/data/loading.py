@@ -13,6 +13,7 @@ from datasets import Dataset, Features, Value, load_dataset
 from ..files_llm2slm import first_line
 from ..settings import DataSettings
 from .bad_rows import check_columns, report_bad_rows, text_problem
+from .causes import no_file
 from .conversations import REPLACEMENTS, conversation_in, read_conversations, sources_of
 from .formats import ROW_ERROR, file_format_of, is_empty, parse_rows, unknown_format
 
@@ -163,7 +164,7 @@ def _load(source: str, split: str, columns: Sequence[str], default_format: str |
     file_format = file_format_of(path)
     if not path.is_file():
         if file_format is not None or source.count("/") > 1 or path.is_dir():
-            raise FileNotFoundError(f"There is no data file {source}.")
+            raise no_file(source, "data file")
         return _load_from_hub(source, split)
     file_format = file_format or default_format
     if file_format is None:

@@ -53,6 +53,24 @@ def mapping_to(kind: Kind) -> Kind:
     )
 
 
+def list_of(kind: Kind) -> Kind:
+    """Return the kind of lists whose entries are all of one kind."""
+    return Kind(
+        f"a list, with {kind.words} in each place",
+        lambda value: isinstance(value, list) and all(map(kind.holds, value)),
+    )
+
+
+def record_of(fields: Mapping[str, Kind]) -> Kind:
+    """Return the kind of mappings that have these fields, each of its kind."""
+    return Kind(
+        f"a mapping with {', '.join(fields)}",
+        lambda value: (
+            isinstance(value, dict) and all(name in value and kind.holds(value[name]) for name, kind in fields.items())
+        ),
+    )
+
+
 def read_record(
     path: str | Path,
     fix: str,

@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..files_llm2slm import first_line
 from .bad_rows import check_columns, report_bad_rows, text_problem
+from .causes import no_file
 from .conversations import read_conversations, sources_of
 from .formats import ROW_ERROR, file_format_of, parse_rows, unknown_format
 from .order import grouped_order, lengths, seeded
@@ -168,7 +169,7 @@ class StreamedFeatures(IterableDataset):
             yield from parse_rows(path, self.settings.limit)
             return
         if not path.is_file() and file_format is not None:
-            raise FileNotFoundError(f"There is no data file {self.source}.")
+            raise no_file(self.source, "data file")
         if path.is_file() and file_format is None:
             raise ValueError(unknown_format(self.source))
         name, _, configuration = self.source.partition(":")

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from ..cache_llm2slm import PromptStates, as_prompt_states, check_continues, padding_to, reorder
 from ..configuration_llm2slm import LLM2SLMConfig
@@ -29,6 +30,7 @@ from ..inference.engine import engine
 from ..inference.families import LLM2SLMTextToText
 from ..inference.parts import Part
 from ..modeling_llm2slm import LLM2SLMEncoder
+from ..states.files import check_files
 
 
 MANIFEST = "export.json"  # transformers' own; this package adds its details under "llm2slm"
@@ -247,6 +249,10 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
         manifest = read_manifest(path)
         graph_engine: Any = engine(manifest["export_format"])
         graph_engine.check_installed()
+        for name in (CONFIG_NAME, GENERATION_CONFIG_NAME):
+            if not (path / name).is_file():  # transformers may take the defaults then
+                raise OSError(f"{path} is incomplete: it has no {name}. {FIX}")
+        check_files(path)
         config, table = LLM2SLMConfig.from_pretrained(path), load_file(path / EMBEDDINGS).get("weight")
         if table is None or table.dim() != 2 or table.shape[0] < config.vocab_size:
             raise OSError(f"{EMBEDDINGS} is damaged: it does not hold {config.vocab_size} embeddings. {FIX}")

@@ -15,7 +15,7 @@ from datasets import Dataset
 from ..data.bad_rows import is_text, report_bad_rows
 from ..data.conversations import conversation_in, read_conversations, sources_of
 from ..data.loading import ROW, load_rows, whole_row
-from ..data.records import versions
+from ..data.records import COUNT, NUMBER, TEXT, Kind, list_of, mapping_to, record_of, versions
 from ..inference.outputs import warn_of_blank_outputs
 from ..inference.text_to_text import TextToText
 from ..settings import EvaluateSettings
@@ -25,6 +25,15 @@ from .timing import speed, time_in_turns, time_output
 
 
 logger = logging.getLogger(__name__)
+
+_PROMPT = Kind("a text or a list", lambda value: isinstance(value, str | list))
+# What the fields of a comparison must be to be shown.
+COMPARISON = {
+    "prompts": COUNT,
+    **dict.fromkeys(("agreement", "scores", "llm_scores", "speed", "llm_speed"), mapping_to(NUMBER)),
+    "speed_up": Kind("a number or null", lambda value: value is None or NUMBER.holds(value)),
+    "worst": list_of(record_of({"chrf": NUMBER, "row": COUNT, "prompt": _PROMPT, "output": TEXT, "llm_output": TEXT})),
+}
 
 
 def compare(

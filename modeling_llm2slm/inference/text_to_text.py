@@ -12,11 +12,18 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import (
+    DataCollatorForSeq2Seq,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
+from transformers.generation import BaseStreamer
 
 from ..data.conversations import as_prompt, is_conversation
 from ..data.order import seeded
-from ..settings import check_generate_arguments, check_value
+from ..settings import check_generate_arguments, check_value, shown
 from ..states.fingerprints import tokenizer_fingerprint
 from ..states.store import StateStore
 from .batching import BatchLimits, OutputId, PromptTable, can_overlap, one_ahead, prompts_of, take_rows
@@ -27,6 +34,16 @@ from .text_stream import StreamedText
 
 
 DEFAULT_MAX_NEW_TOKENS = 128
+# Arguments of `generate()` that are objects.
+OBJECTS = {
+    "assistant_model": torch.nn.Module,
+    "generation_config": GenerationConfig,
+    "logits_processor": list,
+    "stopping_criteria": list,
+    "streamer": BaseStreamer,
+}
+# Arguments of `generate()` that write to the logits of token ids.
+TOKEN_IDS = ("bad_words_ids", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens")
 Features = dict[str, list[list[int]]]
 
 
@@ -325,12 +342,24 @@ class TextToText:
 
         The limit is, in this order: the one in `generate_kwargs`, `target_max_length`, the checkpoint's own, or
         `DEFAULT_MAX_NEW_TOKENS`, but at most half of the model's positions.
+
+        Raises:
+            ValueError: If an argument, or one of the checkpoint's own, holds a token id that the vocabulary lacks.
         """
         defaults = getattr(self.model, "generation_config", None)
+        size = getattr(self.model.config.get_text_config(decoder=True), "vocab_size", sys.maxsize)
+        for name in TOKEN_IDS:
+            given = generate_kwargs.get(name, getattr(defaults, name, None))
+            wrong = next((token for token in _flattened(given) if not 0 <= token < size), None)
+            if wrong is not None:
+                raise ValueError(
+                    f"{name} holds the id {wrong}, but the vocabulary of outputs has ids from 0 to {size - 1}. Use "
+                    "ids of its tokenizer, and check generation_config.json."
+                )
         own = self.target_max_length or getattr(defaults, "max_new_tokens", None)
         limit = own or min(DEFAULT_MAX_NEW_TOKENS, (self.max_positions or sys.maxsize) // 2)
         limits = {} if "max_length" in generate_kwargs else {"max_new_tokens": limit}
-        return {**limits, **generate_kwargs}
+        return {**limits, **{name: value for name, value in generate_kwargs.items() if value is not None}}
 
     @property
     def max_positions(self) -> int | None:
@@ -363,6 +392,11 @@ class TextToText:
     def _prepare(self, prompts: list[str], generate_kwargs: dict[str, Any]) -> tuple[Features, dict[str, Any]]:
         """Return features and arguments of `generate()`, checked before any compute."""
         check_generate_arguments(generate_kwargs)
+        check_value("seed", generate_kwargs.get("seed"), {}, int | None)
+        for name, kind in OBJECTS.items():
+            given = generate_kwargs.get(name)
+            if given is not None and not isinstance(given, kind):
+                raise ValueError(f"{name} is {shown(given)}, but it must be a {kind.__name__}.")
         features, generate_kwargs = self.features(prompts), self.with_limit(generate_kwargs)
         lengths = [len(ids) for ids in features["input_ids"]]
         for length in {min(lengths), max(lengths)}:
@@ -389,6 +423,17 @@ class TextToText:
     def _until_end(self, tokens: list[int]) -> list[int]:
         end = self.tokenizer.eos_token_id
         return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+
+
+def _flattened(ids: Any) -> Iterator[int]:
+    """Yield the token ids in nested lists, in a tensor or alone; nothing for `None`."""
+    if isinstance(ids, torch.Tensor):
+        yield from ids.flatten().tolist()
+    elif isinstance(ids, list | tuple):
+        for entry in ids:
+            yield from _flattened(entry)
+    elif ids is not None:
+        yield ids
 
 
 def is_sampled(text_to_text: TextToText, generate_kwargs: Mapping[str, Any]) -> bool:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError, safe_open
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+from ..data.causes import no_file
+from ..data.parsing import read_json
 from ..data.records import MAPPING, NUMBER, SWITCH, TEXT, WHOLE, Kind, mapping_to, read_record, whole_number
-from ..files_llm2slm import INDEX
+from ..files_llm2slm import INDEX, first_line
 
 
+# Files that hold a whole vocabulary, whatever the class of the tokenizer calls its own.
+VOCABULARY = re.compile(r"tokenizer\.json|tekken\.json|.*\.(model|tiktoken)")
 FIX = "Correct the file, or take another copy of the checkpoint."
 POSITIVE, FEW = whole_number(1), whole_number(1, 1000)
 IDS = Kind(
@@ -22,6 +33,12 @@ TOKENS = {f"{name}_token": SPECIAL_TOKEN for name in ("bos", "cls", "eos", "mask
 FILES: dict[str, dict[str, Kind]] = {
     "config.json": {"model_type": TEXT},
     "generation_config.json": {
+        "assistant_early_exit": Kind("null: no model exits early", lambda value: value is None),
+        "bad_words_ids": Kind(
+            "a list of lists of token ids",
+            lambda value: isinstance(value, list) and all(isinstance(ids, list) and IDS.holds(ids) for ids in value),
+        ),
+        "forced_bos_token_id": WHOLE,
         **dict.fromkeys(("num_beams", "num_return_sequences"), FEW),
         **dict.fromkeys(("max_length", "max_new_tokens", "max_cache_len"), POSITIVE),
         **dict.fromkeys(
@@ -65,10 +82,58 @@ FILES: dict[str, dict[str, Kind]] = {
 
 def check_files(folder: str | Path) -> None:
     """Raise `OSError` for a JSON file of a local checkpoint that is damaged or holds a value that cannot work."""
-    for place in (Path(folder), Path(folder, "decoder_tokenizer")):
+    for place in _places(folder):
+        for path in place.iterdir() if place.is_dir() else ():
+            if not path.is_file() and (path.name in FILES or (path.exists() and not path.is_dir())):
+                raise no_file(path)
         for name, fields in FILES.items():
             if (place / name).is_file():
                 try:
-                    read_record(place / name, FIX, fields, optional=name != INDEX)
+                    values = read_record(place / name, FIX, fields, optional=name != INDEX)
+                    _check_finite(place / name, values)
+                    if name == "tokenizer_config.json":
+                        _check_vocabulary(place, values.get("tokenizer_class"))
                 except ValueError as error:
                     raise OSError(str(error)) from error
+
+
+def damaged_file(folder: str | Path) -> str | None:
+    """Return a sentence about the first JSON or safetensors file of a checkpoint that is damaged, or `None`."""
+    for path in (path for place in _places(folder) if place.is_dir() for path in sorted(place.iterdir())):
+        try:
+            if path.suffix == ".json":
+                read_json(path)
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="np"):
+                    pass
+        except (ValueError, SafetensorError) as error:
+            cause = first_line(error).removesuffix(".")
+            return f"{path} is truncated or corrupted ({cause}). Take another copy of the checkpoint."
+        except OSError:  # not what failed
+            continue
+    return None
+
+
+def _places(folder: str | Path) -> tuple[Path, Path]:
+    return Path(folder), Path(folder, "decoder_tokenizer")
+
+
+def _check_vocabulary(folder: Path, tokenizer_class: Any) -> None:
+    """Raise `ValueError` if the files of a vocabulary are missing: transformers loads a tokenizer without one then."""
+    found = tokenizer_class_from_name(tokenizer_class) if isinstance(tokenizer_class, str) else None
+    names = getattr(found, "vocab_files_names", {})  # none for tokenizers of bytes
+    missing = [names[file] for file in ("vocab_file", "merges_file") if file in names]
+    missing = [name for name in missing if not (folder / name).is_file()]
+    if missing and not any(VOCABULARY.fullmatch(path.name) and path.is_file() for path in folder.iterdir()):
+        raise ValueError(
+            f"{folder} has neither tokenizer.json nor {' and '.join(missing)}: its tokenizer is empty. {FIX}"
+        )
+
+
+def _check_finite(path: Path, values: Mapping[str, Any], prefix: str = "") -> None:
+    """Raise `ValueError` for a number that is not finite. Lists are not searched: limits in them may be infinite."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _check_finite(path, value, f"{prefix}{name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{path} cannot be read: {prefix}{name} is {value}, but it must be {NUMBER.words}. {FIX}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,18 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from rich.filesize import decimal
 from transformers import PreTrainedConfig
 
 from ..checkpoint_llm2slm import LLM_PREFIX
 from ..checks import check_sizes
-from ..configuration_llm2slm import decoder_sizes, llm_sizes
+from ..configuration_llm2slm import LLM2SLMConfig, decoder_sizes, llm_sizes
 from ..data.causes import unreadable_file
 from ..data.resources import free_memory
 from ..files_llm2slm import first_line, open_weights, shape_of, weight_files
-from .files import check_files
+from .files import check_files, damaged_file
 from .fingerprints import checkpoint_folder, tensors_of
 
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 NO_FOLDER = "there is no such folder"
@@ -60,6 +64,13 @@ def load_model(auto_class: Any, path: str | Path, *, allow_nonfinite: bool = Fal
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise OSError(f"{path} is incomplete: {len(missing)} weights are missing, among them {missing[0]}.")
+    # The files of a plain LLM may hold more than is needed, but an SLM has all of its layers.
+    unused = sorted(name for name in loading["unexpected_keys"] if name.startswith("decoder."))
+    if unused and model.config.model_type == LLM2SLMConfig.model_type:
+        logger.warning(
+            f"{path} holds {len(unused)} weights of the SLM that are not used, among them {unused[0]}. Check the "
+            "sizes in config.json."
+        )
     if not allow_nonfinite:
         check_finite(model.state_dict(), path)
     return model
@@ -143,7 +154,7 @@ def _sentence(path: str, error: Exception) -> str:
         return f"{path} is not a checkpoint: it has no config.json."
     if str(error).startswith(f"{path} cannot be loaded: "):
         return first_line(error)
-    unreadable = unreadable_file(path) if Path(path).exists() else None
+    unreadable = (unreadable_file(path) or damaged_file(path)) if Path(path).exists() else None
     if unreadable is not None:
         return f"{path} cannot be loaded: {unreadable}"
     cause = _cause(path, error)
@@ -155,7 +166,11 @@ def _sentence(path: str, error: Exception) -> str:
 def _cause(path: str, error: Exception) -> str:
     """Return the cause of an error. For a missing folder, transformers reports a bad name or an unreachable Hub."""
     if Path(path).exists():
-        return "one of its files is nested too deeply." if isinstance(error, RecursionError) else first_line(error)
+        if isinstance(error, RecursionError):
+            return "one of its files is nested too deeply."
+        if isinstance(error, StrictDataclassError | KeyError):  # the first line of the former lacks the value
+            return f"a value in one of its JSON files is invalid ({first_line(error.__cause__ or error)}). Correct it."
+        return first_line(error)
     if path.endswith(".json"):
         return "there is no such file"
     is_folder = path.startswith((".", "/", "~")) or path.count("/") > 1 or ("/" in path and Path(path).parent.is_dir())

@@ -13,7 +13,17 @@ from transformers import Seq2SeqTrainingArguments
 
 from ..data.atomic import remove_unfinished
 from ..data.output_paths import MODEL_FILES, check_output
-from ..data.records import COUNT, MAPPING, NUMBER, TEXT, read_record, without_folders, without_secrets, write_json
+from ..data.records import (
+    COUNT,
+    MAPPING,
+    NUMBER,
+    TEXT,
+    list_of,
+    read_record,
+    without_folders,
+    without_secrets,
+    write_json,
+)
 from .batches import effective_batch_size
 from .recipe import Recipe, recipe_fields
 
@@ -21,6 +31,12 @@ from .recipe import Recipe, recipe_fields
 REPORT = "training.json"
 RECIPE = "recipe.json"
 FAILURE = "failure.json"
+STATE_FIELDS = {
+    **dict.fromkeys(("global_step", "train_batch_size"), COUNT),
+    "epoch": NUMBER,
+    "log_history": list_of(MAPPING),
+    "stateful_callbacks": MAPPING,
+}
 REPORT_FIELDS = {"steps": COUNT, "epochs": NUMBER, "seconds": NUMBER}
 FROM_SCRATCH = "Restore it, choose another output_dir, or train from scratch with resume: false."
 # Fields of the Trainer that a resumed run must keep: the optimizer, the learning rate schedule, the order of the data
@@ -42,6 +58,12 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
     states = [path for path in Path(output_dir).glob("checkpoint-*/trainer_state.json") if _is_complete(path)]
     checkpoints = sorted(states, key=lambda path: int(path.parent.name.rpartition("-")[2]))
     return str(checkpoints[-1].parent) if checkpoints else None
+
+
+def check_checkpoint(checkpoint: str) -> None:
+    """Raise `ValueError` if the Trainer's own state of a checkpoint lacks what a resumed run reads."""
+    fix = f"Remove {checkpoint} to resume from the checkpoint before it, or train from scratch with resume: false."
+    read_record(Path(checkpoint) / "trainer_state.json", fix, STATE_FIELDS)
 
 
 def last_report(output_dir: str | Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from .recipe import Recipe, parse_recipe, typed_recipe
 from .resuming import (
     REPORT,
     TrainingFailed,
+    check_checkpoint,
     check_folder,
     check_not_failed,
     check_same_recipe,
@@ -87,6 +88,8 @@ def _resume(
     checkpoint = last_checkpoint(arguments.output_dir) if ours.resume else None
     if ours.resume:
         check_not_failed(arguments.output_dir, recipe)
+    if checkpoint:
+        check_checkpoint(checkpoint)
     if finished or checkpoint or (ours.resume and last_report(arguments.output_dir)):
         check_same_recipe(ours, arguments)
     if finished:

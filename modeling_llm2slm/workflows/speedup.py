@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -31,12 +32,19 @@ from ..data.conversations import (
 from ..data.formats import parse_rows
 from ..data.loading import ROW, load_prompts
 from ..data.output_paths import MODEL_FILES, check_output, locked
-from ..data.parsing import read_json
 from ..data.records import MAPPING, read_record, without_secrets, write_json
 from ..evaluation.agreement import compare
 from ..inference.engine import fingerprint_of
 from ..inference.text_to_text import TextToText
-from ..settings import BuildSettings, DataSettings, DistillSettings, EncodeSettings, EvaluateSettings, SpeedupSettings
+from ..settings import (
+    BuildSettings,
+    DataSettings,
+    DistillSettings,
+    EncodeSettings,
+    EvaluateSettings,
+    SpeedupSettings,
+    shown,
+)
 from ..states.encoding import encode
 from ..states.loading import load
 from ..states.store import is_complete
@@ -50,6 +58,7 @@ from ..training.run import train
 SPLITS = ("train", "validation", "test")
 Progress = Callable[[str, int, int], None]
 RECORD = "speedup.json"
+EVALUATE_AGAIN = "Remove it, and repeat the command."
 RESULTS = (
     "distilled.jsonl", *(f"{split}.jsonl" for split in SPLITS), "slm", "start", "states", "recipe.yaml",
     "model", "evaluation.json",
@@ -252,7 +261,7 @@ class Speedup:
             for stage, (command, work) in self.stages().items():
                 announce(stage, command)
                 work()
-        return read_json(self.output / "evaluation.json")
+        return read_record(self.output / "evaluation.json", EVALUATE_AGAIN)
 
     def distill(self) -> None:
         """Generate the LLM's outputs, and split the prompts by a hash of each, so that equal ones stay together."""
@@ -388,9 +397,9 @@ def layers_to_cut(slm: str) -> int | list[int] | None:
     if not slm.startswith("cut:"):
         return None
     layers = slm.removeprefix("cut:").split(",")
-    if not all(layer.strip().isdigit() for layer in layers):
+    if not all(re.fullmatch(r" *\d{1,9} *", layer) for layer in layers):
         raise ValueError(
-            f"slm is {slm!r}, but a cut names layers of the LLM, or their number: cut:0,5,11,17 or cut:4."
+            f"slm is {shown(slm)}, but a cut names layers of the LLM, or their number: cut:0,5,11,17 or cut:4."
         )
     return int(layers[0]) if len(layers) == 1 else [int(layer) for layer in layers]
 

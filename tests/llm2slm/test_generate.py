@@ -60,6 +60,12 @@ def test_a_seed_makes_samples_repeatable(composite, capsys):
     assert outputs[0] == outputs[1] != outputs[2]
 
 
+def test_any_whole_number_is_a_seed(composite, capsys):
+    for seed in (-1, 2**63 - 1):
+        assert run("generate", composite, "src1", "--sample", "--seed", seed, "--max-new-tokens", 2) == 0
+    capsys.readouterr()
+
+
 def test_nothing_is_sampled_without_the_option(composite, tmp_path, capsys):
     model = Path(shutil.copytree(composite, tmp_path / "model"))
     sample_by_default(model)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import llm2slm
 from tests.support.checkpoints import write_pairs
@@ -138,6 +139,27 @@ def test_an_unwritable_output_is_an_error_of_one_sentence(number, message, compo
     printed = capsys.readouterr()
     assert printed.err == f"Error: {output}: {message}\n"
     assert "chrf" in printed.out  # the result, which took long
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("a\nb."), "The command failed: a b. Set LLM2SLM_DEBUG=1 to see where."),
+        (NotImplementedError(), "The command failed: NotImplementedError. Set LLM2SLM_DEBUG=1 to see where."),
+        (MemoryError(), "There is not enough memory. Take smaller batches"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "There is not enough"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "There is not enough memory."),
+    ],
+)
+def test_an_error_of_a_library_is_one_sentence(error, message, tmp_path, capsys, monkeypatch):
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("modeling_llm2slm.training.recipe.load_recipe", fail)
+    assert run("train", tmp_path / "recipe.yaml") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"Error: {message}")
+    assert printed.count("\n") == 1
 
 
 def test_the_traceback_is_shown_on_request(monkeypatch):

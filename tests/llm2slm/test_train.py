@@ -7,6 +7,7 @@ import json
 import pytest
 
 from llm2slm.train import _shortened
+from modeling_llm2slm.workflows.speedup import Speedup
 from tests.support.checkpoints import PROMPTS, write_checkpoint
 from tests.support.commands import kill_when, run
 
@@ -120,3 +121,23 @@ def test_prompts_become_a_model_that_is_compared_with_the_llm(tmp_path, capsys):
     assert all(f"llm2slm {stage}" in printed for stage in ("distill", "build", "encode", "train", "evaluate"))
     assert "times as fast as the LLM" in printed
     assert run("info", tmp_path / "fast" / "model") == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [("[]", "does not hold a mapping"), ("{}", "prompts is missing"), ('{"prompts": -1}', "prompts is -1")],
+)
+def test_a_damaged_evaluation_of_a_speedup_is_named(content, problem, tmp_path, capsys, monkeypatch):
+    class Finished(Speedup):
+        def __init__(self, settings, output, *_):
+            self.output = output
+
+        def stages(self):
+            return {}
+
+    monkeypatch.setattr("modeling_llm2slm.workflows.speedup.Speedup", Finished)
+    (tmp_path / "evaluation.json").write_text(content)
+    assert run("speedup", "--llm", "llm", "--prompts", "prompts.txt", "--output", tmp_path) == 1
+    error = capsys.readouterr().err
+    assert f"evaluation.json cannot be read: {problem}" in error or f"cannot be read: it {problem}" in error
+    assert "Remove it, and repeat the command." in error

@@ -115,6 +115,33 @@ def test_a_file_that_is_not_a_result_is_an_error_and_stays(tmp_path: Path, text:
     assert file.read_text() == text
 
 
+@pytest.mark.parametrize(
+    "damage", ["contestants", "cells", "results", "seconds", "stages_ms", "preset", "load_seconds"]
+)
+def test_a_damaged_result_is_an_error(measured: tuple[Path, dict[str, Any]], tmp_path: Path, damage: str) -> None:
+    def damaged(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: [] if name == damage else damaged(entry) for name, entry in value.items()}
+
+    (tmp_path / "benchmark.json").write_text(json.dumps(damaged(measured[1])))
+    with pytest.raises(ValueError, match=r"not the result of a benchmark\. Choose another file"):
+        Benchmark(CELLS, tmp_path / "benchmark.json", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (Cell(preset="tiny", prompt=10**6), "The prompt has 1000000 tokens"),
+        (Cell(preset="nope"), "There is no preset 'nope'"),
+        (Cell(), "A cell names no preset"),
+    ],
+)
+def test_a_cell_that_cannot_be_measured_is_refused_before_the_others(tmp_path: Path, cell: Cell, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Benchmark([*CELLS, cell], tmp_path / "benchmark.json", tmp_path)
+
+
 def test_an_unknown_contestant_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Contestant 'llm3' does not exist\. Choose from: llm, "):
         Benchmark([Cell(contestants=("llm3",))], tmp_path / "benchmark.json", tmp_path)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling_llm2slm.data.causes import REMEDIES, sentence_of, unreadable_file
+from modeling_llm2slm.data.causes import REMEDIES, no_file, sentence_of, unreadable_file
 
 
 @pytest.mark.parametrize("number", REMEDIES)
@@ -26,6 +26,17 @@ def test_an_error_without_a_path_is_about_the_place_or_has_no_sentence() -> None
     assert sentence_of(full) is None
     assert sentence_of(OSError("a sentence of its own"), "x") is None
     assert sentence_of(OSError(errno.ENOSR, "Strange", b"a/b")) == "a/b: strange. Choose another place."
+
+
+def test_what_is_no_file_is_said(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert str(no_file(tmp_path)) == f"{tmp_path} is a folder, but a file is needed. Check the path."
+    assert str(no_file(tmp_path / "pipe", "data file")).startswith(
+        f"{tmp_path / 'pipe'} is a pipe or a device, but a data"
+    )
+    assert str(no_file("/dev/null")).endswith("Copy its content to a file first.")
+    assert str(no_file("no.txt")) == "There is no file no.txt."
+    assert unreadable_file(tmp_path) == str(no_file(tmp_path / "pipe"))  # opening it would never end
 
 
 def test_the_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,18 @@ def test_a_damaged_graph_is_named(tmp_path_factory, tmp_path) -> None:
         ExportedLLM2SLM.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_config_that_is_missing_or_damaged_is_named(tmp_path_factory, tmp_path, name) -> None:
+    needs("openvino")
+    folder = shutil.copytree(exported_folder(tmp_path_factory, *KINDS[0]), tmp_path / "cut")
+    os.truncate(folder / name, 50)
+    with pytest.raises(OSError, match=rf"{name} is truncated or corrupted"):
+        ExportedLLM2SLM.from_pretrained(folder)
+    (folder / name).unlink()
+    with pytest.raises(OSError, match=rf"is incomplete: it has no {name}\. Export the checkpoint again"):
+        ExportedLLM2SLM.from_pretrained(folder)
+
+
 def test_activations_are_grouped_by_a_power_of_two_that_divides_all_widths() -> None:
     widths = torch.nn.Sequential(torch.nn.Linear(96, 4), torch.nn.Linear(64, 4))
     assert activation_group(widths) == 32

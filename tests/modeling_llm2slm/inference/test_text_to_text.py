@@ -134,6 +134,11 @@ def test_an_empty_prompt_is_found_before_any_compute(checkpoints, monkeypatch):
         ({"eos_token_id": [1, "x"]}, "eos_token_id is .* a whole number or a list with a whole number in each place"),
         ({"eos_token_id": [1, -2]}, r"eos_token_id is \[1, -2\], but it must be at least 0"),
         ({"suppress_tokens": [10**30]}, "suppress_tokens is .* a whole number of at most 64 bits"),
+        ({"seed": "x"}, "seed is 'x', but it must be a whole number"),
+        ({"generation_config": "x"}, "generation_config is 'x', but it must be a GenerationConfig"),
+        ({"stopping_criteria": "x"}, "stopping_criteria is 'x', but it must be a list"),
+        ({"streamer": "x"}, "streamer is 'x', but it must be a BaseStreamer"),
+        ({"assistant_model": "x"}, "assistant_model is 'x', but it must be a Module"),
         ({"batch_size": 0}, "batch_size is 0, but it must be at least 1"),
     ],
 )
@@ -142,6 +147,35 @@ def test_a_value_that_no_model_can_use_is_found_before_any_compute(checkpoints, 
     monkeypatch.setattr(text_to_text.model, "generate", None)
     with pytest.raises(ValueError, match=message):
         text_to_text.generate(PROMPTS[:1], **options)
+
+
+@pytest.mark.parametrize("default", [False, True])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("forced_bos_token_id", 10**6),
+        ("forced_eos_token_id", [1, 10**6]),
+        ("suppress_tokens", [10**6]),
+        ("begin_suppress_tokens", torch.tensor([0, 10**6])),
+        ("bad_words_ids", [[0], [1, 10**6]]),
+    ],
+)
+def test_a_token_id_that_the_vocabulary_lacks_is_found_before_any_compute(
+    text_to_text, monkeypatch, name, value, default
+):
+    monkeypatch.setattr(text_to_text.model, "generate", None)
+    options = {} if default else {name: value}
+    if default:
+        monkeypatch.setattr(text_to_text.model.generation_config, name, value, raising=False)
+    with pytest.raises(ValueError, match=rf"^{name} holds the id 1000000, but the vocabulary of outputs"):
+        text_to_text.generate(PROMPTS[:1], **options)
+
+
+def test_none_stands_for_the_default(text_to_text):
+    defaults = dict.fromkeys(
+        ("num_beams", "num_return_sequences", "do_sample", "max_new_tokens", "eos_token_id", "seed")
+    )
+    assert text_to_text.generate(PROMPTS[:2], **defaults) == text_to_text.generate(PROMPTS[:2])
 
 
 def test_lengths_are_checked_before_a_model_is_loaded():

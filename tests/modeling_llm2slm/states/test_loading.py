@@ -143,3 +143,14 @@ def test_bart_and_its_two_halves_load(tmp_path: Path) -> None:
         change(tmp_path, **{**values, size: 0})
         with pytest.raises(OSError, match="cannot be loaded: `config.json`"):
             TextToText.from_pretrained(tmp_path)
+
+
+def test_weights_of_the_slm_that_are_not_used_are_counted(
+    copies: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = copies["llm2slm"]
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config["decoder"]["n_layer"] -= 1
+    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    TextToText.from_pretrained(path)
+    assert "weights of the SLM that are not used, among them decoder.transformer.h." in caplog.text

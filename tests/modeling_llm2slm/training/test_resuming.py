@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -91,6 +92,19 @@ def test_incomplete_checkpoint_is_ignored(tmp_path):
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
     (tmp_path / "checkpoint-110" / "trainer_state.json").write_text('{"epoch": 1.')  # killed while it was written
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
+
+
+def test_a_checkpoint_whose_state_is_damaged_is_named(recipe):
+    times = {"save_strategy": "steps", "save_steps": 1}
+    train({**recipe, "max_steps": 1, **times})
+    file = Path(recipe["output_dir"], "checkpoint-1", "trainer_state.json")
+    state = json.loads(file.read_text())
+    for name in ("global_step", "train_batch_size", "epoch", "log_history", "stateful_callbacks"):
+        file.write_text(json.dumps({**state, name: "x"}))
+        with pytest.raises(
+            ValueError, match=rf"trainer_state.json cannot be read: {name} is 'x', .* Remove .*-1 to res"
+        ):
+            train({**recipe, "max_steps": 2, **times})
 
 
 @pytest.mark.parametrize("length", [{}, {"max_steps": 6}])

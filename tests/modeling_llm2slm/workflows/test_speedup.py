@@ -85,6 +85,8 @@ def test_layers_of_a_decoder_only_llm_become_the_slm(
     ("slm", "message"),
     [
         ("cut:a", "slm is 'cut:a', but a cut names layers of the LLM, or their number"),
+        ("cut:²", "slm is 'cut:²', but a cut names layers of the LLM, or their number"),
+        (f"cut:{'9' * 5000}", "but a cut names layers of the LLM, or their number"),
         ("cut:9", "`layers` is 9, but it must be 1 to 2"),
         ("cut:1,0", "must name layers from 0 to 1 in ascending order"),
     ],
