@@ -19,6 +19,7 @@ from huggingface_hub.constants import HF_HOME
 
 from ..configuration_llm2slm import max_positions
 from ..data.atomic import atomic_write
+from ..data.order import seeded
 from ..inference.batching import BatchLimits, OutputId, PromptTable, prompts_of
 from ..inference.continuous import Generated
 from ..inference.engine import Engine, LoadOptions, engine, fingerprint_of
@@ -184,7 +185,7 @@ class VLLMTextToText(LLM2SLMTextToText):
             rows = self.rows(self.read(features_of([table.rows[prompt] for prompt in prompts])))
             row_of = dict(zip(prompts, rows, strict=True))
             for prompt, sample in batch:
-                own = None if seed is None else hash((seed, table.rows[prompt], sample)) % 2**62
+                own = None if seed is None else _seed(seed, table.rows[prompt], sample)
                 ids[self.add(row_of[prompt], self.sampling(own, **generate_kwargs))] = (prompt, sample)
             return True
 
@@ -192,9 +193,10 @@ class VLLMTextToText(LLM2SLMTextToText):
             for one in self._run(add_next):
                 yield [ids.pop(one.request)], [list(one.tokens)]
 
-    def stream(self, prompt: Any, **generate_kwargs: Any) -> Generator[str]:
+    def stream(self, prompt: Any, seed: int | None = None, **generate_kwargs: Any) -> Generator[str]:
         features, generate_kwargs = self._prepare([prompt], generate_kwargs)
-        (request,) = self._add_all(self.read(features), generate_kwargs)
+        (rows,) = self.rows(self.read(features))
+        request = self.add(rows, self.sampling(None if seed is None else _seed(seed, 0, 0), **generate_kwargs))
         text, finished, seen = TextStream(self.tokenizer), False, 0
         try:
             while not finished:
@@ -222,6 +224,10 @@ class VLLMTextToText(LLM2SLMTextToText):
         while self.llm_engine.has_unfinished_requests():
             yield from (one for one in self.step() if one.finish_reason is not None)
             add_next()
+
+
+def _seed(*numbers: int) -> int:
+    return seeded(*numbers).initial_seed() % 2**62
 
 
 def plain_slm(path: str | Path, model: Any) -> Path:
