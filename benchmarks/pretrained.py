@@ -62,10 +62,12 @@ class Experiment:
             for split in SPLITS:
                 yield f"{task}/{split}", self.split(task, split), partial(self._write_data, task, split)
         yield "vocabulary", self.runs / "vocabulary", self._prune
+        written: set[Path] = set()
         for task, rows in self.settings["rows"].items():
             for name, row in rows.items():
-                if "outputs_of" in row:
-                    output = self._outputs(task, row)
+                output = self._outputs(task, row) if "outputs_of" in row else None
+                if output is not None and output not in written:  # rows share it
+                    written.add(output)
                     yield f"{task}/{output.stem}", output, partial(self._distill, task, row)
                 folder = self.folder(task, name)
                 yield f"{task}/{name}", folder / "outputs.json", partial(self._do_row, task, name)
@@ -140,7 +142,7 @@ class Experiment:
             return
         slm, tokenizer = output.with_name("slm"), self.runs / "vocabulary"
         if "cut" in row:
-            cut_checkpoint(self.model(task, row["cut"]), slm, row["layers"])
+            cut_checkpoint(self.model(task, row["cut"]), slm, row["layers"], overwrite=True)
             source = str(slm)
         else:
             config = json.loads((tokenizer / "config.json").read_text(encoding="utf-8"))

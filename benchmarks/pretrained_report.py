@@ -108,13 +108,18 @@ def _score(counts: np.ndarray) -> float:
     return bleu_of(counts) if counts.shape[1] == 10 else float(counts[:, 0].mean())
 
 
+def _share(own: np.ndarray, llm: np.ndarray) -> float:
+    """Return a score as a part of the LLM's; 0 if the LLM's is 0, as it may be in a resample."""
+    return _score(own) / _score(llm) if _score(llm) else 0.0
+
+
 def _compared(own: np.ndarray, llm: np.ndarray) -> dict[str, Any]:
     """Return a score and its share of the LLM's, each with a 95 % interval; and further scores, if there are any."""
     compared = {
         "score": _score(own),
         "interval": interval(lambda chosen: _score(own[chosen]), len(own)),
-        "share": _score(own) / _score(llm),
-        "share_interval": interval(lambda chosen: _score(own[chosen]) / max(_score(llm[chosen]), 1e-9), len(own)),
+        "share": _share(own, llm),
+        "share_interval": interval(lambda chosen: _share(own[chosen], llm[chosen]), len(own)),
     }
     return {**compared, "others": own[:, 1:].mean(0).tolist()} if own.shape[1] == 3 else compared
 

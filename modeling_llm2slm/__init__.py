@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer
 
-from . import modeling_llm2slm, processing_llm2slm
+from . import configuration_llm2slm, modeling_llm2slm, processing_llm2slm
 from .cache_llm2slm import PromptStates
+from .checks import check_config
 from .configuration_llm2slm import LLM2SLMConfig
 from .data.collator import DataCollatorForLLM2SLM
 from .fusion_llm2slm import Fusion, register_fusion
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .inference.text_to_text import TextToText
     from .states.store import StateStore
 
+configuration_llm2slm.CHECKS.append(check_config)
 register_fusion(CheckedCache)
 AutoConfig.register(LLM2SLMConfig.model_type, LLM2SLMConfig)
 AutoModel.register(LLM2SLMConfig, LLM2SLMForConditionalGeneration)

@@ -25,8 +25,8 @@ class PromptStates(ModelOutput):
             The prompt embeddings P, padded on the left; for an encoder-decoder SLM, its own encoder's output.
         attention_mask (`torch.LongTensor` of shape `(B, N)`):
             0 on padding. Within `generate()` it has a row for each beam or sample; those of a prompt are adjacent.
-        hidden_states (`tuple(torch.Tensor)`, *optional*): The LLM's, if requested, in the layout of its input.
-        attentions (`tuple(torch.Tensor)`, *optional*): The LLM's, if requested, in the layout of its input.
+        hidden_states, attentions (`tuple(torch.Tensor)`, *optional*):
+            The LLM's, if requested, in the layout of its input.
         first (`torch.Tensor`, *optional*):
             With `fusion="cache"`, the LLM's logits `(B, vocabulary)` of the first output token; or, without
             `llm_first_token`, the SLM's embedding `(B, d_slm)` of the last prompt token.
@@ -71,7 +71,7 @@ def as_prompt_states(
     encoder_outputs: PromptStates | ModelOutput | tuple, attention_mask: torch.Tensor | None, check: bool = False
 ) -> PromptStates:
     """Return `encode_prompt`'s output itself, or a bare `last_hidden_state` with its mask as `PromptStates`."""
-    if not encoder_outputs or not encoder_outputs[0].numel():
+    if not encoder_outputs or encoder_outputs[0] is None or not encoder_outputs[0].numel():
         raise ValueError(NO_PROMPT)
     states, own_mask = encoder_outputs[0], getattr(encoder_outputs, "attention_mask", None)
     optional = [getattr(encoder_outputs, name, None) for name in ("hidden_states", "attentions")]
@@ -179,20 +179,18 @@ def check_continues(cached: int, given: int) -> None:
         )
 
 
-def check_prompt_width(cached: int, width: int) -> None:
-    """Raise `ValueError` if a cache that begins with a prompt of width `cached` is used with another one."""
+def check_prompt_width(cache: Cache | None, width: int) -> None:
+    """Raise `ValueError` if a cache holds a prompt, before the output or in the cross-attention, of another width."""
+    cached = width
+    if isinstance(cache, LLM2SLMCache):
+        cached = cache.prompt_length
+    elif isinstance(cache, EncoderDecoderCache) and isinstance(cache.cross_attention_cache, DynamicCache):
+        cached = cache.cross_attention_cache.get_seq_length() or width  # 0 before the first step
     if cached != width:
         raise ValueError(
             f"`past_key_values` begins with a prompt of width {cached}, but this one has {width}. Pass the prompt as "
             "it was padded when the cache was made."
         )
-
-
-def cross_attention_width(cache: Cache | None) -> int:
-    """Return the width of the prompts in the cross-attention of a growing cache; 0 if it holds none."""
-    if isinstance(cache, EncoderDecoderCache) and isinstance(cache.cross_attention_cache, DynamicCache):
-        return cache.cross_attention_cache.get_seq_length()
-    return 0
 
 
 def labels_mask(labels: torch.Tensor) -> torch.Tensor:
@@ -208,8 +206,7 @@ def mask_and_positions(
     and the positions of what it reads now: the new tokens, and the prompt if it is not cached yet. Padding takes none.
     """
     cache = cache if has_read_prompt(cache) else None
-    if cache is not None:
-        check_prompt_width(cache.prompt_length, prompt_mask.shape[1])
+    check_prompt_width(cache, prompt_mask.shape[1])
     past_length = int(cache.get_seq_length()) if cache is not None else 0
     if output_mask is None:
         output_mask = prompt_mask.new_ones(prompt_mask.shape[0], past_length + output_length)

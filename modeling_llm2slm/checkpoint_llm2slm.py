@@ -2,12 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of an LLM-to-SLM model: full ones, and lean ones that leave out the frozen LLM and name its source."""
 
-import math
 import os
 from collections.abc import Collection, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub.errors import HFValidationError
@@ -16,15 +15,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .files_llm2slm import INDEX, fingerprint, first_line, open_weights, shape_of, shard_names, weight_files
+from .files_llm2slm import INDEX, fingerprint, first_line, open_weights, shard_names, weight_files
 
 
 logger = logging.get_logger(__name__)
 
 LLM_PREFIX = "encoder.llm."
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
-# A config may ask for this much more than the files hold: 256 MB in float32, and masks, which are in no file.
-FREE_PARAMETERS, FREE_BYTES = 2**26, 2**32
 LACKS_LLM = "{} lacks the LLM: pass `encoder_pretrained_model_name_or_path`."
 
 
@@ -40,7 +37,7 @@ class LoadRequest(NamedTuple):
 
 
 # Per thread: two may load at once.
-_REQUEST: ContextVar[LoadRequest | None] = ContextVar("llm2slm_load_request", default=None)
+_REQUEST: ContextVar[LoadRequest | Literal[False] | None] = ContextVar("llm2slm_load_request", default=None)
 
 
 class LLM2SLMCheckpointMixin:
@@ -57,7 +54,7 @@ class LLM2SLMCheckpointMixin:
     @torch.no_grad()
     def _initialize_fusion(self: Any) -> None:
         weights = self._fusion_weights()
-        new = getattr(self, "_new", set()) & weights.keys()  # an adapter may have replaced some
+        new = vars(self).pop("_new", set()) & weights.keys()  # an adapter may have replaced some
         if any(weights[name].is_meta or not weights[name].is_floating_point() for name in new):
             raise ValueError(
                 f"The checkpoint lacks `encoder.{min(new)}`, which cannot be initialized if quantized or offloaded. "
@@ -71,6 +68,9 @@ class LLM2SLMCheckpointMixin:
 
     def _fusion_weights(self: Any) -> dict[str, nn.Parameter]:
         return dict(nn.ModuleDict(self.encoder.new_modules()).named_parameters())
+
+    def check_weights(self, weights: Mapping[str, Any], path: str, any_size: bool) -> None:
+        """Check the tensors of a checkpoint; the installed package overrides this."""
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, *, include_llm: bool | None = None, card: Any = None, **kwargs: Any
@@ -133,8 +133,9 @@ class LLM2SLMCheckpointMixin:
         model: PreTrainedModel, state_dict: Any, checkpoint_files: list[str] | None, *args: Any, **kwargs: Any
     ) -> Any:
         # The one step of `from_pretrained` at which the model is complete, on the meta device, and takes no memory.
-        request = _REQUEST.get() if state_dict is None else None
-        _REQUEST.set(None)  # the next load, if any, is that of an adapter
+        request = (_REQUEST.get() or None) if state_dict is None else None
+        if request is not None:
+            _REQUEST.set(False)  # until the end of `from_pretrained`: the next step, if any, loads an adapter
         if request is not None and request.path != (path := str(model.config.name_or_path)):  # an adapter's base
             request = request._replace(path=path, folder=path if os.path.isdir(path) else None)
         if request is not None and checkpoint_files:
@@ -147,7 +148,7 @@ class LLM2SLMCheckpointMixin:
                 config.lean = False
             elif not any(name.startswith(LLM_PREFIX) for name in weights):
                 raise OSError(LACKS_LLM.format(request.path))
-            _check_shapes(model, state_dict or weights, request)
+            model.check_weights(state_dict or weights, request.path, request.any_size)
         loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
         # `missing_keys` has transformers' own names, which may differ from those in the files.
         if request is not None and _new_in_llm(model, loaded[0].missing_keys):
@@ -167,30 +168,6 @@ def _new_in_llm(model: Any, missing: Collection[str]) -> list[str]:
     held = {tied.get(name, name) for name, _ in model.named_parameters(remove_duplicate=False) if name not in missing}
     of_llm = (LLM_PREFIX + name for name, _ in model.encoder.llm.named_parameters(remove_duplicate=False))
     return [name for name in of_llm if name in missing and tied.get(name, name) not in held]
-
-
-def _check_shapes(model: PreTrainedModel, weights: Mapping[str, Any], request: LoadRequest) -> None:
-    """
-    Raise `ValueError` if a tensor has another shape than its parameter, or if the config asks for far more parameters
-    than the files hold.
-    """
-    parameters = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    other = [name for name in parameters if name in weights and shape_of(weights[name]) != parameters[name]]
-    if other and not request.any_size and not getattr(model, "is_quantized", False):
-        name = other[0]
-        raise ValueError(
-            f"{name} has shape {shape_of(weights[name])} in the weights of {request.path}, but {parameters[name]} by "
-            "its config. Correct the sizes in config.json."
-        )
-    missing = parameters.keys() - weights.keys() - model.all_tied_weights_keys.keys()
-    new = sum(math.prod(parameters[name]) for name in [*missing, *other])
-    held = sum(math.prod(shape_of(tensor)) for tensor in weights.values())
-    masks = sum(tensor.nbytes for name, tensor in model.named_buffers() if name not in parameters)
-    if new > held + FREE_PARAMETERS or masks > FREE_BYTES:
-        raise ValueError(
-            f"{request.path} holds {held:,} parameters, but its config asks for {new:,} others and {masks:,} bytes of "
-            "masks. Correct the sizes in config.json."
-        )
 
 
 def is_repo_id(name: str) -> bool:

@@ -1,20 +1,16 @@
-# Copyright 2026 The modeling-llm2slm authors. All rights reserved.
+# Copyright 2026 The modeling-llm2slm authors.
+# SPDX-License-Identifier: Apache-2.0
 #
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0. Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """Configuration of an LLM-to-SLM model: the LLM's, the SLM's, their fusion, and the quirks of model families."""
 
 import copy
 import os
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 from huggingface_hub.dataclasses import strict
@@ -53,8 +49,7 @@ QUIRKS = {
 }
 # A checkpoint's config must not set these: they choose other files to read, or kernels to download and run.
 FOREIGN = {"transformers_weights", "attn_implementation", "_attn_implementation", "kernel_config", "fusion_config"}
-POSITIVE = ("num_attention_heads", "num_key_value_heads", "vocab_size")
-MAX_LAYERS = 1000  # far more than any model has; building one takes time and memory even without its weights
+CHECKS: list[Callable[[Any], None]] = []  # those of the values, which the installed package adds
 
 
 @strict
@@ -99,7 +94,7 @@ class LLM2SLMConfig(PreTrainedConfig):
         use_cache (`bool`, *optional*, defaults to `True`): Return a cache outside training; `Trainer` turns it off.
 
     Raises:
-        ValueError: If a value does not exist or does not fit; the message names the fix.
+        ValueError: If a value does not exist or does not fit, as far as the installed package can tell.
     """
 
     model_type = "llm2slm"
@@ -125,10 +120,14 @@ class LLM2SLMConfig(PreTrainedConfig):
     is_encoder_decoder: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.encoder = as_reader(_as_config(self.encoder, "encoder", default=T5Config))
+        self.encoder = _as_config(self.encoder, "encoder", default=T5Config)
         self.decoder = _as_config(self.decoder, "decoder", default=GPT2Config)
+        if llm_sizes(self.encoder) is not self.encoder:  # T5Gemma's class for the encoder alone asks for this
+            self.encoder.is_encoder_decoder = False
         self._take_ids_from_slm()
-        self._check_values()
+        for check in CHECKS:
+            check(self)
+        fusion_of(self).prepare()
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -219,57 +218,14 @@ class LLM2SLMConfig(PreTrainedConfig):
         eos = _first_set(self.eos_token_id, getattr(slm, "eos_token_id", None))
         first_eos = eos[0] if isinstance(eos, list) else eos
         starts = [getattr(slm, name, None) for name in ("decoder_start_token_id", "bos_token_id")]
-        ids = {
-            "eos_token_id": eos,
-            "pad_token_id": _first_set(self.pad_token_id, getattr(slm, "pad_token_id", None), first_eos),
-            "decoder_start_token_id": _first_set(self.decoder_start_token_id, *starts, first_eos),
-        }
-        for name, value in ids.items():
-            fix = f"Pass `{name}=...`, an id of the SLM's tokenizer."
-            if value is None:
-                raise ValueError(f"`{name}` is not set and the SLM's config ({slm.model_type}) has none. {fix}")
-            for token_id in value if isinstance(value, list) else [value]:
-                if not 0 <= token_id < slm.vocab_size:
-                    known = f"ids from 0 to {slm.vocab_size - 1}"
-                    raise ValueError(f"`{name}` is {token_id}, but the SLM's vocabulary has {known}. {fix}")
-            setattr(self, name, value)
-
-    def _check_values(self) -> None:
-        fusion = fusion_of(self)
-        for name in ("llm_source", "slm_source"):
-            source = getattr(self, name) or {}
-            if not all(value is None or isinstance(value, str) for value in source.values()):
-                raise ValueError(f"`{name}` is {source!r}, but its values must be text.")
-        halves = llm_sizes(self.decoder), decoder_sizes(self.decoder)
-        for config, name in ((llm_sizes(self.encoder), "encoder"), *((half, "decoder") for half in halves)):
-            check_sizes(config, name)
-        layers = llm_sizes(self.encoder).num_hidden_layers
-        if self.encoder_layer is not None and self.encoder_layer not in range(layers + 1):
-            raise ValueError(
-                f"`encoder_layer` is {self.encoder_layer!r}, but the LLM ({self.encoder.model_type}) has {layers} "
-                f"layers. Use 0 (the embeddings) to {layers}, or None for its last hidden state."
-            )
-        fusion.prepare()
-        if not 1 <= self.projector_layers <= MAX_LAYERS:
-            raise ValueError(f"`projector_layers` is {self.projector_layers}, but must be from 1 to {MAX_LAYERS}.")
-        positions = max_positions(self.decoder)
-        if not self.decoder.is_encoder_decoder and positions is not None and positions < 2:
-            raise ValueError(
-                f"The SLM has {positions} positions, but prompt and output share them and need at least 2. "
-                "Raise its `max_position_embeddings`."
-            )
+        self.eos_token_id = eos
+        self.pad_token_id = _first_set(self.pad_token_id, getattr(slm, "pad_token_id", None), first_eos)
+        self.decoder_start_token_id = _first_set(self.decoder_start_token_id, *starts, first_eos)
 
 
 def quirks_of(config: PreTrainedConfig) -> Quirks:
     """Return the quirks of a model's family."""
     return QUIRKS.get(config.model_type, Quirks())
-
-
-def as_reader(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Prepare the LLM's config to build its encoder alone: T5Gemma's class asks for a config that says so."""
-    if isinstance(getattr(config, "encoder", None), PreTrainedConfig):
-        config.is_encoder_decoder = False
-    return config
 
 
 def llm_sizes(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -333,32 +289,6 @@ def _as_config(config: PreTrainedConfig | dict | None, name: str, default: type[
     if config.get("model_type") is None:
         raise ValueError(f'`{name}` is a dict without "model_type". Add it, for instance "model_type": "t5".')
     return AutoConfig.for_model(**config)
-
-
-def check_sizes(config: PreTrainedConfig, name: str) -> None:
-    """Raise `ValueError` for sizes that no model can have, in the config called `name`."""
-    hidden_size, layers = getattr(config, "hidden_size", None), getattr(config, "num_hidden_layers", None)
-    if not isinstance(hidden_size, int) or hidden_size < 1:
-        raise ValueError(
-            f"`{name}` ({config.model_type}) has hidden size {hidden_size!r}, but a positive one is needed. Pass the "
-            "config of a text model; of a multimodal model, its `text_config`."
-        )
-    if layers is not None and not (isinstance(layers, int) and 1 <= layers <= MAX_LAYERS):
-        raise ValueError(f"`{name}` has {layers!r} layers, but a number up to {MAX_LAYERS} is needed, and at least 1.")
-    quirks, kind = quirks_of(config), f"`{name}` ({config.model_type})"
-    for size in (*POSITIVE, quirks.head_size, quirks.feed_forward_size):
-        value = getattr(config, size, None)
-        values = value if isinstance(value, list) else [value]  # one for each layer
-        if value is not None and not all(isinstance(one, int) and one > 0 for one in values):
-            raise ValueError(f"{kind} has {size} {value!r}, but it must be a positive whole number.")
-    heads, groups = (getattr(config, size, None) for size in POSITIVE[:2])
-    if isinstance(heads, int) and not getattr(config, quirks.head_size, None) and hidden_size % heads:
-        raise ValueError(
-            f"{kind} has hidden size {hidden_size}, which is not divisible by its {heads} attention heads. Change one "
-            "of the two."
-        )
-    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
-        raise ValueError(f"{kind} has {heads} attention heads, which {groups} key-value heads do not divide.")
 
 
 __all__ = ["LLM2SLMConfig"]

@@ -118,12 +118,7 @@ class LLM2SLMGenerationMixin(GenerationMixin):
         }
 
     def _prepare_cache_for_generation(
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
+        self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int
     ) -> None:
         for name in ("output_length", "llm_hidden_states"):
             model_kwargs.pop(name, None)  # only the encoder takes them, and it has run
@@ -137,9 +132,7 @@ class LLM2SLMGenerationMixin(GenerationMixin):
             if model_kwargs.get("past_key_values") is not None:
                 model_kwargs["past_key_values"] = as_llm2slm_cache(model_kwargs["past_key_values"])
         given = model_kwargs.get("past_key_values")
-        super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_cache_length)
         cache = model_kwargs.get("past_key_values")
         if cache is not None and cache.is_compileable and not self.decoder._can_compile_fullgraph:
             raise ValueError(
@@ -159,12 +152,7 @@ class LLM2SLMGenerationMixin(GenerationMixin):
         return attention_mask
 
     def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values: Any = None,
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,
+        self, input_ids: Any, next_sequence_length: int | None = None, past_key_values: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
         """
         Replace the prompt, once it is cached, by positions and a mask of the cache's full length: shapes that are the
@@ -174,7 +162,7 @@ class LLM2SLMGenerationMixin(GenerationMixin):
             # The first step of an output or, in an assistant, of a draft. Stock removes cached tokens only if a mask
             # tells how many were given.
             cached = int(past_key_values.get_seq_length())
-            if cached >= input_ids.shape[1] and not is_first_iteration:
+            if cached >= input_ids.shape[1] and not kwargs.get("is_first_iteration"):
                 # In an assistant, transformers up to 5.15 leaves rejected tokens of its last draft in the cache.
                 past_key_values.crop(input_ids.shape[1] - 1 - cached)
                 cached = input_ids.shape[1] - 1
@@ -182,11 +170,7 @@ class LLM2SLMGenerationMixin(GenerationMixin):
             if cached and kwargs.get("decoder_attention_mask") is None:
                 next_sequence_length = input_ids.shape[1] - cached
         model_inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
+            input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values, **kwargs
         )
         if isinstance(past_key_values, LLM2SLMCache) and has_read_prompt(past_key_values):
             prompt = as_prompt_states(model_inputs.pop("encoder_outputs"), model_inputs.pop("attention_mask", None))

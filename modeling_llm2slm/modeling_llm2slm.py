@@ -1,16 +1,11 @@
-# Copyright 2026 The modeling-llm2slm authors. All rights reserved.
+# Copyright 2026 The modeling-llm2slm authors.
+# SPDX-License-Identifier: Apache-2.0
 #
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0. Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """
 LLM-to-SLM (Bergner et al., arXiv 2402.16844), in the order of the forward pass: the encoder, which turns a prompt into
 what the SLM reads (the projector is in `fusion_llm2slm.py`), then the whole model.
@@ -33,7 +28,6 @@ from .cache_llm2slm import (
     as_llm2slm_cache,
     as_prompt_states,
     check_prompt_width,
-    cross_attention_width,
     has_read_prompt,
     labels_mask,
     mask_and_positions,
@@ -46,7 +40,7 @@ from .checkpoint_llm2slm import LLM2SLMCheckpointMixin
 from .configuration_llm2slm import LLM2SLMConfig, llm_sizes
 from .fusion_llm2slm import fusion_of, probe_ids
 from .generation_llm2slm import LLM2SLMGenerationMixin
-from .parts_llm2slm import build_llm, check_parts, check_token_ids, keep_special_ids, slm_class
+from .parts_llm2slm import build_llm, check_token_ids, keep_special_ids, slm_class
 
 
 class LLM2SLMPreTrainedModel(PreTrainedModel):
@@ -167,11 +161,11 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
     ) -> torch.Tensor:
         """Return the prompt's mask `(B, N)`: as given, else inferred from the LLM's pad id (`generate()` does not)."""
         prompt = input_ids if input_ids is not None else llm_hidden_states
-        if prompt is None or not prompt.numel():
+        if prompt is None or not len(prompt):
             raise ValueError(NO_PROMPT)
         if input_ids is not None:
             check_token_ids("input_ids", input_ids, "LLM", llm_sizes(self.config.encoder).vocab_size)
-            if self.fusion.table == "slm":
+            if fusion_of(self.config).table == "slm":
                 check_token_ids("input_ids", input_ids, "SLM", self.config.vocab_size)
         if attention_mask is not None:
             if attention_mask.shape != prompt.shape[:2]:
@@ -223,12 +217,9 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
 
 class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedModel, LLM2SLMGenerationMixin):
     r"""
-    A frozen LLM that reads the prompt and a small language model that writes the output (arXiv 2402.16844). It trains,
-    generates, saves and loads like every sequence-to-sequence model of transformers. Token ids of the prompt are the
-    LLM's, those of the output the SLM's.
-
-    Uploads carry this class. It lacks what the installed package adds in `inference/model.py`: building from
-    pretrained parts, assisting the LLM, atomic saves, lean checkpoints, model cards and a faster cache.
+    A frozen LLM that reads the prompt and a small language model that writes the output (arXiv 2402.16844). Token ids
+    of the prompt are the LLM's, those of the output the SLM's. Uploads carry this class, which the installed package
+    extends in `checks.py` and `inference/model.py`.
 
     Args:
         config ([`LLM2SLMConfig`]): The configuration.
@@ -244,7 +235,6 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         self.decoder = decoder if decoder is not None else slm_class(config.decoder).from_config(config.decoder)
         config.decoder = self.decoder.config
         self.encoder.bind(self.decoder)
-        check_parts(self.encoder.llm, self.decoder)
         self.post_init()
         self.train(self.training)  # freezes the LLM
 
@@ -294,9 +284,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         attention_mask: torch.Tensor | None = None,
         llm_hidden_states: torch.Tensor | None = None,
     ) -> PromptStates:
-        """
-        Run everything that depends on the prompts once. `generate(encoder_outputs=...)` does not modify the result.
-        """
+        """Run all that depends on the prompts once. `generate(encoder_outputs=...)` does not modify the result."""
         return self.get_encoder()(input_ids, attention_mask, llm_hidden_states, return_dict=True)
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
@@ -405,7 +393,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
 
     def _mask_of_labels(self, labels: torch.Tensor, encoder_outputs: Any, *prompts: Any) -> torch.Tensor | None:
         """Return a mask over `labels` if a batch is wider, and none of its rows longer, than the SLM's positions."""
-        prompts = (encoder_outputs[0] if encoder_outputs is not None else None, *prompts)
+        prompts = (encoder_outputs[0] if encoder_outputs else None, *prompts)
         widths = [prompt.shape[1] for prompt in prompts if prompt is not None]
         # CODEPATH: decoder-only SLMs, whose positions prompt and output share.
         needed = bool(widths) and self.config.needs_output_mask(widths[0], labels.shape[1])
@@ -503,8 +491,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         """Run the decoder of an encoder-decoder SLM, which attends to its encoder's output for P."""
         if prompt is None:
             raise ValueError(NO_PROMPT)
-        states, width = prompt.last_hidden_state, prompt.attention_mask.shape[1]
-        check_prompt_width(cross_attention_width(past_key_values) or width, width)
+        states = prompt.last_hidden_state
+        check_prompt_width(past_key_values, prompt.attention_mask.shape[1])
         if not has_read_prompt(past_key_values):
             self.encoder.check_prompt(prompt.attention_mask, tokens.shape[1])
         elif prompt.copies > 1:

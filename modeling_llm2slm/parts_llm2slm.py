@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two parts of an LLM-to-SLM model: which models can be LLM and SLM, and where the LLM is cut."""
 
-import inspect
 import re
 from typing import Any
 
@@ -16,17 +15,14 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_TEXT_ENCODING_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 from transformers.utils import logging
 
-from .configuration_llm2slm import LLM2SLMConfig, llm_sizes, quirks_of
+from .configuration_llm2slm import LLM2SLMConfig, llm_sizes
 from .fusion_llm2slm import fusion_of
 
 
 logger = logging.get_logger(__name__)
-
-# A decoder-only SLM is called with these; without one of them, padding or the prompt embeddings would be lost.
-SLM_ARGUMENTS = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values", "logits_to_keep")
 
 
 def llm_class(config: PreTrainedConfig, has_head: bool = False) -> Any:
@@ -68,7 +64,7 @@ def reader_of(llm: PreTrainedModel) -> PreTrainedModel:
 def check_token_ids(name: str, token_ids: torch.Tensor, part: str, vocab_size: int) -> None:
     """Raise `ValueError` for a token id that the vocabulary of a part lacks; `labels` may hold -100."""
     if torch.compiler.is_compiling() or type(token_ids) is not torch.Tensor:
-        return  # see `check_prompt`; a tensor that only traces has no values either
+        return  # the tokens of a graph, and fake ones, have no values
     wrong = ((token_ids < 0) | (token_ids >= vocab_size)) & ((token_ids != -100) | (name != "labels"))
     if wrong.any():
         raise ValueError(
@@ -100,40 +96,6 @@ def keep_layers(llm: PreTrainedModel, encoder_layer: int | None) -> PreTrainedMo
         f"`encoder_layer` is not supported for a {llm.config.model_type} LLM: its {layers_in_full} layers are not in "
         "one list. Leave it out."
     )
-
-
-def check_parts(llm: PreTrainedModel, slm: PreTrainedModel) -> None:
-    """Raise `ValueError`, with the reason, for an LLM or SLM that the method cannot work with."""
-    for model, part, reason in ((llm, "LLM", _why_not_llm(llm)), (slm, "SLM", _why_not_slm(slm))):
-        if reason:
-            raise ValueError(f"A {model.config.model_type} model cannot be the {part}: {reason}.")
-
-
-def _why_not_llm(llm: PreTrainedModel) -> str | None:
-    if missing := [name for name in ("input_ids", "attention_mask") if not _takes(llm, name)]:
-        return f"it is not called with {' and '.join(missing)}"
-    sizes = llm_sizes(llm.config)
-    if getattr(sizes, quirks_of(llm.config).embedding_size) != sizes.hidden_size:
-        return "the width of its hidden states is not its hidden size. Take another size of it"
-    return None
-
-
-def _why_not_slm(slm: PreTrainedModel) -> str | None:
-    if slm.config.is_encoder_decoder:
-        if not _takes(slm.get_encoder(), "inputs_embeds") or not _takes(slm, "encoder_outputs"):
-            return "its encoder does not read embeddings"
-        return None
-    if slm._is_stateful:
-        return "its state cannot return to an earlier token. Take one with attention only"
-    no_decoder = getattr(slm.config, "is_decoder", True) is False and _takes(slm, "encoder_hidden_states")
-    if no_decoder or type(slm.config) in MODEL_FOR_MASKED_LM_MAPPING:
-        return "it is an encoder, which sees the tokens it has to predict. Take a causal language model"
-    missing = [name for name in SLM_ARGUMENTS if not _takes(slm, name)]
-    return f"it is not called with {', '.join(missing)}" if missing else None
-
-
-def _takes(model: nn.Module, argument: str) -> bool:
-    return argument in inspect.signature(model.forward).parameters
 
 
 def keep_special_ids(model: Any, before: dict[str, list[Any]]) -> dict[str, list[Any]]:

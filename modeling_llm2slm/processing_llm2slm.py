@@ -1,5 +1,11 @@
 # Copyright 2026 The modeling-llm2slm authors.
 # SPDX-License-Identifier: Apache-2.0
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0. Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """Processor of an LLM-to-SLM model: the LLM's tokenizer for prompts, the SLM's for targets and outputs."""
 
 import copy
@@ -32,15 +38,6 @@ class LLM2SLMProcessor(ProcessorMixin):
         target_max_length (`int`, *optional*): The same for targets, end token included.
         chat_template (`str`, *optional*): A chat template to use instead of the tokenizer's.
         answer_max_length (`int`, *optional*): The former name of `target_max_length`.
-
-    Example:
-
-    ```python
-    >>> processor = LLM2SLMProcessor.from_encoder_decoder_pretrained("google-t5/t5-large", "openai-community/gpt2")
-    >>> batch = processor(text=["translate: Hello"], text_target=["Hallo"], padding=True, return_tensors="pt")
-    >>> sorted(batch)
-    ['attention_mask', 'input_ids', 'labels']
-    ```
     """
 
     padding_side = "right"  # of labels, which `DataCollatorForSeq2Seq` pads
@@ -88,6 +85,7 @@ class LLM2SLMProcessor(ProcessorMixin):
         *,
         prompt_max_length: int | None = None,
         target_max_length: int | None = None,
+        max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
         return_tensors: str | None = None,
         add_generation_prompt: bool = True,
@@ -100,7 +98,7 @@ class LLM2SLMProcessor(ProcessorMixin):
                 and `"content"`) into one. A prompt that has the template's special tokens gets no others.
             text_target (`str` or `list[str]`, *optional*): Targets, one for each prompt.
             padding (`bool` or `str`, *optional*): `True` pads to the longest prompt, `"max_length"` to the limits.
-            prompt_max_length, target_max_length (`int`, *optional*): Override the processor's for this call.
+            prompt_max_length, target_max_length (`int`, *optional*): Limits of this call; `max_length` sets both.
             pad_to_multiple_of (`int`, *optional*): Pad lengths to a multiple of this.
             return_tensors (`str`, *optional*): `"pt"` for tensors.
             add_generation_prompt (`bool`, *optional*, defaults to `True`): See `apply_chat_template`.
@@ -113,12 +111,12 @@ class LLM2SLMProcessor(ProcessorMixin):
         pad = {"padding": padding, "pad_to_multiple_of": pad_to_multiple_of, "return_tensors": return_tensors}
         features: dict[str, Any] = {}
         if text is not None:
-            limit = self.prompt_max_length if prompt_max_length is None else prompt_max_length
+            limit = prompt_max_length or max_length or self.prompt_max_length
             prompts = [text] if is_one(text) else list(text)
             encoded = self._encode_prompts(prompts, limit, add_generation_prompt, **kwargs)
             features.update(self.tokenizer.pad(encoded, max_length=limit, verbose=False, **pad))
         if text_target is not None:
-            limit = self.target_max_length if target_max_length is None else target_max_length
+            limit = target_max_length or max_length or self.target_max_length
             with_end = text is not None or kwargs.get("add_special_tokens", True)
             targets = [text_target] if isinstance(text_target, str) else list(text_target)
             features["labels"] = self.pad_labels(self._encode_targets(targets, limit, with_end), limit, **pad)
@@ -135,15 +133,9 @@ class LLM2SLMProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> Any:
         """
-        Apply the chat template of the LLM's tokenizer to a conversation or a list of them.
-
-        Args:
-            conversation (`list[dict[str, str]]` or a list of these): Messages with `"role"` and `"content"`.
-            chat_template (`str`, *optional*): Another template.
-            tokenize (`bool`, *optional*, defaults to `False`): Return the result of `__call__` instead of text.
-            add_generation_prompt (`bool`, *optional*, defaults to `True`):
-                Whether the prompt ends with the template's start of a reply, which the SLM writes.
-            kwargs: Arguments of the template (`tools`, `documents`, ...), or with `tokenize` of `__call__`.
+        Apply the chat template of the LLM's tokenizer to a conversation or a list of them, which gives text; with
+        `tokenize`, return the result of `__call__`. `add_generation_prompt` adds the template's start of a reply.
+        `kwargs` are arguments of the template (`tools`, `documents`, ...), or of `__call__`.
         """
         if tokenize:
             return self(conversation, add_generation_prompt=add_generation_prompt, **kwargs)
@@ -151,15 +143,11 @@ class LLM2SLMProcessor(ProcessorMixin):
         return self.tokenizer.apply_chat_template(conversation, add_generation_prompt=add_generation_prompt, **kwargs)
 
     def _encode_prompts(
-        self,
-        prompts: list[Any],
-        max_length: int | None,
-        add_generation_prompt: bool,
-        add_special_tokens: bool = True,
-        **kwargs: Any,
+        self, prompts: list[Any], max_length: int | None, add_generation_prompt: bool, **kwargs: Any
     ) -> BatchEncoding:
         if not isinstance(prompts[0], str):
             prompts = self.apply_chat_template(prompts, add_generation_prompt=add_generation_prompt)
+        add_special_tokens = kwargs.pop("add_special_tokens", True)
         special = [add_special_tokens and not self.is_chat(prompt) for prompt in prompts]
         kwargs = {"return_token_type_ids": False, **kwargs, "return_attention_mask": True, "verbose": False}
 
@@ -175,7 +163,7 @@ class LLM2SLMProcessor(ProcessorMixin):
             return encoded
         longer = sum(len(row) > max_length for row in encoded["input_ids"])
         _warn_of_truncation("prompt", longer, len(prompts), max_length)
-        return encode(truncation=True, max_length=max_length, **kwargs)
+        return encode(**kwargs | {"truncation": True, "max_length": max_length})
 
     def is_chat(self, prompt: str) -> bool:
         """Return whether a chat template wrote a prompt, with all the special tokens that it needs."""

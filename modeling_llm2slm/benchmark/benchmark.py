@@ -74,6 +74,8 @@ class Benchmark:
         models: BenchmarkModels | None = None,
         progress: Progress = lambda step: None,
     ):
+        check_output(output, overwrite=True, inputs=(models.llm, models.llm2slm) if models is not None else ())
+        check_output(work, folder=True, overwrite=True)
         self.cells = cells
         self.output = output
         self.work = work
@@ -91,8 +93,6 @@ class Benchmark:
                 preset_config(cell.preset).check_length(cell.prompt, cell.output)
             elif models is None:
                 raise ValueError("A cell names no preset: pass the checkpoints to compare (--llm and --llm2slm).")
-        check_output(output, overwrite=True, inputs=(models.llm, models.llm2slm) if models is not None else ())
-        check_output(work, folder=True, overwrite=True)
         self.result = self._load_result()
 
     def run(self) -> dict[str, Any]:

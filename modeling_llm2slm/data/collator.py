@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..cache_llm2slm import labels_mask
 from ..fusion_llm2slm import fusion_of
-from ..processing_llm2slm import LLM2SLMProcessor
+from ..processing_llm2slm import LLM2SLMProcessor, LLM2SLMTokenizer
 
 
 @dataclass
@@ -30,7 +30,7 @@ class DataCollatorForLLM2SLM:
     Pads features of [`LLM2SLMProcessor`] to a batch: prompts with the LLM's tokenizer, labels with -100.
 
     Args:
-        processor ([`LLM2SLMProcessor`]): The processor that made the features.
+        processor ([`LLM2SLMProcessor`] or [`LLM2SLMTokenizer`]): What made the features.
         model ([`LLM2SLMForConditionalGeneration`], *optional*):
             If given, `decoder_input_ids` are made from the labels, which `Trainer` needs for label smoothing.
         pad_to_multiple_of (`int`, *optional*): Pad lengths to a multiple of this.
@@ -43,27 +43,26 @@ class DataCollatorForLLM2SLM:
         positions; `llm_hidden_states` `(B, N, d_llm)` if there is a store.
     """
 
-    processor: LLM2SLMProcessor
+    processor: LLM2SLMProcessor | LLM2SLMTokenizer
     model: Any = None
     pad_to_multiple_of: int | None = None
     states: Any = None
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         pad: dict[str, Any] = {"padding": True, "pad_to_multiple_of": self.pad_to_multiple_of, "return_tensors": "pt"}
-        prompts = [{key: row[key] for key in ("input_ids", "attention_mask") if key in row} for row in features]
-        batch = dict(self.processor.tokenizer.pad(prompts, verbose=False, **pad))
+        names = ("input_ids", "attention_mask", "labels")
+        rows = [{name: row[name] for name in names if row.get(name) is not None} for row in features]
+        batch = dict(self.processor.pad(rows, verbose=False, **pad))
         if self.states is not None:
             batch["llm_hidden_states"] = self.states.batch(batch["input_ids"], batch["attention_mask"])
-        if features[0].get("labels") is not None:
-            batch["labels"] = self.processor.pad_labels([list(row["labels"]) for row in features], **pad)
-            if self.model is not None:
-                batch["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(batch["labels"])
-                # `Trainer` removes labels that it smooths. Without them only this mask tells which tokens are padding.
-                if self.model.config.needs_output_mask(batch["input_ids"].shape[1], batch["labels"].shape[1]):
-                    batch["decoder_attention_mask"] = labels_mask(batch["labels"])
-                # `Trainer` divides the loss by the number of labels that are trained.
-                positions = torch.arange(batch["labels"].shape[1])
-                batch["labels"] = fusion_of(self.model.config).trained_labels(batch["labels"], positions)
+        if "labels" in batch and self.model is not None:
+            batch["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(batch["labels"])
+            # `Trainer` removes labels that it smooths. Without them only this mask tells which tokens are padding.
+            if self.model.config.needs_output_mask(batch["input_ids"].shape[1], batch["labels"].shape[1]):
+                batch["decoder_attention_mask"] = labels_mask(batch["labels"])
+            # `Trainer` divides the loss by the number of labels that are trained.
+            positions = torch.arange(batch["labels"].shape[1])
+            batch["labels"] = fusion_of(self.model.config).trained_labels(batch["labels"], positions)
         return batch
 
 

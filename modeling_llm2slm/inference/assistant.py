@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, ModelOutput
 
 from ..cache_llm2slm import LLM2SLMCache
-from ..fusion_llm2slm import probe_ids
+from ..fusion_llm2slm import Fusion, probe_ids
 from ..modeling_llm2slm import LLM2SLMEncoder
 
 
@@ -144,12 +144,24 @@ def _are_close(first: torch.Tensor, second: torch.Tensor) -> bool:
     return torch.allclose(first[rows].float(), second[rows.to(second.device)].to(first.device).float(), rtol=1e-2)
 
 
-def check_outputs_of_drafts(config: Any, generation_config: GenerationConfig) -> None:
-    """Raise `ValueError` for outputs that stock generation cannot split by drafted token."""
+def check_drafts(fusion: Fusion, generation_config: GenerationConfig) -> None:
+    """Raise `ValueError` for drafts that fail, and for outputs that stock generation cannot split by drafted token."""
+    if generation_config.assistant_early_exit:
+        raise ValueError(
+            "`assistant_early_exit` is not supported: it drafts with some layers of one model, and there are two. Use "
+            "`prompt_lookup_num_tokens` or an assistant."
+        )
+    if not generation_config.return_dict_in_generate:
+        return
     reason = "is not supported with prompt lookup or an assistant: stock generation"
-    if generation_config.output_attentions and not config.decoder.is_encoder_decoder:
+    if generation_config.output_attentions and not fusion.config.decoder.is_encoder_decoder:
         raise ValueError(f"`output_attentions` {reason} cuts off attention to the prompt. Leave it out.")
     layers = generation_config.output_hidden_states
+    if layers and fusion.llm_has_head:
+        raise ValueError(
+            f"`output_hidden_states` {reason} needs those of the first output token, which the LLM predicts. Leave it "
+            "out."
+        )
     if layers and layers is not True:
         raise ValueError(f"A choice of layers in `output_hidden_states` {reason} needs all of them. Pass `True`.")
 

@@ -43,11 +43,11 @@ def build_from_pretrained(model_class: Any, llm: Any, slm: Any, **kwargs: Any) -
         )
     if "shared_tokenizer" not in config_kwargs:
         config_kwargs["shared_tokenizer"] = have_same_tokenizer(llm, slm, encoder_kwargs, decoder_kwargs)
-    decoder = load_slm(slm, decoder_kwargs)
     if (given := encoder_kwargs.get("model")) is not None:
         llm_config = given.config
     else:
         llm_config, encoder_kwargs = _load_config(llm, "encoder", encoder_kwargs)
+    decoder = load_slm(slm, decoder_kwargs)
     config = LLM2SLMConfig(encoder=llm_config, decoder=decoder.config, **config_kwargs)
     encoder = load_llm(llm, config, encoder_kwargs)
     config.dtype = decoder.dtype

@@ -11,15 +11,15 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
-from .. import modeling_llm2slm, processing_llm2slm
+from .. import processing_llm2slm
+from ..checks import CheckedModel
 from ..data.atomic import atomic_write
-from ..reserving import with_reserve
 from . import assistant, factory, saving
 from .mixed_adapters import mixed_adapters
 from .processor import TextProcessor
 
 
-class LLM2SLMForConditionalGeneration(modeling_llm2slm.LLM2SLMForConditionalGeneration):
+class LLM2SLMForConditionalGeneration(CheckedModel):
     r"""
     A large frozen LLM that reads the prompt and a small language model that writes the output (arXiv 2402.16844). It
     trains, generates, saves and loads like every sequence-to-sequence model of transformers. Token ids of the prompt
@@ -37,7 +37,6 @@ class LLM2SLMForConditionalGeneration(modeling_llm2slm.LLM2SLMForConditionalGene
 
     include_llm: bool = True  # default of `save_pretrained`, for `Trainer`, which does not pass it
     uploaded: tuple[Path, str] | None = None  # a folder that a `Trainer` uploads, and the repository
-    reserve = staticmethod(with_reserve)
 
     @classmethod
     def from_encoder_decoder_pretrained(
@@ -107,10 +106,9 @@ class LLM2SLMForConditionalGeneration(modeling_llm2slm.LLM2SLMForConditionalGene
                 part.set_attn_implementation(attn_implementation.get(name, part.config._attn_implementation))
 
     def _validate_generation_mode(self, mode: Any, generation_config: GenerationConfig, *args: Any) -> None:
-        # Stock generation splits the outputs of a draft by token, and fails after the compute if it cannot.
         super()._validate_generation_mode(mode, generation_config, *args)
-        if mode == GenerationMode.ASSISTED_GENERATION and generation_config.return_dict_in_generate:
-            assistant.check_outputs_of_drafts(self.config, generation_config)
+        if mode == GenerationMode.ASSISTED_GENERATION:
+            assistant.check_drafts(self.encoder.fusion, generation_config)
 
     def save_pretrained(
         self,
@@ -157,7 +155,29 @@ class LLM2SLMForConditionalGeneration(modeling_llm2slm.LLM2SLMForConditionalGene
 
 
 class LLM2SLMProcessor(TextProcessor):
-    __doc__ = processing_llm2slm.LLM2SLMProcessor.__doc__
+    r"""
+    Turns prompts into token ids of the LLM and targets into token ids of the SLM, and decodes outputs of the SLM.
+
+    A tokenizer without a pad token (GPT-2's) pads with its end token: padding is never found by comparing ids.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The LLM's, for prompts.
+        decoder_tokenizer (`PreTrainedTokenizerBase`): The SLM's, for targets and outputs.
+        prompt_max_length (`int`, *optional*):
+            Truncate longer prompts to this many tokens, with a warning that counts them. Default: never.
+        target_max_length (`int`, *optional*): The same for targets, end token included.
+        chat_template (`str`, *optional*): A chat template to use instead of the tokenizer's.
+        answer_max_length (`int`, *optional*): The former name of `target_max_length`.
+
+    Example:
+
+    ```python
+    >>> processor = LLM2SLMProcessor.from_encoder_decoder_pretrained("google-t5/t5-large", "openai-community/gpt2")
+    >>> batch = processor(text=["translate: Hello"], text_target=["Hallo"], padding=True, return_tensors="pt")
+    >>> sorted(batch)
+    ['attention_mask', 'input_ids', 'labels']
+    ```
+    """
 
     @classmethod
     def from_encoder_decoder_pretrained(

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import TruncationStrategy
 
 from .. import processing_llm2slm
 from ..processing_llm2slm import is_one
@@ -17,6 +18,13 @@ from ..processing_llm2slm import is_one
 # Arguments of a call that hold others: those of a tokenizer.
 NESTED = ("common_kwargs", "text_kwargs", "tokenizer_kwargs")
 NOT_TAKEN = {"self", "kwargs", "text_pair", "text_pair_target"}
+# With these, a tokenizer returns something else than one row of ids for each text.
+UNSUPPORTED = {
+    "is_split_into_words": "Join the words into one text.",
+    "return_overflowing_tokens": "Split long prompts before.",
+}
+# Arguments of a template that need the tokenizer to apply it.
+OF_TOKENIZERS = ("return_assistant_tokens_mask", "sanitize_control_tokens")
 NO_LIMIT = sys.maxsize
 
 
@@ -105,6 +113,12 @@ class TextProcessor(processing_llm2slm.LLM2SLMProcessor):
                 Arguments of the template (`tools`, `documents`, `enable_thinking`, ...). Those of `__call__` are used
                 with `tokenize`.
         """
+        check_conversations(conversation)
+        if unsupported := [name for name in OF_TOKENIZERS if kwargs.pop(name, None)]:
+            raise ValueError(
+                f"`{unsupported[0]}` is not supported by the processor. Call "
+                "`processor.tokenizer.apply_chat_template(..., tokenize=True)`."
+            )
         call = {name: kwargs.pop(name) for name in CALL_OPTIONS & kwargs.keys()} | dict(processor_kwargs or {})
         if call.get("return_tensors") == "auto":  # the default of stock processors
             del call["return_tensors"]
@@ -114,7 +128,6 @@ class TextProcessor(processing_llm2slm.LLM2SLMProcessor):
         if isinstance(own, Mapping):
             own = own.get(chat_template or "default")
             chat_template = own or chat_template
-        check_texts("conversation", conversation if isinstance(conversation, (list, tuple)) else [conversation])
         chats = super().apply_chat_template(
             conversation,
             add_generation_prompt=add_generation_prompt,
@@ -137,8 +150,10 @@ class TextProcessor(processing_llm2slm.LLM2SLMProcessor):
             (f"{what}_max_length", given, 1 + (what == "target")),
             ("max_length", max_length, 1),
         ):
-            if length is not None and (not isinstance(length, int) or length < least):
+            if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < least):
                 raise ValueError(f"`{name}` is {length!r}, but it must be None or an int of at least {least}.")
+        if truncation is not None and not isinstance(truncation, bool):
+            truncation = TruncationStrategy(truncation).value  # raises `ValueError` for another
         own = getattr(self, f"{what}_max_length")
         longest = given or max_length or own
         if truncation in (False, "do_not_truncate"):
@@ -163,6 +178,10 @@ def _flatten(kwargs: dict[str, Any]) -> dict[str, Any]:
     options = {name: value for name, value in kwargs.items() if value is not None}
     if unknown := sorted(options.keys() - CALL_OPTIONS - {"add_generation_prompt"}):
         raise TypeError(f"Neither the processor nor a tokenizer takes {', '.join(unknown)}. Leave it out.")
+    if unsupported := [name for name in UNSUPPORTED if options.get(name)]:
+        raise ValueError(
+            f"`{unsupported[0]}` is not supported: each prompt is one text. {UNSUPPORTED[unsupported[0]]}"
+        )
     return options
 
 
@@ -192,12 +211,29 @@ def as_texts(name: str, texts: Any) -> list[Any] | None:
     return texts
 
 
+def check_conversations(conversation: Any) -> None:
+    """Raise `ValueError` if this is neither a list of messages nor a list of such lists, or has lone surrogates."""
+    is_list = isinstance(conversation, (list, tuple)) and not _are_messages(conversation)
+    for messages in conversation if is_list else [conversation]:
+        if not _are_messages(messages):
+            raise ValueError(
+                f"`conversation` holds {messages!r:.60}, but it takes lists of messages, such as "
+                '`[{"role": "user", "content": "Hello"}]`.'
+            )
+    check_texts("conversation", conversation)
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(each, Mapping) for each in value)
+
+
 def check_texts(name: str, texts: Iterable[Any], conversations: bool = False) -> None:
     """Raise `ValueError` for the first value that is no text (or no conversation), or has lone surrogates."""
     for text in texts:
         if name != "conversation" and not (is_one(text) and isinstance(text, str) != conversations):
             kinds = "texts, or conversations" if name == "text" else "texts"
-            fix = "Join the words into one string." if isinstance(text, (list, tuple)) else "Convert it to text."
+            are_words = isinstance(text, (list, tuple)) and not _are_messages(text)
+            fix = "Join the words into one string." if are_words else "Convert it to text."
             raise ValueError(f"`{name}` holds {text!r:.60}, but it takes {kinds}. {fix}")
         try:
             json.dumps(text, ensure_ascii=False, default=str).encode()

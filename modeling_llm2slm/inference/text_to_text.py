@@ -6,7 +6,7 @@ import copy
 import hashlib
 import sys
 import threading
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -143,7 +143,8 @@ class TextToText:
         Returns:
             The output for one prompt, or a list with one output per prompt.
         """
-        if isinstance(prompts, str) or is_conversation(prompts):
+        is_one = isinstance(prompts, str | bytes | Mapping) or is_conversation(prompts)
+        if is_one or not isinstance(prompts, Iterable):  # `generate` refuses what is not a prompt
             return self.generate([prompts], batch_size, **generate_kwargs)[0]
         return self.generate(list(prompts), batch_size, **generate_kwargs)
 
@@ -237,12 +238,13 @@ class TextToText:
                 chosen = take_rows(inputs, [row_of[prompt_index] for prompt_index, _ in piece])
                 yield piece, self.write(chosen, **generate_kwargs)
 
-    def stream(self, prompt: Any, **generate_kwargs: Any) -> Generator[str]:
+    def stream(self, prompt: Any, seed: int | None = None, **generate_kwargs: Any) -> Generator[str]:
         """
         Generate for one prompt, and yield the text piece by piece.
 
         Args:
             prompt: The prompt, a text or a conversation.
+            seed: Seed of sampling, as for [`~TextToText.generate`].
             generate_kwargs: As for [`~TextToText.generate`]. Beam search (`num_beams` above 1) cannot stream.
 
         Yields:
@@ -256,7 +258,9 @@ class TextToText:
 
         def write() -> None:
             try:
-                self.model.generate(**inputs, streamer=text, stopping_criteria=criteria, **generate_kwargs)
+                if seed is not None:
+                    torch.manual_seed(seeded(seed, 0, 0).initial_seed())
+                self._generate(inputs, streamer=text, stopping_criteria=criteria, **generate_kwargs)
             except BaseException as error:
                 errors.append(error)
                 text.end()
@@ -285,8 +289,15 @@ class TextToText:
 
     def write(self, inputs: dict[str, Any], **generate_kwargs: Any) -> list[list[int]]:
         """Generate from the result of [`~TextToText.read`]; return the token ids of each output with its end token."""
-        generated = self._outputs(self.model.generate(**inputs, **generate_kwargs), inputs)
+        generated = self._outputs(self._generate(inputs, **generate_kwargs), inputs)
         return [self._until_end(tokens) for tokens in generated.tolist()]
+
+    def _generate(self, inputs: Mapping[str, Any], **generate_kwargs: Any) -> torch.Tensor:
+        """Return the tokens of `model.generate()`, whatever else is asked for; it finds stop strings in the output."""
+        configs = (generate_kwargs.get("generation_config"), getattr(self.model, "generation_config", None))
+        if generate_kwargs.get("stop_strings") or any(getattr(config, "stop_strings", None) for config in configs):
+            generate_kwargs.setdefault("tokenizer", self.tokenizer)
+        return self.model.generate(**inputs, **{**generate_kwargs, "return_dict_in_generate": False})
 
     def features(self, prompts: list[str], targets: list[str] | None = None) -> Features:
         """

@@ -28,6 +28,7 @@ NEUTRAL_VALUES: dict[str, Any] = {
     "n": 1, "best_of": 1, "echo": False, "logprobs": None, "suffix": "", "presence_penalty": 0,
     "frequency_penalty": 0, "logit_bias": {},
 }  # fmt: skip
+OPENAI_TEMPERATURE = {**TEMPERATURE, "maximum": 2}
 HALF_A_CHARACTER = "The request contains half of a surrogate pair, which is not a character. Send whole characters."
 
 
@@ -129,8 +130,8 @@ class CompletionRequest(BaseModel):
     max_tokens: Annotated[int | None, _within(**OUTPUT_LENGTH)] = Field(
         None, description="a whole number from 1 to {max_tokens}"
     )
-    temperature: Annotated[float | None, _within(**TEMPERATURE, also=0)] = Field(
-        None, description=f"0, or a number from {TEMPERATURE['minimum']} to {TEMPERATURE['maximum']}"
+    temperature: Annotated[float | None, _within(**OPENAI_TEMPERATURE, also=0)] = Field(
+        None, description=f"0, or a number from {TEMPERATURE['minimum']} to 2"
     )
     top_p: Annotated[float | None, _within(**TOP_P)] = Field(
         None, description=f"a number above {TOP_P['above']} and at most {TOP_P['maximum']}"

@@ -15,7 +15,8 @@ from rich.filesize import decimal
 from transformers import PreTrainedConfig
 
 from ..checkpoint_llm2slm import LLM_PREFIX
-from ..configuration_llm2slm import LLM2SLMConfig, check_sizes, decoder_sizes, llm_sizes
+from ..checks import check_sizes
+from ..configuration_llm2slm import LLM2SLMConfig, decoder_sizes, llm_sizes
 from ..data.causes import unreadable_file
 from ..data.resources import free_memory
 from ..files_llm2slm import first_line, open_weights, shape_of, weight_files
@@ -148,6 +149,8 @@ def one_sentence(path: str | Path) -> Iterator[None]:
 def _sentence(path: str, error: Exception) -> str:
     has_no_config = str(error).startswith("Unrecognized model in") or "a file named config.json" in str(error)
     if has_no_config and Path(path).is_dir() and not Path(path, "config.json").exists():
+        if Path(path, "adapter_config.json").exists():
+            return f"{path} is an adapter, not a checkpoint. Merge it with its base: `llm2slm convert merge`."
         return f"{path} is not a checkpoint: it has no config.json."
     if str(error).startswith(f"{path} cannot be loaded: "):
         return first_line(error)

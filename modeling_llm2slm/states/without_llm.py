@@ -11,11 +11,11 @@ from torch import nn
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
 from ..checkpoint_llm2slm import LLM_PREFIX
+from ..checks import CheckedModel
 from ..configuration_llm2slm import LLM2SLMConfig
 from ..fusion_llm2slm import fusion_of
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..parts_llm2slm import build_llm
-from ..reserving import with_reserve
 
 
 class LLMEmbedding(PreTrainedModel):
@@ -73,13 +73,12 @@ class LLMEmbedding(PreTrainedModel):
         )
 
 
-class LLM2SLMWithoutLLM(LLM2SLMForConditionalGeneration):
+class LLM2SLMWithoutLLM(CheckedModel):
     """An [`LLM2SLMForConditionalGeneration`] without its LLM: it takes `llm_hidden_states`."""
 
     _keys_to_ignore_on_load_unexpected = [rf"^{re.escape(LLM_PREFIX)}"]  # noqa: RUF012 - as in all transformers models
 
     _auto_class = None  # its checkpoints are for this package: they bring no code
-    reserve = staticmethod(with_reserve)
 
     def __init__(self, config: LLM2SLMConfig):
         super().__init__(config, encoder=LLMEmbedding(config))

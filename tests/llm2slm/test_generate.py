@@ -184,7 +184,7 @@ def test_samples_of_a_seed_repeat_in_files(composite: str, prompts: Path) -> Non
 @pytest.mark.parametrize("options", [(), ("--batch-size", 2), ("--num-beams", 2), ("--output", "out.txt"), ("file",)])
 def test_blank_outputs_cause_one_warning(composite, tmp_path, monkeypatch, caplog, options):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(TextToText, "stream", lambda *_, **__: iter([" ", ""]))
+    monkeypatch.setattr(TextToText, "stream", lambda *_, **__: (piece for piece in (" ", "")))
     monkeypatch.setattr(TextToText, "generate", lambda self, prompts, *_, **__: [" "] * len(prompts))
     monkeypatch.setattr(TextToText, "write", lambda self, inputs, **_: [[1]] * len(inputs["input_ids"]))
     write_pairs(tmp_path / "pairs.jsonl", [{"prompt": prompt} for prompt in PROMPTS[:3]])

@@ -178,7 +178,9 @@ def check_new(model: Any, new: str, saved: Any = None) -> None:
     fresh = fusion_weights(LLM2SLMForConditionalGeneration(model.config))
     for name, weight in fusion_weights(model).items():
         if new in name and weight.dim() == 2:
-            assert 0.7 < weight.float().std() / fresh[name].float().std() < 1.4, name
+            assert 0.6 < weight.float().std() / fresh[name].float().std() < 1.6, name
+        elif new in name and name.endswith("linear_1.bias"):  # shifts hidden states by their mean
+            assert weight.float().norm() < 3 * fresh[name].float().norm() + 0.1, name
         elif new in name:
             assert not weight.any(), name
     for name, weight in (saved.state_dict() if saved is not None else {}).items():

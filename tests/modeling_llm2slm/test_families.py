@@ -429,6 +429,17 @@ def test_drafts_give_the_outputs_of_generation_without_them(slm: str, kind: str,
         assert model.generate(**kwargs, **drafts, **flags).shape == (1, 7)  # tokens alone
 
 
+@pytest.mark.parametrize("fusion", ["add", "cache"])
+def test_drafts_that_stock_generation_cannot_make_are_refused_before_any_compute(fusion: str) -> None:
+    model, wrong = shared_family("llama", "llama", fusion).model, [{"assistant_early_exit": 1}]
+    if fusion == "cache":  # the SLM has no hidden states of the first output token
+        wrong.append({"prompt_lookup_num_tokens": 2, "return_dict_in_generate": True, "output_hidden_states": True})
+    for flags in wrong:
+        with count_calls(model.encoder.llm) as calls, pytest.raises(ValueError, match="is not supported"):
+            model.generate(**pad_prompts(PROMPTS[:1]), max_new_tokens=4, **flags)
+        assert not calls
+
+
 @pytest.mark.parametrize("slm", families.SLMS)
 def test_logits_to_keep(slm: str) -> None:
     """The last few positions, or those of a tensor."""

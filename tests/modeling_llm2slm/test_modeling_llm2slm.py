@@ -870,11 +870,11 @@ TOKENS = torch.tensor([[END, 4]])
         {"input_ids": None},
         {"attention_mask": torch.ones_like(IDS)},
         {"decoder_input_ids": TOKENS},
-        {"input_ids": torch.empty(1, 0, dtype=torch.long)},
         {"input_ids": torch.empty(0, 5, dtype=torch.long), "attention_mask": torch.empty(0, 5)},
         {"inputs": torch.tensor([])},
         {"llm_hidden_states": torch.empty(0, 5, 24)},
         {"encoder_outputs": ()},
+        {"encoder_outputs": (None,)},
         {"encoder_outputs": PromptStates()},
         {"encoder_outputs": PromptStates(torch.empty(0, 5, 32), torch.empty(0, 5))},
     ],
@@ -889,10 +889,25 @@ def test_every_way_in_says_the_same_about_a_prompt_that_is_not_there(inputs: dic
         lambda: model.generate(**inputs, max_new_tokens=3, prompt_lookup_num_tokens=2),
         lambda: model(**{"decoder_input_ids": TOKENS} | given),
     ]
+    if "decoder_input_ids" not in given:
+        ways.append(lambda: model(**given, labels=TOKENS))
     if not given.keys() & {"encoder_outputs", "llm_hidden_states", "decoder_input_ids"}:
         ways += [lambda: model.encode_prompt(**prompt), lambda: model.encode_llm(**{"input_ids": None} | prompt)]
     for way in ways:
         with count_calls(model.encoder.llm) as calls, pytest.raises(ValueError, match=f"^{re.escape(NO_PROMPT)}$"):
+            way()
+        assert not calls
+
+
+def test_every_way_in_says_the_same_about_a_prompt_without_tokens() -> None:
+    model, ids = shared_parts("add").model, torch.empty(1, 0, dtype=torch.long)
+    for way in (
+        lambda: model(input_ids=ids, labels=LABELS),
+        lambda: model.generate(ids, max_new_tokens=3),
+        lambda: model.generate(input_ids=ids, max_new_tokens=3, num_beams=2),
+        lambda: model.encode_prompt(ids),
+    ):
+        with count_calls(model.encoder.llm) as calls, pytest.raises(ValueError, match="^A prompt is empty: every row"):
             way()
         assert not calls
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,15 +11,8 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    BertConfig,
-    BertGenerationConfig,
-    BloomConfig,
-    GPT2Config,
-    MambaConfig,
     MPNetConfig,
     MPNetModel,
-    OPTConfig,
-    OPTModel,
 )
 
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
@@ -163,38 +155,6 @@ def test_a_new_projector_keeps_the_scale_of_the_slms_embeddings(slm: str, llm: s
     assert rms(embeds) / embedding_rms(parts.slm) == pytest.approx(1, rel=0.5)
 
 
-# Models that cannot work are refused, with the reason, when the composite is built.
-
-DECODER: dict[str, Any] = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "eos_token_id": 98}
-REFUSED_SLMS = {
-    "bert": (BertConfig(**DECODER, num_attention_heads=4, intermediate_size=64), "an encoder, which sees the tokens"),
-    "bert_generation": (
-        BertGenerationConfig(**DECODER, num_attention_heads=4, intermediate_size=64),
-        "an encoder, which sees the tokens",
-    ),
-    "mamba": (MambaConfig(**DECODER, state_size=4), "its state cannot return"),
-    "bloom": (BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4, eos_token_id=98), "position_ids"),
-}
-
-
-@pytest.mark.parametrize(("config", "reason"), REFUSED_SLMS.values(), ids=REFUSED_SLMS)
-def test_slms_that_cannot_work_are_refused(config: Any, reason: str, tmp_path: Path) -> None:
-    slm = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match=rf"A {config.model_type} model cannot be the SLM: .*{reason}"):
-        Model.from_encoder_decoder_pretrained(encoder_model=build_llm("t5"), decoder_model=slm)
-    with pytest.raises(ValueError, match="cannot be the SLM"):
-        Model(LLM2SLMConfig(encoder=LLMS["t5"].config(vocab_size=120), decoder=config))
-
-
-def test_an_llm_whose_hidden_states_have_another_size_is_refused() -> None:
-    sizes = {"hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 64, "num_attention_heads": 4}
-    config = OPTConfig(vocab_size=120, num_hidden_layers=2, do_layer_norm_before=False, **sizes)
-    with pytest.raises(
-        ValueError, match="A opt model cannot be the LLM: the width of its hidden states is not its hidden size"
-    ):
-        Model.from_encoder_decoder_pretrained(encoder_model=OPTModel(config), decoder_model=build_slm("gpt2"))
-
-
 def test_a_composite_is_no_part_of_another_one(tmp_path: Path) -> None:
     """`AutoModel` loads a composite too."""
     slm = build_slm("gpt2")
@@ -205,11 +165,6 @@ def test_a_composite_is_no_part_of_another_one(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match="A llm2slm model cannot be the LLM: .* Take its LLM"):
             Model.from_encoder_decoder_pretrained(**llm, decoder_model=slm)
-
-
-def test_a_multimodal_config_is_refused() -> None:
-    with pytest.raises(ValueError, match="its `text_config`"):
-        LLM2SLMConfig(encoder={"model_type": "clip"}, decoder=GPT2Config())
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert", "roberta"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
-from modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor, LLM2SLMTokenizer
+from modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor, LLM2SLMTokenizer, processing_llm2slm
 from modeling_llm2slm.inference.factory import have_same_tokenizer
 from tests.support.common import build_model, llm_tokenizer, slm_tokenizer, tiny_tokenizer
 
@@ -395,3 +395,15 @@ def test_values_that_are_not_text_are_errors() -> None:
             processor(text=texts)
     with pytest.raises(ValueError, match="`text_target` holds .*'out1'.* takes texts"):
         processor(text_target=[["out1", "out2"]])
+
+
+def test_the_uploaded_class_takes_the_limits_of_tokenizers() -> None:
+    uploaded = processing_llm2slm.LLM2SLMProcessor(llm_tokenizer(), slm_tokenizer())
+    prompt, target = "src1 src2 src3 src4", "out1 out2 out3 out4"
+    for limits in ({"max_length": 3}, {"max_length": 3, "truncation": True}):
+        features = uploaded(text=prompt, text_target=target, **limits)
+        assert [len(features[name]) for name in ("input_ids", "labels")] == [3, 3]
+        assert features["input_ids"][-1] == uploaded.tokenizer.eos_token_id
+        assert features["labels"][-1] == uploaded.eos_token_id
+    assert len(uploaded(text=prompt, truncation=True)["input_ids"]) == 5
+    assert uploaded(text="src1", padding="max_length", max_length=4)["attention_mask"] == [1, 1, 0, 0]

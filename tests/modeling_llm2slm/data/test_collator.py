@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
-from modeling_llm2slm import DataCollatorForLLM2SLM, LLM2SLMProcessor
+from modeling_llm2slm import DataCollatorForLLM2SLM, LLM2SLMProcessor, LLM2SLMTokenizer
 from tests.support.common import END, build_model, llm_tokenizer, shared_parts, slm_tokenizer
 
 
@@ -90,6 +93,17 @@ def test_features_without_targets(processor: LLM2SLMProcessor) -> None:
 def test_other_columns_are_ignored(processor: LLM2SLMProcessor) -> None:
     rows = [{**row, "text": "something", "id": 7} for row in features(processor)]
     assert sorted(DataCollatorForLLM2SLM(processor)(rows)) == ["attention_mask", "input_ids", "labels"]
+
+
+@pytest.mark.parametrize("as_values", [np.array, torch.tensor, list])
+def test_features_of_every_type_and_maker(as_values: Any, processor: LLM2SLMProcessor) -> None:
+    rows = [{name: as_values(values) for name, values in row.items()} for row in features(processor)]
+    expected = DataCollatorForLLM2SLM(processor)(features(processor))
+    for maker in (processor, LLM2SLMTokenizer(processor)):
+        batch = DataCollatorForLLM2SLM(maker)(rows)
+        assert all(torch.equal(batch[name], expected[name]) for name in expected)
+    labels = DataCollatorForLLM2SLM(processor)([{"labels": row["labels"]} for row in rows])
+    assert torch.equal(labels["labels"], expected["labels"])
 
 
 def test_padding_to_a_multiple(processor: LLM2SLMProcessor) -> None:

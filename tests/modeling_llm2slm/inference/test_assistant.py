@@ -211,17 +211,17 @@ def test_errors_name_the_fix() -> None:
 @pytest.mark.parametrize("family", families.SHARING)
 def test_a_model_of_fusion_cache_drafts_for_its_decoder_only_llm(family: str, first: bool) -> None:
     """Exactly the LLM's own output, whatever is accepted of the drafts; the LLM's weights are there once."""
-    llm = families.build_whole(family, bos_token_id=2, eos_token_id=1)
+    llm = families.build_whole(family, bos_token_id=2, eos_token_id=97)
     reader = copy.deepcopy(llm if first else llm.base_model)
     model = compose(reader, families.build_slm(family), "cache", llm_first_token=first).model
     assistant = model.as_assistant_of(llm)
     kwargs = {"max_new_tokens": 12, "do_sample": False}
-    for prompt in PROMPTS:
-        batch = pad_prompts([prompt], "left", extra=2)
-        with count_calls(model.decoder.base_model) as calls:
+    with count_calls(model.decoder.get_output_embeddings()) as calls:
+        for prompt in PROMPTS:
+            batch = pad_prompts([prompt], "left", extra=2)
             drafted = llm.generate(**batch, assistant_model=assistant, **kwargs)
-        assert drafted.tolist() == llm.generate(**batch, **kwargs).tolist()
-        assert calls
+            assert drafted.tolist() == llm.generate(**batch, **kwargs).tolist()
+    assert calls
     plain = assistant.generate(**batch, **kwargs)[:, batch["input_ids"].shape[1] :]
     wanted = model.generate(**batch, **kwargs, eos_token_id=assistant.generation_config.eos_token_id)[:, 1:]
     assert plain.tolist() == wanted.tolist()

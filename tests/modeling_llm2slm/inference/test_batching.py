@@ -116,6 +116,8 @@ class TestReadingAhead:
         for cores, main_thread in ((1, [True] * 4), (torch.get_num_threads() + 1, [False] * 4)):
             monkeypatch.setattr(batching, "_cores", lambda cores=cores: cores)
             with record(monkeypatch) as seen:
-                generate_file(composite, prompts, output, GenerateFileSettings(batch_size=2, **OPTIONS))
+                generate_file(
+                    composite, prompts, output, GenerateFileSettings(batch_size=2, overwrite=True, **OPTIONS)
+                )
             assert seen["main_thread"] == main_thread
             assert output.read_text().splitlines() == alone

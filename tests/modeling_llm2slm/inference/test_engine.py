@@ -116,8 +116,10 @@ def test_options_reach_the_engine(checkpoint: Path) -> None:
 def test_an_engine_is_found_by_name_and_by_what_it_loads(checkpoint: Path, toy: ToyEngine, tmp_path: Path) -> None:
     assert engine("toy") is engine_of(checkpoint) is toy
     assert engine_of(tmp_path / "elsewhere").name == "pytorch"
-    assert list(engines()) == ["pytorch", "onnx", "openvino", "toy"]
-    with pytest.raises(ValueError, match=r"'tpu' does not exist\. Choose one of: pytorch, onnx, openvino, toy\."):
+    assert list(engines()) == ["pytorch", "onnx", "openvino", "toy", "vllm"]
+    with pytest.raises(
+        ValueError, match=r"'tpu' does not exist\. Choose one of: pytorch, onnx, openvino, toy, vllm\."
+    ):
         engine("tpu")
 
 
@@ -162,7 +164,7 @@ def test_an_engine_that_cannot_be_imported_stops_only_those_who_ask_for_it(
     registry._installed_engines.cache_clear()
     try:
         assert engine_of(checkpoint) is toy
-        assert list(engines()) == ["pytorch", "onnx", "openvino", "toy"]
+        assert list(engines()) == ["pytorch", "onnx", "openvino", "toy", "vllm"]
         for ask in (engine, exporting_engine):
             with pytest.raises(ImportError, match=r"'broken' cannot be loaded: No module named 'no_such_package'"):
                 ask("broken")

@@ -70,12 +70,12 @@ def test_each_prompt_has_the_output_of_its_adapter_alone(fusion: str, dora: bool
 
 @pytest.mark.parametrize("way", [way for way in WAYS if "config" not in way])
 def test_the_encoder_of_an_slm_is_adapted_too(way: str) -> None:
-    adapted = with_adapters(t5_slm())
+    adapted = with_adapters(t5_slm()).double()  # large random weights amplify rounding
     expected = [adapted_logits(adapted, name, prompt) for name, prompt in zip(NAMES, PROMPTS, strict=True)]
     options = {**WAYS[way], "return_dict_in_generate": True, "output_logits": True, "num_return_sequences": 1}
     mixed = adapted.generate(**pad_prompts(PROMPTS), adapter_names=NAMES, **options)
     first = mixed.logits[0][:: options.get("num_beams", 1)]
-    torch.testing.assert_close(first, torch.stack(expected), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(first.double(), torch.stack(expected), rtol=1e-4, atol=1e-4)
     assert mixed.sequences.shape[0] == len(PROMPTS)
 
 

@@ -58,7 +58,7 @@ def test_limits_are_those_of_tokenizers(processor: LLM2SLMProcessor) -> None:
     assert dict(processor(**kwargs, padding=True, max_length=2)) == dict(processor(**kwargs, padding=True))
     processor.tokenizer.model_max_length = 5
     assert len(processor(text=LONG, truncation=True)["input_ids"]) == 5
-    for wrong in (0, -1, "long", 2.5):
+    for wrong in (0, -1, "long", 2.5, True):
         with pytest.raises(ValueError, match="`max_length` is .*must be None or an int of at least 1"):
             processor(text=LONG, max_length=wrong)
     with pytest.raises(ValueError, match="`target_max_length` is 1"):
@@ -81,6 +81,12 @@ def test_other_arguments_of_tokenizers(processor: LLM2SLMProcessor) -> None:
     assert "special_tokens_mask" in processor(text=[LONG, "src1"], return_special_tokens_mask=True, padding=True)
     with pytest.raises(TypeError, match="takes max_lenght, videos"):
         processor(text=LONG, max_lenght=3, videos=[1])
+    assert "input_ids" in processor(text=LONG, is_split_into_words=False)
+    for name, fix in (("is_split_into_words", "Join the words"), ("return_overflowing_tokens", "Split long prompts")):
+        with pytest.raises(ValueError, match=f"`{name}` is not supported: .*{fix}"):
+            processor(text=LONG, **{name: True})
+    with pytest.raises(ValueError, match="longest is not a valid TruncationStrategy"):
+        processor(text=LONG, truncation="longest", max_length=3)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +144,22 @@ def test_a_named_template_of_the_processor() -> None:
     assert processor.apply_chat_template(CHAT) == "src1"
     assert processor.apply_chat_template(CHAT, "other") == "src2"
     assert processor.apply_chat_template(CHAT, chat_template="src3") == "src3"
+
+
+@pytest.mark.parametrize(
+    "wrong", ["src1", ["src1"], CHAT[0], {"messages": CHAT}, [CHAT, "src1"], [[]], None, 3], ids=repr
+)
+def test_what_is_no_conversation_is_one_sentence(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="`conversation` holds .*, but it takes lists of messages, such as"):
+        chat_processor().apply_chat_template(wrong)
+
+
+@pytest.mark.parametrize("name", ["return_assistant_tokens_mask", "sanitize_control_tokens"])
+def test_arguments_that_the_tokenizer_alone_supports(name: str) -> None:
+    processor = chat_processor()
+    with pytest.raises(ValueError, match=f"`{name}` is not supported .*`processor.tokenizer.apply_chat_template"):
+        processor.apply_chat_template(CHAT, tokenize=True, return_dict=True, **{name: True})
+    assert processor.apply_chat_template(CHAT, **{name: False}) == processor.apply_chat_template(tuple(CHAT))
 
 
 HALF = "half \ud83d"

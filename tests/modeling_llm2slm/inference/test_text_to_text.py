@@ -75,6 +75,37 @@ def test_an_error_while_streaming_reaches_the_caller(text_to_text):
         list(text_to_text.stream("src1", num_beams=2))
 
 
+@pytest.mark.parametrize("wrong", [None, 3, b"src1", {"role": "user", "content": "src1"}, ["src1", None]], ids=repr)
+def test_what_is_no_prompt_is_one_sentence(checkpoints, wrong):
+    with pytest.raises(ValueError, match="is not a prompt: "):
+        TextToText.from_pretrained(checkpoints["llm2slm"])(wrong)
+
+
+def test_stop_strings_need_no_tokenizer(text_to_text):
+    kwargs = {"max_new_tokens": 6, "suppress_tokens": [0, END]}
+    whole = text_to_text(PROMPTS[0], **kwargs)
+    stop = whole.split()[1]
+    stopped = text_to_text(PROMPTS[0], stop_strings=[stop], **kwargs)
+    assert stopped == whole[: whole.index(stop) + len(stop)] != whole
+    assert "".join(text_to_text.stream(PROMPTS[0], stop_strings=[stop], **kwargs)) == stopped
+    text_to_text.model.generation_config.stop_strings = [stop]
+    assert text_to_text(PROMPTS[:1], **kwargs) == [stopped]
+
+
+def test_whatever_else_is_asked_for_the_output_is_text(text_to_text):
+    expected = text_to_text(PROMPTS, max_new_tokens=6)
+    assert text_to_text(PROMPTS, max_new_tokens=6, return_dict_in_generate=True, output_scores=True) == expected
+    text_to_text.model.generation_config.return_dict_in_generate = True
+    assert text_to_text(PROMPTS, max_new_tokens=6) == expected
+
+
+def test_a_seed_repeats_a_stream(text_to_text):
+    kwargs = {"max_new_tokens": 6, "do_sample": True, "temperature": 2.0}
+    outputs = ["".join(text_to_text.stream(PROMPTS[0], seed=seed, **kwargs)) for seed in (1, 1, 2)]
+    assert outputs[0] == outputs[1] == text_to_text(PROMPTS[0], seed=1, **kwargs)
+    assert outputs[0] != outputs[2]
+
+
 def test_no_prompts_give_no_outputs(text_to_text):
     assert text_to_text.generate([]) == []
 
@@ -313,6 +344,12 @@ def test_a_model_of_another_type_is_an_error(tmp_path):
     config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=16)
     ViTModel(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="vit model, which does not generate text"):
+        TextToText.from_pretrained(tmp_path)
+
+
+def test_an_adapter_alone_is_an_error_with_the_command_that_merges_it(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "base", "peft_type": "LORA"}')
+    with pytest.raises(OSError, match="is an adapter, not a checkpoint. Merge it with its base: `llm2slm convert"):
         TextToText.from_pretrained(tmp_path)
 
 

@@ -372,7 +372,7 @@ class TestFusionCache:
 
     def test_settings_that_cannot_work_are_refused_before_training(self, cut: dict[str, Any], tmp_path: Path) -> None:
         with pytest.raises(ValueError, match='checkpointing drops the cache that fusion "cache" fills. Leave it out'):
-            train({**cut, "gradient_checkpointing": True})
+            train({**cut, "activation_checkpointing": True})
         encode(cut["model"], [cut["train_data"]], tmp_path / "states")
         with pytest.raises(ValueError, match="metric: chrf generates outputs, whose first token comes from the LLM"):
             train({**cut, "llm_states": str(tmp_path / "states"), "metric": "chrf"})

@@ -1,0 +1,95 @@
+"""The experiment behind a pretrained LLM: its jobs, its scores, and all of it at a tiny size."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from transformers import AutoConfig
+
+from benchmarks import pretrained, pretrained_report
+from benchmarks.pretrained import Experiment
+from modeling_llm2slm.training.recipe import parse_recipe
+from tests.support.checkpoints import PAIRS, write_checkpoint
+
+
+def test_each_row_has_a_recipe_and_comes_after_those_it_needs(tmp_path: Path) -> None:
+    experiment = Experiment(tmp_path, tmp_path, tmp_path)
+    names = [name for name, _, _ in experiment.jobs()]
+    assert len(names) == len(set(names))
+    for task, rows in experiment.settings["rows"].items():
+        for name, row in rows.items():
+            _, arguments = parse_recipe(experiment.recipe(task, name))
+            assert arguments.bf16
+            for other in (row.get("cut"), row.get("behind"), row.get("outputs_of")):
+                assert other is None or names.index(f"{task}/{other}") < names.index(f"{task}/{name}")
+    for model in experiment.settings["models"].values():
+        AutoConfig.for_model(**model)
+
+
+@pytest.mark.parametrize(
+    ("task", "output", "matches"),
+    [
+        ("rhymes", " thick \n", True), ("rhymes", "kick", True), ("rhymes", "house", False),
+        ("taxonomy_animal", "cat, dog", True), ("taxonomy_animal", "dog", False), ("rhymes", "Thick", False),
+    ],
+)  # fmt: skip
+def test_an_output_matches_any_reference_and_some_are_lists(task: str, output: str, matches: bool) -> None:
+    references = ["dog, cat"] if task == "taxonomy_animal" else ["thick", "kick"]
+    example = {"task": task, "references": references}
+    assert pretrained_report._is_match(output, example) == matches
+
+
+def test_scores_are_compared_with_the_llm_on_the_same_examples() -> None:
+    llm, own = np.array([[100.0], [0.0], [100.0], [100.0]]), np.array([[100.0], [0.0], [0.0], [100.0]])
+    compared = pretrained_report._compared(own, llm)
+    assert (compared["score"], compared["share"]) == (50.0, pytest.approx(2 / 3))
+    low, high = compared["share_interval"]
+    assert 0 <= low < 2 / 3 < high <= 1
+
+
+TINY = {
+    "all": {"per_device_train_batch_size": 4, "use_cpu": True, "eval_strategy": "epoch", "save_strategy": "epoch"},
+    "any": {"learning_rate": 1e-3, "num_train_epochs": 1},
+}
+
+
+@pytest.mark.slow
+def test_a_tiny_experiment_ends_with_a_report_and_a_repeated_one_does_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data" / "pairs"
+    data.mkdir(parents=True)
+    rows = "".join(json.dumps({"source": row["prompt"], "target": row["target"]}) + "\n" for row in PAIRS)
+    (data / "rows.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+    task = {
+        "folder": "pairs", "files": dict.fromkeys(pretrained.SPLITS, "rows.jsonl.gz"), "prompt": "{source}",
+        "metric": "exact_match", "max_new_tokens": 4, "validation_samples": 4,
+    }  # fmt: skip
+    behind = {"cut": "llm", "layers": [0], "behind": "llm", "fusion": "cache", "outputs_of": "llm"}
+    file = tmp_path / "experiment.yaml"
+    experiment = {
+        "tasks": {"pairs": task}, "models": {}, "recipes": TINY,
+        "rows": {"pairs": {
+            "llm": {"start": "llm", "recipe": "any", "prompts": 8},
+            "cache": {**behind, "recipe": "any", "prompts": 8},
+        }},
+    }  # fmt: skip
+    file.write_text(yaml.safe_dump(experiment, sort_keys=False))
+    monkeypatch.setattr(pretrained, "prune_vocabulary", lambda llm, output, corpora: output.symlink_to(llm))
+    monkeypatch.setattr(pretrained, "report", lambda experiment: pretrained_report.report(experiment, tmp_path))
+    llm = write_checkpoint("slm", tmp_path)
+    arguments = ["pretrained", "--llm", llm, "--data", str(tmp_path / "data"), "--experiment", str(file)]
+    monkeypatch.setattr("sys.argv", [*arguments, "--runs", str(tmp_path / "runs"), "--threads", "1"])
+    pretrained.main()
+    assert capsys.readouterr().out.count("done after") == 7
+    result = json.loads((tmp_path / "pretrained-pairs.json").read_text())
+    assert set(result["rows"]) == {"llm", "cache"}
+    assert result["rows"]["cache"]["parameters"]["decode"] < result["rows"]["llm"]["parameters"]["decode"]
+    assert result["rows"]["cache"]["ms_per_output_by_llm"] > 0
+    pretrained.main()
+    assert "done after" not in capsys.readouterr().out
