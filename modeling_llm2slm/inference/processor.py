@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from transformers import BatchFeature, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import TruncationStrategy
 
 from .. import processing_llm2slm
@@ -34,6 +34,15 @@ def _names(function: Any) -> set[str]:
 
 class TextProcessor(processing_llm2slm.LLM2SLMProcessor):
     """A processor that takes the arguments of tokenizers. See [`LLM2SLMProcessor`]."""
+
+    @classmethod
+    def _load_tokenizer_from_pretrained(
+        cls, sub_processor_type: str, pretrained_model_name_or_path: str, subfolder: str = "", **kwargs: Any
+    ) -> PreTrainedTokenizerBase:
+        """Load one of the tokenizers. Stock takes the LLM's if the SLM's is missing or damaged."""
+        if sub_processor_type != "tokenizer":
+            subfolder = f"{subfolder}/{sub_processor_type}" if subfolder else sub_processor_type
+        return AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     def __call__(self, text: Any = None, text_target: Any = None, padding: Any = False, **kwargs: Any) -> BatchFeature:
         """

@@ -117,7 +117,9 @@ def test_an_engine_is_found_by_name_and_by_what_it_loads(checkpoint: Path, toy: 
     assert engine("toy") is engine_of(checkpoint) is toy
     assert engine_of(tmp_path / "elsewhere").name == "pytorch"
     assert list(engines()) == ["pytorch", "onnx", "openvino", "toy", "vllm"]
-    with pytest.raises(ValueError, match="'tpu' does not exist. Choose one of: pytorch, onnx, openvino, toy, vllm."):
+    with pytest.raises(
+        ValueError, match=r"'tpu' does not exist\. Choose one of: pytorch, onnx, openvino, toy, vllm\."
+    ):
         engine("tpu")
 
 
