@@ -21,7 +21,7 @@ from ..configuration_llm2slm import max_positions
 from ..data.atomic import atomic_write
 from ..data.order import seeded
 from ..inference.batching import BatchLimits, OutputId, PromptTable, prompts_of
-from ..inference.continuous import Generated
+from ..inference.continuous import ContinuousTextToText, Generated
 from ..inference.engine import Engine, LoadOptions, engine, fingerprint_of
 from ..inference.families import LLM2SLMTextToText
 from ..inference.text_stream import TextStream
@@ -72,7 +72,7 @@ class VLLMEngine(Engine):
         return made
 
 
-class VLLMTextToText(LLM2SLMTextToText):
+class VLLMTextToText(LLM2SLMTextToText, ContinuousTextToText):
     """An LLM-to-SLM model whose SLM runs in vLLM. Not thread-safe: one thread adds requests and steps."""
 
     llm_engine: Any

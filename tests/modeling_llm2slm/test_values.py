@@ -27,8 +27,8 @@ LIMITS = Limits("tiny", max_tokens=70, max_prompts=64)
 SECONDS = 5
 
 
-def draws(number: int) -> Any:
-    """The settings of a property test: the same draws each time, and no search for smaller ones."""
+def cases(number: int) -> Any:
+    """The settings of a property test: the same cases each time, and no search for smaller ones."""
     checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
     return settings(
         max_examples=number, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
@@ -53,7 +53,7 @@ def outcome(use: Callable[[], Any], name: str) -> Any:
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, setting.name) for kind in [*ALL, Cell] for setting in fields(kind)])
-@draws(60)
+@cases(60)
 @given(value=ANY)
 def test_every_setting(kind: type[Settings], name: str, value: Any) -> None:
     sampling = {"sample": True} if kind.__name__ in ("SamplingSettings", "GenerateFileSettings") else {}
@@ -66,7 +66,7 @@ def test_every_setting(kind: type[Settings], name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("name", [field.name for field in (*recipe_fields(), *recipe_fields(trainer=True))])
-@draws(40)
+@cases(40)
 @given(value=ANY)
 def test_every_field_of_a_recipe(name: str, value: Any) -> None:
     transformers_logging.set_verbosity_error()  # some values are deprecated there
@@ -84,7 +84,7 @@ def is_used(value: Any, kept: Any) -> bool:
 
 
 @pytest.mark.parametrize("field", ["lora", "generation"])
-@draws(300)
+@cases(300)
 @given(data=st.data())
 def test_every_option_within_a_recipe(field: str, data: st.DataObject) -> None:
     from peft import LoraConfig
@@ -98,14 +98,14 @@ def test_every_option_within_a_recipe(field: str, data: st.DataObject) -> None:
         assert is_used(value, getattr(made[0], field)[name])
 
 
-@draws(500)
+@cases(500)
 @given(name=st.sampled_from([field.name for field in fields(GenerateArguments)]), value=ANY)
 def test_every_argument_of_generate(name: str, value: Any) -> None:
     outcome(lambda: check_generate_arguments({name: value}), name)
 
 
 @pytest.mark.parametrize("name", CompletionRequest.model_fields)
-@draws(100)
+@cases(100)
 @given(value=PLAIN)
 def test_every_field_of_a_request(name: str, value: Any) -> None:
     try:
@@ -126,7 +126,7 @@ def test_every_field_of_a_request(name: str, value: Any) -> None:
     result.decoding(20)
 
 
-@draws(300)
+@cases(300)
 @given(body=st.binary(max_size=200) | st.text(alphabet='{}[]":,0123456789eE-.ntf', max_size=100).map(str.encode))
 def test_every_body_of_a_request(body: bytes) -> None:
     with pytest.raises(RequestError) as error:
@@ -134,7 +134,7 @@ def test_every_body_of_a_request(body: bytes) -> None:
     assert error.value.status_code == 400
 
 
-@draws(300)
+@cases(300)
 @given(value=ANY)
 def test_every_value_is_shown_in_few_words(value: Any) -> None:
     assert len(shown(value)) < 300

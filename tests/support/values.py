@@ -1,4 +1,4 @@
-"""Values that a hostile or unlucky user gives to a setting, as hypothesis draws them."""
+"""Values that a hostile or unlucky user gives to a setting, as hypothesis cases them."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from modeling_llm2slm.inference.continuous import Generated
+from modeling_llm2slm.inference.continuous import ContinuousTextToText, Generated
 from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.serving.scheduler import (
     Batcher,
@@ -71,7 +71,7 @@ class TestBatcher:
         ]  # fmt: skip
 
 
-class StepByStep:
+class StepByStep(ContinuousTextToText):
     """A model with continuous batching, whose tokens are those of `generate()`, one for each request and step."""
 
     def __init__(self, model: TextToText):
