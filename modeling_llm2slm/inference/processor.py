@@ -36,13 +36,11 @@ class TextProcessor(processing_llm2slm.LLM2SLMProcessor):
     """A processor that takes the arguments of tokenizers. See [`LLM2SLMProcessor`]."""
 
     @classmethod
-    def _load_tokenizer_from_pretrained(
-        cls, sub_processor_type: str, pretrained_model_name_or_path: str, subfolder: str = "", **kwargs: Any
-    ) -> PreTrainedTokenizerBase:
+    def _load_tokenizer_from_pretrained(cls, name: str, path: Any, subfolder: str = "", **kwargs: Any) -> Any:
         """Load one of the tokenizers. Stock takes the LLM's if the SLM's is missing or damaged."""
-        if sub_processor_type != "tokenizer":
-            subfolder = f"{subfolder}/{sub_processor_type}" if subfolder else sub_processor_type
-        return AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if name == "tokenizer":
+            return super()._load_tokenizer_from_pretrained(name, path, subfolder, **kwargs)
+        return AutoTokenizer.from_pretrained(path, subfolder=f"{subfolder}/{name}" if subfolder else name, **kwargs)
 
     def __call__(self, text: Any = None, text_target: Any = None, padding: Any = False, **kwargs: Any) -> BatchFeature:
         """
