@@ -243,7 +243,8 @@ def messages() -> set[str]:
 
 
 def test_headings_of_the_error_page_are_messages_of_the_code() -> None:
-    text = (DOCS / "reference/errors.md").read_text(encoding="utf-8").partition("## Other symptoms")[0]
+    pages = [(DOCS / "reference" / name).read_text(encoding="utf-8") for name in ("errors.md", "errors-commands.md")]
+    text = "\n".join(page.partition("## Other symptoms")[0] for page in pages)
     headings = [part for heading in re.findall(r"^### (.+)$", text, re.MULTILINE) for part in heading.split(" / ")]
     everything = "\n".join(messages())
     patterns = {heading: ".*".join(map(re.escape, heading.split("…"))) for heading in headings}

@@ -40,7 +40,7 @@ class TextProcessor(processing_llm2slm.LLM2SLMProcessor):
         """Load one of the tokenizers. Stock takes the LLM's if the SLM's is missing or damaged."""
         if name == "tokenizer":
             return super()._load_tokenizer_from_pretrained(name, path, subfolder, **kwargs)
-        return AutoTokenizer.from_pretrained(path, subfolder=f"{subfolder}/{name}".strip("/"), **kwargs)
+        return AutoTokenizer.from_pretrained(path, subfolder=f"{subfolder}/{name}" if subfolder else name, **kwargs)
 
     def __call__(self, text: Any = None, text_target: Any = None, padding: Any = False, **kwargs: Any) -> BatchFeature:
         """

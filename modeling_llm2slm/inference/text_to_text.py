@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from transformers import (
@@ -23,7 +23,7 @@ from transformers.generation import BaseStreamer
 
 from ..data.conversations import as_prompt, is_conversation
 from ..data.order import seeded
-from ..settings import check_generate_arguments, check_value, shown
+from ..settings import GenerateArguments, check_generate_arguments, check_value, shown, types_of
 from ..states.fingerprints import tokenizer_fingerprint
 from ..states.store import StateStore
 from .batching import BatchLimits, OutputId, PromptTable, can_overlap, one_ahead, prompts_of, take_rows
@@ -34,6 +34,8 @@ from .text_stream import StreamedText
 
 
 DEFAULT_MAX_NEW_TOKENS = 128
+# Arguments of `generate()` for which transformers refuses whole numbers.
+FLOATS = {setting.name for setting, kind in types_of(GenerateArguments).items() if float in get_args(kind)}
 # Arguments of `generate()` that are objects.
 OBJECTS = {
     "assistant_model": torch.nn.Module,
@@ -359,7 +361,8 @@ class TextToText:
         own = self.target_max_length or getattr(defaults, "max_new_tokens", None)
         limit = own or min(DEFAULT_MAX_NEW_TOKENS, (self.max_positions or sys.maxsize) // 2)
         limits = {} if "max_length" in generate_kwargs else {"max_new_tokens": limit}
-        return {**limits, **{name: value for name, value in generate_kwargs.items() if value is not None}}
+        given = {name: value for name, value in generate_kwargs.items() if value is not None}
+        return {**limits, **given, **{name: float(given[name]) for name in given.keys() & FLOATS}}
 
     @property
     def max_positions(self) -> int | None:

@@ -92,7 +92,7 @@ def check_files(folder: str | Path) -> None:
                     values = read_record(place / name, FIX, fields, optional=name != INDEX)
                     _check_finite(place / name, values)
                     if name == "tokenizer_config.json":
-                        _check_vocabulary(place, values.get("tokenizer_class"))
+                        _check_vocabulary(place, values.get("llm_tokenizer_class") or values.get("tokenizer_class"))
                 except ValueError as error:
                     raise OSError(str(error)) from error
 

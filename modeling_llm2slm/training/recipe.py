@@ -737,8 +737,12 @@ def _checkpoint_times(ours: Recipe, values: Mapping[str, Any]) -> dict[str, Any]
 
 def _check_together(ours: Recipe, arguments: "Seq2SeqTrainingArguments") -> None:
     """Raise `ValueError` where fields contradict each other, or name what does not exist."""
+    from accelerate.utils import DynamoBackend
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+    backend, backends = arguments.torch_compile_backend, [one.value.lower() for one in DynamoBackend]
+    if backend is not None and backend.lower() not in backends:
+        raise ValueError(f"torch_compile_backend is {shown(backend)}, but it must be one of: {', '.join(backends)}.")
     known = {f"{prefix}{metric}" for prefix in ("", "eval_") for metric in ("loss", ours.metric)}
     if arguments.load_best_model_at_end and arguments.metric_for_best_model not in known:
         raise ValueError(

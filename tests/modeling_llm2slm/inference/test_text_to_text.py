@@ -171,6 +171,14 @@ def test_a_token_id_that_the_vocabulary_lacks_is_found_before_any_compute(
         text_to_text.generate(PROMPTS[:1], **options)
 
 
+def test_a_whole_number_stands_for_a_number(text_to_text):
+    for options in ({"repetition_penalty": 2}, {"length_penalty": 1, "num_beams": 2}, {"max_time": 60}):
+        as_numbers = {name: float(value) if name != "num_beams" else value for name, value in options.items()}
+        outputs = [text_to_text.generate(PROMPTS[:2], max_new_tokens=4, **given) for given in (options, as_numbers)]
+        assert outputs[0] == outputs[1]
+    assert text_to_text.generate(PROMPTS[:1], max_new_tokens=2, do_sample=True, temperature=1, top_p=1, min_p=0)
+
+
 def test_none_stands_for_the_default(text_to_text):
     defaults = dict.fromkeys(
         ("num_beams", "num_return_sequences", "do_sample", "max_new_tokens", "eos_token_id", "seed")

@@ -118,6 +118,7 @@ class TestRecipe:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
+            ({"torch_compile_backend": "x"}, "torch_compile_backend is 'x', but it must be one of: no, eager"),
             ({"learning_rat": 1}, "no field 'learning_rat'. Did you mean learning_rate"),
             ({"train_date": 1}, "no field 'train_date'. Did you mean train_data"),
             ({"zzzz": 1}, r"no field 'zzzz'\.$"),
