@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from ..inference.factory import describe_source
 from ..inference.saving import lean_source
 from ..inference.text_to_text import TextToText
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
+from ..settings import shown
 from ..states.store import StateStore
 from ..states.without_llm import with_llm
 from .adapters import lora_config
-from .recipe import Recipe
+from .recipe import Recipe, cause_of
 
 
 def load_to_train(recipe: Recipe) -> TextToText:
@@ -58,7 +60,16 @@ def _with_adapter(model: LLM2SLMForConditionalGeneration, options: dict[str, Any
         config = lora_config(model, **options)
     except TypeError as error:
         raise ValueError(f"lora has a field that peft's LoraConfig does not know: {error}.") from error
-    return get_peft_model(model, config)
+    except (re.error, OverflowError) as error:
+        raise ValueError(
+            f"lora is {shown(options)}, with a pattern that is no regular expression: {error}."
+        ) from error
+    try:
+        return get_peft_model(model, config)
+    except ValueError:
+        raise
+    except Exception as error:  # each option raises its own exceptions
+        raise ValueError(f"lora is {shown(options)}, which peft refuses: {cause_of(error)}.") from error
 
 
 def refer_to_llm(model: LLM2SLMForConditionalGeneration, recipe: Recipe) -> None:

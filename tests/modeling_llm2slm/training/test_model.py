@@ -36,3 +36,20 @@ def test_llm_that_changed_is_refused_before_training(recipe, checkpoints, tmp_pa
     assert not Path(recipe["output_dir"]).exists()
     if "lora" in settings:  # an adapter's checkpoints have no LLM to find again
         assert train({**recipe, "lora": {}, "model": str(tmp_path / "start"), "max_steps": 1})["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": "("},
+        {"alpha_pattern": {"(": 3}},
+        {"rank_pattern": {"[": 3}},
+        {"trainable_token_indices": [10**9]},
+        {"layer_replication": [[0, 9]]},
+    ],
+    ids=lambda lora: next(iter(lora)),
+)
+def test_an_option_of_lora_that_cannot_be_used_is_named(recipe, checkpoints, lora):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - each option has its own message
+        train({**recipe, "model": checkpoints["llm2slm"], "lora": lora, "max_steps": 1})
+    assert "\n" not in str(caught.value)
