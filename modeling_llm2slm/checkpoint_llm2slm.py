@@ -54,7 +54,7 @@ class LLM2SLMCheckpointMixin:
     @torch.no_grad()
     def _initialize_fusion(self: Any) -> None:
         weights = self._fusion_weights()
-        new = vars(self).pop("_new", set()) & weights.keys()  # an adapter may have replaced some
+        new = getattr(self, "_new", set()) & weights.keys()  # an adapter may have replaced some
         if any(weights[name].is_meta or not weights[name].is_floating_point() for name in new):
             raise ValueError(
                 f"The checkpoint lacks `encoder.{min(new)}`, which cannot be initialized if quantized or offloaded. "

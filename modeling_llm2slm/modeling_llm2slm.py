@@ -393,7 +393,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
     def _mask_of_labels(self, labels: torch.Tensor, encoder_outputs: Any, *prompts: Any) -> torch.Tensor | None:
         """Return a mask over `labels` if a batch is wider, and none of its rows longer, than the SLM's positions."""
         prompts = (encoder_outputs[0] if encoder_outputs else None, *prompts)
-        widths = [prompt.shape[1] for prompt in prompts if prompt is not None]
+        widths = [prompt.shape[1] for prompt in prompts if prompt is not None and prompt.numel()]
         # CODEPATH: decoder-only SLMs, whose positions prompt and output share.
         needed = bool(widths) and self.config.needs_output_mask(widths[0], labels.shape[1])
         return labels_mask(labels) if needed else None
