@@ -320,4 +320,4 @@ def test_models_and_corpora_that_cannot_be_pruned_are_refused(corpus, tmp_path):
     refused(ValueError, "is quantized", tmp_path / "quantized", corpus)
     for name in ("tokenizer.json", "vocab.json"):
         (llm / name).unlink(missing_ok=True)
-    refused(OSError, "has no tokenizer", llm, corpus)
+    refused(OSError, "its tokenizer is empty", llm, corpus)
