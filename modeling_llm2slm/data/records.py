@@ -95,9 +95,8 @@ def read_record(
     try:
         value = read_json(path)
     except ValueError as error:  # also a file that is not UTF-8
-        raise ValueError(
-            f"{path} is truncated or corrupted and cannot be read ({first_line(error)}). {fix}"
-        ) from error
+        cause = first_line(error).removeprefix(f"{path} ").removesuffix(".")
+        raise ValueError(f"{path} is truncated or corrupted and cannot be read (it {cause}). {fix}") from error
     check_fields(path, value, fix, fields or {}, optional=optional, what=what)
     return value
 

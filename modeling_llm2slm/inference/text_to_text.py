@@ -349,7 +349,8 @@ class TextToText:
             ValueError: If an argument, or one of the checkpoint's own, holds a token id that the vocabulary lacks.
         """
         defaults = getattr(self.model, "generation_config", None)
-        size = getattr(self.model.config.get_text_config(decoder=True), "vocab_size", sys.maxsize)
+        config = getattr(self.model, "config", None)  # an engine's model may have none
+        size = getattr(config and config.get_text_config(decoder=True), "vocab_size", sys.maxsize)
         for name in TOKEN_IDS:
             given = generate_kwargs.get(name, getattr(defaults, name, None))
             wrong = next((token for token in _flattened(given) if not 0 <= token < size), None)

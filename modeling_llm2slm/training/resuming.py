@@ -150,7 +150,8 @@ def check_folder(recipe: Recipe, arguments: Seq2SeqTrainingArguments) -> None:
 
 
 def _is_of_model(name: str) -> bool:
-    return (MODEL_FILES.fullmatch(name) is not None and not name.endswith(".py")) or name.startswith("checkpoint-")
+    is_file_of_model = MODEL_FILES.fullmatch(name) is not None and not name.endswith(".py") and name != REPORT
+    return is_file_of_model or name.startswith("checkpoint-")
 
 
 def check_start_is_kept(recipe: Recipe, arguments: Seq2SeqTrainingArguments) -> None:

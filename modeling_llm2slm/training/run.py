@@ -106,7 +106,7 @@ def _resume(
     if ours.metric != "loss":
         check_installed([ours.metric])
     check_replaceable(arguments.output_dir)
-    if last_report(arguments.output_dir) and ours.resume and not checkpoint:
+    if ours.resume and not checkpoint and last_report(arguments.output_dir):
         raise FileExistsError(
             f"{arguments.output_dir} holds a finished training, and no checkpoint to resume from. Choose another "
             "output_dir, or train from scratch with resume: false."

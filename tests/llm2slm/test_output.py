@@ -29,7 +29,7 @@ SLM = "examples/demo/gpt2.json"
         (
             ["generate", MODEL, "hello", "--sample", "--temperature", "0"],
             2,
-            "temperature is 0.0, but it must be above 0",
+            "Input should be greater than or equal to",
         ),
         (["generate", MODEL, "hello", "--num-beams", "0"], 2, "num-beams"),
         (["generate", MODEL, "hello", "--max-new-tokens", "500", "--output", OUT], 1, "64 positions"),

@@ -148,6 +148,7 @@ def test_a_new_projector_keeps_the_scale_of_the_slms_embeddings(slm: str, llm: s
     parts = compose(build_llm(llm), build_slm(slm), fusion, **config)
     for linear in parts.model.encoder.projector.linears:
         nn.init.zeros_(linear.bias)
+    parts.model.encoder.fusion.initialize(parts.model.encoder)  # its first bias shifts hidden states by their mean
     prompts = [[(17 * row + 7 * place) % 110 + 5 for place in range(20)] for row in range(8)]
     batch = pad_prompts(prompts)
     encoder = parts.model.encoder

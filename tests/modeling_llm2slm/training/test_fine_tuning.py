@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +251,15 @@ def test_learning_rates_of_a_recipe_reach_the_optimizer(
 BAD_LINES = ['{"prompt": "src1", "target": null}', '{"prompt": "src1"', '{"prompt": "src1", "target": 7}', "[1]"]
 
 
+def without_dropout(model: str, folder: Path) -> str:
+    """Copy a checkpoint, and turn the SLM's dropout off, so that a step does not depend on the order of the rows."""
+    copied = Path(shutil.copytree(model, folder / "without_dropout"))
+    config = json.loads((copied / "config.json").read_text())
+    config["decoder"] |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    (copied / "config.json").write_text(json.dumps(config))
+    return str(copied)
+
+
 class TestBadRows:
     def test_bad_rows_are_reported_by_number_and_skipped_on_request(
         self, recipe: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -288,6 +299,7 @@ class TestBadRows:
         data = write_pairs(tmp_path / "mixed.jsonl", pairs)
         recipe = {**recipe, "train_data": data, "validation_data": data, "metric": "loss", "max_steps": 1}
         recipe |= {"lr_scheduler_type": "constant", "label_smoothing_factor": smoothing}
+        recipe |= {"model": without_dropout(recipe["model"], tmp_path), "optim": "sgd", "learning_rate": 1.0}
         together = train(recipe)
         apart = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 2}
         one_by_one = train({**recipe, **apart, "output_dir": str(tmp_path / "apart")})
