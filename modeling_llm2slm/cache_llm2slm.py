@@ -25,8 +25,8 @@ class PromptStates(ModelOutput):
             The prompt embeddings P, padded on the left; for an encoder-decoder SLM, its own encoder's output.
         attention_mask (`torch.LongTensor` of shape `(B, N)`):
             0 on padding. Within `generate()` it has a row for each beam or sample; those of a prompt are adjacent.
-        hidden_states, attentions (`tuple(torch.Tensor)`, *optional*):
-            The LLM's, if requested, in the layout of its input.
+        hidden_states (`tuple(torch.Tensor)`, *optional*): The LLM's, if requested, in the layout of its input.
+        attentions (`tuple(torch.Tensor)`, *optional*): The LLM's, likewise.
         first (`torch.Tensor`, *optional*):
             With `fusion="cache"`, the LLM's logits `(B, vocabulary)` of the first output token; or, without
             `llm_first_token`, the SLM's embedding `(B, d_slm)` of the last prompt token.

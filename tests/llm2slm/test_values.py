@@ -70,7 +70,7 @@ def test_every_option(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for value in random.Random(f"{words}{option}").sample(TEXTS, 8):
+    for value in random.Random(f"{words}{option}").sample(TEXTS, 4):
         check(capsys, *words, *arguments_of(words), f"{option}={value}")
 
 
@@ -80,5 +80,5 @@ def test_every_field_of_a_recipe(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("recipe.yaml").write_text("model: no/such/one\ntrain_data: no.jsonl\noutput_dir: out\n")
-    for value in random.Random(field).sample(TEXTS, 4):
+    for value in random.Random(field).sample(TEXTS, 2):
         check(capsys, "train", "recipe.yaml", f"--{field}={value}")

@@ -53,7 +53,7 @@ def outcome(use: Callable[[], Any], name: str) -> Any:
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, setting.name) for kind in [*ALL, Cell] for setting in fields(kind)])
-@cases(60)
+@cases(30)
 @given(value=ANY)
 def test_every_setting(kind: type[Settings], name: str, value: Any) -> None:
     sampling = {"sample": True} if kind.__name__ in ("SamplingSettings", "GenerateFileSettings") else {}
@@ -66,7 +66,7 @@ def test_every_setting(kind: type[Settings], name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("name", [field.name for field in (*recipe_fields(), *recipe_fields(trainer=True))])
-@cases(40)
+@cases(20)
 @given(value=ANY)
 def test_every_field_of_a_recipe(name: str, value: Any) -> None:
     transformers_logging.set_verbosity_error()  # some values are deprecated there
