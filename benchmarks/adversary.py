@@ -352,9 +352,11 @@ class Adversary:
             os.kill(first.number, signal.SIGSTOP)  # it may be fast
             second = run(command.at(place))
             os.kill(first.number, signal.SIGCONT)
-            refused = "is being written by another run" in second.printed
-            counts["second refused"] += self.check(what, second.fault(1) or (None if refused else second.printed))
-            counts["first unharmed"] += self.check(what, first.wait().fault(0)) and self.check_result(
+            # The first may be stopped before it holds its lock: then it is the one that is refused.
+            outcomes = sorted((first.wait(), second), key=lambda one: "is being written by another run" in one.printed)
+            refused = "is being written by another run" in outcomes[1].printed
+            counts["one refused"] += self.check(what, outcomes[1].fault(1) or (None if refused else second.printed))
+            counts["other unharmed"] += self.check(what, outcomes[0].fault(0)) and self.check_result(
                 what, command, place
             )
         return {"runs": len(self.commands), **counts}

@@ -86,7 +86,9 @@ def remove_unfinished(path: Path) -> list[str]:
     for earlier in path.parent.glob(f".{HEX}.old.{names}"):
         if not os.path.lexists(earlier.with_name(earlier.name.partition(".old.")[2])):
             earlier.rename(earlier.with_name(earlier.name.partition(".old.")[2]))
-    removed = [left for pattern in (names, f"old.{names}") for left in path.parent.glob(f".{HEX}.{pattern}")]
+    nested = f".{HEX}.{names}"  # of a write to the temporary path of another one
+    patterns = (names, f"old.{names}", nested, f"old.{nested}")
+    removed = [left for pattern in patterns for left in path.parent.glob(f".{HEX}.{pattern}")]
     for left in removed:
         _remove(left)
     return sorted({left.name for left in removed})

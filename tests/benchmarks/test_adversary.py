@@ -22,4 +22,4 @@ def test_nothing_is_lost_hangs_or_ends_in_a_traceback(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["faults"] == []
     assert all(counts["equal afterwards"] == 3 for counts in result["kills"].values())
-    assert result["two runs"] == {"runs": 5, "second refused": 5, "first unharmed": 5}
+    assert result["two runs"] == {"runs": 5, "one refused": 5, "other unharmed": 5}

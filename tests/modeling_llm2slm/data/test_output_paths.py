@@ -200,13 +200,14 @@ def test_the_next_run_removes_what_a_killed_one_left_and_says_so(
 ) -> None:
     output = tmp_path / "out"
     left = [tmp_path / ".0123abcd.out", output / ".0123abcd.config.json", output / ".0123abcd.model"]
+    left.append(tmp_path / ".0123abcd..4567cdef.out")  # of a write inside the first one
     others = [tmp_path / ".0123abcd.other", tmp_path / ".0123.out", output / ".notes", output / "kept"]
     output.mkdir()
     for path in (*left, *others):
         path.mkdir()
     with locked(output):
-        assert [path.exists() for path in (*left, *others)] == [False] * 3 + [True] * 4
-    assert "out: removed what an earlier run left unfinished (.0123abcd.out, " in caplog.text
+        assert [path.exists() for path in (*left, *others)] == [False] * 4 + [True] * 4
+    assert "out: removed what an earlier run left unfinished (.0123abcd..4567cdef.out, " in caplog.text
 
 
 def test_a_folder_that_was_moved_away_is_put_back(tmp_path: Path) -> None:
