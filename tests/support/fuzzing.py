@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import shutil
@@ -37,13 +38,13 @@ def spoil_tree(tree: Any, rng: random.Random, new_keys: tuple[str, ...] = ()) ->
         if what == 0 and isinstance(container, dict) and len(container) > 1:
             del container[key]
         elif what == 1 and new_keys and isinstance(container, dict):
-            container[rng.choice(new_keys)] = rng.choice(VALUES)
+            container[rng.choice(new_keys)] = copy.deepcopy(rng.choice(VALUES))
         elif what == 2 and isinstance(container[key], int) and not isinstance(container[key], bool):
             container[key] = rng.choice(
                 (container[key] + 1, container[key] - 1, container[key] * 1000, -container[key])
             )
         else:
-            container[key] = rng.choice(VALUES)
+            container[key] = copy.deepcopy(rng.choice(VALUES))  # a shared one may come to hold itself
 
 
 def spoil_bytes(data: bytes, rng: random.Random, until: int | None = None) -> bytes:
