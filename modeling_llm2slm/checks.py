@@ -66,6 +66,8 @@ def check_config(config: Any) -> None:
         if not all(value is None or isinstance(value, str) for value in source.values()):
             raise ValueError(f"`{name}` is {source!r}, but its values must be text.")
     llm, slm = config.encoder, config.decoder
+    for part, values in (("config", config), ("encoder", llm), ("decoder", slm)):
+        _check_outputs(values, part)
     check_sizes(llm_sizes(llm), "encoder")
     for half in (llm_sizes(slm), decoder_sizes(slm)):
         check_sizes(half, "decoder")
@@ -84,6 +86,16 @@ def check_config(config: Any) -> None:
             f"The SLM has {positions} positions, but prompt and output share them and need at least 2. Raise its "
             "`max_position_embeddings`."
         )
+
+
+def _check_outputs(config: Any, part: str) -> None:
+    layers = getattr(config, "output_hidden_states", None)
+    if not all(isinstance(layer, int) for layer in (layers if isinstance(layers, list | tuple) else [layers or 0])):
+        raise ValueError(
+            f"`output_hidden_states` of the {part} is {layers!r}, but it must be true, false or a list of layers."
+        )
+    if getattr(config, "return_dict", True) is not True:
+        raise ValueError(f"`return_dict` of the {part} is {config.return_dict!r}, but it must be true.")
 
 
 def _check_special_ids(config: Any) -> None:

@@ -49,6 +49,8 @@ class PyTorchEngine(Engine):
         if type(config) not in auto_class._model_mapping:
             raise ValueError(f"{path} is {with_article(config.model_type)} model, which does not generate text.")
         processor = load(AutoProcessor if composite else AutoTokenizer, path)
+        if composite and not hasattr(processor, "decoder_tokenizer"):  # stock falls back to a tokenizer
+            raise OSError(f"{path}/processor_config.json is damaged or missing. Take another copy of the checkpoint.")
         if options.states is not None:
             if not composite:
                 raise ValueError(

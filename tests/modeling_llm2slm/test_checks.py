@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from transformers import (
 )
 
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
+from modeling_llm2slm.inference.text_to_text import TextToText
+from tests.support.checkpoints import write_checkpoint
 from tests.support.families import LLMS, build_llm, build_slm
 
 
@@ -56,3 +59,31 @@ def test_an_llm_whose_hidden_states_have_another_size_is_refused() -> None:
 def test_a_multimodal_config_is_refused() -> None:
     with pytest.raises(ValueError, match="its `text_config`"):
         LLM2SLMConfig(encoder={"model_type": "clip"}, decoder=GPT2Config())
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"output_hidden_states": "x"},
+            "`output_hidden_states` of the {} is 'x', but it must be true, false or a list",
+        ),
+        ({"output_hidden_states": 0.5}, "`output_hidden_states` of the {} is 0.5"),
+        ({"output_hidden_states": [1, "x"]}, "`output_hidden_states` of the {} is"),
+        ({"return_dict": False}, "`return_dict` of the {} is False, but it must be true"),
+    ],
+)
+def test_outputs_that_no_model_can_give_are_refused(part: str, values: dict[str, Any], message: str) -> None:
+    configs = {"encoder": LLMS["t5"].config(vocab_size=120), "decoder": GPT2Config(vocab_size=99, eos_token_id=98)}
+    for name, value in values.items():
+        setattr(configs[part], name, value)
+    with pytest.raises(ValueError, match=message.format(part)):
+        LLM2SLMConfig(**configs)
+
+
+def test_a_checkpoint_without_its_processor_is_named(tmp_path: Path) -> None:
+    path = Path(write_checkpoint("llm2slm", tmp_path))
+    (path / "processor_config.json").write_text(json.dumps({"processor_class": "PreTrainedTokenizerFast"}))
+    with pytest.raises(OSError, match="processor_config.json is damaged or missing"):
+        TextToText.from_pretrained(path)
