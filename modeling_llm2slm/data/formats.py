@@ -173,6 +173,8 @@ def _table_rows(file: Any, separator: str) -> Iterator[dict[str, Any] | str]:
             continue
         if names is None:
             names = _unique(cells)
+            if problem := next(filter(None, map(text_problem_of, names)), None):
+                raise OSError(f"its header {problem}")
             continue
         problem = TOO_LONG if lines.are_too_long else next(filter(None, map(text_problem_of, cells)), None)
         if lines.are_exhausted:  # in the middle of a row

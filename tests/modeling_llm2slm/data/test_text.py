@@ -122,3 +122,9 @@ def test_text_of_the_command_line_is_utf_8(tmp_path: Path) -> None:
         from_command_line("\udcff", "prompt 1")
     with pytest.raises(ValueError, match="standard input, line 2 holds a NUL"):
         check_text("a\0", "standard input, line 2")
+
+
+def test_a_header_that_is_not_text_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.csv", b"prompt,target,sc\xffore\na,b,1\n")
+    with pytest.raises(ValueError, match=r"rows\.csv cannot be read as csv: .*its header is not UTF-8 \(byte 0xff\)"):
+        load_examples(path, DataSettings(skip_bad_rows=True))
