@@ -56,7 +56,7 @@ def write_model(family: str, folder: Path, fusion: str = "add") -> str:
 def check_family(path: str) -> None:
     model, reference = engine("vllm").load(path, LoadOptions()), TextToText.from_pretrained(path)
     expected = reference.generate_tokens(PROMPTS, **GREEDY)
-    assert len({tuple(tokens) for tokens in expected}) > 8
+    assert len({tuple(tokens) for tokens in expected}) > 4  # outputs that depend on the prompt
     assert model.generate_tokens(PROMPTS, **GREEDY) == expected
     assert model.generate_tokens(PROMPTS, batch_size=3, **GREEDY) == expected
     assert [model.generate_tokens([prompt], **GREEDY)[0] for prompt in PROMPTS[:3]] == expected[:3]
