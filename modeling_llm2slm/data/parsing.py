@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,7 @@ def read_json(path: str | Path) -> Any:
         OSError: If the file cannot be read.
         ValueError: If it is too large, is not UTF-8 or is not JSON; with its path.
     """
-    content = read_text(path, MAX_JSON_BYTES)
-    try:
-        return parse_json(content)
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from None
+    return _parsed(path, parse_json, "JSON", MAX_JSON_BYTES)
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -65,11 +62,15 @@ def read_yaml(path: str | Path) -> Any:
         OSError: If the file cannot be read.
         ValueError: If it is too large, is not UTF-8 or is not YAML; with its path.
     """
-    content = read_text(path, MAX_YAML_BYTES)
+    return _parsed(path, parse_yaml, "YAML", MAX_YAML_BYTES)
+
+
+def _parsed(path: str | Path, parse: Callable[[str], Any], kind: str, limit: int) -> Any:
+    content = read_text(path, limit)
     try:
-        return parse_yaml(content)
+        return parse(content)
     except ValueError as error:
-        raise ValueError(f"{path} is not YAML: {error}.") from None
+        raise ValueError(f"{path} is not {kind}: {error}.") from None
 
 
 def parse_yaml(text: str) -> Any:

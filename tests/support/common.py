@@ -123,6 +123,16 @@ def shared_family(slm: str, llm: str = "t5", fusion: str = "add") -> Parts:
     return build_family(slm, llm, fusion)
 
 
+def with_random_adapters(model: Any) -> Any:
+    """Give all weights of a model's adapters random values: new adapters change nothing."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name or ".modules_to_save." in name:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
 def learn_by_heart(model: Any, loss: float = 0.05, labels: torch.Tensor | None = None) -> None:
     """
     Train a tiny model to generate `labels` for each of `PROMPTS`, or random tokens of its own: a random tiny model

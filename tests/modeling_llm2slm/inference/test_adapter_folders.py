@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForSeq2SeqLM
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor, lora_config
 from modeling_llm2slm.inference.model_card import is_by_hand
 from tests.support import fresh_process
-from tests.support.common import PROMPTS, build_parts, llm_tokenizer, pad_prompts, slm_tokenizer
+from tests.support.common import PROMPTS, build_parts, llm_tokenizer, pad_prompts, slm_tokenizer, with_random_adapters
 
 
 peft = pytest.importorskip("peft")
@@ -41,12 +40,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def add_adapter(model: Any) -> Any:
     """Add an adapter with random weights to a model."""
     model.add_adapter(lora_config(model, r=2))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_B." in name or ".modules_to_save." in name:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
+    return with_random_adapters(model)
 
 
 def outputs(model: Any) -> list[list[int]]:

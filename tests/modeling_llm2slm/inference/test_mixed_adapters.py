@@ -9,7 +9,15 @@ import torch
 from transformers import GenerationConfig
 
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, ia3_config, lora_config
-from tests.support.common import FUSIONS, PROMPTS, build_model, pad_prompts, strip_padding, t5_config
+from tests.support.common import (
+    FUSIONS,
+    PROMPTS,
+    build_model,
+    pad_prompts,
+    strip_padding,
+    t5_config,
+    with_random_adapters,
+)
 
 
 peft = pytest.importorskip("peft")
@@ -22,12 +30,7 @@ def with_adapters(model: LLM2SLMForConditionalGeneration, **options: Any) -> Any
     """The model with the adapters "one" and "two", all of whose weights are random."""
     adapted = peft.get_peft_model(model, lora_config(model, r=2, **options), adapter_name="one")
     adapted.add_adapter("two", lora_config(model, r=4, **options))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if ".lora_B." in name or ".modules_to_save." in name:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return adapted.eval()
+    return with_random_adapters(adapted)
 
 
 def t5_slm() -> LLM2SLMForConditionalGeneration:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 
 from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.states.files import check_files
-from tests.support.checkpoints import KINDS, write_checkpoint
 
 
 CONTENTS = {
@@ -45,16 +43,6 @@ FIELDS: dict[str, list[dict[str, Any]]] = {
         {"prompt_max_length": "x"}, {"prompt_max_length": 0}, {"target_max_length": 1}, {"target_max_length": 2.5},
     ],
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {kind: Path(write_checkpoint(kind, tmp_path_factory.mktemp(kind))) for kind in KINDS}
-
-
-@pytest.fixture
-def copies(checkpoints: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
-    return {kind: Path(shutil.copytree(path, tmp_path / kind)) for kind, path in checkpoints.items()}
 
 
 @pytest.mark.parametrize("content", CONTENTS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,18 +19,8 @@ from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.states import loading
 from modeling_llm2slm.states.loading import check_finite, check_memory, load
 from tests.support import families
-from tests.support.checkpoints import KINDS, write_bart, write_checkpoint
+from tests.support.checkpoints import write_bart
 from tests.support.common import gpt2_config, t5_config
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {kind: Path(write_checkpoint(kind, tmp_path_factory.mktemp(kind))) for kind in KINDS}
-
-
-@pytest.fixture
-def copies(checkpoints: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
-    return {kind: Path(shutil.copytree(path, tmp_path / kind)) for kind, path in checkpoints.items()}
 
 
 def change(path: Path, **values: Any) -> None:
