@@ -133,9 +133,9 @@ def benchmark(
     if plots is not None:
         from modeling_llm2slm.benchmark.plots import check_installed
 
-        check_installed()
         for name in PLOTS:
             check_output(plots / name, overwrite=overwrite)
+        check_installed()
     default = Path(str(files("modeling_llm2slm.configuration"))) / "benchmark.yaml"
     models = BenchmarkModels(work / "given", llm, llm2slm) if llm is not None and llm2slm is not None else None
     cells = [Cell()] if models is not None and sweep is None else load_sweep(sweep or default)
