@@ -99,7 +99,7 @@ class Experiment:
         with atomic_write(self.split(task, split)) as temporary, temporary.open("w", encoding="utf-8") as output:
             for row in rows:
                 references = row.get("references", [row["target"]])
-                example = {"prompt": settings["prompt"].format(source=row["source"]), "target": row["target"]}
+                example = {"prompt": settings["prompt"].format(**row), "target": settings["target"].format(**row)}
                 kept = {**example, "references": references, "task": row.get("task", task)}
                 output.write(json.dumps(kept, ensure_ascii=False) + "\n")
 
