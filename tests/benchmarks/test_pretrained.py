@@ -67,8 +67,9 @@ def test_a_tiny_experiment_ends_with_a_report_and_a_repeated_one_does_nothing(
     rows = "".join(json.dumps({"source": row["prompt"], "target": row["target"]}) + "\n" for row in PAIRS)
     (data / "rows.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
     task = {
-        "folder": "pairs", "files": dict.fromkeys(pretrained.SPLITS, "rows.jsonl.gz"), "prompt": "{source}", "target": "{target}",
-        "metric": "exact_match", "max_new_tokens": 4, "validation_samples": 4,
+        "folder": "pairs", "files": dict.fromkeys(pretrained.SPLITS, "rows.jsonl.gz"),
+        "prompt": "{source}", "target": "{target}", "metric": "exact_match",
+        "max_new_tokens": 4, "validation_samples": 4,
     }  # fmt: skip
     behind = {"cut": "llm", "layers": [0], "behind": "llm", "fusion": "cache", "outputs_of": "llm"}
     file = tmp_path / "experiment.yaml"
