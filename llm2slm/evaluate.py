@@ -64,11 +64,12 @@ def evaluate(
 @commands.command(rich_help_panel="Training")
 @with_settings
 def plan(
-    llm: Annotated[str, typer.Option(help="The LLM with its decoder: a folder, or a name on the Hub.")],
+    llm: Annotated[str, typer.Option(help="The whole LLM: a folder, or a name on the Hub.")],
     data: Annotated[str, typer.Option(help="Your prompts: a file, or a data set on the Hub.")],
     settings: PlanSettings,
     preset: Annotated[
-        list[str] | None, typer.Option(help="Try this preset, or llm2slm config .json; repeatable.")
+        list[str] | None,
+        typer.Option(help="Try this preset, llm2slm config .json, or cut of a decoder-only LLM (cut:4); repeatable."),
     ] = None,
     slm_tokenizer: Annotated[
         list[str] | None, typer.Option(help="PRESET=FOLDER, if the SLM's tokenizer cannot be downloaded; repeatable.")

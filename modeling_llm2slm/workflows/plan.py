@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ..configuration_llm2slm import LLM2SLMConfig, llm_sizes
 from ..conversion.build import preset_config
@@ -26,7 +27,7 @@ from ..settings import DataSettings, PlanSettings
 from ..states.loading import load
 from ..training.memory import TrainingSetup, generation_memory, training_memory
 from .limited import is_out_of_memory, run_limited
-from .sizes import QUARTER, SLMS, default_slms
+from .sizes import QUARTER, SLMS, cut_preset, default_slms
 
 
 WORTHWHILE_SPEED_UP = 2.0  # enough to train for, whatever the size of the SLM
@@ -90,27 +91,30 @@ def plan(
     random weights.
 
     Args:
-        llm: The LLM with its decoder, a folder or a name on the Hub.
+        llm: The LLM, with its decoder if it has one of its own: a folder or a name on the Hub.
         data: Prompts, see [`load_prompts`].
         settings: What is measured, and the training whose cost is estimated.
-        presets: Names of presets, or config files, whose SLMs are tried. Default: [`default_slms`] of the LLM.
+        presets: Names of presets, or config files, whose SLMs are tried; for a decoder-only LLM, its layers or their
+            number, such as `cut:4`. Default: [`default_slms`] of the LLM.
         slm_tokenizers: Tokenizers by preset, which replace those on the Hub.
         progress: Called with a few words at every step.
 
     Returns:
-        `prompts`, `prompt_tokens` (mean), `output_tokens` (the LLM's, mean), `store_bytes`, `candidates` (a list of
+        `prompts`, `prompt_tokens` (mean), `output_tokens` (the LLM's, mean), `store_bytes` (for the SLM that
+        needs most), `candidates` (a list of
         [`Candidate`] as mappings), `recommended` (a name or `None`), `recommendation` (a sentence), `epochs`,
         `batch_size`, `device` and `threads`.
 
     Raises:
-        ValueError: If the LLM is not an encoder-decoder, no prompt fits an SLM, or a tokenizer is named for a preset
-            that is not tried.
+        ValueError: If the LLM writes nothing, an SLM is none for this LLM, no prompt fits an SLM, or a tokenizer is
+            named for a preset that is not tried.
         OSError: If the LLM or a named tokenizer cannot be loaded.
     """
     set_seed(0)
     named = dict(slm_tokenizers or {})
     llm_config = _check_llm(llm)
-    configs = default_slms(llm_config) if presets is None else {preset: preset_config(preset) for preset in presets}
+    named_configs = {name: _config_of(llm_config, name) for name in presets or ()}
+    configs = default_slms(llm_config) if presets is None else named_configs
     presets = list(configs)
     for preset in named:
         if preset not in presets:
@@ -120,8 +124,9 @@ def plan(
     prompts = load_prompts(data, reading)["prompt"][:]
     progress("loading the LLM")
     large = TextToText.from_pretrained(llm, device=settings.device, prompt_max_length=settings.prompt_max_length)
-    if QUARTER in configs and tokenizers[QUARTER] is None:
-        tokenizers[QUARTER] = large.tokenizer
+    for name, config in configs.items():
+        if tokenizers[name] is None and (name == QUARTER or config.fusion == "cache"):
+            tokenizers[name] = large.tokenizer
     planner = _Planner(str(llm), large, prompts, settings, progress)
     fitting = {preset: planner.fitting_prompts(preset, config, str(data)) for preset, config in configs.items()}
     candidates = [
@@ -131,7 +136,7 @@ def plan(
     fast_enough = [candidate for candidate in candidates if candidate.ms_per_output <= slowest]
     recommended, recommendation = recommend(fast_enough, len(prompts))
     return {
-        **planner.summary(),
+        **planner.summary(configs.values()),
         "candidates": [asdict(candidate) for candidate in candidates],
         "recommended": recommended,
         "recommendation": recommendation,
@@ -242,15 +247,16 @@ class _Planner:
             self._samples[chosen] = _Sample(self.large, [self.prompts[row] for row in chosen], self.settings)
         return self._samples[chosen]
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self, configs: Collection[LLM2SLMConfig]) -> dict[str, Any]:
         """Return what all SLMs have in common; the outputs are those of the sample with the longest prompt."""
         widest = max(self._samples, key=lambda chosen: max(self.lengths[row] for row in chosen))
+        keys_and_values = [config.llm_hidden_size for config in configs if config.fusion == "cache"]
         stored = sum(dict(zip(self.prompts, self.lengths, strict=True)).values())  # equal prompts are stored once
         return {
             "prompts": len(self.prompts),
             "prompt_tokens": statistics.mean(self.lengths),
             "output_tokens": statistics.mean(map(len, self._samples[widest].tokens)),
-            "store_bytes": stored * llm_sizes(self.large.model.config).hidden_size * 2,
+            "store_bytes": stored * max(keys_and_values, default=llm_sizes(self.large.model.config).hidden_size) * 2,
         }
 
 
@@ -322,8 +328,10 @@ def _measure(
 ) -> dict[str, Any]:
     """Return times and memory of the LLM with one SLM, whose outputs have as many `tokens` as given."""
     slm = slm_class(config.decoder).from_config(config.decoder)
+    is_cut = config.fusion == "cache"
+    options: dict[str, Any] = {"fusion": "cache"} if is_cut else {}
     model = LLM2SLMForConditionalGeneration.from_encoder_decoder_pretrained(
-        llm, decoder_model=slm, encoder_dtype=torch.float32, shared_tokenizer=False
+        llm, decoder_model=slm, encoder_dtype=torch.float32, shared_tokenizer=is_cut, **options
     )
     model = model.to(settings.device).eval()
     model.generation_config.eos_token_id = None  # random weights end nowhere: each output has the tokens it is given
@@ -398,7 +406,7 @@ def _time_step(model: Any, batch_size: int, prompt_length: int, output_length: i
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     shape = (batch_size, prompt_length)
     ids = torch.ones(shape, dtype=torch.long, device=model.device)
-    states = torch.randn(*shape, llm_sizes(model.config.encoder).hidden_size, device=model.device)
+    states = torch.randn(*shape, model.config.llm_hidden_size, device=model.device)
     labels = torch.ones(batch_size, output_length, dtype=torch.long, device=model.device)
 
     def step() -> None:
@@ -415,9 +423,14 @@ def _check_llm(llm: str | Path) -> PreTrainedConfig:
     config = load(AutoConfig, llm)
     if config.model_type == "llm2slm":
         raise ValueError(f"{llm} is an LLM-to-SLM model. Name the LLM that it was built from.")
-    if not config.is_encoder_decoder:
-        raise ValueError(f"{llm} is decoder-only; an encoder-decoder LLM is required.")
+    if not config.is_encoder_decoder and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        raise ValueError(f"{llm} is encoder-only: it writes no outputs to compare with. Name an LLM that does.")
     return config
+
+
+def _config_of(llm: PreTrainedConfig, name: str) -> LLM2SLMConfig:
+    """Return the config of an SLM that is named: a cut of a decoder-only LLM, or a preset for an encoder-decoder."""
+    return preset_config(name) if llm.is_encoder_decoder and not name.startswith("cut:") else cut_preset(llm, name)
 
 
 def _tokenizer(given: str | None, default: str | None) -> PreTrainedTokenizerBase | None:

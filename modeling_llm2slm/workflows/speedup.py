@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -43,7 +42,6 @@ from ..settings import (
     EncodeSettings,
     EvaluateSettings,
     SpeedupSettings,
-    shown,
 )
 from ..states.encoding import encode
 from ..states.loading import load
@@ -53,6 +51,7 @@ from ..training.distillation import distill
 from ..training.recipe import load_recipe, parse_recipe, typed_recipe, with_current_names
 from ..training.resuming import REPORT, last_checkpoint, last_failure
 from ..training.run import train
+from .sizes import layers_to_cut
 
 
 SPLITS = ("train", "validation", "test")
@@ -390,18 +389,6 @@ def _token_ids(tokenizer: Any, prompts: list[Any]) -> list[list[int]]:
 def _prompt_of(row: Mapping[str, Any], column: str) -> str:
     """Return the prompt of a row as a text, also if it is a conversation."""
     return read_conversations(row, sources_of([column], row), 0)[0][column]
-
-
-def layers_to_cut(slm: str) -> int | list[int] | None:
-    """Return the layers, or their number, in `cut:4` or `cut:0,5,11,17`; `None` for any other SLM."""
-    if not slm.startswith("cut:"):
-        return None
-    layers = slm.removeprefix("cut:").split(",")
-    if not all(re.fullmatch(r" *\d{1,9} *", layer) for layer in layers):
-        raise ValueError(
-            f"slm is {shown(slm)}, but a cut names layers of the LLM, or their number: cut:0,5,11,17 or cut:4."
-        )
-    return int(layers[0]) if len(layers) == 1 else [int(layer) for layer in layers]
 
 
 def _hash(text: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig, BertConfig
 
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
 from modeling_llm2slm.inference.text_to_text import TextToText
@@ -98,12 +99,30 @@ def test_unsuitable_llms_and_tokenizers_are_refused(llm: str, tmp_path: Path) ->
     data = write_pairs(tmp_path / "p.jsonl")
     with pytest.raises(ValueError, match="is an LLM-to-SLM model"):
         plan(write_checkpoint("llm2slm", tmp_path / "composite"), data, presets=["tiny"])
-    with pytest.raises(ValueError, match="is decoder-only"):
+    with pytest.raises(ValueError, match="tiny is no SLM for a gpt2: a decoder-only LLM is cut"):
         plan(write_checkpoint("slm", tmp_path / "slm"), data, presets=["tiny"])
+    with pytest.raises(ValueError, match="cut:1 is no SLM for a t5"):
+        plan(llm, data, presets=["cut:1"])
+    BertConfig().save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match="bert is encoder-only"):
+        plan(tmp_path / "bert", data)
     with pytest.raises(ValueError, match="tyni has a tokenizer, but it is not one of the presets tiny"):
         plan(llm, data, presets=["tiny"], slm_tokenizers={"tyni": "x"})
     with pytest.raises(OSError, match="no/such/folder cannot be loaded"):
         plan(llm, data, presets=["tiny"], slm_tokenizers={"tiny": "no/such/folder"})
+
+
+def test_a_decoder_only_llm_is_cut(tmp_path: Path) -> None:
+    data = write_pairs(tmp_path / "p.jsonl")
+    llm, settings = write_checkpoint("slm", tmp_path / "llm"), PlanSettings(timed_prompts=2, max_new_tokens=4)
+    by_default = plan(llm, data, settings)
+    assert [candidate["name"] for candidate in by_default["candidates"]] == ["cut:1"]  # of its two layers
+    first, both = plan(llm, data, settings, presets=["cut:1", "cut:0,1"])["candidates"]
+    assert not first["tokens_assumed"]
+    assert first["slm_parameters"] < both["slm_parameters"]
+    tokens = sum({row["prompt"]: len(row["prompt"].split()) for row in PAIRS}.values())
+    config = AutoConfig.from_pretrained(llm)
+    assert by_default["store_bytes"] >= tokens * 2 * config.n_embd * 2  # keys and values of one layer in bfloat16
 
 
 def test_every_slm_is_timed_on_prompts_that_fit_it(llm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
