@@ -131,8 +131,9 @@ def import_projector(
     tensors = open_weights([projector])
     found = _rename(tensors, names, complete=mapping is not None)
     width = model.config.llm_hidden_size
-    for name, default in (("projector.mean", torch.zeros(width)), ("projector.scale", torch.ones(width))):
-        found.setdefault(name, tensors.get(name, default))  # others read hidden states as they are
+    if model.encoder.projector is not None:  # one from elsewhere reads hidden states as they are
+        for name, default in (("projector.mean", torch.zeros(width)), ("projector.scale", torch.ones(width))):
+            found.setdefault(name, tensors.get(name, default))
     report = Report(f"The projector of {projector} and the rest of {into} become {output}")
     _copy_into(model, found, projector)
     report.add("tensors imported", ", ".join(sorted(found)))

@@ -39,9 +39,7 @@ class Fusion:
     def __init__(self, config: Any):
         self.config = config
         self.llm_has_head = False  # whether the LLM has its language modeling head
-        self.layers: list[int] = (
-            config.encoder_layer if isinstance(config.encoder_layer, list) else []
-        )  # H has several
+        self.layers: list[int] = config.encoder_layer if isinstance(config.encoder_layer, list) else []  # of H
         self.llm_layer: int | None = max(self.layers, default=config.encoder_layer)  # build none above; `None`: all
 
     @property
