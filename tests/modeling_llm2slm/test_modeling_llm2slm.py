@@ -500,7 +500,7 @@ def test_factory_refuses_a_model_without_a_head() -> None:
 
 @pytest.mark.parametrize("layer", [0, 1, 2, 3, None, [2, 0], [1, 3]])
 def test_encoder_layer(layer: Any, sources: dict[str, Any], tmp_path: Path) -> None:
-    """H is `hidden_states[k]` of the full model, or those of several k, and no layer above is built, saved or loaded."""
+    """H is `hidden_states[k]` of the full model, or of several k, and no layer above is built, saved or loaded."""
     model, batch = from_sources(sources, encoder_layer=layer), pad_prompts(PROMPTS)
     full = T5EncoderModel.from_pretrained(sources["llm_path"])
     outputs = full(**batch, output_hidden_states=True)
