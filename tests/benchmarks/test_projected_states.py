@@ -27,7 +27,7 @@ def test_each_row_has_a_recipe_and_comes_after_those_it_needs(tmp_path: Path) ->
 def test_the_variants_of_the_start(tmp_path: Path) -> None:
     experiment = ProjectedStates(tmp_path, tmp_path, tmp_path)
     model, batch = build_model("add_shared"), pad_prompts(PROMPTS)
-    assert not model.encoder.projector.linear_2.weight.any()
+    torch.nn.init.zeros_(model.encoder.projector.linear_2.weight)
     experiment.change_start({"sampled": True}, model)
     assert model.encoder.projector.linear_2.weight.any()
     states, folded = model.encode_llm(**batch), copy.deepcopy(model.encoder.projector)

@@ -504,9 +504,10 @@ def test_encoder_layer(layer: Any, sources: dict[str, Any], tmp_path: Path) -> N
     model, batch = from_sources(sources, encoder_layer=layer), pad_prompts(PROMPTS)
     full = T5EncoderModel.from_pretrained(sources["llm_path"])
     outputs = full(**batch, output_hidden_states=True)
-    expected = outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
     if isinstance(layer, list):
         expected, layer = torch.cat([outputs.hidden_states[one] for one in layer], dim=-1), max(layer)
+    else:
+        expected = outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
     torch.testing.assert_close(model.encode_llm(**batch), expected)
     assert model.encoder.projector.linear_1.in_features == model.config.llm_hidden_size == expected.shape[-1]
     assert model.encode_prompt(**batch).hidden_states is None
@@ -743,13 +744,15 @@ def test_a_huge_constant_dimension_of_the_llm_is_no_scale(fusion: str, huge: flo
 
 def test_with_its_own_embedding_an_slm_starts_as_if_it_were_alone() -> None:
     parts = build_parts("add_shared")
-    nn.init.zeros_(parts.model.encoder.projector.linear_2.bias)  # `compose` sets it
+    model = Model.from_encoder_decoder_pretrained(
+        encoder_model=parts.llm, decoder_model=parts.slm, **FUSIONS["add_shared"]
+    )
     prompt, labels = torch.tensor([PROMPTS[0]]), make_labels(rows=1)
-    start = parts.model.prepare_decoder_input_ids_from_labels(labels)
+    start = model.prepare_decoder_input_ids_from_labels(labels)
     alone = parts.slm(torch.cat([prompt, start], dim=1)).logits[:, prompt.shape[1] :]
-    torch.testing.assert_close(parts.model(input_ids=prompt, labels=labels).logits, alone)
-    parts.model.train()(input_ids=prompt, labels=labels).loss.backward()
-    assert parts.model.encoder.projector.linear_2.weight.grad.any()
+    torch.testing.assert_close(model(input_ids=prompt, labels=labels).logits, alone)
+    model.train()(input_ids=prompt, labels=labels).loss.backward()
+    assert model.encoder.projector.linear_2.weight.grad.any()
 
 
 # Embeddings, copies, wrong inputs.

@@ -166,6 +166,8 @@ def compose(llm_model: Any, slm_model: Any, fusion: str, **config: Any) -> Parts
     )
     for linear in model.encoder.projector.linears if model.encoder.projector is not None else ():
         nn.init.normal_(linear.bias, std=0.1)  # new biases are zero, and a forgotten one would not be seen
+        if not linear.weight.any():  # the last one of a shared tokenizer, likewise
+            nn.init.normal_(linear.weight, std=0.1)
     return Parts(model, *plain)
 
 
