@@ -41,8 +41,9 @@ def scale(fusion: str, states_rms: float, embedding_rms: float) -> dict[str, Any
     prompts = torch.randint(3, 1000, (8, 32))
 
     def ratio() -> float:
-        squares = model.encode_prompt(prompts).last_hidden_state.square(), model.get_input_embeddings().weight.square()
-        return float((squares[0].mean() / squares[1].mean()).sqrt())
+        table: Any = model.get_input_embeddings().weight
+        prompt = model.encode_prompt(prompts).last_hidden_state
+        return float((prompt.square().mean() / table.detach().square().mean()).sqrt())
 
     ours = ratio()
     for trained in model.encoder.new_modules().values():

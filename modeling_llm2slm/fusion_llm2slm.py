@@ -136,12 +136,12 @@ class LLM2SLMProjector(nn.Module):
         sizes = [config.llm_hidden_size, *[config.prompt_size] * config.projector_layers]
         for number, (size_in, size_out) in enumerate(pairwise(sizes), start=1):
             self.add_module(f"linear_{number}", nn.Linear(size_in, size_out))
-        self.register_buffer("mean", torch.zeros(sizes[0]))
-        self.register_buffer("scale", torch.ones(sizes[0]))
+        self.mean = nn.Buffer(torch.zeros(sizes[0]))
+        self.scale = nn.Buffer(torch.ones(sizes[0]))
         self.act = ACT2FN["relu"]
 
     @property
-    def linears(self) -> list[nn.Linear]:
+    def linears(self) -> list[Any]:
         return [module for name, module in self.named_children() if name.startswith("linear_")]  # or their adapters
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
