@@ -151,9 +151,15 @@ class Experiment:
             write_json(Path(source), {**self.settings["models"][row["start"]], "vocab_size": config["vocab_size"]})
         options: dict[str, Any] = {"slm_tokenizer": str(tokenizer), "seed": row.get("seed", 0)}
         if "behind" in row:
-            options |= {"llm": str(self.model(task, row["behind"])), "fusion": row["fusion"]}
+            options |= {"llm": str(self.model(task, row["behind"])), "fusion": row["fusion"], **row.get("build", {})}
+        built = build(slm=source, **options)
+        if "behind" in row:
+            self.change_start(row, built.model)
         with atomic_write(output) as temporary:
-            build(slm=source, **options).save_pretrained(temporary)
+            built.save_pretrained(temporary)
+
+    def change_start(self, row: dict[str, Any], model: Any) -> None:
+        """Change the new LLM-to-SLM model of a row; an ablation overrides this."""
 
     def recipe(self, task: str, name: str) -> dict[str, Any]:
         """Return the recipe that trains a row."""
@@ -175,9 +181,13 @@ class Experiment:
         }
 
 
-def main() -> None:
-    """Run the jobs that are not done, and report."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").strip().splitlines()[0])
+def main(
+    experiment_class: type[Experiment] = Experiment,
+    make_report: Callable[[Any], None] | None = None,
+    about: str = __doc__ or "",
+) -> None:
+    """Run the jobs of an experiment that are not done, and report."""
+    parser = argparse.ArgumentParser(description=about.strip().splitlines()[0])
     parser.add_argument("--llm", required=True, type=Path, help="folder of the pretrained LLM")
     parser.add_argument("--data", default=os.environ.get("LLM2SLM_DATA", "data"), type=Path, help="folder of the data")
     parser.add_argument("--experiment", default=EXPERIMENT, type=Path, help="file that describes the experiment")
@@ -187,7 +197,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="report the rows that are done, and train none")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    experiment = Experiment(
+    experiment = experiment_class(
         arguments.llm.absolute(), arguments.data.absolute(), arguments.runs.absolute(), arguments.experiment
     )
     for name, result, job in experiment.jobs():
@@ -199,7 +209,7 @@ def main() -> None:
         job()
         print(f"{name}: done after {(time.time() - start) / 60:.1f} min", flush=True)
     if not arguments.only:
-        report(experiment)
+        (make_report or report)(experiment)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def report(experiment: Any, folder: Path = OUTPUT) -> None:
         for name in done:
             result["rows"][name] = {"settings": rows[name], **_training(experiment.model(task, name))}
         for split in ("validation", "test"):
-            for name, scores in _scores(experiment, task, done, split).items():
+            for name, scores in scores_of(experiment, task, done, split).items():
                 result["rows"][name][split] = scores
         for name, times in _time(experiment, task, done).items():
             result["rows"][name] |= times
@@ -54,7 +54,7 @@ def _training(folder: Path) -> dict[str, Any]:
     return {**kept, "by_epoch": [entry[metric] for entry in record["log"] if metric in entry]}
 
 
-def _scores(experiment: Any, task: str, names: list[str], split: str) -> dict[str, dict[str, Any]]:
+def scores_of(experiment: Any, task: str, names: list[str], split: str) -> dict[str, dict[str, Any]]:
     """Return the scores of each row on a split, with 95 % intervals, and compared with those of its LLM."""
     examples = experiment.examples(task, split)
     counts = {}

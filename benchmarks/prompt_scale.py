@@ -20,7 +20,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5EncoderModel
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.data.records import write_json
-from modeling_llm2slm.fusion_llm2slm import rms
 
 
 T5 = {"vocab_size": 1000, "d_model": 512, "d_ff": 1024, "num_layers": 4, "num_heads": 8}
@@ -42,7 +41,9 @@ def scale(fusion: str, states_rms: float, embedding_rms: float) -> dict[str, Any
     prompts = torch.randint(3, 1000, (8, 32))
 
     def ratio() -> float:
-        return rms(model.encode_prompt(prompts).last_hidden_state) / rms(model.get_input_embeddings().weight)
+        table: Any = model.get_input_embeddings().weight
+        prompt = model.encode_prompt(prompts).last_hidden_state
+        return float((prompt.square().mean() / table.detach().square().mean()).sqrt())
 
     ours = ratio()
     for trained in model.encoder.new_modules().values():

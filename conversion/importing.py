@@ -128,7 +128,12 @@ def import_projector(
     composite_config(into)
     model = load_model(LLM2SLMForConditionalGeneration, into)
     names = KNOWN_NAMES if mapping is None else _read_mapping(mapping)
-    found = _rename(open_weights([projector]), names, complete=mapping is not None)
+    tensors = open_weights([projector])
+    found = _rename(tensors, names, complete=mapping is not None)
+    width = model.config.llm_hidden_size
+    if model.encoder.projector is not None:  # one from elsewhere reads hidden states as they are
+        for name, default in (("projector.mean", torch.zeros(width)), ("projector.scale", torch.ones(width))):
+            found.setdefault(name, tensors.get(name, default))
     report = Report(f"The projector of {projector} and the rest of {into} become {output}")
     _copy_into(model, found, projector)
     report.add("tensors imported", ", ".join(sorted(found)))

@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -118,6 +118,7 @@ def _parameter(field: Field[Any], annotation: Any) -> inspect.Parameter:
     metadata: Mapping[str, Any] = field.metadata
     option = f"--{field.name.replace('_', '-')}"
     choices = metadata.get("choices")
+    annotation = next((kind | None for kind in get_args(annotation) if get_origin(kind) is list), annotation)
     if choices is not None:
         annotation = Literal[tuple(choices)] | None if field.default is None else Literal[tuple(choices)]
     info = typer.Option(

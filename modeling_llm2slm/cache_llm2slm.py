@@ -59,9 +59,8 @@ class PromptStates(ModelOutput):
     def one_for_each(self) -> "PromptStates":
         """Return the states of each prompt repeated for each of its beams."""
         tensors = {name: value for name, value in self.items() if isinstance(value, torch.Tensor)}
-        del tensors["attention_mask"]
         repeated: Any = {name: value.repeat_interleave(self.copies, dim=0) for name, value in tensors.items()}
-        return replace(self, **repeated)
+        return replace(self, **repeated | {"attention_mask": self.attention_mask})
 
 
 torch.serialization.add_safe_globals([PromptStates])

@@ -48,6 +48,8 @@ class LLM2SLMCheckpointMixin:
         super().initialize_weights()  # type: ignore[misc]
         weights = self._fusion_weights()
         self._new = {name for name in weights if not getattr(weights[name], "_is_hf_initialized", False)}
+        if "projector.linear_1.weight" not in self._new:  # without a mean and a scale, it was trained on H itself
+            self._new -= {"projector.mean", "projector.scale"}
         if _REQUEST.get() is None:
             self._initialize_fusion()
 
@@ -66,8 +68,9 @@ class LLM2SLMCheckpointMixin:
             for name, weight in loaded.items():
                 weights[name].copy_(weight)
 
-    def _fusion_weights(self: Any) -> dict[str, nn.Parameter]:
-        return dict(nn.ModuleDict(self.encoder.new_modules()).named_parameters())
+    def _fusion_weights(self: Any) -> dict[str, torch.Tensor]:
+        state = nn.ModuleDict(self.encoder.new_modules()).state_dict(keep_vars=True)
+        return {name: one for name, one in state.items() if isinstance(one, nn.Parameter) or one.is_floating_point()}
 
     def check_weights(self, weights: Mapping[str, Any], path: str, any_size: bool) -> None:
         """Check the tensors of a checkpoint; the installed package overrides this."""

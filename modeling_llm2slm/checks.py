@@ -73,10 +73,11 @@ def check_config(config: Any) -> None:
         check_sizes(half, "decoder")
     _check_special_ids(config)
     layers = llm_sizes(llm).num_hidden_layers
-    if config.encoder_layer is not None and config.encoder_layer not in range(layers + 1):
+    chosen = config.encoder_layer if isinstance(config.encoder_layer, list) else [config.encoder_layer or 0]
+    if not chosen or not all(0 <= layer <= layers for layer in chosen):
         raise ValueError(
             f"`encoder_layer` is {config.encoder_layer!r}, but the LLM ({llm.model_type}) has {layers} layers. Use 0 "
-            f"(the embeddings) to {layers}, or None for its last hidden state."
+            f"(the embeddings) to {layers}, a list of these, or None for its last hidden state."
         )
     if not 1 <= config.projector_layers <= MAX_LAYERS:
         raise ValueError(f"`projector_layers` is {config.projector_layers}, but must be from 1 to {MAX_LAYERS}.")

@@ -20,10 +20,7 @@ from .fusion_llm2slm import fusion_of
 
 
 class Quirks(NamedTuple):
-    """
-    Needs of a model family that most families do not have. Those that transformers declares in a class
-    (`_is_stateful`, `_can_compile_fullgraph`, `_keep_in_fp32_modules`) are read from the class.
-    """
+    """Needs of a model family that most families do not have, and that transformers declares in no class."""
 
     positions_after_pad: bool = False  # positions begin after the pad id, so fewer are left than the config says
     mask_limited_to_positions: bool = False  # an attention mask must not be wider than the max positions
@@ -33,14 +30,11 @@ class Quirks(NamedTuple):
     head_size: str = "head_dim"  # the config's name for the width of an attention head
 
 
-_AFTER_PAD = (
-    "camembert", "data2vec-text", "ibert", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
-    "xlm-roberta-xl",
-)  # fmt: skip
+_AFTER_PAD = "camembert data2vec-text ibert longformer mpnet roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl"
 _T5 = Quirks(decoder_layers="num_decoder_layers", feed_forward_size="d_ff", head_size="d_kv")
 # By `model_type`. A new quirk is a field above and an entry here.
 QUIRKS = {
-    **dict.fromkeys(_AFTER_PAD, Quirks(positions_after_pad=True)),
+    **dict.fromkeys(_AFTER_PAD.split(), Quirks(positions_after_pad=True)),
     **dict.fromkeys(("longt5", "mt5", "pop2piano", "switch_transformers", "t5", "umt5"), _T5),
     "gpt_neo": Quirks(mask_limited_to_positions=True),
     "opt": Quirks(embedding_size="word_embed_proj_dim"),
@@ -74,9 +68,9 @@ class LLM2SLMConfig(PreTrainedConfig):
             `cut_from_layers` of the SLM's config.
         llm_first_token (`bool`, *optional*, defaults to `True`):
             For `fusion="cache"`, whether the first output token comes from the LLM's logits, and no loss trains it.
-        encoder_layer (`int`, *optional*):
-            Use `hidden_states[encoder_layer]` of the full LLM and build no layer above. Default: its
-            `last_hidden_state`.
+        encoder_layer (`int` or `list[int]`, *optional*):
+            Use `hidden_states[encoder_layer]` of the full LLM, those of several layers concatenated, and build no
+            layer above. Default: its `last_hidden_state`.
         projector_layers (`int`, *optional*, defaults to 2): Linear layers of the projector, with ReLUs between them.
         freeze_llm (`bool`, *optional*, defaults to `True`): No gradient and no dropout in the LLM, even in `train()`.
         encoder_dtype (`str`, *optional*):
@@ -105,7 +99,7 @@ class LLM2SLMConfig(PreTrainedConfig):
     shared_tokenizer: bool = False
     decoder_layers: list[int] | None = None
     llm_first_token: bool = True
-    encoder_layer: int | None = None
+    encoder_layer: int | list[int] | None = None
     projector_layers: int = 2
     freeze_llm: bool = True
     encoder_dtype: str | None = None
@@ -167,8 +161,8 @@ class LLM2SLMConfig(PreTrainedConfig):
 
     @property
     def llm_hidden_size(self) -> int:
-        """`int`: Width of the LLM's hidden states, `d_llm`; with `fusion="cache"`, of a token's keys and values."""
-        return fusion_of(self).states_size or llm_sizes(self.encoder).hidden_size
+        """`int`: Width of what a fusion reads of each token, `d_llm`: hidden states, or keys and values."""
+        return fusion_of(self).states_size(llm_sizes(self.encoder).hidden_size)
 
     @property
     def prompt_size(self) -> int:

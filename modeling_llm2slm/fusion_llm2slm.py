@@ -7,6 +7,7 @@ package depends on which one is used. Shapes: batch B, prompt length N, output l
 
 import inspect
 import math
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -34,12 +35,12 @@ class Fusion:
     fills_cache = False  # whether `prepend` writes to the SLM's cache, which is there in training too
     shared_positions = 0  # 1 if the start token takes the position of the last prompt token
     llm_padding = "right"  # of the LLM's input: GPT-2 and BERT count positions from the first place on
-    states_size: int | None = None  # width of H, if it is not the LLM's hidden size
 
     def __init__(self, config: Any):
         self.config = config
         self.llm_has_head = False  # whether the LLM has its language modeling head
-        self.llm_layer: int | None = config.encoder_layer  # build no layer of the LLM above; `None`: build all
+        self.layers: list[int] = config.encoder_layer if isinstance(config.encoder_layer, list) else []  # of H
+        self.llm_layer: int | None = max(self.layers, default=config.encoder_layer)  # build none above; `None`: all
 
     @property
     def table(self) -> str | None:
@@ -56,11 +57,17 @@ class Fusion:
 
     def llm_arguments(self, llm: Any, attention_mask: torch.Tensor) -> dict[str, Any]:
         """Return further arguments of the LLM: by default, not to return a cache, which nothing would read."""
-        return {"use_cache": False} if "use_cache" in inspect.signature(llm.forward).parameters else {}
+        arguments = {"output_hidden_states": True} if self.layers else {}
+        return arguments | ({"use_cache": False} if "use_cache" in inspect.signature(llm.forward).parameters else {})
+
+    def states_size(self, hidden_size: int) -> int:
+        """Return the width of H, for the LLM's hidden size."""
+        return hidden_size * max(len(self.layers), 1)
 
     def states_of(self, llm_outputs: Any) -> torch.Tensor:
         """Return H `(B, N, d_llm)`, all that is kept of the LLM's output for training."""
-        return llm_outputs.last_hidden_state
+        states = [llm_outputs.hidden_states[layer] for layer in self.layers]
+        return torch.cat(states, dim=-1) if states else llm_outputs.last_hidden_state
 
     def combine(self, encoder: Any, hidden_states: torch.Tensor, embeds: torch.Tensor | None) -> torch.Tensor:
         """
@@ -87,12 +94,7 @@ class Fusion:
         if has_encoder:
             slm_encoder = encoder.slm.get_encoder()
             embeds = slm_encoder(inputs_embeds=embeds, attention_mask=attention_mask).last_hidden_state
-        return PromptStates(
-            last_hidden_state=embeds,
-            attention_mask=attention_mask,
-            hidden_states=llm_outputs.get("hidden_states"),
-            attentions=llm_outputs.get("attentions"),
-        )
+        return PromptStates(embeds, attention_mask, llm_outputs.hidden_states, llm_outputs.attentions)
 
     def prepend(self, prompt: PromptStates, embeds: torch.Tensor, cache: Any) -> torch.Tensor:
         """Return what a decoder-only SLM reads first: P before the embeddings `(B, M, d_slm)` of its own tokens."""
@@ -124,36 +126,39 @@ def fusion_of(config: Any) -> Fusion:
 
 
 class LLM2SLMProjector(nn.Module):
-    """Z = W2 act(W1 H + b1) + b2: from hidden states `(B, N, d_llm)` to the SLM's embedding space `(B, N, d_slm)`."""
+    """
+    Z = W2 act(W1 (H - mean) / scale + b1) + b2: from hidden states `(B, N, d_llm)` to the SLM's embedding space
+    `(B, N, d_slm)`. Mean and scale `(d_llm,)` are buffers.
+    """
 
     def __init__(self, config: Any):
         super().__init__()
-        self.names = [f"linear_{number + 1}" for number in range(config.projector_layers)]
         sizes = [config.llm_hidden_size, *[config.prompt_size] * config.projector_layers]
-        for name, size_in, size_out in zip(self.names, sizes, sizes[1:], strict=False):
-            self.add_module(name, nn.Linear(size_in, size_out))
+        for number, (size_in, size_out) in enumerate(pairwise(sizes), start=1):
+            self.add_module(f"linear_{number}", nn.Linear(size_in, size_out))
+        self.mean = nn.Buffer(torch.zeros(sizes[0]))
+        self.scale = nn.Buffer(torch.ones(sizes[0]))
         self.act = ACT2FN["relu"]
 
     @property
-    def linears(self) -> list[nn.Linear]:
-        return [getattr(self, name) for name in self.names]  # an adapter may have replaced them
+    def linears(self) -> list[Any]:
+        return [module for name, module in self.named_children() if name.startswith("linear_")]  # or their adapters
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         first, *others = self.linears
-        hidden_states = first(hidden_states.to(first.weight.dtype))
+        hidden_states = first(((hidden_states - self.mean) / self.scale).to(first.weight.dtype))
         for linear in others:
             hidden_states = linear(self.act(hidden_states))
         return hidden_states
 
     def initialize(self, mean: torch.Tensor, scale: torch.Tensor, rms_out: float) -> None:
         """Sample weights that map hidden states of this mean and scale `(d_llm,)` to embeddings of `rms_out`."""
-        first, *others = self.linears
-        gains = [1.0, *[2**0.5] * len(others)]  # ReLU halves the mean square
+        init.copy_(self.mean, mean)
+        init.copy_(self.scale, scale)
+        gains = [1.0, *[2**0.5] * (len(self.linears) - 1)]  # ReLU halves the mean square
         gains[-1] *= rms_out
         for linear, gain in zip(self.linears, gains, strict=True):
             init.normal_(linear.weight, std=gain / linear.in_features**0.5)
-        init.copy_(first.weight, first.weight / scale.to(first.weight))
-        init.copy_(first.bias, -first.weight @ mean.to(first.weight))
 
 
 @register_fusion
@@ -181,7 +186,8 @@ class Add(Fusion):
         return projected + embeds.to(projected.device)
 
     def initialize(self, encoder: Any) -> None:
-        scale = embedding_rms(encoder.slm) / 2**0.5  # two terms of equal variance
+        # With its own embedding, an SLM starts as if it were alone: Z is 0. Else both terms have the same variance.
+        scale = 0.0 if self.table == "slm" else embedding_rms(encoder.slm) / 2**0.5
         if encoder.prompt_embedding is not None:
             size = encoder.prompt_embedding.in_features
             init.normal_(encoder.prompt_embedding.weight, std=scale / (embedding_rms(encoder.llm) * size**0.5))
@@ -223,8 +229,7 @@ class Cache(Fusion):
         self.llm_has_head = config.llm_first_token
         self.llm_layer = None if self.llm_has_head else max(self.layers, default=0) + 1
 
-    @property
-    def states_size(self) -> int:  # type: ignore[override]
+    def states_size(self, hidden_size: int) -> int:
         return len(self.layers) * 2 * math.prod(key_heads(self.config.encoder))
 
     @property
@@ -290,16 +295,12 @@ def key_heads(config: Any) -> tuple[int, int]:
     return getattr(config, "num_key_value_heads", None) or heads, size
 
 
-def rms(values: Any) -> float:
-    """Return the root mean square of a tensor."""
-    return float(torch.linalg.vector_norm(values.detach(), dtype=torch.float32)) / values.numel() ** 0.5
-
-
 @torch.no_grad()
 def embedding_rms(model: Any) -> float:
     """Return the root mean square of a model's embeddings (Gemma scales them) for up to 4,096 tokens."""
     embedding = model.get_input_embeddings()
-    return rms(embedding(probe_ids(embedding.weight, 4096)))
+    embeds = embedding(probe_ids(embedding.weight, 4096))
+    return float(torch.linalg.vector_norm(embeds, dtype=torch.float32)) / embeds.numel() ** 0.5
 
 
 def probe_ids(table: torch.Tensor, count: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput, Seq2SeqLMOutput
 from transformers.utils.generic import can_return_tuple
@@ -37,7 +38,7 @@ from .cache_llm2slm import (
 )
 from .checkpoint_llm2slm import LLM2SLMCheckpointMixin
 from .configuration_llm2slm import LLM2SLMConfig, llm_sizes
-from .fusion_llm2slm import fusion_of, probe_ids
+from .fusion_llm2slm import LLM2SLMProjector, fusion_of, probe_ids
 from .generation_llm2slm import LLM2SLMGenerationMixin
 from .parts_llm2slm import build_llm, check_token_ids, keep_special_ids, slm_class
 
@@ -54,6 +55,13 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _keys_to_ignore_on_load_missing = [r"projector\.(mean|scale)$"]  # older checkpoints lack them
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LLM2SLMProjector):
+            init.zeros_(module.mean)
+            init.ones_(module.scale)
 
 
 class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
@@ -122,8 +130,7 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
                 input_ids=reorder(input_ids, order),
                 attention_mask=mask,
                 return_dict=True,
-                **self.fusion.llm_arguments(self.llm, mask),
-                **{name: bool(flag) for name, flag in flags.items()},
+                **{name: bool(flag) for name, flag in flags.items()} | self.fusion.llm_arguments(self.llm, mask),
             )
         states = self.fusion.states_of(outputs)
         if states.dtype == torch.float16 and not states.isfinite().all():
@@ -131,9 +138,9 @@ class LLM2SLMEncoder(LLM2SLMPreTrainedModel):
                 "The LLM's hidden states overflow in float16. Load it in bfloat16: `encoder_dtype='bfloat16'`."
             )
         outputs.last_hidden_state = reorder(states, back)
-        if layers := flags.get("output_hidden_states"):
-            every = tuple(reorder(layer, back) for layer in outputs.hidden_states)
-            outputs.hidden_states = select_layers(every, layers)
+        layers = flags.get("output_hidden_states")
+        every = tuple(reorder(layer, back) for layer in outputs.hidden_states) if layers else None
+        outputs.hidden_states = select_layers(every, layers)
         if flags.get("output_attentions"):
             outputs.attentions = tuple(reorder(reorder(layer, back, 2), back, 3) for layer in outputs.attentions)
         return outputs

@@ -58,8 +58,7 @@ class LLM2SLMProcessor(ProcessorMixin):
                 )
         if isinstance(tokenizer, LLM2SLMTokenizer):
             tokenizer = tokenizer.processor.tokenizer
-        if isinstance(decoder_tokenizer, LLM2SLMTokenizer):
-            decoder_tokenizer = decoder_tokenizer.decoder_tokenizer
+        decoder_tokenizer = getattr(decoder_tokenizer, "decoder_tokenizer", decoder_tokenizer)
         for name, part in (("tokenizer", tokenizer), ("decoder_tokenizer", decoder_tokenizer)):
             if part.pad_token_id is None and part.eos_token_id is not None:
                 part.pad_token = part.eos_token

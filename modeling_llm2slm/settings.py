@@ -364,7 +364,9 @@ class BuildSettings(Settings):
         None, "Tokenizer of the SLM. Default: its own; for a config file, the LLM's.", panel=MODEL
     )
     fusion: str | None = option(None, f"{FUSION} Default: add, or the preset's.", panel=MODEL)
-    encoder_layer: int | None = option(None, "Use the LLM's hidden states of this layer.", minimum=0, panel=MODEL)
+    encoder_layer: int | list[int] | None = option(
+        None, "Use the LLM's hidden states of this layer; repeat it to use those of several.", minimum=0, panel=MODEL
+    )
     slm_first_token: bool = option(
         False, "With fusion cache: the SLM predicts the first output token too, and not the LLM.", panel=MODEL
     )
@@ -377,6 +379,11 @@ class BuildSettings(Settings):
     max_new_tokens: int | None = option(None, "Longest output, in tokens.", panel=MODEL, **OUTPUT_LENGTH)
     seed: int = option(0, "Random seed for new weights.", panel=MODEL, **SEED)
     max_shard_size: str = option("1GB", "Maximum size of a weight file.", panel=MODEL, **FILE_SIZE)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.encoder_layer, list) and len(self.encoder_layer) == 1:  # an option that may be repeated
+            object.__setattr__(self, "encoder_layer", self.encoder_layer[0])
 
 
 @dataclass(frozen=True, kw_only=True)

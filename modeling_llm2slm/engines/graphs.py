@@ -29,7 +29,7 @@ class PromptGraph(nn.Module):
         outputs = llm(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **arguments)
         if inputs_embeds is None:  # else the fusion reads the SLM's embedding table, which is in no graph
             inputs_embeds = self.encoder.embed_tokens(input_ids)
-        prompt = fusion.combine(self.encoder, outputs.last_hidden_state, inputs_embeds)
+        prompt = fusion.combine(self.encoder, fusion.states_of(outputs), inputs_embeds)
         if self.slm_encoder is not None:
             prompt = self.slm_encoder(inputs_embeds=prompt, attention_mask=attention_mask).last_hidden_state
         return {"last_hidden_state": prompt}

@@ -180,7 +180,7 @@ def _metric(name: str) -> Metric:
 
 def _what_it_is(model: Any) -> str:
     config = model.config
-    layer = "" if config.encoder_layer is None else f", cut after layer {config.encoder_layer},"
+    layer = "" if config.encoder_layer is None else f", cut after layer {fusion_of(config).llm_layer},"
     return (
         f"An LLM-to-SLM model ([paper]({PAPER})). A large language model ({config.encoder.model_type}){layer} reads "
         f"the prompt once{' and is frozen' if config.freeze_llm else ''}; a small one ({config.decoder.model_type}) "

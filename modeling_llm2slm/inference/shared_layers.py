@@ -35,10 +35,10 @@ class CheckedCache(Cache):
                 )
 
     def combine(self, encoder: Any, hidden_states: torch.Tensor, embeds: torch.Tensor | None) -> torch.Tensor:
-        if hidden_states.shape[-1] != self.states_size:
+        if hidden_states.shape[-1] != self.config.llm_hidden_size:
             raise ValueError(
                 f"`llm_hidden_states` have width {hidden_states.shape[-1]}, but keys and values of the layers "
-                f"{self.layers} have {self.states_size}. Pass what `encode_llm` of this model returns."
+                f"{self.layers} have {self.config.llm_hidden_size}. Pass what `encode_llm` of this model returns."
             )
         return super().combine(encoder, hidden_states, embeds)
 

@@ -47,19 +47,19 @@ class StoreDescription:
 
     Args:
         llm: Fingerprint of the LLM's weights, see [`weights_fingerprint`].
-        encoder_layer: Layer of the hidden states; `None` for the last hidden state.
+        encoder_layer: Layer of the hidden states, or several layers; `None` for the last hidden state.
         tokenizer: Fingerprint of the LLM's tokenizer, see [`tokenizer_fingerprint`].
         data: Fingerprint of the set of prompts.
         prompts: Number of different prompts.
         tokens: Number of their tokens.
-        hidden_size: Width of a hidden state, `d_llm`; with `fusion="cache"`, of the keys and values of a token.
+        hidden_size: Width of what is stored for a token, `d_llm`.
         dtype: dtype of the stored hidden states.
         format: Version of the layout.
         decoder_layers: Layers whose keys and values are stored in place of hidden states, with `fusion="cache"`.
     """
 
     llm: str
-    encoder_layer: int | None
+    encoder_layer: int | list[int] | None
     tokenizer: str
     data: str
     prompts: int

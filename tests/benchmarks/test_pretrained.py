@@ -78,6 +78,7 @@ def test_a_tiny_experiment_ends_with_a_report_and_a_repeated_one_does_nothing(
         "rows": {"pairs": {
             "llm": {"start": "llm", "recipe": "any", "prompts": 8},
             "cache": {**behind, "recipe": "any", "prompts": 8},
+            "add": {**behind, "fusion": "add", "build": {"encoder_layer": [0, 1]}, "recipe": "any", "prompts": 8},
         }},
     }  # fmt: skip
     file.write_text(yaml.safe_dump(experiment, sort_keys=False))
@@ -87,10 +88,12 @@ def test_a_tiny_experiment_ends_with_a_report_and_a_repeated_one_does_nothing(
     arguments = ["pretrained", "--llm", llm, "--data", str(tmp_path / "data"), "--experiment", str(file)]
     monkeypatch.setattr("sys.argv", [*arguments, "--runs", str(tmp_path / "runs"), "--threads", "1"])
     pretrained.main()
-    assert capsys.readouterr().out.count("done after") == 7
+    assert capsys.readouterr().out.count("done after") == 8
     result = json.loads((tmp_path / "pretrained-pairs.json").read_text())
-    assert set(result["rows"]) == {"llm", "cache"}
+    assert set(result["rows"]) == {"llm", "cache", "add"}
     assert result["rows"]["cache"]["parameters"]["decode"] < result["rows"]["llm"]["parameters"]["decode"]
     assert result["rows"]["cache"]["ms_per_output_by_llm"] > 0
+    built = AutoConfig.from_pretrained(tmp_path / "runs" / "pairs" / "add" / "model")
+    assert built.encoder_layer == [0, 1]
     pretrained.main()
     assert "done after" not in capsys.readouterr().out

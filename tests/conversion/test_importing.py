@@ -73,6 +73,9 @@ def test_a_projector_with_the_names_of_llava_is_imported(sources, tmp_path):
     for number, name in ((0, "linear_1"), (2, "linear_2")):
         for kind in ("weight", "bias"):
             assert torch.equal(ours[f"encoder.projector.{name}.{kind}"], theirs[f"mm_projector.{number}.{kind}"])
+    assert before["encoder.projector.mean"].any()
+    assert not ours["encoder.projector.mean"].any()  # LLaVA's reads hidden states as they are
+    assert ours["encoder.projector.scale"].eq(1).all()
     rest = [name for name in before if not name.startswith("encoder.projector.")]
     assert all(torch.equal(ours[name], before[name]) for name in rest)
     assert "ReLU" in report["not imported"]
@@ -107,6 +110,21 @@ def test_a_projector_with_other_names_needs_a_mapping(sources, tmp_path):
             import_projector(file, sources / "full", tmp_path / "other", mapping=mapping)
     with pytest.raises(FileNotFoundError, match="There is no mapping"):
         import_projector(file, sources / "full", tmp_path / "other", mapping=tmp_path / "none.json")
+
+
+def test_a_projector_of_this_package_keeps_its_mean_and_scale(sources, tmp_path):
+    projector = {
+        name.removeprefix("encoder."): tensor.clone() + 1
+        for name, tensor in weights_of(sources / "full").items()
+        if name.startswith("encoder.projector.")
+    }
+    save_file(projector, tmp_path / "projector.safetensors")
+    names = {f"projector.linear_{number}": f"projector.linear_{number}" for number in (1, 2)}
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    file, mapping = tmp_path / "projector.safetensors", tmp_path / "names.json"
+    import_projector(file, sources / "full", tmp_path / "new", mapping=mapping)
+    written = weights_of(tmp_path / "new")
+    assert all(torch.equal(written[f"encoder.{name}"], tensor) for name, tensor in projector.items())
 
 
 def test_a_projector_of_other_widths_is_an_error(sources, tmp_path):

@@ -30,7 +30,7 @@ def test_slm_and_projector_are_unchanged(kind, sources, tmp_path):
     whole = weights_of(sources / "full")
     assert set(projector) == {
         "projector.linear_1.weight", "projector.linear_1.bias", "projector.linear_2.weight", "projector.linear_2.bias",
-        "prompt_embedding.weight",
+        "projector.mean", "projector.scale", "prompt_embedding.weight",
     }  # fmt: skip
     assert all(torch.equal(tensor, whole[f"encoder.{name}"]) for name, tensor in projector.items())
     assert AutoTokenizer.from_pretrained(tmp_path / "parts" / "slm").eos_token == "<end>"

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from llm2slm.options import extra_options, load_module, normalize_name, with_settings
 from modeling_llm2slm import settings as declared
-from modeling_llm2slm.settings import EncodeSettings, GenerateFileSettings
+from modeling_llm2slm.settings import BuildSettings, EncodeSettings, GenerateFileSettings
 from tests.support.commands import run, run_in_new_process
 
 
@@ -41,6 +41,22 @@ def test_values_arrive_in_the_types_of_the_fields() -> None:
     assert (settings.sample, settings.temperature, settings.num_beams, settings.prompt_column) == (True, 2.0, 3, "q")
     assert isinstance(settings.temperature, float)
     assert (name, extra) == ("a", 4)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [([], None), (["8"], 8), (["4", "8"], [4, 8])], ids=["default", "one", "several"]
+)
+def test_an_option_of_one_value_or_several_may_be_repeated(words: list[str], expected: Any) -> None:
+    build = typer.Typer()
+
+    @build.command()
+    @with_settings
+    def sample(settings: BuildSettings) -> None:
+        seen.append(settings)
+
+    result = CliRunner().invoke(build, [part for word in words for part in ("--encoder-layer", word)])
+    assert result.exit_code == 0
+    assert seen.pop().encoder_layer == expected
 
 
 @pytest.mark.parametrize(

@@ -221,6 +221,22 @@ class TestNewWeights:
             check_new(loaded, "p")
         check_new(load(folder / "no_fusion", dtype=torch.bfloat16), "p")
 
+    def test_an_older_checkpoint_has_no_mean_and_scale(self, saved, tmp_path):
+        """Its projector was trained on hidden states as they are, so they stay so, and nothing is reported missing."""
+        _, model, folder = saved
+        shutil.copytree(folder / "whole", tmp_path / "old")
+        without(tmp_path / "old", "projector.mean", "projector.scale")
+        old, info = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path / "old", output_loading_info=True)
+        assert not any(info.values()), info
+        projector, states = old.encoder.projector, torch.randn(2, 3, old.config.llm_hidden_size)
+        first = torch.nn.functional.linear(states, model.encoder.projector.linear_1.weight, projector.linear_1.bias)
+        assert torch.equal(projector(states), projector.linear_2(first.relu()))
+        assert model.encoder.projector.scale.ne(1).any()
+        without(tmp_path / "old", "linear_2")
+        assert load(tmp_path / "old").encoder.projector.scale.eq(1).all()
+        without(tmp_path / "old", "linear_1")
+        assert load(tmp_path / "old").encoder.projector.scale.ne(1).any()  # new, as its weights
+
     def test_without_one_module_of_the_fusion(self, saved):
         _, model, folder = saved
         check_new(load(folder / "no_embedding"), "prompt_embedding", model)

@@ -90,6 +90,8 @@ def test_the_start_id_of_an_encoder_decoder_slm() -> None:
         ({"fusion": "concat"}, "fusion.*'add'.*'replace'"),
         ({"encoder_layer": 4}, "encoder_layer.*3 layers"),
         ({"encoder_layer": -1}, "encoder_layer.*3 layers"),
+        ({"encoder_layer": [1, 4]}, "encoder_layer.*3 layers"),
+        ({"encoder_layer": []}, "encoder_layer.*3 layers"),
         ({"projector_layers": 0}, "projector_layers.*from 1"),
         ({"decoder": gpt2_config(bos_token_id=None, eos_token_id=None)}, "eos_token_id"),
         ({"decoder_start_token_id": SLM_VOCAB_SIZE}, "decoder_start_token_id.*98"),

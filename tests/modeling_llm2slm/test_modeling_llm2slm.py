@@ -498,14 +498,19 @@ def test_factory_refuses_a_model_without_a_head() -> None:
         )
 
 
-@pytest.mark.parametrize("layer", [0, 1, 2, 3, None])
-def test_encoder_layer(layer: int | None, sources: dict[str, Any], tmp_path: Path) -> None:
-    """H is `hidden_states[k]` of the full model, and no layer above k is built, saved or loaded."""
+@pytest.mark.parametrize("layer", [0, 1, 2, 3, None, [2, 0], [1, 3]])
+def test_encoder_layer(layer: Any, sources: dict[str, Any], tmp_path: Path) -> None:
+    """H is `hidden_states[k]` of the full model, or of several k, and no layer above is built, saved or loaded."""
     model, batch = from_sources(sources, encoder_layer=layer), pad_prompts(PROMPTS)
     full = T5EncoderModel.from_pretrained(sources["llm_path"])
     outputs = full(**batch, output_hidden_states=True)
-    expected = outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
+    if isinstance(layer, list):
+        expected, layer = torch.cat([outputs.hidden_states[one] for one in layer], dim=-1), max(layer)
+    else:
+        expected = outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
     torch.testing.assert_close(model.encode_llm(**batch), expected)
+    assert model.encoder.projector.linear_1.in_features == model.config.llm_hidden_size == expected.shape[-1]
+    assert model.encode_prompt(**batch).hidden_states is None
     if layer not in (3, None):
         assert model.encoder.llm.num_parameters() < full.num_parameters()
     assert len(model.encoder.llm.encoder.block) == (3 if layer is None else layer)
@@ -583,7 +588,8 @@ def test_projectors_of_other_depths(layers: int, tmp_path: Path) -> None:
     projector = model.encoder.projector
     names = {name.split(".")[0] for name, _ in projector.named_parameters()}
     assert names == {f"linear_{number + 1}" for number in range(layers)}
-    states = expected = torch.randn(2, 5, projector.linear_1.in_features)
+    states = torch.randn(2, 5, projector.linear_1.in_features)
+    expected = (states - projector.mean) / projector.scale
     for name in sorted(names):
         linear = getattr(projector, name)
         expected = (expected.relu() if name != "linear_1" else expected) @ linear.weight.T + linear.bias
@@ -734,6 +740,19 @@ def test_a_huge_constant_dimension_of_the_llm_is_no_scale(fusion: str, huge: flo
     expected = rms(slm.transformer.wte.weight) / (1 if fusion == "replace" else 2**0.5)
     assert 0.4 < rms(projected - projected.mean(0)) / expected < 1.5
     assert rms(projected.mean(0)) < expected
+
+
+def test_with_its_own_embedding_an_slm_starts_as_if_it_were_alone() -> None:
+    parts = build_parts("add_shared")
+    model = Model.from_encoder_decoder_pretrained(
+        encoder_model=parts.llm, decoder_model=parts.slm, **FUSIONS["add_shared"]
+    )
+    prompt, labels = torch.tensor([PROMPTS[0]]), make_labels(rows=1)
+    start = model.prepare_decoder_input_ids_from_labels(labels)
+    alone = parts.slm(torch.cat([prompt, start], dim=1)).logits[:, prompt.shape[1] :]
+    torch.testing.assert_close(model(input_ids=prompt, labels=labels).logits, alone)
+    model.train()(input_ids=prompt, labels=labels).loss.backward()
+    assert model.encoder.projector.linear_2.weight.grad.any()
 
 
 # Embeddings, copies, wrong inputs.

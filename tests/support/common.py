@@ -166,6 +166,8 @@ def compose(llm_model: Any, slm_model: Any, fusion: str, **config: Any) -> Parts
     )
     for linear in model.encoder.projector.linears if model.encoder.projector is not None else ():
         nn.init.normal_(linear.bias, std=0.1)  # new biases are zero, and a forgotten one would not be seen
+        if not linear.weight.any():  # the last one of a shared tokenizer, likewise
+            nn.init.normal_(linear.weight, std=0.1)
     return Parts(model, *plain)
 
 
@@ -223,6 +225,8 @@ def reference_states(parts: Parts, prompt: Sequence[int]) -> torch.Tensor:
     reader = parts.llm.get_encoder() if parts.llm.config.is_encoder_decoder else parts.llm
     outputs = reader(input_ids=torch.tensor([list(prompt)]), output_hidden_states=True)
     layer = parts.model.config.encoder_layer
+    if isinstance(layer, list):
+        return torch.cat([outputs.hidden_states[one] for one in layer], dim=-1)
     return outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
 
 
@@ -231,7 +235,8 @@ def reference_prompt(parts: Parts, prompt: Sequence[int]) -> torch.Tensor:
     """P `(1, N, d_slm)` of one prompt by the formulas of the paper."""
     ids = torch.tensor([list(prompt)])
     projector = parts.model.encoder.projector
-    hidden = reference_states(parts, prompt) @ projector.linear_1.weight.T + projector.linear_1.bias
+    standard = (reference_states(parts, prompt) - projector.mean) / projector.scale
+    hidden = standard @ projector.linear_1.weight.T + projector.linear_1.bias
     embeds = hidden.clamp(min=0) @ projector.linear_2.weight.T + projector.linear_2.bias
     if parts.model.config.fusion == "replace":
         return embeds
