@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("--threads", default=2, type=int, help="CPU threads")
     parser.add_argument("--only", nargs="*", help="do only these jobs, such as instructions/llm-4000")
     parser.add_argument("--report", action="store_true", help="report the rows that are done, and train none")
+    parser.add_argument("--rows", nargs="*", help="report only these rows, their LLM among them. Default: all")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     experiment = Experiment(
@@ -199,7 +200,7 @@ def main() -> None:
         job()
         print(f"{name}: done after {(time.time() - start) / 60:.1f} min", flush=True)
     if not arguments.only:
-        report(experiment)
+        report(experiment, only=arguments.rows)
 
 
 if __name__ == "__main__":
