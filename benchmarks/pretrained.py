@@ -183,7 +183,7 @@ class Experiment:
 
 def main(
     experiment_class: type[Experiment] = Experiment,
-    make_report: Callable[[Any], None] | None = None,
+    make_report: Callable[..., None] | None = None,
     about: str = __doc__ or "",
 ) -> None:
     """Run the jobs of an experiment that are not done, and report."""
@@ -195,6 +195,7 @@ def main(
     parser.add_argument("--threads", default=2, type=int, help="CPU threads")
     parser.add_argument("--only", nargs="*", help="do only these jobs, such as instructions/llm-4000")
     parser.add_argument("--report", action="store_true", help="report the rows that are done, and train none")
+    parser.add_argument("--rows", nargs="*", help="report only these rows, their LLM among them. Default: all")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     experiment = experiment_class(
@@ -209,7 +210,7 @@ def main(
         job()
         print(f"{name}: done after {(time.time() - start) / 60:.1f} min", flush=True)
     if not arguments.only:
-        (make_report or report)(experiment)
+        (make_report or report)(experiment, only=arguments.rows)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 Report the experiment behind a pretrained LLM: scores with intervals by paired bootstrap, times in turns, a table.
 
 `python -m benchmarks.pretrained --report` calls this. It reads the outputs of the rows that are done, times their
-models and writes `docs/results/pretrained-<task>.json`.
+models and writes `docs/results/pretrained-<task>.json`. Each model is timed in PyTorch and, exported once to a folder
+beside it, in OpenVINO; outputs of quantized exports are scored on a part of the test split.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,20 +20,24 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoTokenizer
 
 from benchmarks.multi30k_report import bleu_of, interval, sentence_counts
+from modeling_llm2slm.conversion.export import export
 from modeling_llm2slm.data.records import versions, write_json
 from modeling_llm2slm.evaluation.timing import seconds_of, speed, time_in_turns, time_output
 from modeling_llm2slm.inference.text_to_text import TextToText
 
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "results"
-ROUNDS, PROMPTS_ALONE, PROMPTS_IN_BATCHES, BATCH = 5, 20, 64, 32
+ROUNDS, PROMPTS_ALONE, PROMPTS_IN_BATCHES, BATCH = 3, 20, 64, 32
+ENGINES = ("openvino-fp32", "openvino-int8")  # besides PyTorch in float32
+SCORED, SCORED_EXAMPLES = "openvino-int8", 500
 SETS = ("taxonomy_animal",)  # tasks whose references list things in no fixed order
 
 
-def report(experiment: Any, folder: Path = OUTPUT) -> None:
-    """Score, time, write and print the rows that are done."""
+def report(experiment: Any, folder: Path = OUTPUT, only: Sequence[str] | None = None) -> None:
+    """Score, time, write and print the rows that are done, or `only` those of these names."""
     for task, rows in experiment.settings["rows"].items():
         done = [name for name in rows if (experiment.folder(task, name) / "outputs.json").is_file()]
+        done = [name for name in done if only is None or name in only]
         if not done:
             continue
         result: dict[str, Any] = {"task": experiment.settings["tasks"][task], "versions": versions(), "rows": {}}
@@ -41,7 +47,10 @@ def report(experiment: Any, folder: Path = OUTPUT) -> None:
             for name, scores in scores_of(experiment, task, done, split).items():
                 result["rows"][name][split] = scores
         for name, times in _time(experiment, task, done).items():
-            result["rows"][name] |= times
+            result["rows"][name] |= times.pop("pytorch")
+            result["rows"][name]["engines"] = times
+        for name, scores in _engine_scores(experiment, task, done).items():
+            result["rows"][name]["engines"][SCORED]["test_part"] = scores
         result["not_run"] = [name for name in rows if name not in done]
         write_json(folder / f"pretrained-{task}.json", result)
         print(table(task, result), flush=True)
@@ -59,7 +68,7 @@ def scores_of(experiment: Any, task: str, names: list[str], split: str) -> dict[
     examples = experiment.examples(task, split)
     counts = {}
     for name in names:
-        outputs = json.loads((experiment.folder(task, name) / "outputs.json").read_text(encoding="utf-8"))[split]
+        outputs = _outputs(experiment, task, name)[split]
         counts[name] = _counts(experiment.settings["tasks"][task]["metric"], outputs, examples)
     tokenizer = AutoTokenizer.from_pretrained(experiment.runs / "vocabulary")
     long = [len(tokenizer(row["target"], add_special_tokens=False).input_ids) > 1 for row in examples]
@@ -71,6 +80,51 @@ def scores_of(experiment: Any, task: str, names: list[str], split: str) -> dict[
         scores[name] = {key: _compared(own[chosen], counts[llm][chosen]) for key, chosen in subsets.items()}
         scores[name]["by_task"] = {kind: _score(own[kinds == kind]) for kind in sorted(set(kinds))}
     return scores
+
+
+def _outputs(experiment: Any, task: str, name: str, engine: str = "") -> dict[str, list[str]]:
+    file = experiment.folder(task, name) / f"outputs{engine and '-'}{engine}.json"
+    outputs: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8"))
+    return outputs
+
+
+def _engine_scores(experiment: Any, task: str, names: list[str]) -> dict[str, dict[str, Any]]:
+    """
+    Generate with the quantized exports for a part of the test split, evenly spread, and return each row's score
+    there, the score of its outputs in PyTorch, and the part of outputs that are equal.
+    """
+    settings, examples = experiment.settings["tasks"][task], experiment.examples(task, "test")
+    step = max(len(examples) // SCORED_EXAMPLES, 1)
+    options, scores = {"max_new_tokens": settings["max_new_tokens"], "do_sample": False}, {}
+    for name in names:
+        if not (experiment.folder(task, name) / f"outputs-{SCORED}.json").is_file():
+            _say(f"{task}/{name}: generating with {SCORED}")
+            model = TextToText.from_pretrained(_model(experiment, task, name, SCORED))
+            outputs = model.generate([row["prompt"] for row in examples[::step]], 64, **options)
+            write_json(experiment.folder(task, name) / f"outputs-{SCORED}.json", {"test": outputs})
+        outputs = _outputs(experiment, task, name, SCORED)["test"]
+        before = _outputs(experiment, task, name)["test"][::step]
+        score, score_before = (
+            _score(_counts(settings["metric"], texts, examples[::step])) for texts in (outputs, before)
+        )
+        equal = statistics.mean(new == old for new, old in zip(outputs, before, strict=True))
+        scores[name] = {"examples": len(outputs), "score": score, "score_in_pytorch": score_before, "equal": equal}
+    return scores
+
+
+def _model(experiment: Any, task: str, name: str, engine: str) -> Path:
+    """Return the folder of a row's model for an engine, which is exported the first time."""
+    if engine == "pytorch":
+        return experiment.model(task, name)
+    folder, (runtime, weights) = experiment.folder(task, name) / engine, engine.split("-")
+    if not folder.is_dir():
+        _say(f"{task}/{name}: exporting to {engine}")
+        export(experiment.model(task, name), folder, engine=runtime, weights=weights)
+    return folder
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def _llm_of(row: dict[str, Any], name: str) -> str:
@@ -124,28 +178,40 @@ def _compared(own: np.ndarray, llm: np.ndarray) -> dict[str, Any]:
     return {**compared, "others": own[:, 1:].mean(0).tolist()} if own.shape[1] == 3 else compared
 
 
-def _time(experiment: Any, task: str, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Time outputs one at a time and in batches, the models in turns; return medians over the rounds."""
+def _time(experiment: Any, task: str, names: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """
+    Time outputs one at a time and in batches, all rows in all engines in turns; return, by row and engine, medians
+    over the rounds, also as parts of the LLM's time in the same engine and in its fastest one.
+    """
     prompts = [row["prompt"] for row in experiment.examples(task, "test")[:PROMPTS_IN_BATCHES]]
     options = {"max_new_tokens": experiment.settings["tasks"][task]["max_new_tokens"], "do_sample": False}
 
-    def time_round(model: TextToText, _: int) -> dict[str, float]:
-        alone = time_in_turns({"model": partial(time_output, model, **options)}, prompts[:PROMPTS_ALONE])["model"]
-        batched = seconds_of(lambda: model.generate(prompts, BATCH, **options))
-        return {**speed(alone), "ms_per_output_in_batches": 1000 * batched / len(prompts)}
+    def time_round(model: TextToText, chosen: list[str]) -> dict[str, float]:
+        alone = time_in_turns({"model": partial(time_output, model, **options)}, chosen[:PROMPTS_ALONE])["model"]
+        batched = seconds_of(lambda: model.generate(chosen, BATCH, **options))
+        return {**speed(alone), "ms_per_output_in_batches": 1000 * batched / len(chosen)}
 
-    models = {
-        name: partial(time_round, TextToText.from_pretrained(experiment.model(task, name), dtype="float32"))
-        for name in names
-    }
-    rounds = time_in_turns(models, range(ROUNDS))
-    times: dict[str, dict[str, Any]] = {}
-    for name, own in rounds.items():
-        llm = rounds[_llm_of(experiment.row(task, name), name)]
-        times[name] = {"speed": {key: statistics.median(one[key] for one in own) for key in own[0]}}
-        for key in ("ms_per_output", "ms_per_output_in_batches"):
-            ratios = [one[key] / other[key] for one, other in zip(own, llm, strict=True)]
-            times[name][f"{key}_by_llm"] = statistics.median(ratios)
+    models = {}
+    for name in names:
+        for engine in ("pytorch", *ENGINES):
+            model = TextToText.from_pretrained(_model(experiment, task, name, engine), dtype="float32")
+            models[f"{name} {engine}"] = partial(time_round, model)
+    _say(f"{task}: timing {len(models)} models in {ROUNDS} rounds")
+    rounds = time_in_turns(models, [prompts] * ROUNDS, warm_up=prompts[:1])
+    times: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in names}
+    for name in names:
+        llm = _llm_of(experiment.row(task, name), name)
+        of_llm = {engine: rounds[f"{llm} {engine}"] for engine in ("pytorch", *ENGINES)}
+        for engine in of_llm:
+            own = rounds[f"{name} {engine}"]
+            timed = {"speed": {key: statistics.median(one[key] for one in own) for key in own[0]}}
+            for key in ("ms_per_output", "ms_per_output_in_batches"):
+                best = min(of_llm.values(), key=lambda found: statistics.median(one[key] for one in found))
+                for suffix, other in (("by_llm", of_llm[engine]), ("by_best_llm", best)):
+                    timed[f"{key}_{suffix}"] = statistics.median(
+                        one[key] / another[key] for one, another in zip(own, other, strict=True)
+                    )
+            times[name][engine] = timed
     return times
 
 
@@ -170,4 +236,26 @@ def table(task: str, result: dict[str, Any]) -> str:
             f"{row['ms_per_output_in_batches_by_llm']:.2f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *_engine_table(result)]
     return "\n".join([*lines, "", f"Not run: {', '.join(result['not_run']) or 'nothing'}."])
+
+
+def _engine_table(result: dict[str, Any]) -> list[str]:
+    """Return the times of each row in each engine, and what quantized weights score, as lines of a Markdown table."""
+    lines = [
+        "| row | engine | ms per output | of the LLM | of the LLM's best | in batches, ms | of the LLM | of its best "
+        "| score, in PyTorch (part of test) | equal outputs |",
+        "| --- | --- | --: | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    for name, row in result["rows"].items():
+        for engine, times in {"pytorch": row, **row["engines"]}.items():
+            ratios = [
+                [f"{times[f'{key}_{suffix}']:.2f}" for suffix in ("by_llm", "by_best_llm")]
+                for key in ("ms_per_output", "ms_per_output_in_batches")
+            ]
+            alone, batched = (times["speed"][key] for key in ("ms_per_output", "ms_per_output_in_batches"))
+            cells = [name, engine, f"{alone:.0f}", *ratios[0], f"{batched:.1f}", *ratios[1], "", ""]
+            if part := times.get("test_part"):
+                cells[-2:] = f"{part['score']:.1f}, {part['score_in_pytorch']:.1f}", f"{100 * part['equal']:.1f} %"
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines

@@ -13,6 +13,7 @@ skipped: repeat the command until it prints the table. The variants differ in th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,11 @@ def fold(projector: Any) -> None:
     nn.init.ones_(projector.scale)
 
 
-def report(experiment: ProjectedStates, folder: Path = OUTPUT) -> None:
-    """Score the rows that are done, write `projected-states.json` and print a table."""
+def report(experiment: ProjectedStates, folder: Path = OUTPUT, only: Sequence[str] | None = None) -> None:
+    """Score the rows that are done, or `only` those of these names; write `projected-states.json`, print a table."""
     settings = experiment.settings["rows"][TASK]
     done = [name for name in settings if (experiment.folder(TASK, name) / "outputs.json").is_file()]
+    done = [name for name in done if only is None or name in only]
     rows: dict[str, Any] = {name: {"settings": settings[name]} for name in done}
     for split in ("validation", "test") if done else ():
         for name, scores in scores_of(experiment, TASK, done, split).items():

@@ -140,7 +140,7 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """
-    Export an LLM-to-SLM checkpoint to an engine that is faster than PyTorch on a CPU.
+    Export an LLM-to-SLM or decoder-only checkpoint to an engine that is faster than PyTorch on a CPU.
 
     `llm2slm export runs/model runs/fast --engine openvino --weights int8`
 

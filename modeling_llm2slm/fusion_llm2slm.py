@@ -24,9 +24,9 @@ class Fusion:
     Base class of all fusions. A subclass defines `name` and `description` and overrides `add_modules`, `combine` and
     `initialize`. It holds no weights itself: `add_modules` puts them on the encoder, as `encoder.NAME.*`.
 
-    A fusion that hands over more than embeddings overrides `read_prompt` and `prepend` too, and cannot be exported:
-    the first may keep keys and values in a subclass of [`PromptStates`], the second write them to the SLM's cache.
-    [`Cache`] shows the other hooks.
+    A fusion that hands over more than embeddings overrides `read_prompt` and `prepend` too: the first may keep keys
+    and values in a subclass of [`PromptStates`], the second write them to the SLM's cache. [`Cache`] shows the other
+    hooks. Such a fusion is exported only if it extends [`Cache`].
     """
 
     name: ClassVar[str]  # the value of `LLM2SLMConfig.fusion`

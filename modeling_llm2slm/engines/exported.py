@@ -2,22 +2,22 @@
 LLM-to-SLM models as graphs of an engine other than PyTorch, written by `llm2slm export`: the fastest way to generate
 on a CPU.
 
-There are up to three graphs. `prompt` turns token ids into the hidden states that the SLM reads. `step` reads
-embeddings and returns the logits of the next token. `cross`, for an encoder-decoder SLM only, returns the keys and
-values of the prompt that each step attends to. The SLM's embedding table is a file of its own. Shapes: batch B, prompt
-length N, width d_slm.
+There are up to three graphs. `prompt` turns token ids into the hidden states that the SLM reads, or into the keys and
+values that it continues. `step` reads embeddings and returns the logits of the next token. `cross`, for an
+encoder-decoder SLM only, returns the keys and values of the prompt that each step attends to. The SLM's embedding
+table is a file of its own. Shapes: batch B, prompt length N, width d_slm.
 """
 
 from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file
-from transformers import GenerationConfig
-from transformers.generation import GenerationMode
+from transformers import AutoConfig, GenerationConfig
+from transformers.generation import GenerationMixin, GenerationMode
 from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
@@ -31,6 +31,7 @@ from ..inference.families import LLM2SLMTextToText
 from ..inference.parts import Part
 from ..modeling_llm2slm import LLM2SLMEncoder
 from ..states.files import check_files
+from .graphs import adds_embeddings
 
 
 MANIFEST = "export.json"  # transformers' own; this package adds its details under "llm2slm"
@@ -42,9 +43,7 @@ DEFAULTS_LEFT_OUT = (
 FIX = "Export the checkpoint again: llm2slm export."
 COMPONENTS = Kind(
     "a mapping from graphs to files of this folder",
-    lambda value: (
-        isinstance(value, dict) and {"prompt", "step"} <= value.keys() and all(map(_is_graph, value.values()))
-    ),
+    lambda value: isinstance(value, dict) and "step" in value and all(map(_is_graph, value.values())),
 )
 DETAILS = {
     "weights": TEXT,
@@ -87,9 +86,10 @@ class ExportedEncoder:
     """One graph that turns prompts into the hidden states that the SLM reads."""
 
     main_input_name = "input_ids"
-    # Both need only the config.
+    # These need only the config and the fusion.
     prompt_mask: Any = LLM2SLMEncoder.prompt_mask
     check_prompt: Any = LLM2SLMEncoder.check_prompt
+    mask_before_output: Any = LLM2SLMEncoder.mask_before_output
 
     def __init__(self, config: LLM2SLMConfig, graph: Any, embed: Any):
         self.config = config
@@ -116,18 +116,21 @@ class ExportedEncoder:
         self.config.check_llm_length(input_ids.shape[1])
         padded = not bool(mask.all())
         if padded:
-            order = padding_to("right", mask)
+            order = padding_to(self.fusion.llm_padding, mask)
             input_ids, mask = reorder(input_ids, order), reorder(mask, order)
         inputs = {"input_ids": input_ids, "attention_mask": mask}
-        # CODEPATH: a fusion that reads the SLM's embedding table, which is in no graph.
-        if self.fusion.table == "slm":
+        if adds_embeddings(self.fusion):
             inputs["inputs_embeds"] = self._embed(input_ids)
-        states = self._graph.run(inputs)["last_hidden_state"]
+        outputs = self._graph.run(inputs)
+        states, first = outputs["last_hidden_state"], outputs.get("first")
+        # CODEPATH: fusion "cache" without the LLM's first token: the SLM reads the last prompt token again.
+        if self.fusion.fills_cache and first is None:
+            first = self._embed(input_ids[:, -1])
         # CODEPATH: a decoder-only SLM reads the prompt right before the output.
-        if padded and not self.config.decoder.is_encoder_decoder:
+        if padded and self.fusion.llm_padding == "right" and not self.config.decoder.is_encoder_decoder:
             order = padding_to("left", mask)
             states, mask = reorder(states, order), reorder(mask, order)
-        return PromptStates(last_hidden_state=states, attention_mask=mask)
+        return PromptStates(last_hidden_state=states, attention_mask=mask, first=first)
 
 
 class ExportedCache:
@@ -152,6 +155,11 @@ class ExportedCache:
         self.cross: dict[str, torch.Tensor] = {}  # for an encoder-decoder SLM: keys and values of the prompt
         self.rows: torch.Tensor | None = None  # the row of the state that each row of the next step continues
 
+    @property
+    def self_attention_cache(self) -> Any:
+        """The state, to which a fusion may write the keys and values of the prompt."""
+        return self.state
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of output tokens read so far, the start token included."""
         return self.output_length
@@ -160,22 +168,23 @@ class ExportedCache:
         """Let each row continue another one in the next step."""
         self.rows = beam_idx if self.rows is None else self.rows[beam_idx]
 
-    def mask_and_positions(self, new: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def mask_and_positions(self, new: int, read: int) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Return the mask over prompt and output, and the positions of the last `new` tokens, for a decoder-only SLM.
+        Return the mask over prompt and output, `new` more tokens of it included, and the positions of the last `read`
+        tokens, for a decoder-only SLM.
 
         It takes few operations: after a step, which reads all weights, the processor's caches hold nothing they need.
         """
         assert self.prompt_mask is not None
         rows, prompt_length = self.prompt_mask.shape
         first_step = self.output_length == 0
-        width = new if first_step else prompt_length + self.output_length + new
+        width = prompt_length + self.output_length + new
         if self._mask is None or len(self._mask) != rows or self._mask.shape[1] < width:
             self._mask = torch.cat([self.prompt_mask, self.prompt_mask.new_ones(rows, width + MASK_AHEAD)], dim=1)
             self._prompt_lengths = self.prompt_mask.sum(-1, keepdim=True)
         mask = self._mask[:, :width]
         if first_step:
-            return mask, (mask.cumsum(-1) - 1).clamp(min=0)
+            return mask, (mask.cumsum(-1) - 1).clamp(min=0)[:, width - read :]
         return mask, self._prompt_lengths + torch.arange(self.output_length, self.output_length + new)
 
     def run(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -194,19 +203,15 @@ class ExportedCache:
         raise ValueError("The cache of an exported model cannot be cropped: its graph cannot forget tokens.")
 
 
-class ExportedLLM2SLM(LLM2SLMGenerationMixin):
+class GraphModel(GenerationMixin):
     """
-    An LLM-to-SLM model on an engine other than PyTorch, with transformers' `generate()`: greedy, sampled, beams,
-    streaming, padded batches, `encode_prompt()`. Several threads may generate at once.
-
-    It does not train, and it returns no loss, attentions or hidden states. Its graph cannot forget tokens, so the
-    model does not support assisted generation, and it cannot be the assistant.
+    A model that an engine other than PyTorch computes as graphs, with transformers' `generate()`.
 
     Args:
-        config ([`LLM2SLMConfig`]): The config of the exported model.
+        config (`PreTrainedConfig`): The config of the exported model.
         generation_config (`GenerationConfig`): The generation config of the exported model.
-        graphs: `prompt`, `step` and, for an encoder-decoder SLM, `cross`, loaded by their engine.
-        embeddings (`torch.Tensor` of shape `(vocabulary, d_slm)`): The SLM's embedding of each token.
+        graphs: The graphs by name, loaded by their engine.
+        embeddings (`torch.Tensor` of shape `(vocabulary, width)`): The embedding of each output token.
         details: The details in `export.json`: `engine`, `weights`, `parameters`.
     """
 
@@ -218,7 +223,7 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
 
     def __init__(
         self,
-        config: LLM2SLMConfig,
+        config: Any,
         generation_config: GenerationConfig,
         graphs: dict[str, Any],
         embeddings: torch.Tensor,
@@ -229,10 +234,9 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
         self.details = details
         self.graphs = graphs
         self._embeddings = embeddings
-        self.encoder = ExportedEncoder(config, graphs["prompt"], self._embed)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> ExportedLLM2SLM:
+    def from_pretrained(cls, path: str | Path) -> Self:
         """
         Load a model that `llm2slm export` wrote. It computes with `torch.get_num_threads()` threads, as set now.
 
@@ -253,7 +257,7 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
             if not (path / name).is_file():  # transformers may take the defaults then
                 raise OSError(f"{path} is incomplete: it has no {name}. {FIX}")
         check_files(path)
-        config, table = LLM2SLMConfig.from_pretrained(path), load_file(path / EMBEDDINGS).get("weight")
+        config, table = AutoConfig.from_pretrained(path), load_file(path / EMBEDDINGS).get("weight")
         if table is None or table.dim() != 2 or table.shape[0] < config.vocab_size:
             raise OSError(f"{EMBEDDINGS} is damaged: it does not hold {config.vocab_size} embeddings. {FIX}")
         return cls(
@@ -264,7 +268,7 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
             {"engine": graph_engine.name, **manifest["llm2slm"]},
         )
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Seq2SeqLMOutput:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)
 
     @classmethod
@@ -278,19 +282,53 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
         """Return nothing: `generate()` asks for it, and there are no experts."""
         return {}
 
-    def get_encoder(self, modality: str | None = None) -> ExportedEncoder:
-        return self.encoder
-
-    def encode_prompt(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> PromptStates:
-        """Do all work on prompts `(B, N)` once, for any number of calls of `generate(encoder_outputs=...)`."""
-        return self.encoder(input_ids, attention_mask)
-
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.embedding(ids, self._embeddings).float()
 
     def new_cache(self, repeats: int = 1) -> ExportedCache:
         """Return an empty cache."""
         return ExportedCache(self.graphs["step"].new_state(), repeats)
+
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
+        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        check_supported(generation_config, model_kwargs)
+        return generation_config, model_kwargs
+
+    def _validate_generation_mode(self, generation_mode: GenerationMode, *args: Any) -> None:
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+            raise ValueError(
+                "An exported model supports no assisted generation (`assistant_model`, `prompt_lookup_num_tokens`): "
+                "its graph cannot forget tokens. Leave them out, or use the checkpoint that was exported."
+            )
+        super()._validate_generation_mode(generation_mode, *args)
+
+
+class ExportedLLM2SLM(LLM2SLMGenerationMixin, GraphModel):
+    """
+    An LLM-to-SLM model on an engine other than PyTorch, with transformers' `generate()`: greedy, sampled, beams,
+    streaming, padded batches, `encode_prompt()`. Several threads may generate at once.
+
+    It does not train, and it returns no loss, attentions or hidden states. Its graph cannot forget tokens, so the
+    model does not support assisted generation, and it cannot be the assistant.
+
+    Args:
+        config ([`LLM2SLMConfig`]): The config of the exported model.
+        generation_config (`GenerationConfig`): The generation config of the exported model.
+        graphs: `prompt`, `step` and, for an encoder-decoder SLM, `cross`, loaded by their engine.
+        embeddings (`torch.Tensor` of shape `(vocabulary, d_slm)`): The SLM's embedding of each token.
+        details: The details in `export.json`: `engine`, `weights`, `parameters`.
+    """
+
+    def __init__(self, config: LLM2SLMConfig, *args: Any):
+        super().__init__(config, *args)
+        self.encoder = ExportedEncoder(config, self.graphs["prompt"], self._embed)
+
+    def get_encoder(self, modality: str | None = None) -> ExportedEncoder:
+        return self.encoder
+
+    def encode_prompt(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> PromptStates:
+        """Do all work on prompts `(B, N)` once, for any number of calls of `generate(encoder_outputs=...)`."""
+        return self.encoder(input_ids, attention_mask)
 
     def forward(
         self,
@@ -323,10 +361,10 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
             # Rows of the same prompt have the same first step.
             states = as_prompt_states(encoder_outputs, attention_mask).one_of_each()
             output_ids = output_ids[:: cache.repeats]
-            cache.prompt_mask = states.attention_mask
+            cache.prompt_mask = self.encoder.mask_before_output(states.attention_mask)
         # CODEPATH: encoder-decoder SLMs (T5-small) against decoder-only ones (GPT-2).
         read = self._read_across if self.config.decoder.is_encoder_decoder else self._read_after_prompt
-        logits = read(states and states.last_hidden_state, self._embed(output_ids), cache)
+        logits = read(states, self._embed(output_ids), cache)
         cache.output_length += output_ids.shape[1]
         if states is not None and cache.repeats > 1:
             cache.expand()
@@ -338,34 +376,23 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
         )
 
     def _read_after_prompt(
-        self, prompt: torch.Tensor | None, embeds: torch.Tensor, cache: ExportedCache
+        self, prompt: PromptStates | None, embeds: torch.Tensor, cache: ExportedCache
     ) -> torch.Tensor:
-        """A decoder-only SLM reads `[P ; E(start, output)]`, and later only new tokens."""
-        assert cache.prompt_mask is not None
+        """A decoder-only SLM reads `[P ; E(start, output)]`, or continues keys and values; later only new tokens."""
+        new = embeds.shape[1]
         if prompt is not None:
-            embeds = torch.cat([prompt, embeds], dim=1)
-        mask, position_ids = cache.mask_and_positions(embeds.shape[1])
+            embeds = self.encoder.fusion.prepend(prompt, embeds, cache)
+            if not embeds.shape[1]:  # the start token alone, whose logits are the LLM's
+                return self.encoder.fusion.first_logits(prompt, embeds)
+        mask, position_ids = cache.mask_and_positions(new, embeds.shape[1])
         return cache.run({"inputs_embeds": embeds, "attention_mask": mask, "position_ids": position_ids})
 
-    def _read_across(self, prompt: torch.Tensor | None, embeds: torch.Tensor, cache: ExportedCache) -> torch.Tensor:
+    def _read_across(self, prompt: PromptStates | None, embeds: torch.Tensor, cache: ExportedCache) -> torch.Tensor:
         """An encoder-decoder SLM attends to the prompt's keys and values, which are computed once."""
         if prompt is not None:
-            cache.cross = self.graphs["cross"].run({"last_hidden_state": prompt})
+            cache.cross = self.graphs["cross"].run({"last_hidden_state": prompt.last_hidden_state})
         assert cache.prompt_mask is not None
         return cache.run({"inputs_embeds": embeds, "attention_mask": cache.prompt_mask, **cache.cross})
-
-    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
-        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
-        check_supported(generation_config, model_kwargs)
-        return generation_config, model_kwargs
-
-    def _validate_generation_mode(self, generation_mode: GenerationMode, *args: Any) -> None:
-        if generation_mode == GenerationMode.ASSISTED_GENERATION:
-            raise ValueError(
-                "An exported model supports no assisted generation (`assistant_model`, `prompt_lookup_num_tokens`): "
-                "its graph cannot forget tokens. Leave them out, or use the checkpoint that was exported."
-            )
-        super()._validate_generation_mode(generation_mode, *args)
 
     def _prepare_cache_for_generation(
         self,
@@ -406,12 +433,15 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin):
         }
 
 
-class ExportedTextToText(LLM2SLMTextToText):
-    """An LLM-to-SLM model that `llm2slm export` wrote for an engine other than PyTorch."""
+class ExportedText:
+    """What [`TextToText`] of an exported model has in common: its parts come from `export.json`."""
+
+    model: Any
 
     def parts(self) -> list[Part]:
         config, details = self.model.config, self.model.details
-        configs = {"LLM": config.encoder, "SLM": config.decoder}
+        # CODEPATH: LLM-to-SLM models have two configs, a decoder-only model has one.
+        configs = {"LLM": getattr(config, "encoder", None), "SLM": getattr(config, "decoder", None), "model": config}
         return [
             Part(name, configs.get(name), count, details["weights"]) for name, count in details["parameters"].items()
         ]
@@ -422,6 +452,10 @@ class ExportedTextToText(LLM2SLMTextToText):
 
     def save_pretrained(self, path: str | Path, **kwargs: Any) -> None:
         raise ValueError("An exported model cannot be saved again: copy its folder.")
+
+
+class ExportedTextToText(ExportedText, LLM2SLMTextToText):
+    """An LLM-to-SLM model that `llm2slm export` wrote for an engine other than PyTorch."""
 
 
 def supported_defaults(generation_config: GenerationConfig) -> GenerationConfig:

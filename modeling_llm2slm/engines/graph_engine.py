@@ -21,7 +21,7 @@ from transformers import AutoProcessor
 
 from ..inference.engine import BenchmarkModels, Contestant, Engine, LoadOptions, Progress, WeightFormat
 from ..inference.model import LLM2SLMForConditionalGeneration
-from ..inference.parts import composite_parts, count_parameters, decoding_modules
+from ..inference.parts import composite_parts, count_parameters, decoding_modules, part_of
 from ..states.loading import check_finite, load, one_sentence
 from .exported import (
     EMBEDDINGS,
@@ -29,11 +29,13 @@ from .exported import (
     MANIFEST,
     ExportedLLM2SLM,
     ExportedTextToText,
+    GraphModel,
     graph_size,
     is_exported,
     read_manifest,
     supported_defaults,
 )
+from .exported_llm import ExportedLLM, ExportedLLMTextToText
 from .graphs import dynamic_shapes, embedding_table, graphs_of
 
 
@@ -66,6 +68,7 @@ class GraphEngine(Engine):
             Graphs by name. `graph.run(inputs)` maps tensors by name to tensors by name. `graph.new_state()` returns a
             state that holds the keys and values of one generation: `state.run(inputs, rows)` returns the logits after
             more tokens, where `rows` is the row of the state that each row of the inputs continues (`None`: the same).
+            Before the first run, `state.update(keys, values, layer)` sets what a layer of fusion "cache" begins with.
         """
 
     @abstractmethod
@@ -83,7 +86,7 @@ class GraphEngine(Engine):
     def can_load(self, path: str | Path) -> bool:
         return is_exported(path) and read_manifest(path)["export_format"] == self.name
 
-    def load(self, path: str | Path, options: LoadOptions) -> ExportedTextToText:
+    def load(self, path: str | Path, options: LoadOptions) -> ExportedTextToText | ExportedLLMTextToText:
         if not self.can_load(path):
             raise ValueError(
                 f"{path} is not exported for {self.name}. Export it first: `llm2slm export --engine {self.name}`."
@@ -96,13 +99,14 @@ class GraphEngine(Engine):
             raise ValueError(f"{path} is an exported model: its LLM and its dtype cannot be changed.")
         self.check_installed()
         with one_sentence(path):
-            model: Any = ExportedLLM2SLM.from_pretrained(path)
+            model: Any = exported_class(path).from_pretrained(path)
         if not options.allow_nonfinite:
             self._check_finite(Path(path), model)
         processor = load(AutoProcessor, path)
-        return ExportedTextToText(model, processor, options.prompt_max_length, options.target_max_length)
+        kind = ExportedLLMTextToText if isinstance(model, ExportedLLM) else ExportedTextToText
+        return kind(model, processor, options.prompt_max_length, options.target_max_length)
 
-    def _check_finite(self, path: Path, model: ExportedLLM2SLM) -> None:
+    def _check_finite(self, path: Path, model: GraphModel) -> None:
         check_finite({EMBEDDINGS: model._embeddings}, path)
         for component in read_manifest(path)["components"].values():
             for name, values in self.constants(path / component["file"]):
@@ -118,23 +122,25 @@ class GraphEngine(Engine):
         self.check_installed(*_quantizer(weights))
         exported_model_class()
 
-    def export(
-        self, model: Any, folder: Path, weights: str, progress: Progress = lambda stage: None
-    ) -> ExportedLLM2SLM:
+    def export(self, model: Any, folder: Path, weights: str, progress: Progress = lambda stage: None) -> GraphModel:
         self._write(model, folder, weights, progress)
         progress("loading the result")
-        return ExportedLLM2SLM.from_pretrained(folder)
+        return exported_class(folder).from_pretrained(folder)
 
-    def output_logits(self, model: ExportedLLM2SLM, prompt: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def output_logits(self, model: Any, prompt: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         cache, logits = model.new_cache(), []  # a graph returns the logits of the last token only
+        if isinstance(model, ExportedLLM):
+            model(input_ids=prompt, past_key_values=cache)
+            logits = [model(input_ids=token, past_key_values=cache).logits for token in output.split(1, dim=1)]
+            return torch.cat(logits, dim=1)
         for token in output.split(1, dim=1):
             logits.append(model(input_ids=prompt, decoder_input_ids=token, past_key_values=cache).logits)
         return torch.cat(logits, dim=1)
 
-    def _write(self, model: LLM2SLMForConditionalGeneration, folder: Path, weights: str, progress: Progress) -> None:
+    def _write(self, model: Any, folder: Path, weights: str, progress: Progress) -> None:
         details = {**describe(model, weights), "options": self.run_options(model, weights)}
         graphs = {name: (graph.eval(), graph.sample()) for name, graph in graphs_of(model).items()}
-        table = embedding_table(model.decoder, torch.float32 if weights == "fp32" else torch.bfloat16)
+        table = embedding_table(_writer(model), torch.float32 if weights == "fp32" else torch.bfloat16)
         save_file({"weight": table}, folder / EMBEDDINGS)
         if weights == "bf16":
             model.to(torch.bfloat16)
@@ -191,13 +197,24 @@ def exported_model_class() -> Any:
     return ExportedModel
 
 
-def describe(model: LLM2SLMForConditionalGeneration, weights: str) -> dict[str, Any]:
+def exported_class(path: str | Path) -> type[GraphModel]:
+    """Return the class of an exported model: without a graph that reads prompts, it is a decoder-only one."""
+    return ExportedLLM2SLM if "prompt" in read_manifest(path)["components"] else ExportedLLM
+
+
+def describe(model: Any, weights: str) -> dict[str, Any]:
     """Return the weights and parameter counts of an exported model."""
+    parts = [part_of("model", model)] if _writer(model) is model else composite_parts(model)
     return {
         "weights": weights,
-        "parameters": {part.name: part.parameters for part in composite_parts(model)},
-        "decode": count_parameters(*decoding_modules(model.decoder)),
+        "parameters": {part.name: part.parameters for part in parts},
+        "decode": count_parameters(*decoding_modules(_writer(model))),
     }
+
+
+def _writer(model: Any) -> Any:
+    """Return the model that writes outputs: the SLM of an LLM-to-SLM model, or a decoder-only model itself."""
+    return model.decoder if isinstance(model, LLM2SLMForConditionalGeneration) else model
 
 
 def int4_weights() -> Any:

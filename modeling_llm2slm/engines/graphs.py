@@ -8,12 +8,15 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from ..fusion_llm2slm import Fusion
+from ..fusion_llm2slm import Cache, Fusion
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 
 
 class PromptGraph(nn.Module):
-    """Turns prompts `(B, N)`, padded on the right, into the hidden states `(B, N, d_slm)` that the SLM reads."""
+    """
+    Turns prompts `(B, N)`, padded on the side of the fusion's `llm_padding`, into the hidden states `(B, N, d_slm)`
+    that the SLM reads; or, with fusion "cache", into packed keys and values, and the logits of the first token.
+    """
 
     def __init__(self, model: LLM2SLMForConditionalGeneration):
         super().__init__()
@@ -27,17 +30,17 @@ class PromptGraph(nn.Module):
         llm, fusion = self.encoder.llm, self.encoder.fusion
         arguments = fusion.llm_arguments(llm, attention_mask)
         outputs = llm(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **arguments)
-        if inputs_embeds is None:  # else the fusion reads the SLM's embedding table, which is in no graph
+        if inputs_embeds is None and not fusion.fills_cache:  # else the SLM's table is read, which is in no graph
             inputs_embeds = self.encoder.embed_tokens(input_ids)
         prompt = fusion.combine(self.encoder, fusion.states_of(outputs), inputs_embeds)
         if self.slm_encoder is not None:
             prompt = self.slm_encoder(inputs_embeds=prompt, attention_mask=attention_mask).last_hidden_state
-        return {"last_hidden_state": prompt}
+        first = {"first": outputs.logits[:, -1]} if fusion.llm_has_head else {}
+        return {"last_hidden_state": prompt, **first}
 
     def sample(self) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": torch.full((2, 7), 2), "attention_mask": torch.ones(2, 7).long()}
-        # CODEPATH: a fusion that reads the SLM's embedding table.
-        if self.encoder.fusion.table == "slm":
+        if adds_embeddings(self.encoder.fusion):
             inputs["inputs_embeds"] = torch.zeros(2, 7, self.encoder.config.prompt_size)
         return inputs
 
@@ -45,9 +48,9 @@ class PromptGraph(nn.Module):
 class StepGraph(nn.Module):
     """Turns the next embeddings `(B, M, d_slm)` of a decoder-only SLM into logits `(B, 1, vocabulary)`."""
 
-    def __init__(self, model: LLM2SLMForConditionalGeneration):
+    def __init__(self, slm: Any):
         super().__init__()
-        self.slm = model.decoder
+        self.slm = slm
 
     def forward(
         self,
@@ -154,14 +157,21 @@ class CrossStepGraph(nn.Module):
         }
 
 
-def graphs_of(model: LLM2SLMForConditionalGeneration) -> dict[str, Any]:
+def adds_embeddings(fusion: Fusion) -> bool:
+    """Return whether prompt embeddings contain those of the SLM's table, which is in no graph."""
+    return fusion.table == "slm" and not fusion.fills_cache
+
+
+def graphs_of(model: Any) -> dict[str, Any]:
     """
-    Return the modules that become graphs, by name. Raise `ValueError` for a fusion that hands over more than prompt
-    embeddings.
+    Return the modules that become graphs, by name; a decoder-only model of its own has only `step`. Raise `ValueError`
+    for a fusion from outside that hands over more than prompt embeddings.
     """
+    if not isinstance(model, LLM2SLMForConditionalGeneration):
+        return {"step": StepGraph(model)}
     fusion = type(model.encoder.fusion)
     for method in ("read_prompt", "prepend"):
-        if getattr(fusion, method) is not getattr(Fusion, method):
+        if not issubclass(fusion, Cache) and getattr(fusion, method) is not getattr(Fusion, method):
             raise ValueError(
                 f'`fusion="{fusion.name}"` overrides `{method}`, but exported graphs contain only its `combine`. Use '
                 "the PyTorch engine."
@@ -169,7 +179,7 @@ def graphs_of(model: LLM2SLMForConditionalGeneration) -> dict[str, Any]:
     # CODEPATH: encoder-decoder SLMs (T5-small) against decoder-only ones (GPT-2).
     if model.config.decoder.is_encoder_decoder:
         return {"prompt": PromptGraph(model), "cross": CrossGraph(model), "step": CrossStepGraph(model)}
-    return {"prompt": PromptGraph(model), "step": StepGraph(model)}
+    return {"prompt": PromptGraph(model), "step": StepGraph(model.decoder)}
 
 
 def dynamic_shapes(inputs: dict[str, Any]) -> dict[str, Any]:

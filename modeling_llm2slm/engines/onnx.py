@@ -64,6 +64,11 @@ class ONNXState:
         self._runner = runner
         self._cache: DynamicCache | None = None
 
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int) -> None:
+        """Set the keys and values `(B, heads, N, size)` of a layer, before the first run."""
+        self._cache = self._cache or DynamicCache()
+        self._cache.update(keys, values, layer)
+
     def run(self, inputs: dict[str, torch.Tensor], rows: torch.Tensor | None) -> torch.Tensor:
         if self._cache is None:
             self._cache = self._empty(len(inputs["inputs_embeds"]))

@@ -30,9 +30,11 @@ class OpenVINOEngine(GraphEngine):
 
         # transformers' own runner has one configuration for all graphs, but each has a precision of its own.
         core, threads = openvino.Core(), {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1}
-        options = manifest["llm2slm"]["options"]
+        options, components = manifest["llm2slm"]["options"], dict(manifest["components"])
+        if "prompt" not in components and options["prompt"] != options["step"]:
+            components["prompt"] = components["step"]  # one graph, compiled twice: prompts in bf16, steps not
         graphs = {}
-        for name, component in manifest["components"].items():
+        for name, component in components.items():
             file = path / component["file"]
             try:
                 graphs[name] = OpenVINOGraph(core.compile_model(file, "CPU", threads | options[name]))
@@ -90,6 +92,25 @@ class OpenVINOState:
 
     def __init__(self, compiled_model: Any):
         self._request = compiled_model.create_infer_request()
+        self._variables: dict[str, Any] = {}
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int) -> None:
+        """Set the keys and values `(B, heads, N, size)` of a layer, before the first run."""
+        from openvino import Tensor
+
+        for kind, tensor in (("keys", keys), ("values", values)):
+            self._variable(layer, kind).state = Tensor(tensor.contiguous().numpy(), shared_memory=True)
+
+    def hand_over(self, other: OpenVINOState) -> None:
+        """Set the keys and values of another state of the same graph to those of this one, before its first run."""
+        for layer in range(len(self._request.query_state()) // 2):
+            for kind in ("keys", "values"):
+                other._variable(layer, kind).state = self._variable(layer, kind).state
+
+    def _variable(self, layer: int, kind: str) -> Any:
+        if not self._variables:
+            self._variables = {variable.name: variable for variable in self._request.query_state()}
+        return next(found for name, found in self._variables.items() if name.endswith(f".{layer}.{kind}"))
 
     def run(self, inputs: dict[str, torch.Tensor], rows: torch.Tensor | None) -> torch.Tensor:
         if rows is None:

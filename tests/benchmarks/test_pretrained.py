@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from benchmarks import pretrained, pretrained_report
 from benchmarks.pretrained import Experiment
 from modeling_llm2slm.training.recipe import parse_recipe
 from tests.support.checkpoints import PAIRS, write_checkpoint
+from tests.support.exports import needs
 
 
 def test_each_row_has_a_recipe_and_comes_after_those_it_needs(tmp_path: Path) -> None:
@@ -52,6 +55,56 @@ def test_scores_are_compared_with_the_llm_on_the_same_examples() -> None:
     assert 0 <= low < 2 / 3 < high <= 1
 
 
+class Fixed:
+    """A model that generates the prompts themselves."""
+
+    def __init__(self) -> None:
+        self.tokenizer = self
+
+    def generate_tokens(self, prompts: list[str], **options: Any) -> list[list[int]]:
+        return [[1, 2, 3] for _ in prompts]
+
+    def batch_decode(self, tokens: list[list[int]], **options: Any) -> list[str]:
+        return ["" for _ in tokens]
+
+    def generate(self, prompts: list[str], batch_size: int, **options: Any) -> list[str]:
+        return list(prompts)
+
+
+def test_each_row_is_timed_in_each_engine_and_quantized_outputs_are_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = [{"prompt": f"p{n}", "target": f"p{n}", "references": [f"p{n}"], "task": "any"} for n in range(1200)]
+    rows = {"llm": {"start": "llm"}, "cache": {"behind": "llm"}}
+    settings = {"tasks": {"any": {"max_new_tokens": 3, "metric": "exact_match"}}}
+    experiment = SimpleNamespace(
+        settings=settings, examples=lambda task, split: examples, row=lambda task, name: rows[name],
+        folder=lambda task, name: tmp_path / name, model=lambda task, name: tmp_path / name / "model",
+    )  # fmt: skip
+    exported = []
+
+    def export(source: Path, folder: Path, engine: str, weights: str) -> None:
+        folder.mkdir(parents=True)
+        exported.append((source.parent.name, engine, weights))
+
+    monkeypatch.setattr(pretrained_report, "export", export)
+    monkeypatch.setattr(pretrained_report.TextToText, "from_pretrained", lambda path, **options: Fixed())
+    times = pretrained_report._time(experiment, "any", list(rows))
+    assert sorted(exported) == [(n, "openvino", w) for n in ("cache", "llm") for w in ("fp32", "int8")]
+    for name in rows:
+        assert set(times[name]) == {"pytorch", *pretrained_report.ENGINES}
+        (tmp_path / name / "outputs.json").write_text(json.dumps({"test": ["wrong", "p1"] * 600}))
+    assert all(one["ms_per_output_by_llm"] == 1 for one in times["llm"].values())
+    scores = pretrained_report._engine_scores(experiment, "any", list(rows))
+    # Every second example of 1,200: the outputs of PyTorch there are all wrong.
+    assert scores["cache"] == {"examples": 600, "score": 100.0, "score_in_pytorch": 0.0, "equal": 0.0}
+    result = {name: {**found.pop("pytorch"), "engines": found} for name, found in times.items()}
+    result["cache"]["engines"]["openvino-int8"]["test_part"] = scores["cache"]
+    table = pretrained_report._engine_table({"rows": result})
+    assert len(table) == 2 + 2 * 3
+    assert "100.0, 0.0 | 0.0 %" in table[-1]
+
+
 TINY = {
     "all": {"per_device_train_batch_size": 4, "use_cpu": True, "eval_strategy": "epoch", "save_strategy": "epoch"},
     "any": {"learning_rate": 1e-3, "num_train_epochs": 1},
@@ -83,7 +136,10 @@ def test_a_tiny_experiment_ends_with_a_report_and_a_repeated_one_does_nothing(
     }  # fmt: skip
     file.write_text(yaml.safe_dump(experiment, sort_keys=False))
     monkeypatch.setattr(pretrained, "prune_vocabulary", lambda llm, output, corpora: output.symlink_to(llm))
-    monkeypatch.setattr(pretrained, "report", lambda experiment: pretrained_report.report(experiment, tmp_path))
+    monkeypatch.setattr(
+        pretrained, "report", lambda experiment, only: pretrained_report.report(experiment, tmp_path, only)
+    )
+    needs("openvino")
     llm = write_checkpoint("slm", tmp_path)
     arguments = ["pretrained", "--llm", llm, "--data", str(tmp_path / "data"), "--experiment", str(file)]
     monkeypatch.setattr("sys.argv", [*arguments, "--runs", str(tmp_path / "runs"), "--threads", "1"])
@@ -95,5 +151,9 @@ def test_a_tiny_experiment_ends_with_a_report_and_a_repeated_one_does_nothing(
     assert result["rows"]["cache"]["ms_per_output_by_llm"] > 0
     built = AutoConfig.from_pretrained(tmp_path / "runs" / "pairs" / "add" / "model")
     assert built.encoder_layer == [0, 1]
+    for row in result["rows"].values():
+        assert set(row["engines"]) == set(pretrained_report.ENGINES)
+        assert all(times["ms_per_output_by_best_llm"] > 0 for times in row["engines"].values())
+        assert row["engines"]["openvino-int8"]["test_part"]["examples"] == len(PAIRS)
     pretrained.main()
     assert "done after" not in capsys.readouterr().out

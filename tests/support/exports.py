@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
-from transformers import GPT2LMHeadModel, T5EncoderModel, T5ForConditionalGeneration
+from transformers import DynamicCache, GPT2LMHeadModel, T5EncoderModel, T5ForConditionalGeneration
 
 from modeling_llm2slm import ExportedLLM2SLM, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from modeling_llm2slm.conversion.export import export
+from modeling_llm2slm.engines.exported_llm import ExportedLLM
+from modeling_llm2slm.engines.graph_engine import describe
+from modeling_llm2slm.engines.graphs import embedding_table, graphs_of
 from modeling_llm2slm.inference.engine import engine as engine_named
 from tests.support import families
 from tests.support.common import (
@@ -55,8 +58,13 @@ def needs(name: str) -> None:
 
 @functools.cache
 def learned(slm: str, fusion: str) -> LLM2SLMForConditionalGeneration:
-    """A model of one layer on each side whose outputs for `PROMPTS` all differ and vary."""
+    """A model whose outputs for `PROMPTS` all differ and vary, of one layer on each side unless these are shared."""
     torch.manual_seed(0)
+    if fusion.startswith("cache"):  # "cache_again": the SLM reads the last prompt token again
+        first, llm = fusion == "cache", families.build_whole(slm)
+        parts = compose(llm if first else llm.base_model, families.build_slm(slm), "cache", llm_first_token=first)
+        learn_by_heart(parts.model)
+        return parts.model.eval()
     vocab_size = SLM_VOCAB_SIZE if fusion == "add_shared" else LLM_VOCAB_SIZE
     llm = T5EncoderModel(t5_config(num_layers=1, vocab_size=vocab_size)).eval()
     small: dict[str, Any] = {
@@ -71,7 +79,8 @@ def learned(slm: str, fusion: str) -> LLM2SLMForConditionalGeneration:
 def checkpoint(slm: str, fusion: str, folder: Path) -> Path:
     """Write `learned` to disk, with a processor."""
     learned(slm, fusion).save_pretrained(folder)
-    tokenizers = (slm_tokenizer(), slm_tokenizer()) if fusion == "add_shared" else (llm_tokenizer(), slm_tokenizer())
+    shared = fusion == "add_shared" or fusion.startswith("cache")
+    tokenizers = (slm_tokenizer() if shared else llm_tokenizer(), slm_tokenizer())
     LLM2SLMProcessor(*tokenizers).save_pretrained(folder)
     return folder
 
@@ -87,6 +96,49 @@ def exported_folder(
             source = checkpoint(slm, fusion, tmp_path_factory.mktemp("source"))
             export(source, folder, engine=engine, weights=weights)
     return folder
+
+
+class EagerGraph:
+    """A graph that is computed by PyTorch, without tracing, as an engine would."""
+
+    def __init__(self, module: Any):
+        self.module = module.eval()
+
+    @torch.no_grad()
+    def run(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return self.module(**inputs)
+
+    def new_state(self) -> EagerState:
+        return EagerState(self.module)
+
+
+class EagerState:
+    """The keys and values of one generation."""
+
+    def __init__(self, module: Any):
+        self.module, self.cache = module, DynamicCache()
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int) -> None:
+        self.cache.update(keys, values, layer)
+
+    def hand_over(self, other: EagerState) -> None:
+        other.cache = self.cache
+
+    @torch.no_grad()
+    def run(self, inputs: dict[str, torch.Tensor], rows: torch.Tensor | None) -> torch.Tensor:
+        if rows is not None:
+            self.cache.batch_select_indices(rows)
+        return self.module(**inputs, past_key_values=self.cache)["logits"]
+
+
+def eager(model: Any) -> Any:
+    """Return a model as exported, with graphs that PyTorch computes."""
+    graphs = {name: EagerGraph(module) for name, module in graphs_of(model).items()}
+    is_llm2slm = "prompt" in graphs
+    table = embedding_table(model.decoder if is_llm2slm else model, torch.float32)
+    details = {"engine": "eager", **describe(model, "fp32")}
+    kind: Any = ExportedLLM2SLM if is_llm2slm else ExportedLLM
+    return kind(model.config, model.generation_config, graphs, table, details)
 
 
 class Pair:
