@@ -34,8 +34,8 @@ except ImportError as error:
 
 Result = TypeVar("Result")
 NO_ROLLING = (
-    "loglikelihood_rolling is not supported: an LLM-to-SLM model gives an output a likelihood for a prompt, and a text "
-    "without a prompt has none. Choose tasks of another output_type."
+    "loglikelihood_rolling is not supported: an LLM-to-SLM model gives an output a likelihood for a prompt, and a "
+    "text without a prompt has none. Choose tasks of another output_type."
 )
 
 

@@ -161,7 +161,9 @@ def test_a_batch_that_does_not_fit_is_halved(model: LLM2SLMEvalModel, monkeypatc
 
 
 def test_messages_are_written_with_the_template_of_the_llm(model: LLM2SLMEvalModel) -> None:
-    template = "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}src5 {% endif %}</s>"
+    template = (
+        "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}src5 {% endif %}</s>"
+    )
     model.tokenizer.chat_template = template
     try:
         chat = [{"role": "user", "content": "src1 src2"}]
