@@ -16,6 +16,7 @@ from transformers import GPT2LMHeadModel, T5EncoderModel, T5ForConditionalGenera
 
 from modeling_llm2slm import ExportedLLM2SLM, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from modeling_llm2slm.conversion.export import export
+from modeling_llm2slm.engines.graph_engine import GraphEngine, exported_model_class
 from modeling_llm2slm.inference.engine import engine as engine_named
 from tests.support import families
 from tests.support.common import (
@@ -87,6 +88,16 @@ def exported_folder(
             source = checkpoint(slm, fusion, tmp_path_factory.mktemp("source"))
             export(source, folder, engine=engine, weights=weights)
     return folder
+
+
+def reuse_graphs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let exports take the graphs of an exported folder: tracing them again takes seconds."""
+    components = exported_model_class().from_pretrained(folder).components
+
+    def component(self: GraphEngine, graph: Any, sample: Any, weights: str, is_step: bool) -> Any:
+        return components["step" if is_step else "prompt"]
+
+    monkeypatch.setattr(GraphEngine, "component", component)
 
 
 class Pair:
