@@ -87,7 +87,7 @@ def start(code: str, package: bool = True, more: tuple[str, ...] = (), **environ
 def run(code: str, package: bool = True, more: tuple[str, ...] = (), **environment: str) -> Any:
     """What the code prints on its last line, as JSON."""
     process = start(code, package, more, **environment)
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors[-3000:]
     return json.loads(output.splitlines()[-1])
 
