@@ -439,8 +439,8 @@ def slm_tokenizer() -> PreTrainedTokenizerFast:
 
 def apart(function: Callable[..., Any], *args: Any) -> Any:
     """
-    Calls a function of a test module in a process of its own, which has imported nothing yet. `quick_start.forked`
-    is faster where that does not matter.
+    Calls a function of a test module in a process of its own. Workers of a DataLoader are forks, and a test process
+    with the threads of several engines does not always survive them.
     """
     with tempfile.TemporaryDirectory() as folder:
         call, outcome = Path(folder, "call"), Path(folder, "outcome")

@@ -21,7 +21,7 @@ from modeling_llm2slm.training.model import load_to_train
 from modeling_llm2slm.training.recipe import parse_recipe
 from modeling_llm2slm.training.run import make_trainer, train
 from tests.support.checkpoints import KINDS, PAIRS, write_bart, write_pairs
-from tests.support.quick_start import forked
+from tests.support.common import apart
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -61,7 +61,7 @@ def test_prompt_beyond_the_max_positions_of_the_llm_is_a_bad_row(recipe, checkpo
 def test_data_without_any_usable_row_is_an_error(recipe, tmp_path, settings):
     long = [{"prompt": " ".join(["src1"] * 70), "target": "src2"}] * 3
     recipe = {**recipe, "train_data": write_pairs(tmp_path / "long.jsonl", long), "skip_bad_rows": True}
-    run = partial(forked, train) if "dataloader_num_workers" in settings else train
+    run = partial(apart, train) if "dataloader_num_workers" in settings else train
     with pytest.raises(ValueError, match=r"long\.jsonl: no row can be used.* Take other data\.$"):
         run({**recipe, **settings, "max_steps": 1, "metric": "loss"})
     assert not (Path(recipe["output_dir"]) / "training.json").exists()

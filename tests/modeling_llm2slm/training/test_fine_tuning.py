@@ -24,8 +24,7 @@ from modeling_llm2slm.training.run import train
 from modeling_llm2slm.training.trainer import TextToTextTrainer
 from tests.support import families
 from tests.support.checkpoints import PAIRS, PROMPTS, stopped_at, write_checkpoint, write_pairs
-from tests.support.common import llm_tokenizer, same_tensors
-from tests.support.quick_start import forked
+from tests.support.common import apart, llm_tokenizer, same_tensors
 from tests.support.training import losses, weights
 
 
@@ -119,7 +118,7 @@ class TestStoredStates:
         recipe = {**recipe, "llm_states": str(tmp_path / "states"), "max_steps": 3, "metric": "loss"}
         alone = train({**recipe, "output_dir": str(tmp_path / "alone")})
         workers = {"dataloader_num_workers": 2, "preprocessing_num_workers": 2}
-        assert losses(forked(train, {**recipe, **workers})) == losses(alone)
+        assert losses(apart(train, {**recipe, **workers})) == losses(alone)
 
     def test_store_of_other_data_or_another_model_is_refused_before_training(
         self, recipe: dict[str, Any], tmp_path: Path
@@ -215,7 +214,7 @@ def test_resumed_run_has_the_losses_of_an_uninterrupted_one(
     }  # fmt: skip
     arguments = recipe, str(tmp_path / "whole")
     forks = "dataloader_num_workers" in change
-    whole, again = forked(_whole_and_resumed, *arguments) if forks else _whole_and_resumed(*arguments)
+    whole, again = apart(_whole_and_resumed, *arguments) if forks else _whole_and_resumed(*arguments)
     assert again["resumed_at_step"] == 5
     assert losses(again) == losses(whole)
     same_tensors(weights(recipe["output_dir"]), weights(tmp_path / "whole"))
@@ -325,7 +324,7 @@ def test_model_learns_from_a_stream(recipe: dict[str, Any]) -> None:
     recipe = {**recipe, "streaming": True, "metric": "loss"}
     with pytest.raises(ValueError, match="max_steps"):
         train(recipe)
-    report = forked(_streamed, {**recipe, "max_steps": 20, "learning_rate": 1e-2, "dataloader_num_workers": 1})
+    report = apart(_streamed, {**recipe, "max_steps": 20, "learning_rate": 1e-2, "dataloader_num_workers": 1})
     assert losses(report)[-1] < 0.8 * losses(report)[0]
 
 
