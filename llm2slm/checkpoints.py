@@ -17,7 +17,7 @@ from .progress import steps
 
 if TYPE_CHECKING:
     from modeling_llm2slm.inference.text_to_text import TextToText
-    from modeling_llm2slm.settings import BuildSettings
+    from modeling_llm2slm.settings import BuildSettings, CardSettings
 
 PANEL = "Checkpoints"
 commands = typer.Typer()
@@ -85,22 +85,15 @@ def info(model: ModelArgument) -> None:
 
 
 @commands.command(rich_help_panel=PANEL)
+@with_settings
 def card(
     model: Annotated[Path, typer.Argument(help="The folder of an LLM-to-SLM checkpoint.", show_default=False)],
+    settings: CardSettings,
     evaluation: Annotated[
         list[Path] | None, typer.Option(help="A result of `llm2slm evaluate --output` for this model; repeatable.")
     ] = None,
     compare: Annotated[
         list[Path] | None, typer.Option(help="A result for another model, for the table of times; repeatable.")
-    ] = None,
-    language: Annotated[list[str] | None, typer.Option(help="A language code, such as de; repeatable.")] = None,
-    license: Annotated[
-        str | None, typer.Option(help="The licence. Default: that of LLM and SLM, if they share one.")
-    ] = None,
-    dataset: Annotated[list[str] | None, typer.Option(help="A data set that it was trained on; repeatable.")] = None,
-    task: Annotated[str, typer.Option(help="The Hub's name of the task, such as translation.")] = "text-generation",
-    name: Annotated[
-        str | None, typer.Option(help="The repository that the example code names. Default: the folder.")
     ] = None,
 ) -> None:
     """
@@ -112,7 +105,13 @@ def card(
     text_to_text = load_text_to_text(str(model))
     from modeling_llm2slm.data.atomic import atomic_write
     from modeling_llm2slm.data.output_paths import locked
-    from modeling_llm2slm.inference.model_card import CardDetails, is_by_hand, model_card
+    from modeling_llm2slm.inference.model_card import (
+        EVAL_RESULTS,
+        CardDetails,
+        eval_results,
+        is_by_hand,
+        model_card,
+    )
 
     if not text_to_text.is_llm2slm:
         raise ValueError(f"{model} is not an LLM-to-SLM checkpoint; only these get a card.")
@@ -120,12 +119,15 @@ def card(
     if file.is_file() and is_by_hand(file.read_text(encoding="utf-8", errors="replace")):
         raise FileExistsError(f"{file} was written by hand. Move it away first.")
     details = CardDetails(
-        language=language, license=license, datasets=dataset or None, pipeline_tag=task, evaluations=evaluations,
-        compared=compared, training=_read_report(model),
+        language=settings.language, license=settings.license, datasets=settings.dataset or None,
+        pipeline_tag=settings.task, evaluations=evaluations, compared=compared, training=_read_report(model),
     )  # fmt: skip
-    text = model_card(text_to_text.model, name or model.name, details)
-    with locked(file), atomic_write(file) as temporary:
-        temporary.write_text(str(text), encoding="utf-8")
+    contents = {file: str(model_card(text_to_text.model, settings.name or model.name, details))}
+    if settings.leaderboard is not None:
+        contents[model / EVAL_RESULTS] = eval_results(evaluations, settings.leaderboard)
+    for path, content in contents.items():
+        with locked(path), atomic_write(path) as temporary:
+            temporary.write_text(content, encoding="utf-8")
     print_line(f"The card is in {file}.")
 
 

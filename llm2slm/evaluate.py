@@ -47,7 +47,8 @@ def evaluate(
     with claimed(output, overwrite=overwrite, inputs=(model, data, against)):
         text_to_text = load_text_to_text(model, loading, prompt_max_length=settings.prompt_max_length)
         quiet_libraries(data=True)
-        about = {"model": model, "data": Path(data).name}
+        of_hub = not Path(data).expanduser().is_file()
+        about = {"model": model, **({"data": data, "split": settings.split} if of_hub else {"data": Path(data).name})}
         if against is not None:
             from modeling_llm2slm.evaluation.agreement import compare
 

@@ -387,6 +387,20 @@ class BuildSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CardSettings(Settings):
+    """What a model card says besides results."""
+
+    language: list[str] | None = option(None, "A language code, such as de; repeatable.")
+    license: str | None = option(None, "The licence. Default: that of LLM and SLM, if they share one.")
+    dataset: list[str] | None = option(None, "A data set that it was trained on; repeatable.")
+    task: str = option("text-generation", "The Hub's name of the task, such as translation.")
+    name: str | None = option(None, "The repository that the example code names. Default: the folder.")
+    leaderboard: str | None = option(
+        None, "Also write this metric's scores on data sets of the Hub to .eval_results.", choices=tuple(METRICS)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PruneSettings(DataSettings):
     """Which texts decide the tokens of a pruned vocabulary."""
 

@@ -84,7 +84,9 @@ def commands(fence: Fence) -> Iterator[list[str]]:
     """Yield the arguments of each call of `llm2slm` in a shell fence, also behind a launcher or in a pipe."""
     for words in lines(fence):
         while "llm2slm" in words:
-            words = words[words.index("llm2slm") + 1 :]
+            before, words = words[: words.index("llm2slm")], words[words.index("llm2slm") + 1 :]
+            if before[-1:] == ["--model"]:  # the model of lm-eval
+                continue
             ends = [words.index(end) for end in ("|", ">", "&", "&&") if end in words]
             yield words[: min(ends, default=len(words))]
 

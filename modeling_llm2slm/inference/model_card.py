@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import yaml_dump
 
@@ -24,6 +31,7 @@ GENERIC = (
 )
 TRAINING_HEADING = "## Training procedure"  # in the card of a Trainer
 PAPER = "https://arxiv.org/abs/2402.16844"
+EVAL_RESULTS = ".eval_results/llm2slm.yaml"  # leaderboards of data sets on the Hub read the files of this folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +96,7 @@ def model_card(model: Any, name: str, details: CardDetails | None = None) -> Mod
         base_model_relation=("adapter" if adapter else "finetune") if bases else None,
         datasets=[dataset.partition(":")[0] for dataset in datasets if not Path(dataset).suffix] or None,
         model_name=name.rpartition("/")[2] or "llm2slm",
-        eval_results=_results(details.evaluations) or None,
+        eval_results=_results(details.evaluations, details.pipeline_tag) or None,
     )
     sections = [
         f"# {data.model_name}",
@@ -103,6 +111,40 @@ def model_card(model: Any, name: str, details: CardDetails | None = None) -> Mod
     ]
     body = "\n\n".join(section for section in sections if section)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{MARK}\n\n{body}\n")
+
+
+def eval_results(evaluations: Iterable[Mapping[str, Any]], metric: str) -> str:
+    """
+    Return the content of [`EVAL_RESULTS`]: the scores of one metric on data sets of the Hub.
+
+    Args:
+        evaluations: Results of `llm2slm evaluate`. Those of files are left out. The task of a data set is its
+            configuration, or `default`.
+        metric: The metric that the data sets' leaderboards show.
+
+    Raises:
+        ValueError: If no result has this metric on a data set of the Hub.
+    """
+    entries = []
+    for evaluation in evaluations:
+        if "split" not in evaluation or metric not in evaluation.get("scores", {}):
+            continue
+        dataset, _, configuration = str(evaluation["data"]).partition(":")
+        notes = [_metric(metric).label, f"split {evaluation['split']}", evaluation.get("signatures", {}).get(metric)]
+        entries.append(
+            EvalResultEntry(
+                dataset_id=dataset,
+                task_id=configuration or "default",
+                value=round(evaluation["scores"][metric], 2),
+                notes=", ".join(filter(None, notes)),
+            )
+        )
+    if not entries:
+        raise ValueError(
+            f"No result has the metric {metric!r} on a data set of the Hub, which a leaderboard needs. Evaluate on "
+            "one: llm2slm evaluate MODEL user/name --split test --output metrics.json."
+        )
+    return yaml_dump(eval_result_entries_to_yaml(entries))
 
 
 def extend_card(card: ModelCard, trainers: ModelCard) -> ModelCard:
@@ -159,19 +201,27 @@ def _license_of(source: Mapping[str, Any] | None) -> str | None:
         return None
 
 
-def _results(evaluations: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
-    return [
-        EvalResult(
-            task_type="text2text-generation",
-            dataset_type=str(evaluation.get("data", "unknown")),
-            dataset_name=str(evaluation.get("data", "unknown")),
-            metric_type=_metric(name).hub_type,
-            metric_name=_metric(name).label,
-            metric_value=round(value, 2),
-        )
-        for evaluation in evaluations
-        for name, value in evaluation.get("scores", {}).items()
-    ]
+def _results(evaluations: Sequence[Mapping[str, Any]], task: str) -> list[EvalResult]:
+    results = []
+    for evaluation in evaluations:
+        data = str(evaluation.get("data", "unknown"))
+        dataset, _, configuration = data.partition(":") if "split" in evaluation else (data, "", "")
+        signatures = evaluation.get("signatures", {})
+        results += [
+            EvalResult(
+                task_type=task,
+                dataset_type=dataset,
+                dataset_name=data,
+                dataset_config=configuration or None,
+                dataset_split=evaluation.get("split"),
+                metric_type=_metric(name).hub_type,
+                metric_name=_metric(name).label,
+                metric_value=round(value, 2),
+                metric_args={"signature": signatures[name]} if name in signatures else None,
+            )
+            for name, value in evaluation.get("scores", {}).items()
+        ]
+    return results
 
 
 def _metric(name: str) -> Metric:

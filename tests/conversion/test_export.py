@@ -18,13 +18,13 @@ from modeling_llm2slm.conversion.export import export
 from modeling_llm2slm.data import resources
 from modeling_llm2slm.engines import graph_engine
 from modeling_llm2slm.engines.exported import ExportedLLM2SLM, ExportedTextToText
-from modeling_llm2slm.engines.graph_engine import GraphEngine, exported_model_class
+from modeling_llm2slm.engines.graph_engine import GraphEngine
 from modeling_llm2slm.evaluation.evaluate import evaluate
 from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.settings import EvaluateSettings
 from tests.support.commands import run, widen_terminal
 from tests.support.common import t5_config
-from tests.support.exports import checkpoint, exported_folder, needs
+from tests.support.exports import checkpoint, exported_folder, needs, reuse_graphs
 
 
 KIND = ("gpt2", "add_shared")
@@ -78,13 +78,7 @@ def test_weights_are_stored_once(source, folder) -> None:
 
 @pytest.fixture
 def traced(folder, monkeypatch) -> None:
-    """Use the graphs of the exported folder: tracing them again takes seconds."""
-    components = exported_model_class().from_pretrained(folder).components
-
-    def component(self: GraphEngine, graph: Any, sample: Any, weights: str, is_step: bool) -> Any:
-        return components["step" if is_step else "prompt"]
-
-    monkeypatch.setattr(GraphEngine, "component", component)
+    reuse_graphs(folder, monkeypatch)
 
 
 @pytest.mark.usefixtures("traced")

@@ -102,6 +102,12 @@ def test_card_writes_scores_and_keeps_a_card_written_by_hand(composite, tmp_path
     assert "12.35" in text
     assert "license: apache-2.0" in text
     assert "pipeline_tag: translation" in text
+    assert run(*words, "--leaderboard", "bleu") == 1
+    assert "No result has the metric 'bleu' on a data set of the Hub" in capsys.readouterr().err
+    assert not (model / ".eval_results").exists()
+    (tmp_path / "hub.json").write_text(json.dumps({**result, "data": "user/pairs", "split": "test"}))
+    assert run(*words, "--evaluation", tmp_path / "hub.json", "--leaderboard", "bleu") == 0
+    assert "value: 12.35" in (model / ".eval_results" / "llm2slm.yaml").read_text()
     (model / "README.md").write_text("my own")
     assert run(*words) == 1
     assert "was written by hand" in capsys.readouterr().err

@@ -7,8 +7,10 @@ import json
 import pytest
 
 from llm2slm.evaluate import _lengths
+from modeling_llm2slm.workflows import limited
 from tests.support.checkpoints import PAIRS, PROMPTS, write_checkpoint, write_pairs
 from tests.support.commands import run
+from tests.support.quick_start import start_quickly
 
 
 def test_evaluate_prints_and_writes_the_same_numbers(composite, tmp_path, capsys):
@@ -22,7 +24,8 @@ def test_evaluate_prints_and_writes_the_same_numbers(composite, tmp_path, capsys
     assert result["signatures"]["bleu"] in printed
 
 
-def test_plan_prints_and_writes_the_same_numbers(tmp_path, capsys):
+def test_plan_prints_and_writes_the_same_numbers(tmp_path, capsys, monkeypatch):
+    start_quickly(monkeypatch, limited)
     pytest.importorskip("modeling_llm2slm.configuration", reason="presets are found in an installed package only")
     llm, data = write_checkpoint("llm", tmp_path), write_pairs(tmp_path / "pairs.jsonl")
     words = ("plan", "--llm", llm, "--data", data, "--preset", "tiny", "--max-new-tokens", 4, "--batch-size", 1)
@@ -65,8 +68,8 @@ def test_equal_outputs_are_not_among_the_worst(tmp_path, capsys):
     assert "chrF 100" not in capsys.readouterr().out
 
 
-def test_benchmark_prints_a_table_of_each_cell(tmp_path, capsys):
-    pytest.importorskip("psutil")
+def test_benchmark_prints_a_table_of_each_cell(tmp_path, capsys, monkeypatch):
+    start_quickly(monkeypatch, pytest.importorskip("modeling_llm2slm.benchmark.benchmark"))
     (tmp_path / "sweep.yaml").write_text(
         "cells: [{preset: tiny, prompt: 8, output: 3, repeats: 1, contestants: [slm, llm2slm]}]", encoding="utf-8"
     )

@@ -43,8 +43,8 @@ def test_a_full_disk_behind_standard_output_is_one_sentence(words: str) -> None:
     [
         ("llm2slm --version >&-", 1, "Error: Standard output: bad file descriptor. It is closed"),
         ("llm2slm --version 2>&-", 0, ""),
-        ("llm2slm train no.yaml 2>&-", 1, ""),
-        ("llm2slm train no.yaml 2> /dev/full", 1, ""),
+        ("llm2slm --version >&- 2>&-", 1, ""),
+        ("llm2slm --version >&- 2> /dev/full", 1, ""),
         ("llm2slm train --help | head -n 1", None, ""),
     ],
 )

@@ -27,6 +27,7 @@ from tests.support.common import (
     compose,
     count_calls,
     pad_prompts,
+    pairwise,
     reference_logits,
     shared_family,
     slm_tokenizer,
@@ -96,19 +97,35 @@ def test_outputs_vary_and_differ_between_prompts(slm: str, llm: str, fusion: str
     check_outputs_vary(strip_padding(expected((slm, llm, fusion), "greedy").sequences))
 
 
+def check_parity(pair: tuple[str, str, str], strategy: str, padding: str, cache: str, passed: bool) -> None:
+    """The slow reference's tokens and logits."""
+    parts = shared_family(*pair)
+    prompts = PROMPTS[:1] if padding == "alone" else PROMPTS
+    batch = prompt_of(parts, prompts, padding, passed)
+    torch.manual_seed(SEED)
+    kwargs = {"max_new_tokens": LENGTH, "return_dict_in_generate": True, "output_logits": True}
+    actual = parts.model.generate(**batch, **kwargs, **STRATEGIES[strategy], **CACHES[cache])
+    check(actual, expected(pair, strategy, 0 if padding == "alone" else None))
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(("slm", "llm", "fusion"), GRID)
 def test_parity(slm: str, llm: str, fusion: str, strategy: str) -> None:
-    """Any cache, any padding, computed or passed states: the slow reference's tokens and logits."""
-    pair = (slm, llm, fusion)
-    parts = shared_family(*pair)
-    for padding, passed, cache in itertools.product(PADDINGS, (False, True), caches(slm)):
-        prompts = PROMPTS[:1] if padding == "alone" else PROMPTS
-        wanted = expected(pair, strategy, 0 if padding == "alone" else None)
-        batch = prompt_of(parts, prompts, padding, passed)
-        torch.manual_seed(SEED)
-        kwargs = {"max_new_tokens": LENGTH, "return_dict_in_generate": True, "output_logits": True}
-        check(parts.model.generate(**batch, **kwargs, **STRATEGIES[strategy], **CACHES[cache]), wanted)
+    """
+    Each strategy with every padding, every cache and both computed and passed states; over the strategies, every pair
+    of these. `test_generation_llm2slm.py` takes every combination, for GPT-2.
+    """
+    shift = list(STRATEGIES).index(strategy)
+    for combination in pairwise(shift, PADDINGS, caches(slm)):
+        check_parity((slm, llm, fusion), strategy, *combination)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("pair", PAIRS + SHARING, ids="-".join)
+def test_parity_of_every_combination(pair: tuple[str, str, str], strategy: str) -> None:
+    for combination in itertools.product(PADDINGS, caches(pair[0]), (False, True)):
+        check_parity(pair, strategy, *combination)
 
 
 def assistants(parts: Parts, kind: str, pair: tuple[str, str, str]) -> dict[str, Any]:
@@ -202,8 +219,7 @@ def test_a_forced_start_of_the_output(slm: str) -> None:
             assert sequence[3:] == reference_logits(parts, prompt, sequence)[3:-1].argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("mask", [False, True], ids=["no_mask", "mask"])
-@pytest.mark.parametrize("passed", [False, True], ids=["computed", "passed"])
+@pytest.mark.parametrize(("passed", "mask"), [(False, True), (True, False)], ids=["computed-mask", "passed"])
 @pytest.mark.parametrize("slm", families.SLMS)
 def test_an_output_is_continued_from_its_cache(slm: str, passed: bool, mask: bool) -> None:
     parts = shared_family(slm)
@@ -366,8 +382,10 @@ def test_hidden_states_of_chosen_layers(slm: str, llm: str) -> None:
             config.output_hidden_states = False
 
 
-@pytest.mark.parametrize("strategy", ["greedy", "sampling", "beam"])
-@pytest.mark.parametrize("slm", families.SLMS)
+@pytest.mark.parametrize(
+    ("slm", "strategy"),
+    [(slm, "greedy") for slm in families.SLMS] + list(itertools.product(("gpt2", "t5"), ("sampling", "beam"))),
+)
 def test_generate_returns_hidden_states_of_chosen_layers(slm: str, strategy: str) -> None:
     model = shared_family(slm).model
     kwargs = {**pad_prompts(PROMPTS), **STRATEGIES[strategy], "max_new_tokens": 3, "return_dict_in_generate": True}
@@ -391,9 +409,11 @@ def shapes(outputs: Any) -> Any:
     return tuple(map(shapes, outputs)) if isinstance(outputs, tuple) else outputs.shape
 
 
-@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampling"])
-@pytest.mark.parametrize("kind", ASSISTED)
-@pytest.mark.parametrize("slm", ["gpt2", "gemma3", "t5", "bart"])
+@pytest.mark.parametrize(
+    ("slm", "kind", "do_sample"),
+    [(slm, kind, False) for slm in ("gpt2", "gemma3", "t5", "bart") for kind in ASSISTED]
+    + [(slm, kind, True) for slm, kind in zip(("gpt2", "t5", "bart"), ASSISTED, strict=True)],
+)
 def test_drafts_give_the_outputs_of_generation_without_them(slm: str, kind: str, do_sample: bool) -> None:
     """Every `output_*` flag: the outputs of each step, or an error before any compute."""
     model, pair = build_family(slm).model, (slm, "t5", "add")

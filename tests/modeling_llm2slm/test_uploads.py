@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
@@ -97,17 +97,17 @@ def test_one_tokenizer_for_both_sides_is_saved_twice(tmp_path):
     assert loaded.decoder_tokenizer.get_vocab() == loaded.tokenizer.get_vocab() == tokenizer.get_vocab()
 
 
-def test_an_upload_loads_generates_and_trains_without_the_package(saved, tmp_path):
-    code = f"""
+# What runs where only transformers is. `FOLDER` holds `model`, and `cache`, a model of that fusion.
+TRAINING = """
 import json, torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoProcessor
-path = {str(saved)!r}
+path = FOLDER + "/model"
 config = AutoConfig.from_pretrained(path, trust_remote_code=True)
 model = AutoModelForSeq2SeqLM.from_pretrained(path, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
 batch = processor(text=["src1 src2", "src3"], text_target=["out1", "out2 out3"], padding=True, return_tensors="pt")
-tokens = model.generate(**{{k: v for k, v in batch.items() if k != "labels"}}, max_new_tokens=5)
-before = {{name: tensor.clone() for name, tensor in model.state_dict().items()}}
+tokens = model.generate(**{k: v for k, v in batch.items() if k != "labels"}, max_new_tokens=5)
+before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 optimizer = torch.optim.SGD([p for p in model.train().parameters() if p.requires_grad], lr=0.1)
 loss = model(**batch).loss
 loss.backward()
@@ -115,12 +115,61 @@ optimizer.step()
 after = model.state_dict()
 changed = [name for name in before if not torch.equal(before[name], after[name])]
 frozen = not any(name.startswith("encoder.llm.") for name in changed)
-changed = {{name.split(".")[0] for name in changed}}
-model.save_pretrained({str(tmp_path / "again")!r}, include_llm=True)
-processor.save_pretrained({str(tmp_path / "again")!r})
+changed = {name.split(".")[0] for name in changed}
+model.save_pretrained(FOLDER + "/trained", include_llm=True)
+processor.save_pretrained(FOLDER + "/trained")
 print(json.dumps([type(config).__module__, tokens.tolist(), float(loss), sorted(changed), frozen]))
 """
-    module, tokens, loss, changed, frozen = fresh_process.run(code, package=False, HF_HOME=str(tmp_path / "home"))
+AUTO_MODEL = """
+import json
+from transformers import AutoModel
+model = AutoModel.from_pretrained(FOLDER + "/model", trust_remote_code=True)
+model.save_pretrained(FOLDER + "/again")
+print(json.dumps([type(model).__name__, type(model).__module__]))
+"""
+FUSION_CACHE = """
+import json, torch
+from transformers import AutoModelForSeq2SeqLM
+model = AutoModelForSeq2SeqLM.from_pretrained(FOLDER + "/cache", trust_remote_code=True)
+batch = {name: torch.tensor(value) for name, value in PROMPTS.items()}
+tokens = model.generate(**batch, max_new_tokens=5, num_beams=2)
+loss = model.train()(**batch, labels=tokens[:, 1:]).loss
+loss.backward()
+print(json.dumps([type(model.encoder.fusion).__name__, tokens.tolist(), float(loss)]))
+"""
+SNIPPET = """
+import json, os
+os.chdir(FOLDER)
+SNIPPET
+print(json.dumps(tokens.tolist()))
+"""
+
+
+@pytest.fixture(scope="module")
+def sharing() -> LLM2SLMForConditionalGeneration:
+    """A model of fusion "cache"."""
+    return compose(families.build_whole("gemma3"), families.build_slm("gemma3"), "cache").model
+
+
+@pytest.fixture(scope="module")
+def elsewhere(saved, sharing, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """The folder of the models, and what the codes above print without the package."""
+    sharing.save_pretrained(saved.parent / "cache")
+    snippet = ModelCard.load(saved / "README.md").text.partition("```python\n")[2].partition("```")[0]
+    codes = {
+        "training": TRAINING, "auto_model": AUTO_MODEL, "fusion_cache": FUSION_CACHE,
+        "snippet": SNIPPET.replace("SNIPPET", snippet.replace('"A prompt."', '"src1 src2"')),
+    }  # fmt: skip
+    prompts = {name: value.tolist() for name, value in pad_prompts(PROMPTS).items()}
+    names = f"FOLDER, PROMPTS = {str(saved.parent)!r}, {prompts!r}\n"
+    home = str(tmp_path_factory.mktemp("home"))
+    codes = {name: names + code for name, code in codes.items()}
+    return saved.parent, fresh_process.run_each(codes, package=False, HF_HOME=home)
+
+
+def test_an_upload_loads_generates_and_trains_without_the_package(saved, elsewhere):
+    folder, found = elsewhere
+    module, tokens, loss, changed, frozen = found["training"]
     assert module.startswith("transformers_modules.")
     model, processor = AutoModelForSeq2SeqLM.from_pretrained(saved), AutoProcessor.from_pretrained(saved)
     batch = processor(text=["src1 src2", "src3"], text_target=["out1", "out2 out3"], padding=True, return_tensors="pt")
@@ -129,50 +178,29 @@ print(json.dumps([type(config).__module__, tokens.tolist(), float(loss), sorted(
     assert loss > 0
     assert (changed, frozen) == (["decoder", "encoder"], True)
     # The code is saved again, and is as complete as what was loaded; only the card needs the package.
-    assert files_in(tmp_path / "again") == MODEL_FILES | DATA_FILES - {"README.md"}
+    assert files_in(folder / "trained") == MODEL_FILES | DATA_FILES - {"README.md"}
 
 
-def test_auto_model_loads_the_whole_model_with_and_without_the_package(saved, tmp_path):
+def test_auto_model_loads_the_whole_model_with_and_without_the_package(saved, elsewhere):
     assert type(AutoModel.from_pretrained(saved)) is LLM2SLMForConditionalGeneration
-    code = f"""
-import json
-from transformers import AutoModel
-model = AutoModel.from_pretrained({str(saved)!r}, trust_remote_code=True)
-model.save_pretrained({str(tmp_path / "again")!r})
-print(json.dumps([type(model).__name__, type(model).__module__]))
-"""
-    name, module = fresh_process.run(code, package=False, HF_HOME=str(tmp_path / "home"))
+    folder, found = elsewhere
+    name, module = found["auto_model"]
     assert name == "LLM2SLMForConditionalGeneration"
     assert module.startswith("transformers_modules.")
     for auto_class in (AutoModel, AutoModelForSeq2SeqLM):
-        assert type(auto_class.from_pretrained(tmp_path / "again")) is LLM2SLMForConditionalGeneration
+        assert type(auto_class.from_pretrained(folder / "again")) is LLM2SLMForConditionalGeneration
 
 
-def test_an_upload_of_fusion_cache_works_without_the_package(tmp_path):
-    model = compose(families.build_whole("gemma3"), families.build_slm("gemma3"), "cache").model
-    model.save_pretrained(tmp_path / "model")
-    prompts = json.dumps({name: value.tolist() for name, value in pad_prompts(PROMPTS).items()})
-    code = f"""
-import json, torch
-from transformers import AutoModelForSeq2SeqLM
-model = AutoModelForSeq2SeqLM.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True)
-batch = {{name: torch.tensor(value) for name, value in {prompts}.items()}}
-tokens = model.generate(**batch, max_new_tokens=5, num_beams=2)
-loss = model.train()(**batch, labels=tokens[:, 1:]).loss
-loss.backward()
-print(json.dumps([type(model.encoder.fusion).__name__, tokens.tolist(), float(loss)]))
-"""
-    name, tokens, loss = fresh_process.run(code, package=False, HF_HOME=str(tmp_path / "home"))
-    expected = model.generate(**pad_prompts(PROMPTS), max_new_tokens=5, num_beams=2)
+def test_an_upload_of_fusion_cache_works_without_the_package(sharing, elsewhere):
+    name, tokens, loss = elsewhere[1]["fusion_cache"]
+    model, batch = sharing, pad_prompts(PROMPTS)
+    expected = model.generate(**batch, max_new_tokens=5, num_beams=2)
     assert (name, tokens) == ("Cache", expected.tolist())
-    assert loss == pytest.approx(float(model(**pad_prompts(PROMPTS), labels=expected[:, 1:]).loss.detach()), rel=1e-4)
+    assert loss == pytest.approx(float(model(**batch, labels=expected[:, 1:]).loss.detach()), rel=1e-4)
 
 
-def test_the_snippet_of_the_card_runs(saved, tmp_path):
-    card = ModelCard.load(saved / "README.md")
-    snippet = card.text.partition("```python\n")[2].partition("```")[0].replace('"A prompt."', '"src1 src2"')
-    code = f"import os, json\nos.chdir({str(saved.parent)!r})\n{snippet}\nprint(json.dumps(tokens.tolist()))"
-    assert fresh_process.run(code, package=False, HF_HOME=str(tmp_path / "home"))
+def test_the_snippet_of_the_card_runs(elsewhere):
+    assert isinstance(elsewhere[1]["snippet"], list), elsewhere[1]["snippet"]
 
 
 def test_remote_code_runs_only_if_trusted_and_never_with_the_package(saved, tmp_path):

@@ -105,8 +105,9 @@ def build_parts(fusion: str = "add", llm: str = "tied", seed: int = 2, **config:
     return compose(llm_model, slm_model, fusion, **config)
 
 
-def build_family(slm: str, llm: str = "t5", fusion: str = "add") -> Parts:
-    """A new composite of two families, safe to change."""
+@functools.cache
+def shared_family(slm: str, llm: str = "t5", fusion: str = "add") -> Parts:
+    """One composite of two families for all tests that only read it."""
     slm_model = families.build_slm(slm)
     if fusion == "cache":
         parts = compose(families.build_whole(llm), slm_model, fusion)
@@ -117,10 +118,9 @@ def build_family(slm: str, llm: str = "t5", fusion: str = "add") -> Parts:
     return parts._replace(slm=copy.deepcopy(parts.model.decoder))
 
 
-@functools.cache
-def shared_family(slm: str, llm: str = "t5", fusion: str = "add") -> Parts:
-    """One composite of two families for all tests that only read it."""
-    return build_family(slm, llm, fusion)
+def build_family(slm: str, llm: str = "t5", fusion: str = "add") -> Parts:
+    """A composite of two families of its own, safe to change: a copy, as learning by heart takes seconds."""
+    return copy.deepcopy(shared_family(slm, llm, fusion))
 
 
 def with_random_adapters(model: Any) -> Any:
@@ -193,6 +193,15 @@ def pad_prompts(prompts: Sequence[Sequence[int]], side: str = "right", extra: in
         ids.append([PAD] * before + list(prompt) + [PAD] * after)
         masks.append([0] * before + [1] * len(prompt) + [0] * after)
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(masks)}
+
+
+def pairwise(shift: int, paddings: Sequence[str], caches: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
+    """
+    Combinations of padding, cache, and whether states are passed: each value at least once, and over consecutive
+    values of `shift`, five or more, each pair of them.
+    """
+    for index, padding in enumerate(paddings):
+        yield padding, caches[(index + shift) % len(caches)], (index + shift // 2) % 2 == 1
 
 
 def make_labels(rows: int = 3, length: int = 6, seed: int = 0) -> torch.Tensor:

@@ -17,7 +17,7 @@ from transformers import DynamicCache, GPT2LMHeadModel, T5EncoderModel, T5ForCon
 from modeling_llm2slm import ExportedLLM2SLM, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from modeling_llm2slm.conversion.export import export
 from modeling_llm2slm.engines.exported_llm import ExportedLLM
-from modeling_llm2slm.engines.graph_engine import describe
+from modeling_llm2slm.engines.graph_engine import GraphEngine, describe, exported_model_class
 from modeling_llm2slm.engines.graphs import embedding_table, graphs_of
 from modeling_llm2slm.inference.engine import engine as engine_named
 from tests.support import families
@@ -139,6 +139,14 @@ def eager(model: Any) -> Any:
     details = {"engine": "eager", **describe(model, "fp32")}
     kind: Any = ExportedLLM2SLM if is_llm2slm else ExportedLLM
     return kind(model.config, model.generation_config, graphs, table, details)
+def reuse_graphs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let exports take the graphs of an exported folder: tracing them again takes seconds."""
+    components = exported_model_class().from_pretrained(folder).components
+
+    def component(self: GraphEngine, graph: Any, sample: Any, weights: str, is_step: bool) -> Any:
+        return components["step" if is_step else "prompt"]
+
+    monkeypatch.setattr(GraphEngine, "component", component)
 
 
 class Pair:

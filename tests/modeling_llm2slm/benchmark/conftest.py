@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from modeling_llm2slm.benchmark import benchmark
 from modeling_llm2slm.benchmark.benchmark import Benchmark
 from modeling_llm2slm.benchmark.cells import Cell
+from tests.support.quick_start import start_quickly
 
 
 STOCK = ("llm", "slm", "llm2slm")
@@ -22,4 +24,6 @@ CELLS = [
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The folder and the result."""
     folder = tmp_path_factory.mktemp("benchmark")
-    return folder, Benchmark(CELLS, folder / "benchmark.json", folder).run()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        start_quickly(monkeypatch, benchmark)
+        return folder, Benchmark(CELLS, folder / "benchmark.json", folder).run()

@@ -11,7 +11,7 @@ from modeling_llm2slm import ExportedLLM2SLM
 from modeling_llm2slm.conversion.export import export
 from modeling_llm2slm.inference.engine import engine, fingerprint_of
 from tests.support.common import PROMPTS
-from tests.support.exports import KINDS, checkpoint, exported_folder, needs
+from tests.support.exports import KINDS, checkpoint, exported_folder, needs, reuse_graphs
 
 
 def test_every_file_that_an_engine_writes_identifies_the_model(tmp_path_factory, tmp_path) -> None:
@@ -29,9 +29,10 @@ def test_every_file_that_an_engine_writes_identifies_the_model(tmp_path_factory,
         before.add(after)
 
 
-def test_unsupported_defaults_of_the_checkpoint_are_left_out(tmp_path) -> None:
+def test_unsupported_defaults_of_the_checkpoint_are_left_out(tmp_path_factory, tmp_path, monkeypatch) -> None:
     needs("openvino")
-    source = checkpoint("gpt2", "add", tmp_path / "source")
+    reuse_graphs(exported_folder(tmp_path_factory, *KINDS[0]), monkeypatch)
+    source = checkpoint(*KINDS[0], tmp_path / "source")
     defaults = GenerationConfig.from_pretrained(source)
     defaults.update(cache_implementation="static", max_cache_len=64, prompt_lookup_num_tokens=2, num_beams=3)
     defaults.save_pretrained(source)

@@ -47,14 +47,22 @@ def outputs(model: Any) -> list[list[int]]:
     return model.eval().generate(**pad_prompts(PROMPTS), **OPTIONS).tolist()
 
 
-@pytest.fixture(scope="module", params=["full", "lean"])
-def adapter(base: Path, request: pytest.FixtureRequest) -> Any:
-    """The base, a folder with an adapter for it, the outputs of both together, and those of the base alone."""
-    model = AutoModelForSeq2SeqLM.from_pretrained(base / request.param)
-    alone = outputs(model)
-    add_adapter(model).save_pretrained(base / f"adapter-{request.param}")
-    assert outputs(model) != alone
-    return base / request.param, base / f"adapter-{request.param}", outputs(model), alone
+@pytest.fixture(scope="module")
+def adapters(base: Path) -> dict[str, Any]:
+    """For each base: its folder, one with an adapter for it, the outputs of both together, and of the base alone."""
+    found = {}
+    for name in ("full", "lean"):
+        model = AutoModelForSeq2SeqLM.from_pretrained(base / name)
+        alone = outputs(model)
+        add_adapter(model).save_pretrained(base / f"adapter-{name}")
+        assert outputs(model) != alone
+        found[name] = base / name, base / f"adapter-{name}", outputs(model), alone
+    return found
+
+
+@pytest.fixture(params=["full", "lean"])
+def adapter(adapters: dict[str, Any], request: pytest.FixtureRequest) -> Any:
+    return adapters[request.param]
 
 
 def test_every_way_to_load_an_adapter_gives_its_outputs(adapter: Any) -> None:
@@ -128,15 +136,21 @@ def test_an_adapter_of_a_repository_names_it(base: Path, tmp_path: Path) -> None
     assert 'name = "user/base"' in card.text
 
 
-def test_an_adapter_loads_without_the_package(adapter: Any) -> None:
-    """By the code of its base."""
-    _, folder, expected, _ = adapter
-    rows = {name: values.tolist() for name, values in pad_prompts(PROMPTS).items()}
-    code = f"""
+@pytest.fixture(scope="module")
+def elsewhere(adapters: dict[str, Any]) -> dict[str, Any]:
+    """The outputs with each adapter where the package is not, by the code of its base."""
+    rows, codes = {name: values.tolist() for name, values in pad_prompts(PROMPTS).items()}, {}
+    for name, (_, folder, *_) in adapters.items():
+        codes[name] = f"""
 import json, torch
 from transformers import AutoModelForSeq2SeqLM
 model = AutoModelForSeq2SeqLM.from_pretrained({str(folder)!r}, trust_remote_code=True).eval()
 batch = {{name: torch.tensor(rows) for name, rows in {rows!r}.items()}}
 print(json.dumps(model.generate(**batch, max_new_tokens=8, do_sample=False).tolist()))
 """
-    assert fresh_process.run(code, package=False, more=("peft",)) == expected
+    return fresh_process.run_each(codes, package=False, more=("peft",))
+
+
+def test_an_adapter_loads_without_the_package(adapter: Any, elsewhere: dict[str, Any]) -> None:
+    place, _, expected, _ = adapter
+    assert elsewhere[place.name] == expected

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResultEntry, ModelCard, ModelCardData, parse_eval_result_entries
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
-from modeling_llm2slm.inference.model_card import MARK, CardDetails, model_card, write_model_card
+from modeling_llm2slm.inference.model_card import MARK, CardDetails, eval_results, model_card, write_model_card
 from tests.support.common import build_model, build_parts
 
 
@@ -24,6 +25,7 @@ EVALUATION = {
     "threads": 1,
     "dtype": "float32",
 }
+ON_THE_HUB = {**EVALUATION, "data": "user/pairs:en-de", "split": "test"}
 LLM = {**EVALUATION, "model": "/runs/t5", "speed": {**EVALUATION["speed"], "ms_per_output": 80.2}}
 TRAINING = {
     "recipe": {
@@ -54,7 +56,7 @@ def model() -> LLM2SLMForConditionalGeneration:
 def card(model) -> ModelCard:
     details = CardDetails(
         language=["en", "de"], license="apache-2.0", pipeline_tag="translation", training=TRAINING,
-        evaluations=[EVALUATION], compared=[LLM], tags=["mine"],
+        evaluations=[EVALUATION, ON_THE_HUB], compared=[LLM], tags=["mine"],
     )  # fmt: skip
     return model_card(model, "user/translator", details)
 
@@ -78,6 +80,23 @@ def test_the_model_index_comes_back(card):
     assert results == card.data.eval_results
     values = {result.metric_name: result.metric_value for result in results}
     assert values == {"BLEU": 36.52, "chrF": 60.02, "ROUGE-L": 55.5, "exact_match": 3.0}
+    fields = ("dataset_type", "dataset_name", "dataset_config", "dataset_split")
+    data = [tuple(getattr(result, field) for field in fields) for result in results[:: len(values)]]
+    assert data == [("test.jsonl", "test.jsonl", None, None), ("user/pairs", "user/pairs:en-de", "en-de", "test")]
+    assert {result.task_type for result in results} == {"translation"}
+    assert results[0].metric_args == {"signature": "nrefs:1|case:mixed"}
+
+
+def test_leaderboards_get_one_metric_of_data_sets_on_the_hub():
+    plain = {**ON_THE_HUB, "data": "user/other", "signatures": {}}
+    found = parse_eval_result_entries(yaml.safe_load(eval_results([EVALUATION, ON_THE_HUB, plain], "bleu")))
+    assert found == [
+        EvalResultEntry("user/pairs", "en-de", 36.52, notes="BLEU, split test, nrefs:1|case:mixed"),
+        EvalResultEntry("user/other", "default", 36.52, notes="BLEU, split test"),
+    ]
+    for evaluations, metric in (([EVALUATION], "bleu"), ([ON_THE_HUB], "rouge1")):
+        with pytest.raises(ValueError, match=f"No result has the metric '{metric}' on a data set of the Hub"):
+            eval_results(evaluations, metric)
 
 
 def test_the_text_holds_parts_training_scores_and_times(card):

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from modeling_llm2slm.data.resources import free_memory
+from modeling_llm2slm.workflows import limited
 from modeling_llm2slm.workflows.limited import MemoryLimitError, is_out_of_memory, run_limited
+from tests.support.quick_start import start_quickly
 
 
 LIMIT = 200_000_000
@@ -37,15 +39,21 @@ class OwnError(Exception):
         super().__init__(f"{first} and {second}")
 
 
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    start_quickly(monkeypatch, limited)
+
+
 def test_a_function_returns_its_result_and_what_it_took() -> None:
     steps: list[str] = []
-    (result, limited), used = run_limited(partial(allocate, 100_000_000), LIMIT, steps.append)
+    (result, has_limit), used = run_limited(partial(allocate, 100_000_000), LIMIT, steps.append)
     assert result == 100_000_000
-    assert limited == (sys.platform == "linux")
+    assert has_limit == (sys.platform == "linux")
     assert 90_000_000 < used < LIMIT
     assert steps == ["allocating"]
 
 
+@pytest.mark.usefixtures("quickly")
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux enforces the limit")
 @pytest.mark.parametrize(
     "function",
@@ -62,6 +70,7 @@ def test_too_little_memory_is_one_sentence(function: Callable[[Progress], None])
         run_limited(function, LIMIT)
 
 
+@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
@@ -75,6 +84,7 @@ def test_errors_arrive_as_they_are(error: Exception, kind: type[Exception]) -> N
         run_limited(partial(fail, error), LIMIT)
 
 
+@pytest.mark.usefixtures("quickly")
 def test_an_end_without_a_result_is_an_error() -> None:
     with pytest.raises(OSError, match="ended with status -15 and without a result"):
         run_limited(partial(die, signal.SIGTERM), LIMIT)

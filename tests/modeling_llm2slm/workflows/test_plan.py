@@ -13,10 +13,12 @@ from transformers import AutoConfig, BertConfig
 from modeling_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
 from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.settings import PlanSettings
+from modeling_llm2slm.workflows import limited
 from modeling_llm2slm.workflows import plan as planning
 from modeling_llm2slm.workflows.plan import Candidate, plan, plan_within_limit, recommend
 from tests.support.checkpoints import PAIRS, PROMPTS, write_bart, write_checkpoint, write_pairs
 from tests.support.common import gpt2_config, slm_tokenizer, t5_config
+from tests.support.quick_start import start_quickly
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +214,10 @@ def test_recommendation_is_the_largest_slm_that_is_fast_enough(
     assert set(planning.SLMS) == {"t5-large_gpt2", "t5-large_t5-small"}
 
 
-def test_plan_within_a_limit_scales_its_batch_and_says_what_it_used(llm: str, tmp_path: Path) -> None:
+def test_plan_within_a_limit_scales_its_batch_and_says_what_it_used(
+    llm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_quickly(monkeypatch, limited)
     data, steps = write_pairs(tmp_path / "p.jsonl"), []
     settings = PlanSettings(batch_size=2**20, max_new_tokens=4, timed_prompts=1, memory=0.3)
     result = plan_within_limit(llm, data, settings, presets=["tiny"], progress=steps.append)
