@@ -100,7 +100,7 @@ def _bar(name: str, output: Progress, longest: float) -> str:
         f'<span class="{_kind(stage)}" style="flex-grow:{share:.4f}"></span>' for stage, share in shares.items()
     )
     words = "".join(
-        f'<li><span class="key {_kind(stage)}" aria-hidden="true"></span>{stage} {100 * share:.0f} %</li>'
+        f'<li><span class="key {_kind(stage)}" aria-hidden="true"></span>{stage} {_percent(share)}</li>'
         for stage, share in shares.items()
     )
     width = max(100 * output.seconds / longest, 0.5)
@@ -115,6 +115,10 @@ def _kind(stage: str) -> str:
     if "decoding" in stage:
         return "decode"
     return "encode" if "encoding" in stage else "project"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.005 or not share else "under 1 %"
 
 
 def _number(count: int) -> str:

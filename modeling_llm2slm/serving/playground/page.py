@@ -13,7 +13,7 @@ from starlette.responses import RedirectResponse
 from starlette.routing import Route
 
 from ...data.formats import parse_rows
-from ...settings import TEMPERATURE, TOP_P, PlaygroundSettings
+from ...settings import PlaygroundSettings
 from ..app import Service
 from ..scheduler import Decoding
 from .comparison import Comparison
@@ -30,6 +30,7 @@ except ModuleNotFoundError as error:
 HERE = Path(__file__).parent
 PATH = "/playground"
 SHOWN_EXAMPLES = 6
+MAX_TEMPERATURE = 2.0  # as in the API
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
 INTRODUCTION = """
 <h1>{name}</h1>
@@ -120,9 +121,9 @@ class Playground:
         longest = self.service.limits.max_tokens
         with gradio.Accordion("Settings", open=False, elem_id="settings"), gradio.Row():
             return [
-                gradio.Slider(1, longest, self.service.default_tokens, step=1, label="Longest output, in tokens"),
-                gradio.Slider(0, TEMPERATURE["maximum"], 0, step=0.05, label="Temperature", visible=samples),
-                gradio.Slider(0.05, TOP_P["maximum"], 1, step=0.05, label="Top-p", visible=samples),
+                gradio.Slider(1, longest, self.service.default_tokens, step=1, label="Maximum tokens"),
+                gradio.Slider(0, MAX_TEMPERATURE, 0, step=0.05, label="Temperature", visible=samples),
+                gradio.Slider(0.05, 1.0, 1, step=0.05, label="Top-p", visible=samples),
                 gradio.Number(0, precision=0, label="Seed of sampling", visible=samples),
             ]
 
