@@ -74,18 +74,15 @@ class Playground:
 
         app.router.lifespan_context = lifespan
         app.router.routes.append(Route("/", _to_page))
-        gradio.mount_gradio_app(
-            app, self.blocks, PATH, theme=_theme(), footer_links=[], run_history=False, ssr_mode=False,
-            css=(HERE / "page.css").read_text("utf-8"), js=(HERE / "page.js").read_text("utf-8"),
-        )  # fmt: skip
+        parts = {part: (HERE / f"page.{part}").read_text("utf-8") for part in ("css", "js")}
+        options = {"footer_links": [], "run_history": False, "ssr_mode": False}
+        gradio.mount_gradio_app(app, self.blocks, PATH, theme=_theme(), **parts, **options)
 
     def compare(
         self, prompt: str, max_tokens: float, temperature: float, top_p: float, seed: float | None
     ) -> Iterator[tuple[str, str]]:
         """Yield the two parts of the page that change, the verdict and the outputs, while the models generate."""
-        decoding = Decoding(
-            int(max_tokens), float(temperature), float(top_p), None if seed is None else int(seed)
-        )
+        decoding = Decoding(int(max_tokens), float(temperature), float(top_p), None if seed is None else int(seed))
         outputs: dict[str, Any] = {}
         for outputs in self.comparison.run(prompt or "", decoding):
             yield verdict_html(outputs, running=True), outputs_html(self.comparison, outputs, running=True)
@@ -108,10 +105,9 @@ class Playground:
             verdict = gradio.HTML(verdict_html({}), elem_id="verdict")
             outputs = gradio.HTML(outputs_html(self.comparison, {}), elem_id="outputs")
             gradio.HTML(NOTE, elem_id="note")
-            running = gradio.on(
-                [run.click, prompt.submit], self.compare, [prompt, *settings], [verdict, outputs], concurrency_limit=1,
-                show_progress="hidden", api_visibility="private",
-            )  # fmt: skip
+            events, inputs = [run.click, prompt.submit], [prompt, *settings]
+            options = {"concurrency_limit": 1, "show_progress": "hidden", "api_visibility": "private"}
+            running = gradio.on(events, self.compare, inputs, [verdict, outputs], **options)
             stop.click(None, cancels=[running], api_visibility="private")
         return blocks.queue(max_size=self.service.settings.max_queue)
 
@@ -131,17 +127,16 @@ class Playground:
 def _theme() -> Any:
     """Return a theme of the system's fonts, with texts of enough contrast."""
     font = gradio.themes.Font
-    theme = gradio.themes.Default(
-        primary_hue="teal", neutral_hue="slate", font=[font(name) for name in FONTS],
-        font_mono=[font("ui-monospace"), font("monospace")],
-    )  # fmt: skip
-    subdued = {"body_text_color_subdued": "*neutral_500", "block_info_text_color": "*neutral_500"}
-    subdued_dark = {f"{name}_dark": "*neutral_400" for name in subdued}
-    primary = {
-        "button_primary_background_fill": "*primary_700", "button_primary_background_fill_hover": "*primary_800",
-        "button_primary_background_fill_dark": "*primary_700", "button_primary_background_fill_hover_dark": "*primary_600",
-    }  # fmt: skip
-    return theme.set(body_background_fill="*neutral_50", **subdued, **subdued_dark, **primary)
+    fonts = {"font": [font(name) for name in FONTS], "font_mono": [font("ui-monospace"), font("monospace")]}
+    theme = gradio.themes.Default(primary_hue="teal", neutral_hue="slate", **fonts)
+    subdued, button = ("body_text_color_subdued", "block_info_text_color"), "button_primary_background_fill"
+    return theme.set(
+        body_background_fill="*neutral_50",
+        **dict.fromkeys(subdued, "*neutral_500"),
+        **{f"{name}_dark": "*neutral_400" for name in subdued},
+        **dict.fromkeys((button, f"{button}_dark"), "*primary_700"),
+        **{f"{button}_hover": "*primary_800", f"{button}_hover_dark": "*primary_600"},
+    )
 
 
 def make_playground(service: Service, settings: PlaygroundSettings) -> Playground:

@@ -34,7 +34,8 @@ def test_the_llm_is_the_one_that_the_checkpoint_names(
     include_llm: bool, checkpoints: dict[str, str], tmp_path: Path
 ) -> None:
     _, slm, tokenizer = write_parts(tmp_path)
-    build(checkpoints["llm"], slm, slm_tokenizer=tokenizer).save_pretrained(tmp_path / "model", include_llm=include_llm)
+    model = build(checkpoints["llm"], slm, slm_tokenizer=tokenizer)
+    model.save_pretrained(tmp_path / "model", include_llm=include_llm)
     found = load_llm(TextToText.from_pretrained(tmp_path / "model"))
     assert found.reason == ""
     assert found.text_to_text is not None
