@@ -105,7 +105,8 @@ class Contestant:
 
         job = Job(ids, decoding, send, stream=True)
         start = shown = time.perf_counter()
-        laps, text, tokens = None, "", 0
+        laps: _Laps | None = None
+        text, tokens = "", 0
         self.batcher.submit([job])
         try:
             while True:

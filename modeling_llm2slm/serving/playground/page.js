@@ -12,8 +12,8 @@
   alert.setAttribute("role", "alert");
   document.body.append(alert);
   const message =
-    "The server does not answer: it was stopped, or the connection is lost. Start it again with llm2slm serve; " +
-    "this page continues as soon as it answers.";
+    "The server does not respond: it was stopped, or the connection is lost. Start it again with llm2slm serve; " +
+    "this page continues as soon as it is back.";
   const isHere = () =>
     fetch("gradio_api/app_id", { cache: "no-store", signal: AbortSignal.timeout(10000) }).then(
       (response) => response.status < 500,

@@ -34,7 +34,7 @@ MAX_TEMPERATURE = 2.0  # as in the API
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
 INTRODUCTION = """
 <h1>{name}</h1>
-<p>A large frozen model reads your prompt once, and a small model writes the answer. Compare it with the large model
+<p>A large frozen model reads your prompt once, and a small model writes the output. Compare it with the large model
 that does both.</p>
 """
 NOTE = """

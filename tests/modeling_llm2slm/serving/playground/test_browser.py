@@ -176,7 +176,7 @@ def test_a_server_that_is_gone_is_named_until_it_is_back(browser: Any, model: st
         assert page.locator("#server-gone").inner_text() == ""
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0  # an open page does not hold it up
-        alert = page.get_by_role("alert").filter(has_text="The server does not answer")
+        alert = page.get_by_role("alert").filter(has_text="The server does not respond")
         alert.wait_for()
         port = address.rsplit(":", 1)[1].strip("/")
         with serving(model, "--port", port):
