@@ -74,7 +74,7 @@ def _card(name: str, description: str, output: Progress | None, running: bool) -
     facts = {
         "time": seconds_text(output.seconds) if output.seconds else "–",
         "tokens": str(output.tokens) if known else "–",
-        "tokens/s": f"{output.tokens_per_second:,.0f}" if known else "–",
+        "tokens/s": _speed(output.tokens_per_second) if known else "–",
     }
     kind = "ours" if name == LLM2SLM else "llm"
     rows = "".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in facts.items())
@@ -115,6 +115,10 @@ def _kind(stage: str) -> str:
     if "decoding" in stage:
         return "decode"
     return "encode" if "encoding" in stage else "project"
+
+
+def _speed(tokens_per_second: float) -> str:
+    return f"{tokens_per_second:,.0f}" if tokens_per_second >= 10 else f"{tokens_per_second:.1f}"
 
 
 def _percent(share: float) -> str:
