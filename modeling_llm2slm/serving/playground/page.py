@@ -127,7 +127,10 @@ class Playground:
 def _theme() -> Any:
     """Return a theme of the system's fonts, with texts of enough contrast."""
     font = gradio.themes.Font
-    fonts = {"font": [font(name) for name in FONTS], "font_mono": [font("ui-monospace"), font("monospace")]}
+    fonts: dict[str, Any] = {
+        "font": [font(name) for name in FONTS],
+        "font_mono": [font("ui-monospace"), font("monospace")],
+    }
     theme = gradio.themes.Default(primary_hue="teal", neutral_hue="slate", **fonts)
     subdued, button = ("body_text_color_subdued", "block_info_text_color"), "button_primary_background_fill"
     return theme.set(
