@@ -28,6 +28,10 @@ help: ## List the targets
 demo: $(VENV)/.installed-demo ## Train a small model behind a frozen large one and watch it translate (no download of models or data)
 	$(BIN)/python -m examples.demo
 
+.PHONY: playground
+playground: $(VENV)/.installed-playground ## Compare the demo's LLM and LLM-to-SLM in a browser; `make demo` trains them
+	$(BIN)/llm2slm serve runs/demo/llm2slm --playground --examples examples/demo/data/test.jsonl.gz
+
 .PHONY: test
 test: $(VENV)/.installed-test ## Run the tests, but for the slow ones
 	$(call PYTEST,$(VENV)) -m "not slow"
@@ -43,6 +47,10 @@ test-lowest: $(VENV_LOWEST)/.installed ## Run the tests on the lowest declared v
 .PHONY: test-vllm
 test-vllm: $(VENV_VLLM)/.installed ## Run the tests of the vLLM engine, in an environment of its own
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VENV_VLLM)/bin/python -m pytest $(PYTEST_ARGS) tests/modeling_llm2slm/engines/test_vllm.py
+
+.PHONY: test-playground
+test-playground: $(VENV)/.installed-test-playground ## Run the tests of the playground in Chromium (on Debian: apt install chromium)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest $(PYTEST_ARGS) tests/modeling_llm2slm/serving/playground
 
 .PHONY: quality
 quality: types imports ## Check style, types, imports, model conventions, spelling and words; change nothing

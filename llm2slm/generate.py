@@ -22,7 +22,7 @@ from .progress import counting
 if TYPE_CHECKING:
     from modeling_llm2slm.inference.outputs import BlankOutputs
     from modeling_llm2slm.inference.text_to_text import TextToText
-    from modeling_llm2slm.settings import GenerateFileSettings, LoadSettings, ServeSettings
+    from modeling_llm2slm.settings import GenerateFileSettings, LoadSettings, PlaygroundSettings, ServeSettings
 
 PANEL = "Generation"
 commands = typer.Typer()
@@ -79,9 +79,11 @@ def generate(
 @commands.command(rich_help_panel=PANEL)
 @with_settings
 def serve(
+    context: typer.Context,
     model: ModelArgument,
     settings: ServeSettings,
     loading: LoadSettings,
+    page: PlaygroundSettings,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every address.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
 ) -> None:
@@ -92,10 +94,14 @@ def serve(
 
     `curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "A man sleeps."}'`
 
+    `llm2slm serve runs/model --playground --examples prompts.txt`
+
     The routes are /v1/completions (also streamed), /v1/models, /health and /metrics. Decoding is greedy unless a
     request has a temperature. SIGTERM finishes running requests, then exits. There is no authentication: put the
     server behind a proxy.
     """
+    if not page.playground:
+        refuse_given(context, ("llm", "examples"), "belongs to --playground")
     from modeling_llm2slm.serving.server import bind
     from modeling_llm2slm.serving.server import serve as serve_model
 
@@ -103,8 +109,9 @@ def serve(
     sock = bind(host, port)
     text_to_text = load_text_to_text(model, loading)
     address = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
-    line = f"{settings.name} is served at {address}. Stop it with Ctrl-C."
-    serve_model(text_to_text, settings, sock, lambda: print_line(line))
+    opened = f" Open {address}/playground/ in a browser." if page.playground else ""
+    line = f"{settings.name} is served at {address}.{opened} Stop it with Ctrl-C."
+    serve_model(text_to_text, settings, sock, lambda: print_line(line), page)
 
 
 def _refuse_options_without_effect(context: typer.Context, file: Path | None, output: Path | None) -> None:

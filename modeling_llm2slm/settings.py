@@ -532,6 +532,23 @@ class ServeSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlaygroundSettings(Settings):
+    """The page of the HTTP server."""
+
+    playground: bool = option(
+        False, "Also serve a page that shows LLM and LLM-to-SLM side by side, at /playground/.", panel="Playground"
+    )
+    llm: str | None = option(
+        None, "The LLM to compare with: a folder, or a name on the Hub. Default: the one that the checkpoint names.",
+        panel="Playground",
+    )  # fmt: skip
+    examples: str | None = option(
+        None, "Example prompts: a .txt, or a .jsonl with the column prompt; the first six are shown.",
+        panel="Playground",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchmarkSettings(DeviceSettings):
     """Where and on what a benchmark runs."""
 

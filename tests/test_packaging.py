@@ -55,7 +55,8 @@ def test_nothing_generic_lands_at_the_top_of_site_packages(wheel: set[str]) -> N
 def test_the_wheel_holds_every_source_and_data_file(wheel: set[str]) -> None:
     expected = {"modeling_llm2slm/py.typed"}
     for package in ("llm2slm", "modeling_llm2slm"):
-        expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob("*.py")}
+        files = [path for path in (ROOT / package).rglob("*") if path.suffix in {".py", ".css", ".js"}]
+        expected |= {path.relative_to(ROOT).as_posix() for path in files}
     for folder in ("configuration", "conversion"):
         files = [path for path in (ROOT / folder).rglob("*") if path.suffix in {".py", ".json", ".yaml"}]
         expected |= {f"modeling_llm2slm/{path.relative_to(ROOT).as_posix()}" for path in files}
@@ -120,7 +121,7 @@ def of_extras(*extras: str) -> set[str]:
 def test_what_is_imported_is_declared() -> None:
     base = {name for name, requirement in declared().items() if requirement.marker is None}
     train, engines = of_extras("train"), of_extras("openvino", "onnx", "vllm", "quantization")
-    optional = engines | of_extras("serve", "benchmark", "lm-eval")
+    optional = engines | of_extras("serve", "playground", "benchmark", "lm-eval")
     uploaded = set((ROOT / "modeling_llm2slm").glob("*_llm2slm.py"))
     packages = ("llm2slm", "modeling_llm2slm", "conversion")
     files = {path for package in packages for path in (ROOT / package).rglob("*.py")}

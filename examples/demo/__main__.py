@@ -87,6 +87,12 @@ def compare(output: Path, threads: int, results: Path | None = None) -> None:
     command += ["--output", str(output)] if output != OUTPUT else []
     console.print(f"\nThis run took {minutes:.1f} minutes. Translate a sentence of your own:\n")
     console.print(f'    {shlex.join(command)} "The old woman gives the hungry dog a sausage."', soft_wrap=True)
+    page = ["llm2slm", "serve", str(models["LLM-to-SLM"]), "--playground", "--examples", DATA["test"]]
+    page[-1] = os.path.relpath(page[-1])
+    console.print(
+        "\nWatch LLM and LLM-to-SLM side by side in a browser. `make playground` installs what this needs:\n"
+    )
+    console.print(f"    {shlex.join(page)}", soft_wrap=True)
 
 
 def train_models(output: Path, threads: int) -> dict[str, Path]:

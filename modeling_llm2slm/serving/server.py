@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..inference.text_to_text import TextToText
-from ..settings import ServeSettings
+from ..settings import PlaygroundSettings, ServeSettings
 
 
 try:
@@ -45,14 +45,19 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-def make_server(service: Service, ready: Callable[[], None] = lambda: None) -> uvicorn.Server:
+def make_server(
+    service: Service, ready: Callable[[], None] = lambda: None, mount: Callable[[Any], None] = lambda app: None
+) -> uvicorn.Server:
     """
     Return a server for a service.
 
     Args:
         service: The service.
         ready: Called when the server takes requests.
+        mount: Adds routes to the application.
     """
+    app = service.app()
+    mount(app)
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -64,14 +69,18 @@ def make_server(service: Service, ready: Callable[[], None] = lambda: None) -> u
             await super().shutdown(sockets)
 
     config = uvicorn.Config(
-        service.app(), lifespan="on", ws="none", log_level="warning", access_log=False,
+        app, lifespan="on", ws="none", log_level="warning", access_log=False,
         timeout_graceful_shutdown=round(service.settings.shutdown_timeout) + 5,  # for requests sent only in part
     )  # fmt: skip
     return Server(config)
 
 
 def serve(
-    text_to_text: TextToText, settings: ServeSettings, sock: socket.socket, ready: Callable[[], None] = lambda: None
+    text_to_text: TextToText,
+    settings: ServeSettings,
+    sock: socket.socket,
+    ready: Callable[[], None] = lambda: None,
+    page: PlaygroundSettings | None = None,
 ) -> None:
     """
     Serve a model until the process gets SIGTERM or SIGINT. Then refuse new requests and finish those that run.
@@ -81,13 +90,25 @@ def serve(
         settings: Settings and limits of the server.
         sock: A socket from [`bind`].
         ready: Called when the server takes requests.
+        page: Settings of the playground. Default: none is served.
+
+    Raises:
+        ImportError: If the playground is wanted, and gradio is not installed.
+        OSError: If the LLM or the examples that `page` names cannot be read.
+        ValueError: If `page` wants a playground, and the model is not an LLM-to-SLM model.
 
     Example:
 
         >>> settings = ServeSettings(name="my-model")
         >>> serve(TextToText.from_pretrained("runs/model"), settings, bind("127.0.0.1", 8000))
     """
-    server = make_server(Service(text_to_text, settings), ready)
+    service = Service(text_to_text, settings)
+    if page is not None and page.playground:
+        from .playground.page import make_playground
+
+        server = make_server(service, ready, make_playground(service, page).mount)
+    else:
+        server = make_server(service, ready)
 
     def stop(*_: Any) -> None:
         server.should_exit = True
