@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import signal
 import socket
@@ -13,6 +14,10 @@ from ..inference.text_to_text import TextToText
 from ..settings import ServeSettings
 
 
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None  # type: ignore[assignment]
 try:
     import uvicorn
 
@@ -54,18 +59,20 @@ def make_server(service: Service, ready: Callable[[], None] = lambda: None) -> u
         ready: Called when the server takes requests.
     """
 
+    patience = service.settings.shutdown_timeout or service.settings.timeout
+
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             ready()
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            asyncio.get_running_loop().call_later(service.settings.shutdown_timeout, service.abandon)
+            asyncio.get_running_loop().call_later(patience, service.abandon)
             await super().shutdown(sockets)
 
     config = uvicorn.Config(
         service.app(), lifespan="on", ws="none", log_level="warning", access_log=False,
-        timeout_graceful_shutdown=round(service.settings.shutdown_timeout) + 5,  # for requests sent only in part
+        timeout_graceful_shutdown=round(patience) + 5,  # for requests sent only in part
     )  # fmt: skip
     return Server(config)
 
@@ -87,6 +94,7 @@ def serve(
         >>> settings = ServeSettings(name="my-model")
         >>> serve(TextToText.from_pretrained("runs/model"), settings, bind("127.0.0.1", 8000))
     """
+    _allow_many_connections()
     server = make_server(Service(text_to_text, settings), ready)
 
     def stop(*_: Any) -> None:
@@ -100,3 +108,11 @@ def serve(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _allow_many_connections() -> None:
+    """Raise the number of files, each connection one, that this process may open, as far as its user may raise it."""
+    if resource is not None:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(ValueError, OSError):  # macOS names a limit that it does not allow
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

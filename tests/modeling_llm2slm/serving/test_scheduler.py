@@ -10,15 +10,8 @@ import pytest
 
 from modeling_llm2slm.inference.continuous import ContinuousTextToText, Generated
 from modeling_llm2slm.inference.text_to_text import TextToText
-from modeling_llm2slm.serving.scheduler import (
-    Batcher,
-    ContinuousBatcher,
-    Decoding,
-    Job,
-    Piece,
-    QueueFull,
-    batcher_for,
-)
+from modeling_llm2slm.serving.jobs import Decoding, Job, Piece
+from modeling_llm2slm.serving.scheduler import Batcher, ContinuousBatcher, QueueFull, batcher_for
 from modeling_llm2slm.settings import ServeSettings
 from tests.support.checkpoints import KINDS, PROMPTS, write_checkpoint
 from tests.support.serving import wait_until

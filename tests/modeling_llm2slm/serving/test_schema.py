@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from modeling_llm2slm.serving.scheduler import Decoding
+from modeling_llm2slm.serving.jobs import Decoding
 from modeling_llm2slm.serving.schema import CompletionRequest, Limits, RequestError, parse_request
 
 
@@ -15,7 +15,7 @@ LIMITS = Limits("tiny", max_tokens=70, max_prompts=64)
 
 
 def parse(limits: Limits = LIMITS, **fields: Any) -> CompletionRequest:
-    return parse_request(json.dumps({"prompt": "src1", **fields}).encode(), limits)
+    return parse_request(json.dumps({"prompt": "src1", **fields}).encode(), limits, CompletionRequest)
 
 
 class TestParseRequest:
@@ -81,7 +81,7 @@ class TestParseRequest:
     )
     def test_body_of_any_depth_and_content_is_refused(self, body: bytes, message: str) -> None:
         with pytest.raises(RequestError, match=message) as error:
-            parse_request(body, LIMITS)
+            parse_request(body, LIMITS, CompletionRequest)
         assert error.value.status_code == 400
 
     def test_beam_search_refuses_a_temperature(self) -> None:
