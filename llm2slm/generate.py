@@ -86,15 +86,15 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
 ) -> None:
     """
-    Serve a model over HTTP with OpenAI's completions API; requests that arrive together share a batch.
+    Serve a model over HTTP with OpenAI's API; requests that arrive together share a batch.
 
     `llm2slm serve runs/model --port 8000`
 
     `curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "A man sleeps."}'`
 
-    The routes are /v1/completions (also streamed), /v1/models, /health and /metrics. Decoding is greedy unless a
-    request has a temperature. SIGTERM finishes running requests, then exits. There is no authentication: put the
-    server behind a proxy.
+    The routes are /v1/completions, /v1/chat/completions (both also streamed), /v1/models, /health and /metrics; /docs
+    describes them. Decoding is greedy unless a request has a temperature. SIGTERM finishes accepted requests, then
+    exits. There is no authentication: put the server behind a proxy.
     """
     from modeling_llm2slm.serving.server import bind
     from modeling_llm2slm.serving.server import serve as serve_model

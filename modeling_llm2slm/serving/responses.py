@@ -228,9 +228,16 @@ def _logprobs(tokens: Sequence[TokenLogprob]) -> Logprobs:
     return Logprobs(
         tokens=[token.text for token in tokens],
         token_logprobs=[token.logprob for token in tokens],
-        top_logprobs=[dict(reversed(token.top)) for token in tokens],  # of two with one text, the likelier one
+        top_logprobs=[_by_text(token.top) for token in tokens],
         text_offset=[token.offset for token in tokens],
     )
+
+
+def _by_text(top: Sequence[tuple[str, float]]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for text, logprob in top:  # likeliest first, so of two tokens with one text it is the likelier one
+        found.setdefault(text, logprob)
+    return found
 
 
 def _chat_logprobs(piece: Piece) -> ChatLogprobs | None:

@@ -245,8 +245,9 @@ class GenerationRequest(_Fields):
             message = "stream_options needs a stream. Add stream: true, or leave stream_options out."
             raise _sentence(message, "stream_options")
         if info.context.num_beams > 1:
-            for name, value in {"temperature": self.temperature, "logprobs": self.top}.items():
-                if value or value is not None and name == "logprobs":
+            asked = {"temperature": self.temperature, "logprobs": self.top is not None, "n": self.samples > 1}
+            for name, value in asked.items():
+                if value:
                     raise _sentence(f"This server uses beam search and does not sample. Leave {name} out.", name)
         if self.outputs > info.context.max_prompts:
             message = (
