@@ -321,7 +321,7 @@ async def shutdown(server: Server, plan: Plan) -> dict[str, Any]:
             return reason is not None
 
         complete_ones = sum(await asyncio.gather(*map(complete, accepted)))
-    code = server.process.wait(plan.timeout + 10)
+    code = server.process.wait(120)
     return {
         "accepted": len(accepted),
         "unfinished_at_sigterm": unfinished["queue"] + unfinished["running"],

@@ -72,6 +72,7 @@ def make_server(service: Service, ready: Callable[[], None] = lambda: None) -> u
 
     config = uvicorn.Config(
         service.app(), lifespan="on", ws="none", log_level="warning", access_log=False,
+        timeout_keep_alive=75,  # longer than clients keep an idle connection, or they send into a closed one
         timeout_graceful_shutdown=round(patience) + 5,  # for requests sent only in part
     )  # fmt: skip
     return Server(config)
@@ -81,7 +82,7 @@ def serve(
     text_to_text: TextToText, settings: ServeSettings, sock: socket.socket, ready: Callable[[], None] = lambda: None
 ) -> None:
     """
-    Serve a model until the process gets SIGTERM or SIGINT. Then refuse new requests and finish those that run.
+    Serve a model until the process gets SIGTERM or SIGINT. Then refuse new requests and finish accepted ones.
 
     Args:
         text_to_text: The model.

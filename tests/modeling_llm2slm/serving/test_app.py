@@ -141,7 +141,7 @@ class TestBounds:
         [
             ({}, 400, "prompt is missing. It must be a string, or a list of 1 to 64 strings"),
             ({"prompt": [1, "a"]}, 400, "prompt.0.1 is 'a', but prompt must be a string, or a list"),
-            ({"prompt": [[3], [10**6]]}, 400, "prompt holds the token id 1000000, but ids end at 99"),
+            ({"prompt": [[3], [10**6]]}, 400, "prompt holds the token id 1000000, but ids end at 119"),
             ({"prompt": [[3], []]}, 400, "prompt is empty"),
             ({"prompt": []}, 400, "prompt is [], but it must be a string, or a list"),
             ({"prompt": ["src1"] * 65}, 400, "must be a string, or a list of 1 to 64 strings"),
