@@ -9,7 +9,7 @@ a process of its own; this process is its clients, which use OpenAI's client.
 
 - load: each client sends its next request when the last one is complete, for some seconds. Latency is that of a whole
   request, from first byte to last; tokens per second are those of all clients.
-- burst: many requests at once. Each is answered within the time limit, or refused at once with Retry-After.
+- burst: many requests at once. Each is completed within the time limit, or refused at once with Retry-After.
 - vanish: clients that close their connection before, or while, they get their output; seconds until nothing runs.
 - SIGTERM under load: what was accepted is completed, and the process ends.
 - memory: resident memory of the server over many requests.
@@ -216,18 +216,18 @@ async def burst(server: Server, plan: Plan) -> dict[str, Any]:
         await ask(client, next(source), plan.output_tokens)
         outcomes = await asyncio.gather(*(ask(client, next(source), plan.output_tokens) for _ in range(plan.burst)))
         after = await ask(client, next(source), plan.output_tokens)
-    answered = [outcome.seconds for outcome in outcomes if outcome.status == 200]
+    completed = [outcome.seconds for outcome in outcomes if outcome.status == 200]
     refused = [outcome for outcome in outcomes if outcome.status in (429, 503)]
     waits = [outcome.seconds for outcome in refused]
     return {
         "requests": plan.burst,
-        "answered": len(answered),
+        "completed": len(completed),
         "refused": len(refused),
         "refused_with_retry_after": sum(outcome.retry_after is not None for outcome in refused),
-        "neither": plan.burst - len(answered) - len(refused),
+        "neither": plan.burst - len(completed) - len(refused),
         "statuses_of_neither": sorted({each.status for each in outcomes} - {200, 429, 503}),
         "time_limit_s": plan.timeout,
-        "slowest_answer_s": max(answered, default=0.0),
+        "slowest_completion_s": max(completed, default=0.0),
         "refusal_s_p50": statistics.median(waits) if waits else 0.0,
         "refusal_s_max": max(waits, default=0.0),
         "request_after_it_s": after.seconds,

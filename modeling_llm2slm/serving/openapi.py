@@ -80,13 +80,13 @@ def _json(model: type[BaseModel]) -> dict[str, Any]:
 
 def _post(summary: str, request: type[BaseModel], whole: type[BaseModel], event: type[BaseModel]) -> dict[str, Any]:
     stream = {"text/event-stream": {"schema": {"$ref": REFERENCE.format(model=event.__name__)}}}
-    answers = {status: {"description": text, "content": _json(ErrorResponse)} for status, text in REFUSALS.items()}
+    refusals = {status: {"description": text, "content": _json(ErrorResponse)} for status, text in REFUSALS.items()}
     found = {
         "description": "The outputs, or with `stream` one event for each piece.",
         "content": _json(whole) | stream,
     }
     body = {"required": True, "content": _json(request)}
-    return {"post": {"summary": summary, "requestBody": body, "responses": {"200": found, **answers}}}
+    return {"post": {"summary": summary, "requestBody": body, "responses": {"200": found, **refusals}}}
 
 
 def _get(summary: str, content: dict[str, Any], *parameters: str) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def docs_page(description: dict[str, Any]) -> str:
             )
             if "requestBody" in route:
                 parts.append(_fields_table(description, route["requestBody"]))
-                rows = [(status, answer["description"]) for status, answer in route["responses"].items()]
+                rows = [(status, found["description"]) for status, found in route["responses"].items()]
                 parts.append(_table(("status", "meaning"), rows))
     body = "".join(parts)
     head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{title}</title>"

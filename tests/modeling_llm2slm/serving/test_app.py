@@ -230,7 +230,9 @@ class TestBounds:
             assert "2 prompts are waiting. Try again later." in json.loads(response.read())["error"]["message"]
             assert [future.result() for future in (*others, first)] == OUTPUTS
 
-    def test_burst_is_answered_or_refused_and_the_server_recovers(self, model: TextToText, prompts: list[str]) -> None:
+    def test_burst_is_completed_or_refused_and_the_server_recovers(
+        self, model: TextToText, prompts: list[str]
+    ) -> None:
         def send(number: int) -> tuple[int, str | None, Any]:
             response = client.send({"prompt": prompts[number % 3], "stream": False}).getresponse()
             return response.status, response.headers["Retry-After"], json.loads(response.read())

@@ -71,7 +71,7 @@ class TestChat:
             assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", text, "stop")
             assert found.usage.prompt_tokens == len(ids)
             assert found.usage.completion_tokens == len(text.encode()) + 1
-        assert ask(prompts[0], max_completion_tokens=2).choices[0].finish_reason == "length"
+        assert ask(prompts[2], max_completion_tokens=2).choices[0].finish_reason == "length"
 
     def test_stream(self, ask: Any, prompts: list[str]) -> None:
         *chunks, usage = ask(prompts[2], stream=True, stream_options={"include_usage": True}, n=2)
@@ -84,9 +84,9 @@ class TestChat:
             assert "".join(choice.delta.content for choice in middle) == OUTPUTS[2]
             assert (last.delta.content, last.finish_reason) == (None, "stop")
 
-    def test_answer_can_be_sent_back(self, client: openai.OpenAI, ask: Any, prompts: list[str]) -> None:
-        answer = ask(prompts[2]).choices[0].message
-        messages: Any = [answer, answer.model_dump(), {"role": "user", "content": prompts[1]}]
+    def test_message_can_be_sent_back(self, client: openai.OpenAI, ask: Any, prompts: list[str]) -> None:
+        message = ask(prompts[2]).choices[0].message
+        messages: Any = [message, message.model_dump(), {"role": "user", "content": prompts[1]}]
         found = client.chat.completions.create(model="tiny", messages=messages, store=False, metadata={}, tools=[])
         assert found.choices[0].message.content == OUTPUTS[1]
 
