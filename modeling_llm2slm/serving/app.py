@@ -82,12 +82,11 @@ class Service:
             Route("/docs", self.docs),
         ]
         handlers: Any = {HTTPException: _error_response, ClientDisconnect: _disconnected}
-        origins = self.settings.allow_origin
-        methods = ["GET", "POST"]
-        cors = [Middleware(CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=["*"])]
-        return Starlette(
-            routes=routes, lifespan=self._lifespan, exception_handlers=handlers, middleware=cors if origins else []
-        )
+        middleware = []
+        if self.settings.allow_origin:
+            cors = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"], "expose_headers": ["Retry-After"]}
+            middleware.append(Middleware(CORSMiddleware, allow_origins=self.settings.allow_origin, **cors))
+        return Starlette(routes=routes, lifespan=self._lifespan, exception_handlers=handlers, middleware=middleware)
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:

@@ -272,6 +272,8 @@ class ContinuousBatcher(Batcher):
             self._drop_cancelled()
             free = 0 if self._stopping else self.settings.max_batch - len(self._running)
             jobs, self._waiting = self._waiting[:free], self._waiting[free:]
+            self._batch = [*self._batch, *jobs]  # while their prompts are read, too
+            self.running = len(self._batch)
             return jobs
 
     def _admit(self, jobs: Sequence[Job]) -> None:
