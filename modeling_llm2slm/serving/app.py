@@ -82,9 +82,13 @@ class Service:
             Route("/docs", self.docs),
         ]
         handlers: Any = {HTTPException: _error_response, ClientDisconnect: _disconnected}
-        middleware = []
+        middleware: list[Middleware] = []
         if self.settings.allow_origin:
-            cors = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"], "expose_headers": ["Retry-After"]}
+            cors: dict[str, Any] = {
+                "allow_methods": ["GET", "POST"],
+                "allow_headers": ["*"],
+                "expose_headers": ["Retry-After"],
+            }
             middleware.append(Middleware(CORSMiddleware, allow_origins=self.settings.allow_origin, **cors))
         return Starlette(routes=routes, lifespan=self._lifespan, exception_handlers=handlers, middleware=middleware)
 
