@@ -82,14 +82,11 @@ class Service:
             Route("/docs", self.docs),
         ]
         handlers: Any = {HTTPException: _error_response, ClientDisconnect: _disconnected}
-        middleware: list[Middleware] = []
-        if self.settings.allow_origin:
-            cors: dict[str, Any] = {
-                "allow_methods": ["GET", "POST"],
-                "allow_headers": ["*"],
-                "expose_headers": ["Retry-After"],
-            }
-            middleware.append(Middleware(CORSMiddleware, allow_origins=self.settings.allow_origin, **cors))
+        cors: dict[str, Any] = {
+            "allow_origins": self.settings.allow_origin, "allow_methods": ["GET", "POST"], "allow_headers": ["*"],
+            "expose_headers": ["Retry-After"],
+        }  # fmt: skip
+        middleware = [Middleware(CORSMiddleware, **cors)] if self.settings.allow_origin else []
         return Starlette(routes=routes, lifespan=self._lifespan, exception_handlers=handlers, middleware=middleware)
 
     @asynccontextmanager
