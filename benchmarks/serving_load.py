@@ -68,7 +68,7 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
 class Plan:
     """How much is measured: seconds of each load, requests of each stress, tokens of prompts and outputs."""
 
-    seconds: float = 15
+    seconds: float = 12
     clients: tuple[int, ...] = (1, 16, 64)
     prompt_tokens: int = 32
     output_tokens: int = 32
@@ -77,7 +77,7 @@ class Plan:
     shutdown: int = 100
     requests: int = 5000
     longest_memory: float = 75
-    timeout: int = 30
+    timeout: int = 120
 
 
 TINY = Plan(
@@ -199,10 +199,10 @@ async def load(server: Server, plan: Plan, clients: int) -> dict[str, float]:
 
         await asyncio.gather(*(one() for _ in range(clients)))
         passed = time.perf_counter() - start
-    assert all(outcome.status == 200 for outcome in outcomes), outcomes
-    seconds = [outcome.seconds for outcome in outcomes]
+    seconds = [outcome.seconds for outcome in outcomes if outcome.status == 200]
     return {
         "requests": len(outcomes),
+        "failed": len(outcomes) - len(seconds),
         "latency_ms_p50": 1000 * statistics.median(seconds),
         "latency_ms_p95": 1000 * percentile(seconds, 0.95),
         "tokens_per_second": sum(outcome.tokens for outcome in outcomes) / passed,
@@ -360,6 +360,7 @@ def main() -> None:
     start = time.perf_counter()
     result: dict[str, Any] = {"load": {}, "stress": {}}
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["HF_HOME"] = folder  # where the engine of vLLM writes the SLM
         for name, parts in sizes.items():
             model = make_model(Path(folder) / name, **parts)
             print(name, flush=True)
