@@ -226,7 +226,7 @@ class TestBounds:
             assert json.loads(client.get("/health")) == {"status": "ok", "queue": 2, "running": 1}
             response = client.send({"prompt": prompts[0]}).getresponse()
             assert response.status == 503
-            assert response.headers["Retry-After"] == "1"
+            assert 1 <= int(response.headers["Retry-After"]) <= 60
             assert "2 prompts are waiting. Try again later." in json.loads(response.read())["error"]["message"]
             assert [future.result() for future in (*others, first)] == OUTPUTS
 
