@@ -46,7 +46,8 @@ test-lowest: $(VENV_LOWEST)/.installed ## Run the tests on the lowest declared v
 
 .PHONY: test-vllm
 test-vllm: $(VENV_VLLM)/.installed ## Run the tests of the vLLM engine, in an environment of its own
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VENV_VLLM)/bin/python -m pytest $(PYTEST_ARGS) tests/modeling_llm2slm/engines/test_vllm.py
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VENV_VLLM)/bin/python -m pytest $(PYTEST_ARGS) tests/modeling_llm2slm/engines/test_vllm.py \
+		tests/modeling_llm2slm/serving/test_vllm.py
 
 .PHONY: test-playground
 test-playground: $(VENV)/.installed-test-playground ## Run the tests of the playground in Chromium (on Debian: apt install chromium)

@@ -88,7 +88,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
 ) -> None:
     """
-    Serve a model over HTTP with OpenAI's completions API; requests that arrive together share a batch.
+    Serve a model over HTTP with OpenAI's API; requests that arrive together share a batch.
 
     `llm2slm serve runs/model --port 8000`
 
@@ -96,9 +96,9 @@ def serve(
 
     `llm2slm serve runs/model --playground --examples prompts.txt`
 
-    The routes are /v1/completions (also streamed), /v1/models, /health and /metrics. Decoding is greedy unless a
-    request has a temperature. SIGTERM finishes running requests, then exits. There is no authentication: put the
-    server behind a proxy.
+    The routes are /v1/completions, /v1/chat/completions (both also streamed), /v1/models, /health and /metrics; /docs
+    describes them. Decoding is greedy unless a request has a temperature. SIGTERM finishes accepted requests, then
+    exits. There is no authentication: put the server behind a proxy.
     """
     if not page.playground:
         refuse_given(context, ("llm", "examples"), "belongs to --playground")

@@ -36,6 +36,7 @@ PENALTY: Bounds = {"minimum": 0.001, "maximum": 1000}
 EPOCHS: Bounds = {"above": 0, "limit": 10**6}
 WAIT: Bounds = {"limit": 10**9}  # timers overflow beyond it
 DEVICE: Bounds = {"pattern": (r"[a-z]+(:\d{1,4})?", "a device such as cpu, cuda or cuda:1")}
+ORIGIN: Bounds = {"pattern": (r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", "* or an origin such as https://example.org")}
 FILE_SIZE: Bounds = {"pattern": (r"\d*[1-9]\d{0,9} *[KMGT]?B", "a size such as 500MB or 1GB")}
 
 
@@ -515,7 +516,10 @@ class ServeSettings(Settings):
     name: str = option("", "Name of the model in requests. Default: that of its folder.")
     max_batch: int = option(16, "Prompts per batch.", minimum=1, panel="Batching")
     max_wait: float = option(5, "Milliseconds a batch waits for more prompts.", panel="Batching", minimum=0, **WAIT)
-    max_queue: int = option(64, "Prompts that may wait; more are refused with 503.", minimum=1, panel="Limits")
+    allow_origin: list[str] | None = option(
+        None, "Origin of web pages that may send requests (CORS); repeat it for several. * allows all.", **ORIGIN
+    )
+    max_queue: int = option(64, "Outputs that may wait; more are refused with 503.", minimum=1, panel="Limits")
     max_prompt_tokens: int | None = option(
         None, "Longest prompt, in tokens. Default: the checkpoint's limit, or 2048.", panel="Limits", **LENGTH
     )
@@ -525,9 +529,12 @@ class ServeSettings(Settings):
     )  # fmt: skip
     max_body: int = option(1_000_000, "Largest request, in bytes.", minimum=1, cli=False)
     num_beams: int = option(1, "Number of beams; above 1, no streaming and no sampling.", panel=GENERATION, **BEAMS)
-    timeout: float = option(120, "Seconds after which a request fails.", panel="Limits", minimum=0.1, **WAIT)
-    shutdown_timeout: float = option(
-        30, "Seconds that running requests get at shutdown.", panel="Limits", minimum=1, **WAIT
+    timeout: float = option(
+        120, "Seconds after which a request fails; those that would not be finished by then are refused with 503.",
+        panel="Limits", minimum=0.1, **WAIT,
+    )  # fmt: skip
+    shutdown_timeout: float | None = option(
+        None, "Seconds that accepted requests get at shutdown. Default: --timeout.", panel="Limits", minimum=1, **WAIT
     )
 
 

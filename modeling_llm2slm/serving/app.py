@@ -1,8 +1,9 @@
-"""The routes of the HTTP server: OpenAI's `/v1/completions` and `/v1/models`, `/health` and Prometheus' `/metrics`."""
+"""The routes of the HTTP server: OpenAI's API, its description, `/health` and Prometheus' `/metrics`."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import time
 import uuid
@@ -16,23 +17,19 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from ..inference.text_to_text import TextToText
-from ..settings import ServeSettings
-from .scheduler import Batcher, Job, Piece, QueueFull, batcher_for
-from .schema import (
-    CompletionRequest,
-    CompletionResponse,
-    Limits,
-    RequestError,
-    Usage,
-    choice,
-    error_content,
-    parse_request,
-)
+from ..settings import ServeSettings, shown
+from .jobs import Job, Piece
+from .openapi import api_description, docs_page
+from .responses import ChatForm, CompletionForm, Form, Model, ModelList, Usage, error_content
+from .scheduler import Batcher, QueueFull, batcher_for
+from .schema import ChatRequest, CompletionRequest, GenerationRequest, Limits, RequestError, parse_request
 
 
 DEFAULT_MAX_PROMPT_TOKENS, DEFAULT_MAX_NEW_TOKENS = 2048, 1024
@@ -61,7 +58,7 @@ class Service:
         self.default_tokens = min(default_tokens, max_tokens)
         self.limits = Limits(settings.name, max_tokens, settings.max_queue, settings.num_beams)
         self.batcher = batcher_for(text_to_text, settings)
-        self.open: set[_Completions] = set()
+        self.open: set[_Outputs] = set()
         self._registry = CollectorRegistry()
         self._registry.register(_BatcherMetrics(self.batcher))
         # One thread, because two threads must not use a tokenizer at the same time.
@@ -69,19 +66,28 @@ class Service:
 
     def abandon(self) -> None:
         """End every request that is not finished."""
-        for completions in self.open:
-            completions.end(HTTPException(503, "The server was stopped before the completion was finished."))
+        for outputs in self.open:
+            outputs.end(HTTPException(503, "The server was stopped before the completion was finished."))
 
     def app(self) -> Starlette:
         """Return the ASGI application; its lifespan starts and stops the batcher."""
         routes = [
             Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.model),
             Route("/health", self.health),
             Route("/metrics", self.metrics),
+            Route("/openapi.json", self.openapi),
+            Route("/docs", self.docs),
         ]
         handlers: Any = {HTTPException: _error_response, ClientDisconnect: _disconnected}
-        return Starlette(routes=routes, lifespan=self._lifespan, exception_handlers=handlers)
+        cors: dict[str, Any] = {
+            "allow_origins": self.settings.allow_origin, "allow_methods": ["GET", "POST"], "allow_headers": ["*"],
+            "expose_headers": ["Retry-After"],
+        }  # fmt: skip
+        middleware = [Middleware(CORSMiddleware, **cors)] if self.settings.allow_origin else []
+        return Starlette(routes=routes, lifespan=self._lifespan, exception_handlers=handlers, middleware=middleware)
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -94,8 +100,22 @@ class Service:
 
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`: the one model."""
-        model = {"id": self.settings.name, "object": "model", "created": 0, "owned_by": "modeling-llm2slm"}
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse(ModelList(data=[Model(id=self.settings.name)]).model_dump())
+
+    async def model(self, request: Request) -> Response:
+        """`GET /v1/models/{name}`: the one model, or 404."""
+        name = request.path_params["name"]
+        if name != self.settings.name:
+            raise self.limits.no_model(name)
+        return JSONResponse(Model(id=name).model_dump())
+
+    async def openapi(self, request: Request) -> Response:
+        """`GET /openapi.json`: the description of the API."""
+        return JSONResponse(api_description(self.limits))
+
+    async def docs(self, request: Request) -> Response:
+        """`GET /docs`: the description of the API as a page."""
+        return HTMLResponse(docs_page(api_description(self.limits)))
 
     async def health(self, request: Request) -> Response:
         """`GET /health`: how many prompts wait, and how many are in the batch that is being generated."""
@@ -107,25 +127,34 @@ class Service:
 
     async def completions(self, request: Request) -> Response:
         """`POST /v1/completions`: generate for one or more prompts, as a stream or in one response."""
+        return await self._generate(request, CompletionRequest)
+
+    async def chat(self, request: Request) -> Response:
+        """`POST /v1/chat/completions`: generate the next message of a conversation."""
+        return await self._generate(request, ChatRequest)
+
+    async def _generate(self, request: Request, kind: type[GenerationRequest]) -> Response:
         deadline = time.monotonic() + self.settings.timeout
         try:
             async with asyncio.timeout(self.settings.timeout):
                 body = await self._body(request)
         except TimeoutError:
             raise HTTPException(408, f"The request did not arrive within {self.settings.timeout:g} s.") from None
-        wanted = parse_request(body, self.limits)
-        loop = asyncio.get_running_loop()
-        ids = await loop.run_in_executor(self._tokenizing, self.tokenize, wanted)
-        completions = _Completions(self, request, wanted, ids, deadline)
+        wanted = parse_request(body, self.limits, kind)
+        limit = wanted.decoding(self.default_tokens).max_tokens
         try:
-            completions.start()
-        except QueueFull:
-            message = f"{len(self.batcher)} prompts are waiting. Try again later."
-            raise RequestError(503, message, headers={"Retry-After": "1"}) from None
+            with self.batcher.place([limit] * wanted.outputs):
+                loop = asyncio.get_running_loop()
+                ids, form = await loop.run_in_executor(self._tokenizing, self.prepare, wanted)
+                outputs = _Outputs(self, request, wanted, ids, form, deadline)
+                outputs.start()
+        except QueueFull as error:
+            headers = {"Retry-After": str(error.retry_after)}
+            raise RequestError(503, f"{error} Try again later.", headers=headers) from None
         if wanted.stream:
             headers = {"Cache-Control": "no-store"}
-            return StreamingResponse(completions.events(), media_type="text/event-stream", headers=headers)
-        return await completions.response()
+            return StreamingResponse(outputs.events(), media_type="text/event-stream", headers=headers)
+        return await outputs.response()
 
     async def _body(self, request: Request) -> bytes:
         limit, body = self.settings.max_body, bytearray()
@@ -135,47 +164,88 @@ class Service:
                 raise HTTPException(413, f"The request has more than {limit:,} bytes.")
         return bytes(body)
 
-    def tokenize(self, wanted: CompletionRequest) -> list[list[int]]:
-        """Return the token ids of each prompt, or raise [`RequestError`] 400 for one that is too long or empty."""
-        rows = self.text_to_text.features(wanted.prompt)["input_ids"]
-        for ids in rows:
-            if not ids:
-                raise RequestError(400, "prompt is empty.", "prompt")
-            if len(ids) > self.max_prompt_tokens:
-                message = f"prompt has {len(ids)} tokens, but at most {self.max_prompt_tokens} are allowed."
-                raise RequestError(400, message, "prompt")
+    def prepare(self, wanted: GenerationRequest) -> tuple[list[list[int]], Form]:
+        """Return the token ids of each prompt and the form of the outputs; [`RequestError`] 400 for a wrong prompt."""
+        is_chat = isinstance(wanted, ChatRequest)
+        name = "messages" if is_chat else "prompt"
+        prompts: list[Any] = wanted.prompts
+        if isinstance(prompts[0], str):
+            if is_chat and not self._has_chat_template:
+                message = "This model has no chat template. Use /v1/completions, or put a chat_template.jinja"
+                raise RequestError(400, f"{message} into its folder.", name)
             try:
-                self.text_to_text.check_positions(len(ids), wanted.decoding(self.default_tokens).max_tokens)
-            except ValueError as error:
-                raise RequestError(400, str(error)) from None
-        return rows
+                prompts = self.text_to_text.features(prompts)["input_ids"]
+            except ValueError as error:  # the template refuses it
+                raise RequestError(400, " ".join(str(error).split()), name) from None
+        for ids in prompts:
+            self._check_prompt(ids, wanted, name)
+        return prompts, ChatForm() if is_chat else self._completion_form(wanted)
+
+    def _check_prompt(self, ids: Sequence[int], wanted: GenerationRequest, name: str) -> None:
+        if not ids:
+            raise RequestError(400, f"{name} is empty.", name)
+        if len(ids) > self.max_prompt_tokens:
+            message = f"{name} has {len(ids)} tokens, but at most {self.max_prompt_tokens} are allowed."
+            raise RequestError(400, message, name)
+        if max(ids) >= len(self._reader):
+            message = f"{name} holds the token id {shown(max(ids))}, but ids end at {len(self._reader) - 1}."
+            raise RequestError(400, message, name)
+        try:
+            self.text_to_text.check_positions(len(ids), wanted.decoding(self.default_tokens).max_tokens)
+        except ValueError as error:
+            raise RequestError(400, str(error)) from None
+
+    def _completion_form(self, wanted: Any) -> CompletionForm:
+        prompts = wanted.prompts if wanted.echo else [""] * len(wanted.prompts)
+        texts = [each if isinstance(each, str) else self._reader.decode(each) for each in prompts]
+        return CompletionForm([text for text in texts for _ in range(wanted.samples)])
+
+    @property
+    def _reader(self) -> Any:
+        """The tokenizer of prompts."""
+        return getattr(self.text_to_text.processor, "tokenizer", self.text_to_text.processor)
+
+    @property
+    def _has_chat_template(self) -> bool:
+        holders = (self.text_to_text.processor, self._reader)
+        return any(getattr(holder, "chat_template", None) for holder in holders)
 
 
-class _Completions:
-    """The completions of one request: their jobs, and the pieces that arrive for them."""
+class _Outputs:
+    """The outputs of one request: their jobs, and the pieces that arrive for them."""
 
     def __init__(
         self,
         service: Service,
         request: Request,
-        wanted: CompletionRequest,
+        wanted: GenerationRequest,
         ids: Sequence[Sequence[int]],
+        form: Form,
         deadline: float,
     ):
         self.service = service
         self.request = request
         self.wanted = wanted
         self.deadline = deadline
+        self.form: Any = form
         self.prompt_tokens = sum(map(len, ids))
-        self.tokens = [0] * len(ids)
-        self.id, self.created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
+        self.tokens = [0] * wanted.outputs
         self._loop = asyncio.get_running_loop()
         self._arrived: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
-        decoding = wanted.decoding(service.default_tokens)
-        self.jobs = [Job(row, decoding, self._sender(index), bool(wanted.stream)) for index, row in enumerate(ids)]
+        decodings = [wanted.decoding(service.default_tokens, sample) for sample in range(wanted.samples)]
+        pairs = [(row, decoding) for row in ids for decoding in decodings]
+        self.jobs = [
+            Job(row, decoding, self._sender(index), bool(wanted.stream)) for index, (row, decoding) in enumerate(pairs)
+        ]
+
+    @functools.cached_property
+    def common(self) -> dict[str, Any]:
+        """The fields that all events of a stream share."""
+        name = self.service.settings.name
+        return {"id": f"{self.form.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
 
     def start(self) -> None:
-        """Queue the jobs, or raise [`QueueFull`]; then watch for the client to disconnect."""
+        """Queue the jobs; then watch for the client to disconnect."""
         self.service.batcher.submit(self.jobs)
         self.service.open.add(self)
         self._watching = asyncio.ensure_future(self._watch())
@@ -184,24 +254,39 @@ class _Completions:
         """End the request with an exception in place of the pieces that have not arrived."""
         self._arrived.put_nowait((0, reason))
 
+    def close(self) -> None:
+        """Stop what is not finished: nobody waits for it any more."""
+        self.service.open.discard(self)
+        for job in self.jobs:
+            job.cancel()
+
     async def response(self) -> Response:
-        """Return all completions in one response."""
+        """Return all outputs in one response."""
         pieces = {index: piece async for index, piece in self._pieces()}
-        return _json_response(self._content([choice(*each) for each in sorted(pieces.items())], self._usage()))
+        choices: Any = [self.form.choice(*each) for each in sorted(pieces.items())]
+        content = self.form.whole(choices=choices, usage=self._usage(), **self.common)
+        return Response(content.json_text(), media_type="application/json")
 
     async def events(self) -> AsyncIterator[str]:
         """Yield server-sent events, one for each piece."""
         try:
+            for index in range(len(self.jobs)):
+                for choice in self.form.opening(index):
+                    yield self._event([choice])
             async for index, piece in self._pieces():
-                yield _event(self._content([choice(index, piece)]).json_text())
+                for choice in self.form.pieces(index, piece):
+                    yield self._event([choice])
         except HTTPException as error:  # the status was sent with the first event
             yield _event(json.dumps(error_content(error), ensure_ascii=False))
         except ClientDisconnect:
             return
         else:
             if self.wanted.include_usage:
-                yield _event(self._content([], self._usage()).json_text())
+                yield self._event([], self._usage())
         yield _event("[DONE]")
+
+    def _event(self, choices: list[Any], usage: Usage | None = None) -> str:
+        return _event(self.form.event(choices=choices, usage=usage, **self.common).json_text())
 
     async def _pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         unfinished = len(self.jobs)
@@ -221,9 +306,7 @@ class _Completions:
                 yield index, piece
         finally:
             self._watching.cancel()
-            self.service.open.discard(self)
-            for job in self.jobs:
-                job.cancel()
+            self.close()
 
     def _sender(self, index: int) -> Callable[[Piece | Exception], None]:
         """Return the function that the batcher's thread calls with each piece of prompt `index`."""
@@ -237,11 +320,8 @@ class _Completions:
     async def _watch(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
+        self.close()  # the events may not have been asked for
         self.end(ClientDisconnect())
-
-    def _content(self, choices: list[Any], usage: Usage | None = None) -> CompletionResponse:
-        name = self.service.settings.name
-        return CompletionResponse(id=self.id, created=self.created, model=name, choices=choices, usage=usage)
 
     def _usage(self) -> Usage:
         prompt, completion = self.prompt_tokens, sum(self.tokens)
@@ -278,10 +358,6 @@ def _stop_truncation(text_to_text: TextToText) -> int | None:
 
 def _event(data: str) -> str:
     return f"data: {data}\n\n"
-
-
-def _json_response(content: CompletionResponse) -> Response:
-    return Response(content.json_text(), media_type="application/json")
 
 
 async def _error_response(request: Request, error: HTTPException) -> Response:

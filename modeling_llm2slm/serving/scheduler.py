@@ -11,11 +11,12 @@ its prompt gets alone.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import (
@@ -27,85 +28,33 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ..inference.batching import take_rows
 from ..inference.continuous import ContinuousTextToText
 from ..inference.outputs import BlankOutputs
-from ..inference.text_stream import TextStream
-from ..inference.text_to_text import TextToText
+from ..inference.text_to_text import Features, TextToText
 from ..settings import ServeSettings
+from .jobs import Completion, Decoding, Job
+from .pace import Pace
 
 
 logger = logging.getLogger(__name__)
 
-FinishReason = Literal["stop", "length"]  # at an end token or a stop text; at the limit of tokens
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """
-    How an output is generated.
-
-    Args:
-        max_tokens: Longest output, in tokens.
-        temperature: Sampling temperature; 0 is greedy.
-        top_p: Sample from the most likely tokens with this total probability.
-        seed: Seed of sampling; None takes another one each time.
-        stop: The output ends before the first of these texts.
-    """
-
-    max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Piece:
-    """
-    A part of an output.
-
-    Args:
-        text: The text that comes next.
-        finish_reason: Why the output ends, in the last piece; else None.
-        tokens: The number of tokens so far, the end token included.
-    """
-
-    text: str
-    finish_reason: FinishReason | None = None
-    tokens: int = 0
-
-
-class Job:
-    """
-    A prompt to generate for.
-
-    Args:
-        ids: Its token ids.
-        decoding: How to generate.
-        send: Called in the batcher's thread with each [`Piece`], or with the exception that ended the generation.
-        stream: Whether to send pieces as they are generated. Otherwise the whole output is one piece.
-    """
-
-    def __init__(
-        self,
-        ids: Sequence[int],
-        decoding: Decoding,
-        send: Callable[[Piece | Exception], None],
-        stream: bool = False,
-    ):
-        self.ids = list(ids)
-        self.decoding = decoding
-        self.send = send
-        self.stream = stream
-        self.cancelled = False
-
-    def cancel(self) -> None:
-        """Stop generating: nobody waits for the output any more."""
-        self.cancelled = True
+TIME_FOR_WORK = 0.8  # share of a request's time limit that the work before and on it may take by estimate
+LONGEST_RETRY = 60  # seconds; OpenAI's client ignores a longer Retry-After
 
 
 class QueueFull(Exception):
-    """The queue cannot take the jobs."""
+    """
+    The queue cannot take more jobs, or they would not be finished in time.
+
+    Args:
+        message: One sentence on the reason.
+        retry_after: After how many seconds it is worth to try again.
+    """
+
+    def __init__(self, message: str, retry_after: int = 1):
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class Batcher:
@@ -130,7 +79,9 @@ class Batcher:
         self.settings = settings or ServeSettings()
         self.running = self.prompts = self.failed = self.tokens = self.batches = 0
         self._blank = BlankOutputs()
+        self._pace = Pace()
         self._waiting: list[Job] = []
+        self._entering: list[int] = []  # `max_tokens` of jobs that have their place and are not submitted yet
         self._changed = threading.Condition()
         self._stopping = False
         self._batch: list[Job] = []
@@ -153,12 +104,43 @@ class Batcher:
             self._changed.notify()
         self._thread.join()
 
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Queue all jobs, or raise [`QueueFull`] and queue none."""
+    @contextmanager
+    def place(self, max_tokens: Sequence[int]) -> Iterator[None]:
+        """
+        Reserve places in the queue for jobs that are submitted within the context. Not thread-safe.
+
+        Args:
+            max_tokens: The longest output of each job, in tokens.
+
+        Raises:
+            QueueFull: If more than `max_queue` jobs would wait; or if, at the measured pace, some jobs would not be
+                finished within `timeout`, should all outputs be as long as they may be. A job that needs not wait is
+                accepted in any case.
+        """
         with self._changed:
             self._drop_cancelled()
-            if self._stopping or len(self._waiting) + len(jobs) > self.settings.max_queue:
-                raise QueueFull
+            waiting, running = len(self._waiting) + len(self._entering), self.running
+            left = sum(self._entering) + sum(job.tokens_left for job in (*self._waiting, *self._batch))
+        seconds = self._pace.seconds(left)
+        retry_after = min(max(1, math.ceil(seconds / 2)), LONGEST_RETRY)
+        if waiting + len(max_tokens) > self.settings.max_queue:
+            raise QueueFull(f"{waiting} prompts are waiting.", retry_after)
+        if waiting + running >= self.settings.max_batch:
+            seconds = self._pace.seconds(left + sum(max_tokens))
+            if seconds > TIME_FOR_WORK * self.settings.timeout:
+                raise QueueFull(f"The prompts that are waiting need about {seconds:.0f} s.", retry_after)
+        self._entering += max_tokens
+        try:
+            yield
+        finally:
+            for limit in max_tokens:
+                self._entering.remove(limit)
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Queue jobs, for which [`~Batcher.place`] has reserved places; raise [`QueueFull`] after the end."""
+        with self._changed:
+            if self._stopping:
+                raise QueueFull("The server is stopping.")
             self._waiting.extend(jobs)
             self._changed.notify()
 
@@ -188,6 +170,16 @@ class Batcher:
                     self._batch, self.running = batch, len(batch)
                     return batch
 
+    def _read(self, jobs: Sequence[Job]) -> tuple[Any, list[int]]:
+        """Read the prompts of jobs, equal ones once; return what `read` gives, and the row of each job in it."""
+        prompts = list(dict.fromkeys(tuple(job.ids) for job in jobs))
+        features: Features = {
+            "input_ids": [list(ids) for ids in prompts],
+            "attention_mask": [[1] * len(ids) for ids in prompts],
+        }
+        row_of = {ids: row for row, ids in enumerate(prompts)}
+        return self.text_to_text.read(features), [row_of[tuple(job.ids)] for job in jobs]
+
     def _drop_cancelled(self) -> None:
         self._waiting = [job for job in self._waiting if not job.cancelled]
 
@@ -203,8 +195,9 @@ class Batcher:
         return True
 
     def _run(self, jobs: list[Job]) -> None:
-        completions = [_Completion(job, self.text_to_text) for job in jobs]
+        completions = [Completion(job, self.text_to_text) for job in jobs]
         try:
+            self._pace.start()
             self._generate(completions)
         except Exception as error:
             if len(jobs) > 1 and not any(completion.tokens for completion in completions):
@@ -228,19 +221,16 @@ class Batcher:
         if len(str(self._blank.blank or "")) > before:
             self._blank.warn()
 
-    def _generate(self, completions: list[_Completion]) -> None:
+    def _generate(self, completions: list[Completion]) -> None:
         jobs = [completion.job for completion in completions]
-        features = {
-            "input_ids": [job.ids for job in jobs],
-            "attention_mask": [[1] * len(job.ids) for job in jobs],
-        }
         with_beams = self.settings.num_beams > 1
+        inputs, rows = self._read(jobs)
         outputs = self.text_to_text.write(
-            self.text_to_text.read(features),
+            take_rows(inputs, rows),
             max_new_tokens=max(job.decoding.max_tokens for job in jobs),
             num_beams=self.settings.num_beams,
             do_sample=False,
-            stopping_criteria=StoppingCriteriaList([_EachRow(completions, with_beams)]),
+            stopping_criteria=StoppingCriteriaList([_EachRow(completions, self._pace, with_beams)]),
             logits_processor=LogitsProcessorList([_SampleRows(completions)]),
         )
         if with_beams:
@@ -260,7 +250,7 @@ class ContinuousBatcher(Batcher):
         super().__init__(text_to_text, settings)
         if self.settings.num_beams > 1:
             raise ValueError("num_beams is above 1, which this engine does not support: leave it out.")
-        self._running: dict[str, _Completion] = {}
+        self._running: dict[str, Completion] = {}
 
     def _work(self) -> None:
         while not self._stopping:
@@ -282,6 +272,8 @@ class ContinuousBatcher(Batcher):
             self._drop_cancelled()
             free = 0 if self._stopping else self.settings.max_batch - len(self._running)
             jobs, self._waiting = self._waiting[:free], self._waiting[free:]
+            self._batch = [*self._batch, *jobs]  # while their prompts are read, too
+            self.running = len(self._batch)
             return jobs
 
     def _admit(self, jobs: Sequence[Job]) -> None:
@@ -289,15 +281,13 @@ class ContinuousBatcher(Batcher):
         if not jobs:
             return
         try:
-            prompts = list(dict.fromkeys(tuple(job.ids) for job in jobs))
-            features = {
-                "input_ids": [list(ids) for ids in prompts],
-                "attention_mask": [[1] * len(ids) for ids in prompts],
-            }
-            rows = dict(zip(prompts, self.text_to_text.rows(self.text_to_text.read(features)), strict=True))
-            for job in jobs:
-                request = self.text_to_text.add(rows[tuple(job.ids)], self._sampling(job.decoding))
-                self._running[request] = _Completion(job, self.text_to_text)
+            if not self._running:
+                self._pace.start()
+            inputs, row_of = self._read(jobs)
+            rows = self.text_to_text.rows(inputs)
+            for job, row in zip(jobs, row_of, strict=True):
+                request = self.text_to_text.add(rows[row], self._sampling(job.decoding))
+                self._running[request] = Completion(job, self.text_to_text)
         except Exception as error:
             if len(jobs) > 1 and not any(completion.job in jobs for completion in self._running.values()):
                 for job in jobs:  # one prompt must not fail the others
@@ -313,17 +303,23 @@ class ContinuousBatcher(Batcher):
     def _sampling(self, decoding: Decoding) -> Any:
         sampled = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p}
         return self.text_to_text.sampling(
-            decoding.seed, max_new_tokens=decoding.max_tokens, **(sampled if decoding.temperature else {})
+            decoding.seed,
+            decoding.logprobs,
+            max_new_tokens=decoding.max_tokens,
+            **(sampled if decoding.temperature else {}),
         )
 
     def _step(self) -> None:
         if not self._running:
             return
-        for one in self.text_to_text.step():
+        generated = self.text_to_text.step()
+        self._pace.step(len(generated))
+        for one in generated:
             completion = self._running[one.request]
-            for token in one.tokens[len(completion.tokens) :]:
+            for place in range(len(completion.tokens), len(one.tokens)):
                 if not completion.done:
-                    completion.add_token(token)
+                    token, logprobs = one.tokens[place], one.logprobs and one.logprobs[place]
+                    completion.add_token(token, logprobs and {key: each.logprob for key, each in logprobs.items()})
         self._forget([request for request, completion in self._running.items() if completion.done])
 
     def _forget(self, requests: Sequence[str]) -> None:
@@ -341,77 +337,38 @@ def batcher_for(text_to_text: TextToText, settings: ServeSettings) -> Batcher:
     return kind(text_to_text, settings)
 
 
-class _Completion:
-    """The output of one row of a batch: its tokens so far, and their text."""
-
-    def __init__(self, job: Job, text_to_text: TextToText):
-        self.job = job
-        self.decoding = job.decoding
-        self.tokens: list[int] = []
-        self.text = ""  # as far as it was sent
-        self.finish_reason: FinishReason | None = None
-        self.generator: torch.Generator | None = None
-        self._text = TextStream(text_to_text.tokenizer, job.decoding.stop)
-        self._end_ids = _end_ids(text_to_text)
-
-    @property
-    def done(self) -> bool:
-        return self.job.cancelled or self.finish_reason is not None
-
-    def add_token(self, token: int) -> None:
-        """Add a token, and send the text that can no longer change."""
-        self.tokens.append(token)
-        if token in self._end_ids:
-            self._finish("stop")
-        elif len(self.tokens) >= self.decoding.max_tokens:
-            self._finish("length")
-        elif self.job.stream or self.decoding.stop:
-            self._text.add(self.tokens)
-            if self._text.stopped:
-                self._finish("stop")
-            elif self.job.stream and (text := self._text.take()):
-                self._send(text)
-
-    def set_tokens(self, tokens: Sequence[int]) -> None:
-        """Set all tokens of a finished output, and send its text."""
-        self.tokens = list(tokens)
-        ended = any(token in self._end_ids for token in tokens) or len(tokens) < self.decoding.max_tokens
-        self._finish("stop" if ended else "length")
-
-    def _finish(self, reason: FinishReason) -> None:
-        self._text.finish(self.tokens)
-        self.finish_reason = "stop" if self._text.stopped else reason
-        self._send(self._text.take(finished=True))
-
-    def _send(self, text: str) -> None:
-        self.text += text
-        self.job.send(Piece(text, self.finish_reason, len(self.tokens)))
-
-
 class _EachRow(StoppingCriteria):
     """Gives each completion of a batch its new token, and stops the rows that are done."""
 
-    def __init__(self, completions: list[_Completion], with_beams: bool):
+    def __init__(self, completions: list[Completion], pace: Pace, with_beams: bool):
         self.completions = completions
+        self.pace = pace
         self.with_beams = with_beams
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.pace.step(sum(not completion.done for completion in self.completions))
         if self.with_beams:  # rows are beams: a token in one may not be in the output
             all_done = all(completion.done for completion in self.completions)
             return torch.full((input_ids.shape[0],), all_done, device=input_ids.device)
         for completion, token in zip(self.completions, input_ids[:, -1].tolist(), strict=True):
             if not completion.done:
-                completion.add_token(token)
+                completion.add_token(token, completion.likeliest(token))
         return torch.tensor([completion.done for completion in self.completions], device=input_ids.device)
 
 
 class _SampleRows(LogitsProcessor):
-    """Samples a token for each row with a temperature, and leaves only this token to `generate()`, which is greedy."""
+    """
+    Samples a token for each row with a temperature, and leaves only this token to `generate()`, which is greedy. Keeps
+    the log-probabilities of the rows that ask for them.
+    """
 
-    def __init__(self, completions: list[_Completion]):
+    def __init__(self, completions: list[Completion]):
         self.completions = completions
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        for row, completion in enumerate(self.completions):
+            if completion.decoding.logprobs is not None and not completion.done:
+                completion.scores = scores[row].log_softmax(-1)
         sampled = [
             row
             for row, completion in enumerate(self.completions)
@@ -427,7 +384,7 @@ class _SampleRows(LogitsProcessor):
         return scores
 
 
-def _sample(completion: _Completion, ids: torch.Tensor, scores: torch.Tensor) -> int:
+def _sample(completion: Completion, ids: torch.Tensor, scores: torch.Tensor) -> int:
     decoding = completion.decoding
     if completion.generator is None:
         completion.generator = torch.Generator(scores.device)
@@ -439,10 +396,3 @@ def _sample(completion: _Completion, ids: torch.Tensor, scores: torch.Tensor) ->
     if decoding.top_p < 1:
         scores = TopPLogitsWarper(float(decoding.top_p))(ids, scores)
     return int(torch.multinomial(scores.softmax(-1), 1, generator=completion.generator))
-
-
-def _end_ids(text_to_text: TextToText) -> set[int]:
-    """Return the ids that end an output: the tokenizer's end token, and those at which `generate()` stops."""
-    ids = getattr(getattr(text_to_text.model, "generation_config", None), "eos_token_id", None)
-    found = [*(ids if isinstance(ids, list) else [ids]), text_to_text.tokenizer.eos_token_id]
-    return {int(token) for token in found if token is not None}

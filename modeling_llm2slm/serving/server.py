@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import signal
 import socket
@@ -13,6 +14,10 @@ from ..inference.text_to_text import TextToText
 from ..settings import PlaygroundSettings, ServeSettings
 
 
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None  # type: ignore[assignment]
 try:
     import uvicorn
 
@@ -59,18 +64,21 @@ def make_server(
     app = service.app()
     mount(app)
 
+    patience = service.settings.shutdown_timeout or service.settings.timeout
+
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             ready()
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            asyncio.get_running_loop().call_later(service.settings.shutdown_timeout, service.abandon)
+            asyncio.get_running_loop().call_later(patience, service.abandon)
             await super().shutdown(sockets)
 
     config = uvicorn.Config(
         app, lifespan="on", ws="none", log_level="warning", access_log=False,
-        timeout_graceful_shutdown=round(service.settings.shutdown_timeout) + 5,  # for requests sent only in part
+        timeout_keep_alive=75,  # longer than clients keep an idle connection, or they send into a closed one
+        timeout_graceful_shutdown=round(patience) + 5,  # for requests sent only in part
     )  # fmt: skip
     return Server(config)
 
@@ -83,7 +91,7 @@ def serve(
     page: PlaygroundSettings | None = None,
 ) -> None:
     """
-    Serve a model until the process gets SIGTERM or SIGINT. Then refuse new requests and finish those that run.
+    Serve a model until the process gets SIGTERM or SIGINT. Then refuse new requests and finish accepted ones.
 
     Args:
         text_to_text: The model.
@@ -102,6 +110,7 @@ def serve(
         >>> settings = ServeSettings(name="my-model")
         >>> serve(TextToText.from_pretrained("runs/model"), settings, bind("127.0.0.1", 8000))
     """
+    _allow_many_connections()
     service = Service(text_to_text, settings)
     if page is not None and page.playground:
         from .playground.page import make_playground
@@ -121,3 +130,11 @@ def serve(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _allow_many_connections() -> None:
+    """Raise the number of files, each connection one, that this process may open, as far as its user may raise it."""
+    if resource is not None:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(ValueError, OSError):  # macOS names a limit that it does not allow
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -15,7 +15,15 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_llm2slm import settings as declared
 from modeling_llm2slm.benchmark.cells import Cell
-from modeling_llm2slm.serving.schema import CompletionRequest, Limits, RequestError, parse_request
+from modeling_llm2slm.serving.schema import (
+    NEUTRAL,
+    ChatRequest,
+    CompletionRequest,
+    Limits,
+    RequestError,
+    is_neutral,
+    parse_request,
+)
 from modeling_llm2slm.settings import GenerateArguments, Settings, check_generate_arguments, has_type, shown
 from modeling_llm2slm.training.recipe import Recipe, parse_recipe, recipe_fields
 from tests.modeling_llm2slm.test_settings import ALL, required
@@ -24,6 +32,9 @@ from tests.support.values import ANY, PLAIN
 
 NEEDED = {"model": "m", "train_data": "d.jsonl", "output_dir": "o"}
 LIMITS = Limits("tiny", max_tokens=70, max_prompts=64)
+VALID: dict[Any, dict[str, Any]] = {
+    CompletionRequest: {"prompt": "a"}, ChatRequest: {"messages": [{"role": "user", "content": "a"}]},
+}  # fmt: skip
 SECONDS = 5
 
 
@@ -104,33 +115,55 @@ def test_every_argument_of_generate(name: str, value: Any) -> None:
     outcome(lambda: check_generate_arguments({name: value}), name)
 
 
-@pytest.mark.parametrize("name", CompletionRequest.model_fields)
-@cases(100)
-@given(value=PLAIN)
-def test_every_field_of_a_request(name: str, value: Any) -> None:
+def parse_field(kind: Any, name: str, value: Any) -> Any:
+    """Return the value of a field of a body, and the request with it or its error; None if JSON has no such value."""
     try:
-        body = json.dumps({"prompt": "a", name: value}).encode()
+        body = json.dumps({**VALID[kind], name: value}).encode()
     except (ValueError, RecursionError):  # Python writes no such JSON
-        return
+        return None
     try:
-        result: Any = parse_request(body, LIMITS)
+        result: Any = parse_request(body, LIMITS, kind)
     except RequestError as error:
         result = error
     if isinstance(result, RequestError):
         assert result.status_code in (400, 404)
         assert "\n" not in result.detail
         assert len(result.detail) < 1000
-        return
-    given_value, kept = json.loads(body)[name], getattr(result, name)
-    assert given_value is None or kept in (given_value, [given_value]) or name in ("stream_options", "user")
-    result.decoding(20)
+        return value, result
+    result.decoding(20, 1)
+    assert len(result.prompts) * result.samples <= 64
+    return json.loads(body)[name], result
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind in (CompletionRequest, ChatRequest) for name in kind.model_fields]
+)
+@cases(60)
+@given(value=PLAIN)
+def test_every_field_of_a_request(kind: Any, name: str, value: Any) -> None:
+    value, result = parse_field(kind, name, value) or (None, None)
+    if isinstance(result, kind):
+        kept = getattr(result, name)
+        assert value is None or kept in (value, [value]) or name in ("stream_options", "messages")
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+@cases(20)
+@given(value=PLAIN)
+def test_every_field_that_only_neutral_values_may_have(name: str, value: Any) -> None:
+    kind = CompletionRequest if name not in CompletionRequest.model_fields else ChatRequest
+    given_value, result = parse_field(kind, name, value) or (None, None)
+    if result is not None and name not in kind.model_fields:
+        assert isinstance(result, kind) == is_neutral(name, given_value)
+    for neutral in NEUTRAL[name] or ():
+        assert isinstance(parse_field(CompletionRequest, name, neutral)[1], CompletionRequest) or name == "logprobs"
 
 
 @cases(300)
 @given(body=st.binary(max_size=200) | st.text(alphabet='{}[]":,0123456789eE-.ntf', max_size=100).map(str.encode))
 def test_every_body_of_a_request(body: bytes) -> None:
     with pytest.raises(RequestError) as error:
-        parse_request(body, LIMITS)
+        parse_request(body, LIMITS, CompletionRequest)
     assert error.value.status_code == 400
 
 

@@ -139,6 +139,8 @@ def eager(model: Any) -> Any:
     details = {"engine": "eager", **describe(model, "fp32")}
     kind: Any = ExportedLLM2SLM if is_llm2slm else ExportedLLM
     return kind(model.config, model.generation_config, graphs, table, details)
+
+
 def reuse_graphs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let exports take the graphs of an exported folder: tracing them again takes seconds."""
     components = exported_model_class().from_pretrained(folder).components

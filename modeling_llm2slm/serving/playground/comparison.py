@@ -14,7 +14,8 @@ import torch
 from ...inference.text_to_text import TextToText
 from ...settings import ServeSettings
 from ..app import Service
-from ..scheduler import Batcher, Decoding, Job, Piece, QueueFull, batcher_for
+from ..jobs import Decoding, Job, Piece
+from ..scheduler import Batcher, QueueFull, batcher_for
 from .llm import ComparedLLM
 
 

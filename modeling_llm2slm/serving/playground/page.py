@@ -15,7 +15,7 @@ from starlette.routing import Route
 from ...data.formats import parse_rows
 from ...settings import PlaygroundSettings
 from ..app import Service
-from ..scheduler import Decoding
+from ..jobs import Decoding
 from .comparison import Comparison
 from .html import outputs_html, verdict_html
 from .llm import ComparedLLM, load_llm

@@ -140,7 +140,9 @@ class TestBounds:
         ("fields", "status", "message"),
         [
             ({}, 400, "prompt is missing. It must be a string, or a list of 1 to 64 strings"),
-            ({"prompt": [1, 2]}, 400, "prompt.0 is 1, but prompt must be a string, or a list"),
+            ({"prompt": [1, "a"]}, 400, "prompt.0.1 is 'a', but prompt must be a string, or a list"),
+            ({"prompt": [[3], [10**6]]}, 400, "prompt holds the token id 1000000, but ids end at 119"),
+            ({"prompt": [[3], []]}, 400, "prompt is empty"),
             ({"prompt": []}, 400, "prompt is [], but it must be a string, or a list"),
             ({"prompt": ["src1"] * 65}, 400, "must be a string, or a list of 1 to 64 strings"),
             ({"prompt": "\ud83d"}, 400, "surrogate"),
@@ -166,10 +168,13 @@ class TestBounds:
             ({"prompt": "src1", "stream": "yes"}, 400, "stream is 'yes', but it must be true or false"),
             ({"prompt": "src1", "stream_options": {"include_usage": True}}, 400, "stream_options needs a stream"),
             ({"prompt": "src1", "stop": ["a", ""]}, 400, "stop.1 is '', but stop must be a string, or a list"),
-            ({"prompt": "src1", "stop": list("abcde")}, 400, "up to 4"),
+            ({"prompt": "src1", "stop": list("abcdefghijklmnopq")}, 400, "up to 16"),
             ({"prompt": "src1", "stream": True, "stream_options": {"n": 1}}, 400, "stream_options.n is 1"),
-            ({"prompt": "src1", "n": 2}, 400, "n is 2, which is not supported"),
-            ({"prompt": "src1", "logprobs": 3}, 400, "logprobs is 3"),
+            ({"prompt": "src1", "n": 65}, 400, "n is 65, but it must be a whole number from 1 to 64"),
+            ({"prompt": ["src1"] * 33, "n": 2}, 400, "asks for 66 outputs, but at most 64"),
+            ({"prompt": "src1", "logprobs": 21}, 400, "logprobs is 21"),
+            ({"prompt": "src1", "logprobs": 1, "echo": True}, 400, "echo and logprobs cannot be combined"),
+            ({"prompt": "src1", "top_k": 5}, 400, "top_k is 5, which is not supported"),
             ({"prompt": "src1", "best_off": 3}, 400, "best_off is 3"),
             ({"prompt": "src1", "\ud83d": 3}, 400, "half of a surrogate pair"),
             ({"prompt": "src1", "model": "gpt-5"}, 404, "no model 'gpt-5'. Its model is 'tiny'"),
@@ -221,9 +226,28 @@ class TestBounds:
             assert json.loads(client.get("/health")) == {"status": "ok", "queue": 2, "running": 1}
             response = client.send({"prompt": prompts[0]}).getresponse()
             assert response.status == 503
-            assert response.headers["Retry-After"] == "1"
-            assert "2 prompts are waiting" in json.loads(response.read())["error"]["message"]
+            assert 1 <= int(response.headers["Retry-After"]) <= 60
+            assert "2 prompts are waiting. Try again later." in json.loads(response.read())["error"]["message"]
             assert [future.result() for future in (*others, first)] == OUTPUTS
+
+    def test_burst_is_completed_or_refused_and_the_server_recovers(
+        self, model: TextToText, prompts: list[str]
+    ) -> None:
+        def send(number: int) -> tuple[int, str | None, Any]:
+            response = client.send({"prompt": prompts[number % 3], "stream": False}).getresponse()
+            return response.status, response.headers["Retry-After"], json.loads(response.read())
+
+        with serving(model, max_batch=2, max_queue=4) as client, slow(model, 0.005), ThreadPoolExecutor(60) as pool:
+            found = list(pool.map(send, range(60)))
+            assert {status for status, _, _ in found} == {200, 503}
+            for number, (status, retry_after, content) in enumerate(found):
+                if status == 200:
+                    assert content["choices"][0]["text"] == OUTPUTS[number % 3]
+                else:
+                    assert 1 <= int(retry_after or 0) <= 60
+            assert client.text(prompt=prompts[1]) == OUTPUTS[1]
+            wait_until(lambda: not client.service.open and client.service.batcher.running == 0)
+            assert client.service.batcher._entering == []
 
     def test_request_fails_after_its_timeout(self, model: TextToText, prompts: list[str]) -> None:
         with serving(model, timeout=0.3) as client, slow(model, 0.1):

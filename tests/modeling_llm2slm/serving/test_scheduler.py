@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from modeling_llm2slm.inference.continuous import ContinuousTextToText, Generated
 from modeling_llm2slm.inference.text_to_text import TextToText
-from modeling_llm2slm.serving.scheduler import (
-    Batcher,
-    ContinuousBatcher,
-    Decoding,
-    Job,
-    Piece,
-    QueueFull,
-    batcher_for,
-)
+from modeling_llm2slm.serving.jobs import Decoding, Job, Piece
+from modeling_llm2slm.serving.pace import Pace
+from modeling_llm2slm.serving.scheduler import Batcher, ContinuousBatcher, QueueFull, batcher_for
 from modeling_llm2slm.settings import ServeSettings
 from tests.support.checkpoints import KINDS, PROMPTS, write_checkpoint
-from tests.support.serving import wait_until
+from tests.support.serving import OUTPUTS, wait_until
 
 
 class TestBatcher:
@@ -59,6 +54,52 @@ class TestBatcher:
         batcher.submit([Job(ids[1], Decoding(4), done.append)])
         wait_until(lambda: len(done) == 2, seconds=5)
         batcher.stop()
+
+    def test_job_that_would_not_be_finished_in_time_gets_no_place(
+        self, model: TextToText, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        batcher = Batcher(model, ServeSettings(max_batch=1, timeout=10))
+        monkeypatch.setattr(batcher._pace, "seconds", lambda tokens: tokens / 2)
+        with batcher.place([50]):  # nothing to wait for
+            with pytest.raises(QueueFull, match="need about 26 s") as error, batcher.place([2]):
+                pass
+            assert error.value.retry_after == 13
+        with batcher.place([10]):
+            batcher.submit([Job([3], Decoding(10), print)])
+        with batcher.place([6]), pytest.raises(QueueFull), batcher.place([1]):
+            pass
+        with pytest.raises(QueueFull, match="1 prompts are waiting"), batcher.place([1] * 64):
+            pass
+        assert batcher._entering == []
+
+    def test_pace_follows_the_last_seconds_of_work(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = [0.0]
+        monkeypatch.setattr("modeling_llm2slm.serving.pace.time", SimpleNamespace(monotonic=lambda: clock[0]))
+        pace = Pace(memory=10)
+        assert pace.seconds(100) == 0
+        for tokens, passed, expected in ((20, 2, 10), (20, 20, 100), (50, 5, 25)):
+            clock[0] += 100  # idle
+            pace.start()
+            clock[0] += passed
+            pace.step(tokens)
+            assert pace.seconds(100) == pytest.approx(expected)
+
+    def test_equal_prompts_of_a_batch_are_read_once(
+        self, model: TextToText, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        reads: list[int] = []
+        read = type(model).read
+        monkeypatch.setattr(
+            type(model), "read", lambda self, rows: reads.append(len(rows["input_ids"])) or read(self, rows)
+        )
+        batcher, found = Batcher(model), [[], [], []]  # type: ignore[var-annotated]
+        rows = model.features(prompts)["input_ids"]
+        batcher.submit([Job(rows[row], Decoding(50), found[place].append) for place, row in enumerate((1, 2, 1))])
+        batcher.start()
+        wait_until(lambda: batcher.prompts == 3)
+        batcher.stop()
+        assert reads == [2]
+        assert [pieces[0].text for pieces in found] == [OUTPUTS[1], OUTPUTS[2], OUTPUTS[1]]
 
     def test_blank_outputs_are_logged_at_the_first_and_the_tenth(
         self, model: TextToText, caplog: pytest.LogCaptureFixture
@@ -107,7 +148,12 @@ class StepByStep(ContinuousTextToText):
         found = []
         for request, (tokens, done) in self.requests.items():
             self.requests[request] = (tokens, done + 1)
-            found.append(Generated(request, 0, tokens[: done + 1], "stop" if done + 1 == len(tokens) else None))
+            reason = "stop" if done + 1 == len(tokens) else None
+            logprobs = [
+                {token: SimpleNamespace(logprob=-place), 2: SimpleNamespace(logprob=-float("inf"))}
+                for place, token in enumerate(tokens)
+            ]
+            found.append(Generated(request, 0, tokens[: done + 1], reason, logprobs))
         return found
 
     def abort(self, requests: Any) -> None:
@@ -147,6 +193,16 @@ class TestContinuousBatcher:
         batcher.stop()
         with pytest.raises(QueueFull):
             batcher.submit([Job([3], Decoding(3), print)])
+
+    def test_logprobs_are_those_of_the_engine(self, model: TextToText) -> None:
+        steps, sent = StepByStep(model), []
+        batcher: Any = ContinuousBatcher(steps)
+        batcher.submit([Job(model.features(PROMPTS[:1])["input_ids"][0], Decoding(3, logprobs=1), sent.append)])
+        batcher.start()
+        wait_until(lambda: batcher.prompts == 1)
+        batcher.stop()
+        assert [token.logprob for token in sent[-1].logprobs] == [0, -1, -2]
+        assert [token.top[-1][1] for token in sent[-1].logprobs] == [-9999.0] * 3
 
     def test_equal_prompts_are_read_once(self, model: TextToText) -> None:
         steps, sent = StepByStep(model), []

@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 
-from modeling_llm2slm.serving.scheduler import Decoding
-from modeling_llm2slm.serving.schema import CompletionRequest, Limits, RequestError, parse_request
+from modeling_llm2slm.data.conversations import conversation_in
+from modeling_llm2slm.serving.jobs import Decoding
+from modeling_llm2slm.serving.schema import ChatRequest, CompletionRequest, Limits, RequestError, parse_request
 
 
 LIMITS = Limits("tiny", max_tokens=70, max_prompts=64)
 
 
 def parse(limits: Limits = LIMITS, **fields: Any) -> CompletionRequest:
-    return parse_request(json.dumps({"prompt": "src1", **fields}).encode(), limits)
+    return parse_request(json.dumps({"prompt": "src1", **fields}).encode(), limits, CompletionRequest)
 
 
 class TestParseRequest:
@@ -40,7 +41,8 @@ class TestParseRequest:
     def test_defaults_of_unsupported_fields_are_accepted(self) -> None:
         request = parse(
             n=1, best_of=1, echo=False, logprobs=None, suffix="", presence_penalty=0.0, frequency_penalty=0,
-            logit_bias={}, stream_options={},
+            logit_bias={}, stream_options={}, top_k=-1, store=False, metadata={"run": "3"}, repetition_penalty=1.0,
+            response_format={"type": "text"}, min_p=None,
         )  # fmt: skip
         assert request.prompt == ["src1"]
         assert request.decoding(20) == parse().decoding(20)
@@ -49,8 +51,9 @@ class TestParseRequest:
     @pytest.mark.parametrize(
         "fields",
         [
-            {"n": 2}, {"best_of": 2}, {"echo": True}, {"logprobs": 1}, {"suffix": "x"}, {"presence_penalty": 0.5},
-            {"frequency_penalty": -1}, {"logit_bias": {"3": 1}},
+            {"best_of": 2}, {"suffix": "x"}, {"presence_penalty": 0.5}, {"frequency_penalty": -1},
+            {"logit_bias": {"3": 1}}, {"top_k": 5}, {"store": True}, {"repetition_penalty": True},
+            {"response_format": {"type": "json_object"}}, {"min_p": 0.1},
         ],
     )  # fmt: skip
     def test_other_values_of_unsupported_fields_are_refused(self, fields: dict[str, Any]) -> None:
@@ -81,12 +84,39 @@ class TestParseRequest:
     )
     def test_body_of_any_depth_and_content_is_refused(self, body: bytes, message: str) -> None:
         with pytest.raises(RequestError, match=message) as error:
-            parse_request(body, LIMITS)
+            parse_request(body, LIMITS, CompletionRequest)
         assert error.value.status_code == 400
 
-    def test_beam_search_refuses_a_temperature(self) -> None:
-        with pytest.raises(RequestError, match="Leave temperature out"):
-            parse(Limits("tiny", 70, 64, num_beams=2), temperature=1)
+    @pytest.mark.parametrize(("name", "value"), [("temperature", 1), ("logprobs", 0), ("n", 2)])
+    def test_beam_search_refuses_to_sample(self, name: str, value: int) -> None:
+        with pytest.raises(RequestError, match=f"Leave {name} out") as error:
+            parse(Limits("tiny", 70, 64, num_beams=2), **{name: value})
+        assert error.value.param == name
+
+    def test_each_sample_has_a_seed_of_its_own(self) -> None:
+        request = parse(prompt=["a", "b"], seed=-7, n=3)
+        assert request.outputs == 6
+        seeds = [request.decoding(20, sample).seed for sample in range(3)]
+        assert seeds[0] == -7
+        assert len(set(seeds)) == 3
+        assert seeds == [request.decoding(20, sample).seed for sample in range(3)]
+        assert parse(n=3).decoding(20, 2).seed is None
+
+    def test_conversation_becomes_a_prompt(self) -> None:
+        parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+        fields = {
+            "messages": [
+                {"role": "user", "content": parts, "type": "text"},
+                {"role": "assistant", "content": "c", "refusal": None, "tool_calls": [], "name": "me"},
+            ],
+            "max_completion_tokens": 5, "logprobs": True, "tools": [],
+        }  # fmt: skip
+        request = parse_request(json.dumps(fields).encode(), LIMITS, ChatRequest)
+        (prompt,) = request.prompts
+        assert conversation_in(prompt) == [
+            {"role": "user", "content": "a\nb"}, {"role": "assistant", "content": "c", "name": "me"}
+        ]  # fmt: skip
+        assert request.decoding(20) == Decoding(max_tokens=5, logprobs=0)
 
     def test_long_value_is_shortened_in_its_error(self) -> None:
         with pytest.raises(RequestError) as error:

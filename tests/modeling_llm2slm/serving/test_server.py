@@ -15,7 +15,7 @@ import pytest
 
 import llm2slm
 from modeling_llm2slm.inference.text_to_text import TextToText
-from modeling_llm2slm.serving.server import bind
+from modeling_llm2slm.serving.server import _allow_many_connections, bind
 from tests.support.serving import OUTPUTS, read_events, serving, slow, wait_until
 
 
@@ -63,6 +63,17 @@ class TestShutdown:
             assert len(pieces) >= 3
             wait_until(lambda: client.service.batcher.running == 0)
             assert client.service.batcher.tokens < len(OUTPUTS[2].encode())
+
+
+def test_server_takes_as_many_connections_as_it_may() -> None:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
+        _allow_many_connections()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 class TestCommand:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 
 from modeling_llm2slm.inference.text_to_text import TextToText
+from modeling_llm2slm.serving.jobs import Decoding
 from modeling_llm2slm.serving.playground.comparison import LLM, LLM2SLM, STOPPED, Comparison
 from modeling_llm2slm.serving.playground.llm import ComparedLLM
-from modeling_llm2slm.serving.scheduler import Decoding
 from tests.support.serving import slow, wait_until
 
 
