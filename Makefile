@@ -44,6 +44,10 @@ test-lowest: $(VENV_LOWEST)/.installed ## Run the tests on the lowest declared v
 test-vllm: $(VENV_VLLM)/.installed ## Run the tests of the vLLM engine, in an environment of its own
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VENV_VLLM)/bin/python -m pytest $(PYTEST_ARGS) tests/modeling_llm2slm/engines/test_vllm.py
 
+.PHONY: test-ray
+test-ray: $(VENV)/.installed-test $(VENV)/.installed-ray ## Run the tests on a local Ray cluster
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest $(PYTEST_ARGS) tests/modeling_llm2slm/test_ray.py
+
 .PHONY: quality
 quality: types imports ## Check style, types, imports, model conventions, spelling and words; change nothing
 	$(BIN)/ruff check .
