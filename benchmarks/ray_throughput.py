@@ -4,8 +4,8 @@ Measure `llm2slm generate --ray` with one and with two workers, against one proc
     make demo && python -m benchmarks.ray_throughput        # with modeling-llm2slm[ray]; needs two cores
 
 The prompts are the first of the demonstration's training data; decoding is greedy. Ray runs on this machine, and each
-worker has one thread. Outputs per second count from 20 to 90 % of all outputs, when every worker has its model; seconds
-include the start of the cluster and of the workers. All runs must write the same file.
+worker has one thread. Outputs per second count from 20 to 90 % of all outputs, when every worker has its model;
+seconds include the start of the cluster and of the workers. All runs must write the same file.
 """
 
 from __future__ import annotations
