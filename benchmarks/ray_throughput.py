@@ -68,7 +68,7 @@ def main() -> None:
     )
     result: dict[str, object] = {}
     table = Table("", "seconds, with start", "outputs per second", "tokens")
-    written = set()
+    written: set[bytes] = set()
     with tempfile.TemporaryDirectory() as folder:
         for name, ray in WAYS.items():
             output = Path(folder, f"{len(written)}-{len(result)}.jsonl")

@@ -50,8 +50,8 @@ def encode(
 
     settings = replace(settings, device=local_device(settings.device))
     with counting("prompts") as count:
-        show = {"announce": _announce_store, "progress": partial(count, "Encoding")}
-        encode_prompts(model, data, output, settings, ray=ray, **show)
+        progress = partial(count, "Encoding")
+        encode_prompts(model, data, output, settings, ray=ray, announce=_announce_store, progress=progress)
     print_line(f"The hidden states are in {output}. Train with: --llm-states {output}")
 
 

@@ -62,4 +62,5 @@ def build(arguments: dict[str, Any]) -> serve.Application:
         known = [field.name for kind in (ServeSettings, LoadSettings) for field in fields(kind)]
         raise ValueError(unknown_name("The application", next(iter(given)), known))
     settings = {**settings, "name": settings.get("name") or Path(model).name}
-    return Replica.bind(model, ServeSettings(**settings), LoadSettings(**loading))
+    deployment: Any = Replica  # as its decorators return it
+    return deployment.bind(model, ServeSettings(**settings), LoadSettings(**loading))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -90,6 +90,7 @@ def encode(
         own = own[np.isin(own, missing)]
         starts = range(0, len(own), settings.batch_size)
         batches = (prompts[own[start : start + settings.batch_size]]["prompt"] for start in starts)
+        encoded: Iterable[list[tuple[list[int], torch.Tensor]]]
         if workers is None:
             encoded = map(encoder, batches)
         else:

@@ -41,7 +41,8 @@ class StoppedError(Exception):
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    own = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": 3, "include_dashboard": False}
+    ray.init(**own, log_to_driver=False, logging_level=logging.ERROR)
     yield
     ray.shutdown()
 
