@@ -22,9 +22,6 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# A batch that kills its workers stops the run in the end, while a worker that is killed costs its batches one retry.
-RETRIES = 3
-
 
 @contextmanager
 def connected(settings: RaySettings, device: str) -> Iterator[Workers | None]:
@@ -55,7 +52,9 @@ def connected(settings: RaySettings, device: str) -> Iterator[Workers | None]:
         log.setLevel(logging.ERROR)  # the command has its own line of progress
         yield Workers(ray, settings, device)
     except ray.exceptions.RayError as error:
-        raise RuntimeError(f"The Ray cluster failed: {first_line(error)} What is done is kept") from error
+        raise RuntimeError(
+            f"The Ray cluster failed: {first_line(error)} What is done is kept: repeat the command"
+        ) from error
     finally:
         log.setLevel(level)
         if is_own:
@@ -127,10 +126,9 @@ class Workers:
         with data.DataContext.current(context):
             results = data.from_arrow(blocks).map_batches(
                 _Worker,
-                batch_size=None,
+                batch_size=1,
                 fn_constructor_args=(make, dict(arguments)),
                 compute=data.ActorPoolStrategy(min_size=1, max_size=self.count, initial_size=self.count),
-                max_task_retries=RETRIES,
                 **self._resources,
             )
             for batch in results.iter_batches(batch_size=None, prefetch_batches=0):

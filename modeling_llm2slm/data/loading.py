@@ -101,7 +101,10 @@ def load_rows(
         ValueError: See [`load_examples`].
     """
     path = Path(source).expanduser()
-    is_text_file = file_format_of(path) in ("text", None) and (path.is_file() or is_elsewhere(source))
+    file_format = file_format_of(path)
+    is_text_file = (path.is_file() and file_format in ("text", None)) or (
+        is_elsewhere(source) and file_format == "text"
+    )
     column = "text" if is_text_file else settings.prompt_column
     dataset, numbers = _load_texts(str(source), [column], settings, default_format="text")
     dataset = dataset.rename_columns({column: settings.prompt_column})

@@ -9,6 +9,7 @@ import pytest
 
 from modeling_llm2slm import GenerateBatches
 from modeling_llm2slm.settings import GenerateFileSettings
+from tests.support.checkpoints import PROMPTS
 
 from .conftest import MAX_NEW_TOKENS, REPEATED
 
@@ -30,14 +31,14 @@ def test_a_batch_gets_a_column_of_outputs(composite: str, alone: list[str]) -> N
 def test_samples_do_not_depend_on_the_order_of_the_rows(composite: str) -> None:
     settings = GenerateFileSettings(max_new_tokens=MAX_NEW_TOKENS, batch_size=1, sample=True, temperature=2.0, seed=3)
     generate = GenerateBatches(composite, settings)
-    prompts = REPEATED[:4]
+    prompts = PROMPTS[:4]
     there, back = (generate(batch(rows))["model_output"].tolist() for rows in (list(prompts), list(prompts[::-1])))
     assert there == back[::-1]
     assert len(set(there)) > 1
 
 
 def test_bad_rows_are_refused_or_left_out(composite: str, alone: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    rows = batch([REPEATED[0], None, REPEATED[1], ""])
+    rows = batch([REPEATED[0], None, REPEATED[1], 7])
     settings = GenerateFileSettings(max_new_tokens=MAX_NEW_TOKENS)
     with pytest.raises(
         ValueError, match=r"A batch: the prompt of row 1 is None, not text\. There are 2 bad rows: 1, 3"
