@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -62,6 +63,8 @@ def connected(settings: RaySettings, device: str) -> Iterator[Workers | None]:
 
 
 def _import_ray() -> ModuleType:
+    # Read at import: below, its C++ side writes lines between those of progress.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray
         import ray.data
