@@ -53,6 +53,10 @@ test-vllm: $(VENV_VLLM)/.installed ## Run the tests of the vLLM engine, in an en
 test-playground: $(VENV)/.installed-test-playground ## Run the tests of the playground in Chromium (on Debian: apt install chromium)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest $(PYTEST_ARGS) tests/modeling_llm2slm/serving/playground
 
+.PHONY: test-ray
+test-ray: $(VENV)/.installed-test $(VENV)/.installed-ray ## Run the tests on a local Ray cluster
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest $(PYTEST_ARGS) tests/modeling_llm2slm/test_ray.py
+
 .PHONY: quality
 quality: types imports ## Check style, types, imports, model conventions, spelling and words; change nothing
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 
-REQUIREMENT = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)\s*>=\s*(?P<version>[^,;\s]+)")
+REQUIREMENT = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)(?:\[[^]]*\])?\s*>=\s*(?P<version>[^,;\s]+)")
 
 
 def lowest_versions(setup_cfg: Path) -> list[str]:

@@ -21,7 +21,7 @@ from .options import normalize_name
 from .output import StandardOutput, exit_with, prepare_streams, print_interruption, print_line, set_quiet
 
 
-QUIET = "--quiet"
+QUIET, RAY = "--quiet", "--ray"
 # Modules whose commands come first in the help, in this order.
 ORDER = ("train", "data", "generate", "evaluate", "checkpoints", "convert")
 
@@ -53,7 +53,7 @@ app = typer.Typer(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; an error becomes one sentence and a non-zero exit status."""
-    words = _with_quiet_first(sys.argv[1:] if arguments is None else arguments)
+    words = _with_bare_ray(_with_quiet_first(sys.argv[1:] if arguments is None else arguments))
     set_quiet(words[:1] == [QUIET])
     prepare_streams()
     try:
@@ -73,6 +73,16 @@ def _with_quiet_first(words: Sequence[str]) -> list[str]:
     end = words.index("--") if "--" in words else len(words)
     rest = [word for word in words[:end] if word != QUIET]
     return [*([QUIET] if len(rest) < end else []), *rest, *words[end:]]
+
+
+def _with_bare_ray(words: list[str]) -> list[str]:
+    """Return the words with an empty value for `--ray` where it has none: typer knows no optional values."""
+    end = words.index("--") if "--" in words else len(words)
+    is_bare = [
+        word == RAY and (index + 1 == len(words) or words[index + 1].startswith("-"))
+        for index, word in enumerate(words[:end])
+    ]
+    return [f"{RAY}=" if bare else word for word, bare in zip(words, is_bare + [False] * len(words), strict=False)]
 
 
 def _print_version(wanted: bool) -> None:

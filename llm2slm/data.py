@@ -16,7 +16,7 @@ from .progress import counting
 
 
 if TYPE_CHECKING:
-    from modeling_llm2slm.settings import DistillSettings, EncodeSettings
+    from modeling_llm2slm.settings import DistillSettings, EncodeSettings, RaySettings
 
 PANEL = "Data"
 commands = typer.Typer()
@@ -28,10 +28,14 @@ commands = typer.Typer()
 def encode(
     model: ModelArgument,
     data: Annotated[
-        list[str], typer.Argument(help="All data to train and validate on: files, or data sets on the Hub.")
+        list[str],
+        typer.Argument(
+            help="All data to train and validate on: files, folders, addresses such as s3://..., or names on the Hub."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="The folder of the store.", show_default=False)],
     settings: EncodeSettings,
+    ray: RaySettings,
 ) -> None:
     """
     Run the LLM over all prompts once, and store its hidden states for training.
@@ -39,14 +43,15 @@ def encode(
     `llm2slm encode runs/start train.jsonl val.jsonl --output runs/states`
 
     `llm2slm train recipe.yaml --llm-states runs/states` then loads no LLM. An interrupted run resumes;
-    `torchrun --nproc_per_node 8 -m llm2slm encode ...` shares the work among eight devices.
+    `torchrun --nproc_per_node 8 -m llm2slm encode ...` shares the work among eight devices, `--ray` among machines.
     """
     quiet_libraries(data=True)
     from modeling_llm2slm.states.encoding import encode as encode_prompts
 
     settings = replace(settings, device=local_device(settings.device))
     with counting("prompts") as count:
-        encode_prompts(model, data, output, settings, announce=_announce_store, progress=partial(count, "Encoding"))
+        progress = partial(count, "Encoding")
+        encode_prompts(model, data, output, settings, ray=ray, announce=_announce_store, progress=progress)
     print_line(f"The hidden states are in {output}. Train with: --llm-states {output}")
 
 
@@ -65,9 +70,15 @@ def _announce_store(description: Any, bytes_to_write: int) -> None:
 @resumable
 def distill(
     llm: Annotated[str, typer.Argument(help="The LLM with its decoder: a folder, or a name on the Hub.")],
-    data: Annotated[str, typer.Argument(help="Prompts: .jsonl, .json, .csv, .parquet, .txt, or a data set's name.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="Prompts: a file, a folder of .parquet or .jsonl, an address such as s3://..., or a data set's name."
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="The .jsonl or .jsonl.gz to write.", show_default=False)],
     settings: DistillSettings,
+    ray: RaySettings,
 ) -> None:
     """
     Let the LLM generate targets to train on, in a column of their own.
@@ -75,13 +86,13 @@ def distill(
     `llm2slm distill google-t5/t5-large train.jsonl --output distilled.jsonl --max-new-tokens 64`
 
     A recipe with `target-column: llm_output` trains on them, one with `target-column: [target, llm_output]` on both
-    columns. An interrupted run resumes.
+    columns. An interrupted run resumes. `--ray` shares the work among machines.
     """
     quiet_libraries(data=True)
     from modeling_llm2slm.training.distillation import distill as write_targets
 
     settings = replace(settings, device=local_device(settings.device))
     with counting("prompts") as count:
-        examples = write_targets(llm, data, output, settings, progress=partial(count, "Distilling"))
+        examples = write_targets(llm, data, output, settings, ray=ray, progress=partial(count, "Distilling"))
     be = "is" if examples == 1 else "are"
     print_line(f"{count_of(examples, 'example')} {be} in {output}, the LLM's outputs in column {settings.column}.")

@@ -22,7 +22,13 @@ from .progress import counting
 if TYPE_CHECKING:
     from modeling_llm2slm.inference.outputs import BlankOutputs
     from modeling_llm2slm.inference.text_to_text import TextToText
-    from modeling_llm2slm.settings import GenerateFileSettings, LoadSettings, PlaygroundSettings, ServeSettings
+    from modeling_llm2slm.settings import (
+        GenerateFileSettings,
+        LoadSettings,
+        PlaygroundSettings,
+        RaySettings,
+        ServeSettings,
+    )
 
 PANEL = "Generation"
 commands = typer.Typer()
@@ -34,9 +40,14 @@ def generate(
     context: typer.Context,
     model: ModelArgument,
     settings: GenerateFileSettings,
+    ray: RaySettings,
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts. Default: standard input.")] = None,
     file: Annotated[
-        Path | None, typer.Option(help="Read prompts from this file: lines of text, or .jsonl, .csv, .parquet.")
+        str | None,
+        typer.Option(
+            help="Read prompts from this file: lines of text, or .jsonl, .csv, .parquet; with --output also a folder "
+            "of .parquet or .jsonl, or an address such as s3://bucket/prompts/."
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -53,16 +64,16 @@ def generate(
     `llm2slm generate runs/model --file prompts.jsonl --output outputs.jsonl`
 
     With `--file` and `--output`, prompts of similar length share a batch, equal prompts are computed once (with
-    `--sample`, encoded once), and an interrupted run resumes. Otherwise the batch size is 1, unless it is given, and
-    outputs are streamed.
+    `--sample`, encoded once), an interrupted run resumes, and `--ray` shares the work among machines. Otherwise the
+    batch size is 1, unless it is given, and outputs are streamed.
     """
     if prompts and file:
         raise typer.BadParameter("Give prompts or --file, not both.")
     _refuse_options_without_effect(context, file, output)
-    if file is not None and not file.is_file():
+    if file is not None and "://" not in file and not (Path(file).is_file() or (output and Path(file).is_dir())):
         raise load_module(CAUSES).no_file(file)
     if file is not None and output is not None:
-        _generate_file(model, file, output, settings)
+        _generate_file(model, file, output, settings, ray)
         return
     with claimed(output, overwrite=settings.overwrite, inputs=(model,)):
         text_to_text = _load(model, settings)
@@ -114,9 +125,10 @@ def serve(
     serve_model(text_to_text, settings, sock, lambda: print_line(line), page)
 
 
-def _refuse_options_without_effect(context: typer.Context, file: Path | None, output: Path | None) -> None:
+def _refuse_options_without_effect(context: typer.Context, file: str | None, output: Path | None) -> None:
     if file is None or output is None:
-        refuse_given(context, ("batch_tokens", "column"), "belongs to --file with --output")
+        options = ("batch_tokens", "column", "ray", "ray_workers", "ray_cpus", "ray_gpus")
+        refuse_given(context, options, "belongs to --file with --output")
     elif not output.name.endswith((".jsonl", ".jsonl.gz")):
         refuse_given(context, ("column",), "needs an --output that ends in .jsonl or .jsonl.gz")
     if output is None:
@@ -126,13 +138,13 @@ def _refuse_options_without_effect(context: typer.Context, file: Path | None, ou
 
 
 @resumable
-def _generate_file(model: str, file: Path, output: Path, settings: GenerateFileSettings) -> None:
+def _generate_file(model: str, file: str, output: Path, settings: GenerateFileSettings, ray: RaySettings) -> None:
     quiet_libraries(data=True)
     from modeling_llm2slm.inference.files import generate_file
 
     settings = replace(settings, device=local_device(settings.device))
     with counting("outputs") as count:
-        report = generate_file(model, file, output, settings, progress=partial(count, "Generating"))
+        report = generate_file(model, file, output, settings, ray=ray, progress=partial(count, "Generating"))
     repeated = f"{_were(report.duplicates, 'prompt')} repeated"
     kept = f"{_were(report.kept, 'output')} kept from an interrupted run"
     facts = [fact for count, fact in ((report.duplicates, repeated), (report.kept, kept)) if count]
@@ -155,7 +167,7 @@ def _load(model: str, settings: GenerateFileSettings) -> TextToText:
     return load_text_to_text(model, settings, prompt_max_length=settings.prompt_max_length)
 
 
-def _prompts(prompts: list[str] | None, file: Path | None, settings: GenerateFileSettings) -> Iterator[str]:
+def _prompts(prompts: list[str] | None, file: str | None, settings: GenerateFileSettings) -> Iterator[str]:
     from modeling_llm2slm.data.text import check_text, from_command_line, without_end
 
     if prompts:

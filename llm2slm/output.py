@@ -35,6 +35,7 @@ EXTRAS = {
     "ctranslate2": "benchmark",
     "matplotlib": "benchmark",
     "prometheus_client": "serve",
+    "ray": "ray",
     "starlette": "serve",
     "uvicorn": "serve",
 }

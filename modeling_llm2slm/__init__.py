@@ -28,6 +28,7 @@ from .training.stock_trainer import extend_trainer
 
 if TYPE_CHECKING:
     from .engines.exported import ExportedLLM2SLM
+    from .inference.map_batches import GenerateBatches
     from .inference.text_to_text import TextToText
     from .states.store import StateStore
 
@@ -50,6 +51,7 @@ sys.modules[f"{__name__}.without_llm"] = without_llm  # its former name
 # Imported on first use, as they need more than transformers.
 _LAZY = {
     "ExportedLLM2SLM": ".engines.exported",
+    "GenerateBatches": ".inference.map_batches",
     "StateStore": ".states.store",
     "TextToText": ".inference.text_to_text",
 }
@@ -66,6 +68,7 @@ __all__ = [
     "DataCollatorForLLM2SLM",
     "ExportedLLM2SLM",
     "Fusion",
+    "GenerateBatches",
     "LLM2SLMConfig",
     "LLM2SLMForConditionalGeneration",
     "LLM2SLMProcessor",

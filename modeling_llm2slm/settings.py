@@ -210,7 +210,7 @@ METRICS = {
     "exact_match": Metric("exact_match", "exact_match"),
 }
 
-DATA, MODEL, GENERATION, COMPUTE = "Data", "Model", "Generation", "Computation"
+DATA, MODEL, GENERATION, COMPUTE, CLUSTER = "Data", "Model", "Generation", "Computation", "Ray cluster"
 # Help of options that several commands have.
 FUSION = (
     "How the LLM's states enter the SLM: add (to an embedding of the prompt), replace (it), cache (as keys and values "
@@ -410,6 +410,24 @@ class PruneSettings(DataSettings):
     )
     prompt_max_length: int | None = option(None, TRUNCATE, cli=False)  # whole prompts count
     min_count: int = option(1, "Keep only tokens that the corpus uses this many times.", minimum=1, panel=DATA)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaySettings(Settings):
+    """Which workers of a Ray cluster compute."""
+
+    ray: str | None = option(
+        None, "Compute on a Ray cluster: its address, or local for this machine. Without a value: RAY_ADDRESS, a "
+        "cluster that runs here, or this machine.", panel=CLUSTER,
+    )  # fmt: skip
+    ray_workers: int | None = option(
+        None, "Workers, each with a copy of the model. Default: one for each GPU with --device cuda, else one for "
+        "each node.", minimum=1, panel=CLUSTER,
+    )  # fmt: skip
+    ray_cpus: float = option(1, "CPUs, and CPU threads, of a worker.", above=0, panel=CLUSTER)
+    ray_gpus: float | None = option(
+        None, "GPUs of a worker. Default: 1 with --device cuda, else 0.", minimum=0, panel=CLUSTER
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

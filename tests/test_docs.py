@@ -94,7 +94,7 @@ def commands(fence: Fence) -> Iterator[list[str]]:
 def parse(arguments: Sequence[str]) -> None:
     """Parse arguments with the real command line, without running the command."""
     command: Any = typer.main.get_command(llm2slm.app)
-    words = list(arguments)
+    words = llm2slm._with_bare_ray(list(arguments))
     while hasattr(command, "commands"):
         assert words[0] in command.commands, f"there is no command {words[0]}"
         command = command.commands[words.pop(0)]

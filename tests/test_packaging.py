@@ -121,7 +121,7 @@ def of_extras(*extras: str) -> set[str]:
 def test_what_is_imported_is_declared() -> None:
     base = {name for name, requirement in declared().items() if requirement.marker is None}
     train, engines = of_extras("train"), of_extras("openvino", "onnx", "vllm", "quantization")
-    optional = engines | of_extras("serve", "playground", "benchmark", "lm-eval")
+    optional = engines | of_extras("serve", "playground", "benchmark", "lm-eval", "ray")
     uploaded = set((ROOT / "modeling_llm2slm").glob("*_llm2slm.py"))
     packages = ("llm2slm", "modeling_llm2slm", "conversion")
     files = {path for package in packages for path in (ROOT / package).rglob("*.py")}

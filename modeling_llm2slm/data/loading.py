@@ -16,6 +16,7 @@ from .bad_rows import check_columns, report_bad_rows, text_problem
 from .causes import no_file
 from .conversations import REPLACEMENTS, conversation_in, read_conversations, sources_of
 from .formats import ROW_ERROR, file_format_of, is_empty, parse_rows, unknown_format
+from .remote import as_file, is_elsewhere
 
 
 ROW = "_row"  # a column with the number of each row in its source, from 0
@@ -33,8 +34,10 @@ def load_examples(
     Load examples into a data set with the columns `prompt` and `target`. `datasets` keeps the texts on disk.
 
     Args:
-        source: A file (`.jsonl`, `.json`, `.csv`, `.tsv` or `.txt`, also with `.gz`; or `.parquet`), or the name of a
-            data set on the Hub, with the configuration after a colon if it has several (`"user/name:config"`).
+        source: A file (`.jsonl`, `.json`, `.csv`, `.tsv` or `.txt`, also with `.gz`; or `.parquet`); a folder of
+            `.parquet` or of `.jsonl` files; either of them at an address such as `s3://bucket/rows.parquet`; or the
+            name of a data set on the Hub, with the configuration after a colon if it has several
+            (`"user/name:config"`).
         settings: Which rows to read. Rows that cannot be read or hold no text are an error, or skipped by
             `skip_bad_rows`. `prompt_max_length` has no effect here. Where a column holds a conversation, the texts
             are those of [`read_conversations`].
@@ -98,7 +101,10 @@ def load_rows(
         ValueError: See [`load_examples`].
     """
     path = Path(source).expanduser()
-    is_text_file = path.is_file() and file_format_of(path) in ("text", None)
+    file_format = file_format_of(path)
+    is_text_file = (path.is_file() and file_format in ("text", None)) or (
+        is_elsewhere(source) and file_format == "text"
+    )
     column = "text" if is_text_file else settings.prompt_column
     dataset, numbers = _load_texts(str(source), [column], settings, default_format="text")
     dataset = dataset.rename_columns({column: settings.prompt_column})
@@ -160,13 +166,16 @@ def _bad_rows(dataset: Dataset, columns: Sequence[str]) -> dict[int, str]:
 
 
 def _load(source: str, split: str, columns: Sequence[str], default_format: str | None) -> Dataset:
-    path = Path(source).expanduser()
-    file_format = file_format_of(path)
-    if not path.is_file():
-        if file_format is not None or source.count("/") > 1 or path.is_dir():
+    with as_file(source) as path:
+        file_format = file_format_of(path)
+        if path.is_file():
+            return _load_file(source, path, columns, file_format or default_format)
+        if file_format is not None or source.count("/") > 1:
             raise no_file(source, "data file")
         return _load_from_hub(source, split)
-    file_format = file_format or default_format
+
+
+def _load_file(source: str, path: Path, columns: Sequence[str], file_format: str | None) -> Dataset:
     if file_format is None:
         raise ValueError(unknown_format(source))
     if is_empty(path):

@@ -17,13 +17,15 @@ from datasets import Dataset
 
 from ..data.atomic import atomic_write, is_stream
 from ..data.bad_rows import good_rows
+from ..data.cluster import Workers, connected, path_for_workers
 from ..data.formats import is_jsonl, open_file
 from ..data.loading import ROW, load_rows, whole_row
 from ..data.output_paths import claimed
 from ..data.processes import processes
-from ..settings import GenerateFileSettings, check_generate_arguments
+from ..settings import GenerateFileSettings, RaySettings, check_generate_arguments
 from .batching import BatchLimits, OutputId, PromptTable
 from .engine import fingerprint_of
+from .map_batches import GenerateRows, lengths_of, load_options
 from .outputs import OutputParts, one_line, warn_of_blank_outputs, writing
 from .text_to_text import Features, TextToText, is_sampled
 
@@ -66,6 +68,7 @@ def generate_file(
     output: str | Path,
     settings: GenerateFileSettings = GenerateFileSettings(),  # noqa: B008 - immutable
     *,
+    ray: RaySettings = RaySettings(),  # noqa: B008 - immutable
     progress: Progress = lambda done, total: None,
     **generate_kwargs: Any,
 ) -> GenerationReport:
@@ -75,7 +78,8 @@ def generate_file(
     Outputs are stored in `<output>.part` as they are generated, and an interrupted run resumes from there; the output
     appears when it is complete. Prompts of similar length share a batch, the longest first. A prompt that occurs twice
     is read once, and generated for once unless outputs are sampled. If the environment has `RANK` and `WORLD_SIZE`
-    (`torchrun`), each process generates a share, and the last one to finish writes the output.
+    (`torchrun`), each process generates a share, and the last one to finish writes the output. On a Ray cluster, this
+    process sends out batches and writes what comes back.
 
     Args:
         model: A checkpoint of any kind, a folder or a name on the Hub.
@@ -84,6 +88,7 @@ def generate_file(
             outputs in a column of their own, which replaces a column of that name; any other name gets one output per
             line.
         settings: Which columns to read, and how to generate.
+        ray: A Ray cluster that generates.
         progress: Called with the number of outputs so far and in all.
         generate_kwargs: Arguments of `model.generate()`, in addition to `settings.generate_kwargs()`.
 
@@ -101,8 +106,8 @@ def generate_file(
     with ExitStack() as stack:
         stack.enter_context(claimed(output, overwrite=settings.overwrite, inputs=(model, data), rank=rank))
         rows = _load(data, output, settings)
-        loading = ("engine", "device", "prompt_max_length", "quantize", "allow_nonfinite")
-        text_to_text = TextToText.from_pretrained(model, **{name: getattr(settings, name) for name in loading})
+        workers = stack.enter_context(connected(ray, settings.device))
+        text_to_text = _loaded(model, settings, workers)
         generate_kwargs = text_to_text.with_limit({**settings.generate_kwargs(), **generate_kwargs})
         rows, table = _fitting_rows(text_to_text, rows, data, settings, generate_kwargs)
         run_settings = _run_settings(model, text_to_text, table, settings, generate_kwargs)
@@ -110,13 +115,14 @@ def generate_file(
         batches = table.batches(limits, parts.outputs, rank, world)
         counts = _Counts(text_to_text, table, parts, generate_kwargs.get("max_new_tokens", 0), world, progress)
         prompts = rows.select_columns([settings.prompt_column])
-
-        def features_of(indices: list[int]) -> Features:
-            return text_to_text.features(prompts[indices][settings.prompt_column])
-
         start = time.perf_counter()
-        options = {"overlap": settings.overlap, "seed": settings.seed, "known": parts.outputs, **generate_kwargs}
-        for ids, tokens in text_to_text.generate_batches(table, batches, features_of, limits, **options):
+        if workers is not None:
+            generated = _generated_by(workers, model, table, batches, prompts, settings, generate_kwargs)
+        else:
+            options = {"overlap": settings.overlap, "seed": settings.seed, "known": parts.outputs, **generate_kwargs}
+            features_of = partial(_features, text_to_text, prompts)
+            generated = text_to_text.generate_batches(table, batches, features_of, limits, **options)
+        for ids, tokens in generated:
             texts = text_to_text.tokenizer.batch_decode(tokens, skip_special_tokens=True)
             parts.keep({table.key(one): text for one, text in zip(ids, texts, strict=True)})
             counts.add(ids, tokens)
@@ -130,6 +136,42 @@ def generate_file(
         return GenerationReport(
             len(rows), len(rows) - len(table.rows), counts.kept, counts.tokens, seconds, counts.truncated
         )
+
+
+def _loaded(model: str | Path, settings: GenerateFileSettings, workers: Workers | None) -> TextToText:
+    """Return the model; without its weights if workers of a cluster have it, as this machine may not hold them."""
+    options = load_options(settings)
+    if workers is None:
+        return TextToText.from_pretrained(model, **options)
+    return workers.call(
+        _load_reader, path_for_workers(model), options | {"engine": None, "device": "cpu", "quantize": None}
+    )
+
+
+def _load_reader(model: str, options: dict[str, Any]) -> TextToText:
+    return TextToText.from_pretrained(model, **options).without_model()
+
+
+def _features(text_to_text: TextToText, prompts: Dataset, indices: list[int]) -> Features:
+    (texts,) = prompts[indices].values()
+    return text_to_text.features(texts)
+
+
+def _generated_by(
+    workers: Workers,
+    model: str | Path,
+    table: PromptTable,
+    batches: Sequence[Sequence[OutputId]],
+    prompts: Dataset,
+    settings: GenerateFileSettings,
+    generate_kwargs: dict[str, Any],
+) -> Iterator[tuple[Sequence[OutputId], list[list[int]]]]:
+    """Yield what [`TextToText.generate_batches`] yields, computed by the workers of a cluster."""
+    arguments = {"model": path_for_workers(model), "settings": settings, **generate_kwargs}
+    numbers = ([table.rows[prompt_index] for prompt_index, _ in batch] for batch in batches)
+    items = ((next(iter(prompts[rows].values())), rows) for rows in numbers)
+    for index, tokens in workers.map(GenerateRows, arguments, items):
+        yield batches[index], tokens
 
 
 @contextmanager
@@ -205,15 +247,8 @@ def _table(text_to_text: TextToText, prompts: Dataset, sampled: bool) -> PromptT
     table = PromptTable(sampled)
     for batch in prompts.iter(batch_size=1000):
         (texts,) = batch.values()
-        table.add(texts, partial(_lengths, text_to_text, texts))
+        table.add(texts, partial(lengths_of, text_to_text, texts))
     return table
-
-
-def _lengths(text_to_text: TextToText, texts: Sequence[str], indices: Sequence[int]) -> list[int]:
-    """Return the lengths, in tokens, of the texts with these indices."""
-    if not indices:
-        return []
-    return [len(ids) for ids in text_to_text.features([texts[index] for index in indices])["input_ids"]]
 
 
 def _run_settings(

@@ -334,8 +334,10 @@ class TextToText:
 
     def without_model(self) -> TextToText:
         """Return a copy without weights that gives the same features and problems, to be sent to other processes."""
-        reader = copy.copy(self)
-        reader.model = cast(PreTrainedModel, SimpleNamespace(config=self.model.config))
+        reader, generation_config = copy.copy(self), getattr(self.model, "generation_config", None)
+        reader.model = cast(
+            PreTrainedModel, SimpleNamespace(config=self.model.config, generation_config=generation_config)
+        )
         return reader
 
     def with_limit(self, generate_kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,18 @@ from transformers import AutoConfig
 from ..configuration_llm2slm import LLM2SLMConfig
 from ..data import resources
 from ..data.bad_rows import good_rows
+from ..data.cluster import connected, path_for_workers
 from ..data.conversations import encode_prompts
 from ..data.loading import ROW, load_prompts
 from ..data.output_paths import claimed
 from ..data.processes import processes, share
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..processing_llm2slm import LLM2SLMProcessor
-from ..settings import EncodeSettings
+from ..settings import EncodeSettings, RaySettings
 from .description import DESCRIPTION, SHARDS, StoreDescription, describe, index_prompts, read_index
 from .loading import load, load_model, to_device
 from .store import remove_store
-from .writer import StateWriter
+from .writer import StateWriter, as_stored
 
 
 Progress = Callable[[int, int], None]
@@ -36,6 +39,7 @@ def encode(
     output: str | Path,
     settings: EncodeSettings = EncodeSettings(),  # noqa: B008 - immutable
     *,
+    ray: RaySettings = RaySettings(),  # noqa: B008 - immutable
     announce: Callable[[StoreDescription, int], None] = lambda description, bytes_to_write: None,
     progress: Progress = lambda done, total: None,
 ) -> StoreDescription:
@@ -43,13 +47,15 @@ def encode(
     Run the LLM of an LLM-to-SLM model over every prompt, and write its hidden states to a store.
 
     A run that was killed resumes where it stopped. If the environment sets `RANK` and `WORLD_SIZE` (`torchrun`), each
-    process encodes its share of the prompts into the same store.
+    process encodes its share of the prompts into the same store. On a Ray cluster, workers encode, and this process
+    writes the store.
 
     Args:
         model: The LLM-to-SLM checkpoint, a folder or a name on the Hub.
         data: Files or data sets on the Hub, see [`load_prompts`]: all training and validation data.
         output: Folder of the store.
         settings: How prompts are read and encoded. `limit` applies to each source of `data`.
+        ray: A Ray cluster that encodes.
         announce: Called before anything is computed, with the description and the number of bytes still to write.
         progress: Called with the number of prompts that are done and of all prompts.
 
@@ -64,7 +70,9 @@ def encode(
     """
     rank, world = processes(settings.overwrite)
     keeps = settings.overwrite or Path(output, DESCRIPTION).is_file() or any(Path(output).glob(SHARDS))
-    with claimed(output, folder=True, overwrite=keeps, inputs=(model,), rank=rank):
+    with ExitStack() as stack:
+        stack.enter_context(claimed(output, folder=True, overwrite=keeps, inputs=(model,), rank=rank))
+        workers = stack.enter_context(connected(ray, settings.device))
         encoder = _Encoder(model, settings)
         prompts, index = encoder.read(data)
         description = describe(model, encoder.config, encoder.processor.tokenizer, index, settings.dtype)
@@ -80,26 +88,47 @@ def encode(
         # Shares are cut from all rows and not from the missing ones, as another process may have written some already.
         own = share(rows, settings.batch_size, rank, world)
         own = own[np.isin(own, missing)]
-        for start in range(0, len(own), settings.batch_size):
-            ids = encoder.token_ids(prompts[own[start : start + settings.batch_size]]["prompt"])
-            for prompt, states in zip(ids, encoder.encode(ids), strict=True):
-                writer.add(prompt, states)
-            done = min(done + world * len(ids), len(rows))
+        starts = range(0, len(own), settings.batch_size)
+        batches = (prompts[own[start : start + settings.batch_size]]["prompt"] for start in starts)
+        encoded: Iterable[list[tuple[list[int], torch.Tensor]]]
+        if workers is None:
+            encoded = map(encoder, batches)
+        else:
+            arguments = {"model": path_for_workers(model), "settings": settings}
+            encoded = (states for _, states in workers.map(_Encoder, arguments, batches))
+        for batch in encoded:
+            for ids, states in batch:
+                writer.add(ids, states)
+            done = min(done + world * len(batch), len(rows))
             progress(done, len(rows))
         writer.flush()
         return description
 
 
 class _Encoder:
-    """An LLM-to-SLM model and its processor, of which encoding uses the LLM and its tokenizer."""
+    """
+    The LLM of an LLM-to-SLM model, with its tokenizer. It is loaded for the first batch: where workers of a cluster
+    encode, the process that sends them prompts may not hold it.
+    """
 
     def __init__(self, model: str | Path, settings: EncodeSettings):
         self.settings = settings
-        self.model, self.processor = _load(model)
-        self.config = self.model.config
-        to_device(self.model, settings.device)
+        self._path = model
+        self.config = _load_config(model)
+        self.processor = load(LLM2SLMProcessor, model)
         if settings.prompt_max_length is not None:
             self.processor.prompt_max_length = settings.prompt_max_length
+
+    def __call__(self, prompts: Sequence[str]) -> list[tuple[list[int], torch.Tensor]]:
+        """Return the token ids and the hidden states `(N, d_llm)`, as they are stored, of each prompt of a batch."""
+        ids = self.token_ids(prompts)
+        encoded = zip(ids, self.encode(ids), strict=True)
+        return [(prompt, as_stored(prompt, states, self.settings.dtype)) for prompt, states in encoded]
+
+    @cached_property
+    def model(self) -> Any:
+        """The model."""
+        return to_device(_load_model(self._path, self.config), self.settings.device)
 
     def read(self, data: Sequence[str | Path]) -> tuple[Dataset, np.ndarray]:
         """Return the prompts of all sources that fit the LLM, and [`index_prompts`] of them."""
@@ -148,8 +177,7 @@ def _is_unfinished(folder: str | Path, description: StoreDescription) -> bool:
         return False
 
 
-def _load(path: str | Path) -> tuple[Any, LLM2SLMProcessor]:
-    """Load an LLM-to-SLM checkpoint; the LLM keeps the dtype that it was saved in."""
+def _load_config(path: str | Path) -> LLM2SLMConfig:
     config = load(AutoConfig, path)
     if not isinstance(config, LLM2SLMConfig):
         raise ValueError(f"{path} is not an LLM-to-SLM model, so it has no LLM to encode with: see llm2slm build.")
@@ -157,6 +185,11 @@ def _load(path: str | Path) -> tuple[Any, LLM2SLMProcessor]:
         raise ValueError(
             f"encode needs a full checkpoint, and {path} is lean: run llm2slm convert full {path} FOLDER."
         )
+    return config
+
+
+def _load_model(path: str | Path, config: LLM2SLMConfig) -> Any:
+    """Load an LLM-to-SLM checkpoint; the LLM keeps the dtype that it was saved in."""
     dtype = str(config.encoder_dtype or config.dtype or "float32").removeprefix("torch.")
     model = load_model(
         LLM2SLMForConditionalGeneration,
@@ -164,7 +197,7 @@ def _load(path: str | Path) -> tuple[Any, LLM2SLMProcessor]:
         dtype=torch.float32,
         encoder_dtype=dtype if config.freeze_llm else "float32",
     )
-    return model.eval(), load(LLM2SLMProcessor, path)
+    return model.eval()
 
 
 def _shortest_first(index: np.ndarray) -> np.ndarray:

@@ -68,16 +68,7 @@ class StateWriter:
         Raises:
             ValueError: If they are not finite, or overflow in float16.
         """
-        stored = states.to("cpu", getattr(torch, self.description.dtype))
-        if not stored.isfinite().all():
-            if self.description.dtype == "float16" and states.isfinite().all():
-                raise ValueError(
-                    "The LLM's hidden states overflow in float16. Store them in bfloat16 (--dtype bfloat16)."
-                )
-            raise ValueError(
-                f"The LLM's hidden states of a prompt of {len(ids)} tokens are not finite in {states.dtype}. Build "
-                "the model with another encoder_dtype, such as bfloat16 or float32."
-            )
+        stored = as_stored(ids, states, self.description.dtype)
         self._keys.append(prompt_key(ids))
         self._states.append(stored)
         self._buffered_bytes += stored.nbytes
@@ -99,3 +90,16 @@ class StateWriter:
         with atomic_write(target) as temporary:
             save_file(tensors, temporary)
         self._keys, self._states, self._buffered_bytes = [], [], 0
+
+
+def as_stored(ids: Sequence[int], states: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Return the hidden states of a prompt as a store has them, or raise `ValueError`, see [`StateWriter.add`]."""
+    stored = states.to("cpu", getattr(torch, dtype))
+    if not stored.isfinite().all():
+        if dtype == "float16" and states.isfinite().all():
+            raise ValueError("The LLM's hidden states overflow in float16. Store them in bfloat16 (--dtype bfloat16).")
+        raise ValueError(
+            f"The LLM's hidden states of a prompt of {len(ids)} tokens are not finite in {states.dtype}. Build "
+            "the model with another encoder_dtype, such as bfloat16 or float32."
+        )
+    return stored
