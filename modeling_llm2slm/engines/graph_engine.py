@@ -133,21 +133,28 @@ class GraphEngine(Engine):
 
     def _write(self, model: LLM2SLMForConditionalGeneration, folder: Path, weights: str, progress: Progress) -> None:
         details = {**describe(model, weights), "options": self.run_options(model, weights)}
-        graphs = {name: (graph.eval(), graph.sample()) for name, graph in graphs_of(model).items()}
+        graphs = graphs_of(model)
         table = embedding_table(model.decoder, torch.float32 if weights == "fp32" else torch.bfloat16)
         save_file({"weight": table}, folder / EMBEDDINGS)
+        self._write_graphs(model, folder, weights, graphs, progress)
+        manifest = json.dumps({**read_manifest(folder), "llm2slm": details}, indent=2)
+        (folder / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
+
+    def _write_graphs(
+        self, model: Any, folder: Path, weights: str, graphs: dict[str, Any], progress: Progress
+    ) -> None:
+        """Write the graphs, both configs, and a manifest with the keys `export_format` and `components`."""
+        samples = {name: graph.eval().sample() for name, graph in graphs.items()}
         if weights == "bf16":
             model.to(torch.bfloat16)
         components = {}
         with quiet_exporters():
-            for name, (graph, sample) in graphs.items():
+            for name, graph in graphs.items():
                 progress(f"exporting {name}")
-                components[name] = self.component(graph, sample, weights, is_step=name == "step")
+                components[name] = self.component(graph, samples[name], weights, is_step=name == "step")
         progress("writing")
         defaults = supported_defaults(model.generation_config)
         exported_model_class()(components, self.name, model.config, defaults).save_pretrained(folder)
-        manifest = json.dumps({**read_manifest(folder), "llm2slm": details}, indent=2)
-        (folder / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
 
     def component(self, graph: Any, sample: dict[str, Any], weights: str, is_step: bool) -> Any:
         """Trace a module with sample inputs to a component of transformers' exported model."""
