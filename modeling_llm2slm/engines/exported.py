@@ -31,6 +31,7 @@ from ..inference.families import LLM2SLMTextToText
 from ..inference.parts import Part
 from ..modeling_llm2slm import LLM2SLMEncoder
 from ..states.files import check_files
+from .decoding import FastDecoding
 
 
 MANIFEST = "export.json"  # transformers' own; this package adds its details under "llm2slm"
@@ -194,7 +195,7 @@ class ExportedCache:
         raise ValueError("The cache of an exported model cannot be cropped: its graph cannot forget tokens.")
 
 
-class ExportedLLM2SLM(LLM2SLMGenerationMixin):
+class ExportedLLM2SLM(FastDecoding, LLM2SLMGenerationMixin):
     """
     An LLM-to-SLM model on an engine other than PyTorch, with transformers' `generate()`: greedy, sampled, beams,
     streaming, padded batches, `encode_prompt()`. Several threads may generate at once.

@@ -13,15 +13,15 @@ from functools import partial
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoProcessor
+from transformers import AutoModelForSeq2SeqLM, AutoProcessor
 
 from ..inference.engine import BenchmarkModels, Contestant, Engine, LoadOptions, Progress, WeightFormat
 from ..inference.model import LLM2SLMForConditionalGeneration
-from ..inference.parts import composite_parts, count_parameters, decoding_modules
+from ..inference.parts import composite_parts, count_parameters, decoding_modules, part_of
 from ..states.loading import check_finite, load, one_sentence
 from .exported import (
     EMBEDDINGS,
@@ -35,6 +35,7 @@ from .exported import (
     supported_defaults,
 )
 from .graphs import dynamic_shapes, embedding_table, graphs_of
+from .llm_graphs import ExportableLLM
 
 
 NEEDS = "5.23"  # the first transformers with transformers.exporters.ExportedModel
@@ -131,9 +132,9 @@ class GraphEngine(Engine):
             logits.append(model(input_ids=prompt, decoder_input_ids=token, past_key_values=cache).logits)
         return torch.cat(logits, dim=1)
 
-    def _write(self, model: LLM2SLMForConditionalGeneration, folder: Path, weights: str, progress: Progress) -> None:
+    def _write(self, model: Any, folder: Path, weights: str, progress: Progress) -> None:
         details = {**describe(model, weights), "options": self.run_options(model, weights)}
-        graphs = graphs_of(model)
+        graphs = model.graphs() if isinstance(model, ExportableLLM) else graphs_of(model)
         table = embedding_table(model.decoder, torch.float32 if weights == "fp32" else torch.bfloat16)
         save_file({"weight": table}, folder / EMBEDDINGS)
         self._write_graphs(model, folder, weights, graphs, progress)
@@ -164,20 +165,29 @@ class GraphEngine(Engine):
             return exporter.export(graph, sample, config).components["model"]
 
     def contestants(self) -> dict[str, Contestant]:
-        return {f"llm2slm-{self.name}-{weights}": self._contestant(weights) for weights in self.benchmarked}
+        return {
+            f"{model}-{self.name}-{weights}": self._contestant(model, weights)
+            for model in ("llm", "llm2slm")
+            for weights in self.benchmarked
+        }
 
-    def _contestant(self, weights: str) -> Contestant:
+    def _contestant(self, model: Literal["llm", "llm2slm"], weights: str) -> Contestant:
         return Contestant(
             # It always runs on the CPU.
             load=lambda models, folder, device: ExportedLLM2SLM.from_pretrained(folder),
-            make=partial(self._make, weights=weights),
+            make=partial(self._make, weights=weights, exports=model),
+            model=model,
             step_bytes=partial(graph_size, name="step"),
             packages=(*self.packages, *_quantizer(weights)),
         )
 
-    def _make(self, models: BenchmarkModels, folder: Path, weights: str) -> None:
+    def _make(self, models: BenchmarkModels, folder: Path, weights: str, exports: str) -> None:
         self.check_export(weights)
-        model = LLM2SLMForConditionalGeneration.from_pretrained(models.llm2slm, dtype=torch.float32).float().eval()
+        if exports == "llm":
+            llm = AutoModelForSeq2SeqLM.from_pretrained(models.llm, dtype=torch.float32)
+            model: Any = ExportableLLM(llm).float().eval()
+        else:
+            model = LLM2SLMForConditionalGeneration.from_pretrained(models.llm2slm, dtype=torch.float32).float().eval()
         self._write(model, folder, weights, lambda stage: None)
 
 
@@ -198,11 +208,12 @@ def exported_model_class() -> Any:
     return ExportedModel
 
 
-def describe(model: LLM2SLMForConditionalGeneration, weights: str) -> dict[str, Any]:
+def describe(model: Any, weights: str) -> dict[str, Any]:
     """Return the weights and parameter counts of an exported model."""
+    parts = [part_of("LLM", model.decoder)] if isinstance(model, ExportableLLM) else composite_parts(model)
     return {
         "weights": weights,
-        "parameters": {part.name: part.parameters for part in composite_parts(model)},
+        "parameters": {part.name: part.parameters for part in parts},
         "decode": count_parameters(*decoding_modules(model.decoder)),
     }
 
