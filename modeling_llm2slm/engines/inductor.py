@@ -136,7 +136,9 @@ class InductorState:
             layers = sum(name.startswith("cross_keys") for name in inputs)
             self._keys, self._values = ([one.new_zeros(one.shape) for _ in range(layers)] for _ in range(2))
         if rows is not None:
-            self._keys, self._values = ([one.index_select(0, rows) for one in all_] for all_ in (self._keys, self._values))
+            self._keys, self._values = (
+                [one.index_select(0, rows) for one in all_] for all_ in (self._keys, self._values)
+            )
             self._mask = self._mask.index_select(0, rows) if self._mask.numel() else self._mask
         logits = None
         for index in range(inputs["inputs_embeds"].shape[1]):

@@ -41,7 +41,9 @@ class ExportableLLM(nn.Module):
 
     def graphs(self) -> dict[str, Any]:
         """Return the modules that become graphs."""
-        view: Any = SimpleNamespace(decoder=self.decoder, config=SimpleNamespace(prompt_size=self.config.decoder.d_model))
+        view: Any = SimpleNamespace(
+            decoder=self.decoder, config=SimpleNamespace(prompt_size=self.config.decoder.d_model)
+        )
         return {
             "prompt": LLMEncoderGraph(self.decoder),
             "cross": CrossGraph(view),

@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from modeling_llm2slm import LLM2SLMForConditionalGeneration
 from modeling_llm2slm.engines.decoding import FastDecoding
-from tests.support.common import pad_prompts, PROMPTS
+from tests.support.common import PROMPTS, pad_prompts
 from tests.support.exports import learned
 
 
@@ -62,7 +62,9 @@ def test_tokens_are_those_of_the_stock_loop(models: tuple[Any, Any], kwargs: dic
     found = []
     for model in models:
         torch.manual_seed(0)
-        found.append(model.generate(**batch, **({"max_new_tokens": 12} if "max_length" not in kwargs else {}) | kwargs))
+        found.append(
+            model.generate(**batch, **({"max_new_tokens": 12} if "max_length" not in kwargs else {}) | kwargs)
+        )
     assert torch.equal(*found)
 
 
