@@ -3,8 +3,8 @@ Time the LLM and LLM-to-SLM in every engine that is installed, on random weights
 
     python -m benchmarks.engines --work runs/engines
 
-`multi30k` is an LLM of 15 + 15 layers (16.6M parameters) with a T5 of 2 + 2 layers, at 16 prompt and 20 output tokens, one
-thread, batch 1 and 32, five alternating rounds. `step` is the demo's LLM and SLM (0.94M parameters): `fixed_ms` is the
+`multi30k` is an LLM of 15 + 15 layers (16.6M parameters) with a T5 of 2 + 2 layers, at 16 prompt and 20 output tokens,
+one thread, batch 1 and 32, five alternating rounds. `step` is the demo's LLM and SLM (0.94M parameters): `fixed_ms` is the
 time of a token above the time of reading its weights. Exporting comes first and takes minutes; a repeated run
 continues. `--only step` or `--only multi30k` runs one of them.
 """
@@ -36,7 +36,7 @@ CELLS = {"multi30k": ((16, 20, 1), (16, 20, 32)), "step": ((16, 40, 1),)}  # pro
 def configs(tiny: bool) -> dict[str, LLM2SLMConfig]:
     """Return the config of each pair of models; tiny ones test this script."""
     size = {"d_model": 192, "d_kv": 64, "num_heads": 3, "d_ff": 768, "vocab_size": 6000, "decoder_start_token_id": 0}
-    llm, slm = ((1, 1) if tiny else (15, 2))
+    llm, slm = (1, 1) if tiny else (15, 2)
     demo = ROOT / "examples" / "demo"
     demo_llm = json.loads((demo / "llm" / "config.json").read_text(encoding="utf-8"))
     demo_slm = json.loads((demo / "gpt2.json").read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ STOCK_ONLY = ("return_dict_in_generate", "output_scores", "output_logits")
 
 class FastDecoding:
     """
-    A mixin before transformers' `GenerationMixin`, whose loop around a step of a small graph takes longer than the step.
+    A mixin before transformers' `GenerationMixin`, whose loop around a step of a small graph may take longer than it.
 
     Greedy search, sampling and streaming, in batches and with every logits processor and stopping criterion, take this
     loop; what it does not do, and beam search, take transformers'. The tokens are the same.

@@ -18,14 +18,15 @@ from .graph_engine import FP32, GraphEngine
 
 CAPACITY = 64  # keys and values are allocated for a multiple of this many tokens
 SLIDING = "sliding_attention"
+EACH = ("inputs_embeds", "position_ids")  # inputs of a step that have a column for each token
 # Kernels are compiled for one thread: more cost a small model more than they save. Matrix products use torch's.
 OPTIONS = {"cpp.threads": 1}
 
 
 class InductorEngine(GraphEngine):
     """
-    AOTInductor on the CPU. Exporting compiles for this processor, which needs a C++ compiler and takes minutes; loading
-    needs torch only. It has the smallest fixed cost of a step: choose it for small models and float32.
+    AOTInductor on the CPU. Exporting compiles for this processor, which needs a C++ compiler and takes minutes;
+    loading needs torch only. It has the smallest fixed cost of a step: choose it for small models and float32.
     """
 
     name = "inductor"
@@ -117,8 +118,8 @@ class InductorGraph:
 
 class InductorState:
     """
-    The keys and values of one generation, in buffers that a step writes to in place. They have room for more tokens, so
-    that their shapes change once in many steps.
+    The keys and values of one generation, in buffers that a step writes to in place. They have space for more tokens,
+    so that their shapes change once in many steps.
     """
 
     def __init__(self, step: InductorGraph):
@@ -132,19 +133,14 @@ class InductorState:
         if not self._keys and self._step.first is not None:
             return self._read_prompt(inputs)
         if not self._keys:
-            one = inputs["cross_keys_0"][:, :, :1]
-            layers = sum(name.startswith("cross_keys") for name in inputs)
-            self._keys, self._values = ([one.new_zeros(one.shape) for _ in range(layers)] for _ in range(2))
+            crossed = [value for name, value in inputs.items() if name.startswith("cross_keys")]
+            self._keys, self._values = ([one.new_zeros(one[:, :, :0].shape) for one in crossed] for _ in range(2))
         if rows is not None:
-            self._keys, self._values = (
-                [one.index_select(0, rows) for one in all_] for all_ in (self._keys, self._values)
-            )
+            tensors = [one.index_select(0, rows) for one in (*self._keys, *self._values)]
+            self._keys, self._values = tensors[: len(self._keys)], tensors[len(self._keys) :]
             self._mask = self._mask.index_select(0, rows) if self._mask.numel() else self._mask
-        logits = None
-        for index in range(inputs["inputs_embeds"].shape[1]):
-            logits = self._read_one({name: value for name, value in inputs.items()}, index)
-        assert logits is not None
-        return logits
+        logits = [self._read_one(inputs, index) for index in range(inputs["inputs_embeds"].shape[1])]
+        return logits[-1]
 
     def _read_prompt(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         assert self._step.first is not None
@@ -156,24 +152,21 @@ class InductorState:
         return logits
 
     def _read_one(self, inputs: dict[str, torch.Tensor], index: int) -> torch.Tensor:
-        if self._length >= self._keys[0].shape[2] or not self._keys[0].shape[2] % CAPACITY == 0:
+        if self._length == self._keys[0].shape[2]:
             self._grow()
-        inputs["inputs_embeds"] = inputs["inputs_embeds"][:, index : index + 1]
+        now: dict[str, Any] = {name: inputs[name][:, index : index + 1] for name in EACH if name in inputs}
         cross = [value for name, value in inputs.items() if name.startswith("cross")]
-        if cross:
-            inputs |= {"cross_keys": cross[::2], "cross_values": cross[1::2]}  # type: ignore[dict-item]
-        else:
-            inputs["attention_mask"] = self._mask
-            inputs["position_ids"] = inputs["position_ids"][:, index : index + 1]
-        place = {"place": torch.tensor([self._length]), "keys": self._keys, "values": self._values}
+        now |= {"cross_keys": cross[::2], "cross_values": cross[1::2]}
+        now["attention_mask"] = inputs["attention_mask"] if cross else self._mask
+        now |= {"place": torch.tensor([self._length]), "keys": self._keys, "values": self._values}
         self._length += 1
-        return self._step.run({**inputs, **place})["logits"]
+        return self._step.run(now)["logits"]
 
     def _grow(self) -> None:
         more = CAPACITY * (1 + self._length // CAPACITY) - self._keys[0].shape[2]
-        pad = nn.functional.pad
-        self._keys, self._values = ([pad(one, (0, 0, 0, more)) for one in all_] for all_ in (self._keys, self._values))
-        self._mask = pad(self._mask, (0, more), value=1)
+        tensors = [nn.functional.pad(one, (0, 0, 0, more)) for one in (*self._keys, *self._values)]
+        self._keys, self._values = tensors[: len(self._keys)], tensors[len(self._keys) :]
+        self._mask = nn.functional.pad(self._mask, (0, more), value=1)
 
 
 class FirstStep(nn.Module):
