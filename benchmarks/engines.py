@@ -4,8 +4,8 @@ Time the LLM and LLM-to-SLM in every engine that is installed, on random weights
     python -m benchmarks.engines --work runs/engines
 
 `multi30k` is an LLM of 15 + 15 layers (16.6M parameters) with a T5 of 2 + 2 layers, at 16 prompt and 20 output tokens,
-one thread, batch 1 and 32, five alternating rounds. `step` is the demo's LLM and SLM (0.94M parameters): `fixed_ms` is the
-time of a token above the time of reading its weights. Exporting comes first and takes minutes; a repeated run
+one thread, batch 1 and 32, five alternating rounds. `step` is the demo's LLM and SLM (0.94M parameters): `fixed_ms` is
+the time of a token above the time of reading its weights. Exporting comes first and takes minutes; a repeated run
 continues. `--only step` or `--only multi30k` runs one of them.
 """
 

@@ -10,14 +10,8 @@ import torch
 from transformers.generation import GenerationMixin, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_llm2slm import LLM2SLMForConditionalGeneration
-from modeling_llm2slm.engines.decoding import FastDecoding
 from tests.support.common import PROMPTS, pad_prompts
-from tests.support.exports import learned
-
-
-class FastModel(FastDecoding, LLM2SLMForConditionalGeneration):
-    """A model on PyTorch that generates with the loop of exported ones."""
+from tests.support.exports import uncompiled_pair
 
 
 class Kept(BaseStreamer):
@@ -37,12 +31,9 @@ class StopAfterSeven(StoppingCriteria):
 
 
 @pytest.fixture(scope="module")
-def models() -> tuple[Any, Any]:
-    stock = learned("t5", "replace")
-    fast: Any = FastModel(stock.config).eval()
-    fast.load_state_dict(stock.state_dict())
-    fast.generation_config = stock.generation_config
-    return stock, fast
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    pair = uncompiled_pair(tmp_path_factory.mktemp("decoding"), "t5", "replace")
+    return pair.model, pair.exported
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from modeling_llm2slm import ExportedLLM2SLM
 from modeling_llm2slm.conversion.export import export
@@ -22,38 +21,14 @@ from tests.support.exports import (
     check_threads,
     checkpoint,
     learned,
+    uncompiled_pair,
 )
-
-
-class Uncompiled:
-    """Runs a module with the flat inputs of a compiled one."""
-
-    def __init__(self, graph: Any):
-        self.graph = graph
-        self.loader = self
-        self.spec = tree_flatten(list(graph.sample().values()))[1]
-
-    def run(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        inputs = tree_unflatten(tensors, self.spec)
-        return list(self.graph(**dict(zip(self.graph.sample(), inputs, strict=True))).values())
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind[0])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A model, and its export with graphs that are not compiled."""
-    graphs: dict[str, Any] = {}
-
-    @torch.no_grad()
-    def keep(graph: Any, file: Path) -> dict[str, Any]:
-        graphs[file.name] = graph
-        return {"file": file.name, "inputs": list(graph.sample()), "outputs": list(graph(**graph.sample()))}
-
-    folder = tmp_path_factory.mktemp("inductor")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inductor, "_compile", keep)
-        patch.setattr(torch._inductor, "aoti_load_package", lambda path: Uncompiled(graphs[Path(path).name]))
-        export(checkpoint(*request.param, folder / "source"), folder / "fast", engine="inductor")
-        return Pair(learned(*request.param), ExportedLLM2SLM.from_pretrained(folder / "fast"))
+    return uncompiled_pair(tmp_path_factory.mktemp("inductor"), *request.param)
 
 
 def test_strategies_give_the_tokens_of_pytorch(pair: Pair) -> None:
