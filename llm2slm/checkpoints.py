@@ -136,7 +136,7 @@ def export(
     model: ModelArgument,
     output: OutputArgument,
     engine: Annotated[
-        str, typer.Option(help="An installed engine that exports, such as openvino or onnx.")
+        str, typer.Option(help="An installed engine that exports, such as openvino, onnx or inductor.")
     ] = "openvino",
     weights: Annotated[str, typer.Option(help="A weight format of the engine, such as fp32 or int8.")] = "fp32",
     overwrite: Overwrite = False,

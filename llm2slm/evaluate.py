@@ -264,6 +264,8 @@ def _print_benchmark(result: dict[str, Any], keys: list[str]) -> None:
         stages = ", ".join(f"{name} {value:.0f} ms" for name, value in cell["stages_ms"].items())
         reading = f"weights are read at {cell['gigabytes_per_second']:.1f} GB/s"
         print_line(f"{stages}; {reading}." if stages else f"{reading}.".capitalize())
+        if "speedup" in (best := cell.get("best", {})):
+            print_line(f"{best['llm2slm']} is {best['speedup']:.2f} times as fast as {best['llm']}, the LLM's best.")
 
 
 def _cell_table(key: str, cell: dict[str, Any]) -> Table:

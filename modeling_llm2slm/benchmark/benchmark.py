@@ -200,12 +200,23 @@ class Benchmark:
         return {
             **{key: value for key, value in asdict(cell).items() if key != "contestants"},
             "results": rows,
+            "best": self._best(rows),
             "stages_ms": {name: 1000 * statistics.median(one[name] for one in by_stage) for name in by_stage[0]}
             if by_stage
             else {},
             "gigabytes_per_second": speed / 1e9,
             **found,
         }
+
+    def _best(self, rows: dict[str, Any]) -> dict[str, Any]:
+        """Return the names of the fastest LLM and LLM-to-SLM contestants, and how many times as fast the second is."""
+        best: dict[str, Any] = {}
+        for kind in ("llm", "llm2slm"):
+            names = [name for name in rows if self.contestants[name].model == kind]
+            best |= {kind: min(names, key=lambda name: rows[name]["seconds"])} if names else {}
+        if len(best) == 2:
+            best["speedup"] = rows[best["llm"]]["seconds"] / rows[best["llm2slm"]]["seconds"]
+        return best
 
     def _step_bytes(self, name: str, stages: Stages, models: BenchmarkModels) -> int:
         """Return the bytes of weights that a contestant reads for each token."""

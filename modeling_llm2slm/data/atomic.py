@@ -23,7 +23,7 @@ from ..files_llm2slm import first_line
 WEIGHT_NAMES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 # What `llm2slm export` writes: graphs, their tables, and the list of them.
 EXPORT_NAMES = re.compile(
-    r"export\.json|embeddings\.safetensors|(openvino_)?(prompt|cross|step)\.(xml|bin|onnx|onnx\.data)"
+    r"export\.json|embeddings\.safetensors|(openvino_)?(prompt|cross|first|step)\.(xml|bin|onnx|onnx\.data|pt2)"
 )
 HEX = "[0-9a-f]" * 8
 

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 # Files that make a folder a model, which only a new model replaces.
 MODEL_FILES = re.compile(
     r"(.*config|config_.*|tokenizer|special_tokens_map|vocab|store|export|training|recipe)\.json|merges\.txt"
-    r"|.*\.(safetensors|safetensors\.index\.json|bin|model|py|xml|onnx|onnx\.data)"
+    r"|.*\.(safetensors|safetensors\.index\.json|bin|model|py|xml|onnx|onnx\.data|pt2)"
 )
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 

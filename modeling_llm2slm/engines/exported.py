@@ -31,6 +31,7 @@ from ..inference.families import LLM2SLMTextToText
 from ..inference.parts import Part
 from ..modeling_llm2slm import LLM2SLMEncoder
 from ..states.files import check_files
+from .decoding import FastDecoding
 from .graphs import adds_embeddings
 
 
@@ -203,7 +204,7 @@ class ExportedCache:
         raise ValueError("The cache of an exported model cannot be cropped: its graph cannot forget tokens.")
 
 
-class GraphModel(GenerationMixin):
+class GraphModel(FastDecoding, GenerationMixin):
     """
     A model that an engine other than PyTorch computes as graphs, with transformers' `generate()`.
 

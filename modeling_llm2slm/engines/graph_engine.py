@@ -13,11 +13,11 @@ from functools import partial
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoProcessor
+from transformers import AutoModelForSeq2SeqLM, AutoProcessor
 
 from ..inference.engine import BenchmarkModels, Contestant, Engine, LoadOptions, Progress, WeightFormat
 from ..inference.model import LLM2SLMForConditionalGeneration
@@ -37,6 +37,7 @@ from .exported import (
 )
 from .exported_llm import ExportedLLM, ExportedLLMTextToText
 from .graphs import dynamic_shapes, embedding_table, graphs_of
+from .llm_graphs import ExportableLLM
 
 
 NEEDS = "5.23"  # the first transformers with transformers.exporters.ExportedModel
@@ -139,21 +140,28 @@ class GraphEngine(Engine):
 
     def _write(self, model: Any, folder: Path, weights: str, progress: Progress) -> None:
         details = {**describe(model, weights), "options": self.run_options(model, weights)}
-        graphs = {name: (graph.eval(), graph.sample()) for name, graph in graphs_of(model).items()}
+        graphs = model.graphs() if isinstance(model, ExportableLLM) else graphs_of(model)
         table = embedding_table(_writer(model), torch.float32 if weights == "fp32" else torch.bfloat16)
         save_file({"weight": table}, folder / EMBEDDINGS)
+        self._write_graphs(model, folder, weights, graphs, progress)
+        manifest = json.dumps({**read_manifest(folder), "llm2slm": details}, indent=2)
+        (folder / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
+
+    def _write_graphs(
+        self, model: Any, folder: Path, weights: str, graphs: dict[str, Any], progress: Progress
+    ) -> None:
+        """Write the graphs, both configs, and a manifest with the keys `export_format` and `components`."""
+        samples = {name: graph.eval().sample() for name, graph in graphs.items()}
         if weights == "bf16":
             model.to(torch.bfloat16)
         components = {}
         with quiet_exporters():
-            for name, (graph, sample) in graphs.items():
+            for name, graph in graphs.items():
                 progress(f"exporting {name}")
-                components[name] = self.component(graph, sample, weights, is_step=name == "step")
+                components[name] = self.component(graph, samples[name], weights, is_step=name == "step")
         progress("writing")
         defaults = supported_defaults(model.generation_config)
         exported_model_class()(components, self.name, model.config, defaults).save_pretrained(folder)
-        manifest = json.dumps({**read_manifest(folder), "llm2slm": details}, indent=2)
-        (folder / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
 
     def component(self, graph: Any, sample: dict[str, Any], weights: str, is_step: bool) -> Any:
         """Trace a module with sample inputs to a component of transformers' exported model."""
@@ -163,20 +171,29 @@ class GraphEngine(Engine):
             return exporter.export(graph, sample, config).components["model"]
 
     def contestants(self) -> dict[str, Contestant]:
-        return {f"llm2slm-{self.name}-{weights}": self._contestant(weights) for weights in self.benchmarked}
+        return {
+            f"{model}-{self.name}-{weights}": self._contestant(model, weights)
+            for model in ("llm", "llm2slm")
+            for weights in self.benchmarked
+        }
 
-    def _contestant(self, weights: str) -> Contestant:
+    def _contestant(self, model: Literal["llm", "llm2slm"], weights: str) -> Contestant:
         return Contestant(
             # It always runs on the CPU.
             load=lambda models, folder, device: ExportedLLM2SLM.from_pretrained(folder),
-            make=partial(self._make, weights=weights),
+            make=partial(self._make, weights=weights, exports=model),
+            model=model,
             step_bytes=partial(graph_size, name="step"),
             packages=(*self.packages, *_quantizer(weights)),
         )
 
-    def _make(self, models: BenchmarkModels, folder: Path, weights: str) -> None:
+    def _make(self, models: BenchmarkModels, folder: Path, weights: str, exports: str) -> None:
         self.check_export(weights)
-        model = LLM2SLMForConditionalGeneration.from_pretrained(models.llm2slm, dtype=torch.float32).float().eval()
+        if exports == "llm":
+            llm = AutoModelForSeq2SeqLM.from_pretrained(models.llm, dtype=torch.float32)
+            model: Any = ExportableLLM(llm).float().eval()
+        else:
+            model = LLM2SLMForConditionalGeneration.from_pretrained(models.llm2slm, dtype=torch.float32).float().eval()
         self._write(model, folder, weights, lambda stage: None)
 
 
@@ -204,7 +221,7 @@ def exported_class(path: str | Path) -> type[GraphModel]:
 
 def describe(model: Any, weights: str) -> dict[str, Any]:
     """Return the weights and parameter counts of an exported model."""
-    parts = [part_of("model", model)] if _writer(model) is model else composite_parts(model)
+    parts = composite_parts(model) if hasattr(model, "encoder") else [part_of("model", _writer(model))]
     return {
         "weights": weights,
         "parameters": {part.name: part.parameters for part in parts},
@@ -214,7 +231,7 @@ def describe(model: Any, weights: str) -> dict[str, Any]:
 
 def _writer(model: Any) -> Any:
     """Return the model that writes outputs: the SLM of an LLM-to-SLM model, or a decoder-only model itself."""
-    return model.decoder if isinstance(model, LLM2SLMForConditionalGeneration) else model
+    return model.decoder if isinstance(model, LLM2SLMForConditionalGeneration | ExportableLLM) else model
 
 
 def int4_weights() -> Any:

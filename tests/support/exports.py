@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import DynamicCache, GPT2LMHeadModel, T5EncoderModel, T5ForConditionalGeneration
 
 from modeling_llm2slm import ExportedLLM2SLM, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from modeling_llm2slm.conversion.export import export
+from modeling_llm2slm.engines import inductor
 from modeling_llm2slm.engines.exported_llm import ExportedLLM
 from modeling_llm2slm.engines.graph_engine import GraphEngine, describe, exported_model_class
 from modeling_llm2slm.engines.graphs import embedding_table, graphs_of
@@ -171,6 +173,35 @@ def pair_of(tmp_path_factory: Any, slm: str, fusion: str, engine: str = "openvin
     needs(engine)
     folder = exported_folder(tmp_path_factory, slm, fusion, engine=engine)
     return Pair(learned(slm, fusion), ExportedLLM2SLM.from_pretrained(folder))
+
+
+class Uncompiled:
+    """Runs a module with the flat inputs of a compiled one."""
+
+    def __init__(self, graph: Any):
+        self.graph = graph
+        self.loader = self
+        self.spec = tree_flatten(list(graph.sample().values()))[1]
+
+    def run(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        inputs = tree_unflatten(tensors, self.spec)
+        return list(self.graph(**dict(zip(self.graph.sample(), inputs, strict=True))).values())
+
+
+def uncompiled_pair(folder: Path, slm: str, fusion: str) -> Pair:
+    """Export a model for the engine inductor, but run its graphs without compiling them, which takes minutes."""
+    graphs: dict[str, Any] = {}
+
+    @torch.no_grad()
+    def keep(graph: Any, file: Path) -> dict[str, Any]:
+        graphs[file.name] = graph
+        return {"file": file.name, "inputs": list(graph.sample()), "outputs": list(graph(**graph.sample()))}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inductor, "_compile", keep)
+        patch.setattr(torch._inductor, "aoti_load_package", lambda path: Uncompiled(graphs[Path(path).name]))
+        export(checkpoint(slm, fusion, folder / "source"), folder / "fast", engine="inductor")
+        return Pair(learned(slm, fusion), ExportedLLM2SLM.from_pretrained(folder / "fast"))
 
 
 def check_strategies(pair: Pair) -> None:

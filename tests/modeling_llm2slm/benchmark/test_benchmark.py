@@ -145,3 +145,10 @@ def test_a_cell_that_cannot_be_measured_is_refused_before_the_others(tmp_path: P
 def test_an_unknown_contestant_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Contestant 'llm3' does not exist\. Choose from: llm, "):
         Benchmark([Cell(contestants=("llm3",))], tmp_path / "benchmark.json", tmp_path)
+
+
+def test_the_best_llm_is_what_the_best_model_is_compared_with(measured: tuple[Path, dict[str, Any]]) -> None:
+    for cell in measured[1]["cells"].values():
+        rows = cell["results"]
+        expected = rows["llm"]["seconds"] / rows["llm2slm"]["seconds"]
+        assert cell["best"] == {"llm": "llm", "llm2slm": "llm2slm", "speedup": expected}

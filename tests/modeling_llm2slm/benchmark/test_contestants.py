@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForSeq2SeqLM
 
 from modeling_llm2slm.benchmark import contestants as module
 from modeling_llm2slm.benchmark.cells import Cell
 from modeling_llm2slm.benchmark.contestants import endless, load_contestant
 from modeling_llm2slm.benchmark.models import make_models
 from modeling_llm2slm.inference.engine import Contestant, engine
+from tests.support.exports import needs
 
 
 def test_outputs_have_the_length_of_the_cell(measured: tuple[Path, dict[str, Any]]) -> None:
@@ -42,3 +44,21 @@ def test_a_function_is_timed_at_two_lengths(
     assert calls == [((2, 6), 1, 4), ((2, 6), 9, 4)]
     assert timing.tokens == 9
     assert timing.per_token == pytest.approx((timing.total - timing.first) / 8)
+
+
+def test_the_llm_generates_the_same_tokens_on_another_engine(
+    measured: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    needs("openvino")
+    models = make_models("tiny", measured[0] / "tiny")
+    contestant = engine("openvino").contestants()["llm-openvino-fp32"]
+    assert contestant.model == "llm"
+    assert contestant.make is not None
+    contestant.make(models, tmp_path)
+    llm: Any = AutoModelForSeq2SeqLM.from_pretrained(models.llm).eval()
+    ids = torch.randint(10, llm.config.vocab_size, (2, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
+    fast = contestant.load(models, tmp_path, "cpu")
+    for options in ({}, {"num_beams": 3}):
+        found = [model.generate(ids, attention_mask=mask, max_new_tokens=12, **options) for model in (llm, fast)]
+        assert torch.equal(*found)

@@ -44,7 +44,9 @@ def test_unsupported_defaults_of_the_checkpoint_are_left_out(tmp_path_factory, t
 
 def test_contestants_need_what_quantizes_their_weights() -> None:
     packages = {name: contestant.packages for name, contestant in engine("openvino").contestants().items()}
+    plain, quantized = ("openvino",), ("openvino", "nncf")
     assert packages == {
-        "llm2slm-openvino-fp32": ("openvino",), "llm2slm-openvino-bf16": ("openvino",),
-        "llm2slm-openvino-int8": ("openvino", "nncf"), "llm2slm-openvino-int4": ("openvino", "nncf"),
-    }  # fmt: skip
+        f"{model}-openvino-{weights}": needed
+        for model in ("llm", "llm2slm")
+        for weights, needed in (("fp32", plain), ("bf16", plain), ("int8", quantized), ("int4", quantized))
+    }

@@ -1,0 +1,105 @@
+"""Greedy search and sampling of exported models with fewer operations around a step than stock generation needs."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from transformers.generation import EosTokenCriteria, GenerationConfig, MaxLengthCriteria
+
+
+logger = logging.getLogger(__name__)
+STOCK_ONLY = ("return_dict_in_generate", "output_scores", "output_logits")
+
+
+class FastDecoding:
+    """
+    A mixin before transformers' `GenerationMixin`, whose loop around a step of a small graph may take longer than it.
+
+    Greedy search, sampling and streaming, in batches and with every logits processor and stopping criterion, take this
+    loop; what it does not do, and beam search, take transformers'. The tokens are the same.
+    """
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        stock = [name for name in STOCK_ONLY if getattr(generation_config, name, None)]
+        if stock or synced_gpus:
+            logger.info(f"`{(*stock, 'synced_gpus')[0]}` takes the loop of transformers, which is slower.")
+            return super()._sample(  # type: ignore[misc]
+                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer,
+                **model_kwargs,
+            )  # fmt: skip
+        inputs = self.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)  # type: ignore[attr-defined]
+        return decode(self, inputs, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+
+
+@torch.no_grad()
+def decode(
+    model: Any,
+    inputs: dict[str, Any],
+    output: torch.Tensor,
+    processors: Any,
+    criteria: Any,
+    generation_config: GenerationConfig,
+    streamer: Any = None,
+) -> torch.Tensor:
+    """
+    Continue outputs `(B, M)` greedily or by sampling, as stock `generate()` does.
+
+    Args:
+        model: Its `forward()` takes `inputs`, and then new tokens with the cache.
+        inputs: Of the first step.
+        output: What the outputs begin with.
+        processors: Of logits, a `LogitsProcessorList`.
+        criteria: A `StoppingCriteriaList`.
+        generation_config: `max_length`, `do_sample` and the padding are read.
+        streamer: Gets every token.
+
+    Returns:
+        The outputs `(B, <= max_length)`.
+    """
+    name = next(name for name in ("decoder_input_ids", "input_ids") if name in inputs)
+    ends = [criterion.eos_token_id for criterion in criteria if isinstance(criterion, EosTokenCriteria)]
+    others = [one for one in criteria if not isinstance(one, EosTokenCriteria | MaxLengthCriteria)]
+    rows, length = output.shape
+    pad = generation_config.pad_token_id
+    pad = int(ends[0][0]) if ends and pad is None else pad
+    tokens_so_far = output.new_zeros(rows, int(generation_config.max_length or length + 1))
+    tokens_so_far[:, :length] = output
+    done = torch.zeros(rows, dtype=torch.bool)
+    while True:
+        scores = model(**inputs).logits[:, -1].float()
+        if processors:
+            scores = processors(tokens_so_far[:, :length], scores.clone())
+        if generation_config.do_sample:
+            tokens = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+        else:
+            tokens = scores.argmax(-1)
+        if ends:
+            tokens = tokens.masked_fill(done, pad)
+        tokens_so_far[:, length] = tokens
+        length += 1
+        if streamer is not None:
+            streamer.put(tokens)
+        for end in ends:
+            done |= (tokens[:, None] == end).any(1)
+        for criterion in others:
+            done = done | criterion(tokens_so_far[:, :length], None)
+        if length == tokens_so_far.shape[1] or ((ends or others) and bool(done.all())):
+            break
+        inputs = {name: tokens[:, None], "past_key_values": inputs["past_key_values"]}
+    if streamer is not None:
+        streamer.end()
+    return tokens_so_far[:, :length].clone()
+
+
+__all__ = ["FastDecoding", "decode"]
