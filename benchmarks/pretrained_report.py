@@ -3,7 +3,7 @@ Report the experiment behind a pretrained LLM: scores with intervals by paired b
 
 `python -m benchmarks.pretrained --report` calls this. It reads the outputs of the rows that are done, times their
 models and writes `docs/results/pretrained-<task>.json`. Each model is timed in PyTorch and, exported once to a folder
-beside it, in OpenVINO; outputs of quantized exports are scored on a part of the test split.
+next to it, in OpenVINO; outputs of quantized exports are scored on a part of the test split.
 """
 
 from __future__ import annotations
@@ -116,10 +116,10 @@ def _model(experiment: Any, task: str, name: str, engine: str) -> Path:
     """Return the folder of a row's model for an engine, which is exported the first time."""
     if engine == "pytorch":
         return experiment.model(task, name)
-    folder, (runtime, weights) = experiment.folder(task, name) / engine, engine.split("-")
+    folder, (engine, weights) = experiment.folder(task, name) / engine, engine.split("-")
     if not folder.is_dir():
         _say(f"{task}/{name}: exporting to {engine}")
-        export(experiment.model(task, name), folder, engine=runtime, weights=weights)
+        export(experiment.model(task, name), folder, engine=engine, weights=weights)
     return folder
 
 
@@ -204,7 +204,7 @@ def _time(experiment: Any, task: str, names: list[str]) -> dict[str, dict[str, d
         of_llm = {engine: rounds[f"{llm} {engine}"] for engine in ("pytorch", *ENGINES)}
         for engine in of_llm:
             own = rounds[f"{name} {engine}"]
-            timed = {"speed": {key: statistics.median(one[key] for one in own) for key in own[0]}}
+            timed: dict[str, Any] = {"speed": {key: statistics.median(one[key] for one in own) for key in own[0]}}
             for key in ("ms_per_output", "ms_per_output_in_batches"):
                 best = min(of_llm.values(), key=lambda found: statistics.median(one[key] for one in found))
                 for suffix, other in (("by_llm", of_llm[engine]), ("by_best_llm", best)):

@@ -57,7 +57,7 @@ class GraphEngine(Engine):
         benchmarked: The weights that [`~Engine.contestants`] offers.
     """
 
-    files = (MANIFEST, EMBEDDINGS, "*.xml", "*.bin", "*.onnx", "*.data")
+    files: ClassVar[tuple[str, ...]] = (MANIFEST, EMBEDDINGS, "*.xml", "*.bin", "*.onnx", "*.data")
     benchmarked: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
