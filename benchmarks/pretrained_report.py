@@ -116,10 +116,10 @@ def _model(experiment: Any, task: str, name: str, engine: str) -> Path:
     """Return the folder of a row's model for an engine, which is exported the first time."""
     if engine == "pytorch":
         return experiment.model(task, name)
-    folder, (engine, weights) = experiment.folder(task, name) / engine, engine.split("-")
+    folder, (backend, weights) = experiment.folder(task, name) / engine, engine.split("-")
     if not folder.is_dir():
         _say(f"{task}/{name}: exporting to {engine}")
-        export(experiment.model(task, name), folder, engine=engine, weights=weights)
+        export(experiment.model(task, name), folder, engine=backend, weights=weights)
     return folder
 
 
