@@ -251,7 +251,7 @@ class Batcher:
 class ContinuousBatcher(Batcher):
     """
     Generates with an engine that takes prompts into the running batch, see [`ContinuousTextToText`]. `max_batch`
-    limits the prompts that run, `max_wait` has no effect, and `batches` counts how often prompts were read.
+    limits the prompts that run, `max_wait` has no effect, and `batches` counts how often prompts were added.
     """
 
     text_to_text: Any
@@ -285,35 +285,24 @@ class ContinuousBatcher(Batcher):
             return jobs
 
     def _admit(self, jobs: Sequence[Job]) -> None:
-        """Read the prompts of jobs, equal ones once, and add them to the running batch."""
-        if not jobs:
-            return
-        try:
-            prompts = list(dict.fromkeys(tuple(job.ids) for job in jobs))
-            features = {
-                "input_ids": [list(ids) for ids in prompts],
-                "attention_mask": [[1] * len(ids) for ids in prompts],
-            }
-            rows = dict(zip(prompts, self.text_to_text.rows(self.text_to_text.read(features)), strict=True))
-            for job in jobs:
-                request = self.text_to_text.add(rows[tuple(job.ids)], self._sampling(job.decoding))
+        """Add jobs to the running batch."""
+        for job in jobs:
+            try:
+                request = self.text_to_text.add(job.ids, self._sampling(job.decoding))
+            except ValueError as error:
+                job.send(error)
+                self.failed += 1
+            else:
                 self._running[request] = _Completion(job, self.text_to_text)
-        except Exception as error:
-            if len(jobs) > 1 and not any(completion.job in jobs for completion in self._running.values()):
-                for job in jobs:  # one prompt must not fail the others
-                    self._admit([job])
-                return
-            for job in jobs:
-                if all(completion.job is not job for completion in self._running.values()):
-                    job.send(error)
-                    self.failed += 1
-        self.batches += 1
+        self.batches += bool(jobs)
         self._batch, self.running = [completion.job for completion in self._running.values()], len(self._running)
 
     def _sampling(self, decoding: Decoding) -> Any:
-        sampled = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p}
+        sampled = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
         return self.text_to_text.sampling(
-            decoding.seed, max_new_tokens=decoding.max_tokens, **(sampled if decoding.temperature else {})
+            decoding.seed,
+            max_new_tokens=decoding.max_tokens,
+            **(sampled if decoding.temperature else {"do_sample": False}),
         )
 
     def _step(self) -> None:
@@ -321,6 +310,10 @@ class ContinuousBatcher(Batcher):
             return
         for one in self.text_to_text.step():
             completion = self._running[one.request]
+            if one.error is not None:
+                completion.job.send(one.error)
+                completion.job.cancel()
+                self.failed += 1
             for token in one.tokens[len(completion.tokens) :]:
                 if not completion.done:
                     completion.add_token(token)
