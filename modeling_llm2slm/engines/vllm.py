@@ -84,6 +84,11 @@ class VLLMEngine(Engine):
                 f"{path} has an encoder-decoder SLM, which vLLM does not serve. Take the engine pytorch, or export "
                 "the model with the engine openvino."
             )
+        if loaded.model.encoder.fusion.fills_cache:
+            raise ValueError(
+                f"{path} has fusion={loaded.model.config.fusion!r}, whose SLM reads keys and values in place of "
+                "embeddings, which vLLM does not serve. Take the engine pytorch."
+            )
         if loaded.model._hf_peft_config_loaded:
             raise ValueError(f"{path} is an adapter, which vLLM reads merged: run `llm2slm convert merge` first.")
         slm = plain_slm(path, loaded.model, loaded.processor)
