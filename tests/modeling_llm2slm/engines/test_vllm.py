@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.settings import GenerateFileSettings
 from tests.support.checkpoints import write_checkpoint
 from tests.support.common import LLM_VOCAB_SIZE, SLM_VOCAB_SIZE, apart, llm_tokenizer, slm_tokenizer
-from tests.support.serving import serving
+from tests.support.serving import byte_tokenizer, serving
 
 
 pytest.importorskip("vllm", reason="make test-vllm installs it in an environment of its own")
@@ -40,19 +41,21 @@ PROMPTS = [" ".join(f"src{(7 * row + step) % 90}" for step in range(1 + row % 9)
 GREEDY: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
 
 
-def write_model(family: str, folder: Path, fusion: str = "add") -> str:
+def write_model(family: str, folder: Path, fusion: str = "add", tokenizer: Any = None) -> str:
     torch.manual_seed(0)
+    tokenizer = tokenizer or slm_tokenizer()
+    end = tokenizer.eos_token_id
     llm = T5Config(
         vocab_size=LLM_VOCAB_SIZE, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, decoder_start_token_id=0
     )
-    ids = {"bos_token_id": END, "eos_token_id": END, "pad_token_id": END}
-    slm = AutoConfig.for_model(family, vocab_size=SLM_VOCAB_SIZE, **ids, **SLMS[family])
+    ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    slm = AutoConfig.for_model(family, vocab_size=end + 1, **ids, **SLMS[family])
     model = LLM2SLMForConditionalGeneration(LLM2SLMConfig(encoder=llm, decoder=slm, fusion=fusion))
     for weight in model.decoder.parameters():
         if weight.ndim > 1:
             weight.data.mul_(6)  # so that outputs depend on the prompt
     model.save_pretrained(folder)
-    LLM2SLMProcessor(llm_tokenizer(), slm_tokenizer()).save_pretrained(folder)
+    LLM2SLMProcessor(llm_tokenizer(), tokenizer).save_pretrained(folder)
     return str(folder)
 
 
@@ -182,6 +185,20 @@ def check_requests(model: Any, reference: Any) -> None:
 
 def test_streams_samples_and_ends(tmp_path: Path) -> None:
     apart(check_options, write_model("gpt2", tmp_path / "model"))
+
+
+def check_guided(path: str) -> None:
+    model = engine("vllm").load(path, LoadOptions())
+    ids = model.features(PROMPTS[:4])["input_ids"]
+    for structure, pattern in (({"choice": ["ja", "weit"]}, "ja|weit"), ({"regex": "[ab]{3}"}, "[ab]{3}")):
+        guided = model.sampling(max_new_tokens=10, structured_outputs=structure)
+        found = run(model, [model.add(row, guided) for row in ids])
+        for text in model.tokenizer.batch_decode([one.tokens for one in found.values()], skip_special_tokens=True):
+            assert re.fullmatch(pattern, text)
+
+
+def test_outputs_are_guided(tmp_path: Path) -> None:
+    apart(check_guided, write_model("gpt2", tmp_path / "model", tokenizer=byte_tokenizer()))
 
 
 def check_file(path: str, folder: Path) -> None:
