@@ -185,7 +185,7 @@ class VLLMLLM2SLM(nn.Module, SupportsMultiModal):
                 prefix=maybe_prefix(prefix, "language_model"),
                 architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[slm.model_type]],
             )
-        self.encoder: nn.Module | None = None  # it comes with its weights
+        self.encoder: Any = None  # it comes with its weights
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
         """Load the SLM as vLLM does, and the encoder as transformers does: lean checkpoints and dtypes are its own."""
@@ -208,7 +208,7 @@ class VLLMLLM2SLM(nn.Module, SupportsMultiModal):
         prompts = list(kwargs["prompt_ids"])
         ids = pad_sequence(prompts, batch_first=True)
         mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True)
-        states = self.encoder(ids, mask, return_dict=True)  # type: ignore[misc]
+        states = self.encoder(ids, mask, return_dict=True)
         rows = zip(states.last_hidden_state.to(self.model_config.dtype), states.attention_mask, strict=True)
         return [row[kept.bool()] for row, kept in rows]
 
