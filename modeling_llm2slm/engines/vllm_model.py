@@ -174,6 +174,8 @@ class Embeddings:
 class VLLMLLM2SLM(nn.Module, SupportsMultiModal):
     """vLLM's class of the SLM, behind the encoder of transformers."""
 
+    _mark_language_model: Any  # from vLLM; without it, a checker takes it for a module or a tensor
+
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
         super().__init__()
         self.model_config = vllm_config.model_config
