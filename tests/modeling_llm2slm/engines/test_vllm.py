@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import re
+import sys
 import weakref
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -111,13 +111,12 @@ def check_options(path: str) -> None:
     assert model.write(model.read(model.features(PROMPTS[:1])), **GREEDY) == [first[: first.index(first[2]) + 1]]
 
 
-def run(model: Any, requests: Sequence[str]) -> dict[tuple[str, int], Any]:
-    """Step until all requests are finished; return the last of each output."""
+def run(model: Any, steps: int = sys.maxsize) -> dict[tuple[str, int], Any]:
+    """Step until all requests are finished, or some steps; return the last of each output."""
     found: dict[tuple[str, int], Any] = {}
-    while model.unfinished:
-        for one in model.step():
-            assert one.error is None or one.request not in requests
-            found[one.request, one.sample] = one
+    while model.unfinished and steps:
+        found |= {(one.request, one.sample): one for one in model.step()}
+        steps -= 1
     return found
 
 
@@ -138,12 +137,11 @@ def check_requests(model: Any, reference: Any) -> None:
     greedy = model.sampling(max_new_tokens=10, logprobs=2)
     requests = [model.add(row, greedy) for row in [*ids, *ids]]
     wrong = model.add([5] * 500, greedy)  # more than the SLM's positions
-    for _ in range(3):
-        model.step()
+    found = run(model, steps=3)
     requests += [model.add(row, greedy) for row in ids[:5]]  # equal prompts run
     dropped = [model.add(row, greedy) for row in ids[:2]]
     model.abort(dropped)
-    found = run(model, requests)
+    found |= run(model)
     assert [list(found[request, 0].tokens) for request in requests] == [*expected, *expected, *expected[:5]]
     assert isinstance(found[wrong, 0].error, ValueError)
     assert not {request for request, _ in found} & {*dropped}
@@ -164,15 +162,16 @@ def check_requests(model: Any, reference: Any) -> None:
     model.rows = rows_of
     # Several samples of a request repeat with its seed, whatever else runs.
     sampled = model.sampling(7, max_new_tokens=10, do_sample=True, temperature=2.0, num_return_sequences=3, top_k=0)
-    alone = run(model, [model.add(ids[0], sampled)])
-    alone = [list(one.tokens) for _, one in sorted(alone.items())]
+    model.add(ids[0], sampled)
+    alone = [list(one.tokens) for _, one in sorted(run(model).items())]
     mixed = [model.add(ids[0], sampled), *(model.add(row, greedy) for row in ids)]
-    found = run(model, mixed)
+    found = run(model)
     assert [list(found[mixed[0], index].tokens) for index in range(3)] == alone
     assert len({tuple(tokens) for tokens in alone}) == 3
     # vLLM's own settings, the defaults of generate(), and what is refused.
     first = expected[0][0]
-    (one,) = run(model, [model.add(ids[0], model.sampling(max_new_tokens=1, logit_bias={first: -100}))]).values()
+    model.add(ids[0], model.sampling(max_new_tokens=1, logit_bias={first: -100}))
+    (one,) = run(model).values()
     assert one.tokens[0] != first
     assert model.sampling(do_sample=True).top_k == 50
     assert model.sampling(max_length=5).max_tokens == 4
@@ -192,8 +191,10 @@ def check_guided(path: str) -> None:
     ids = model.features(PROMPTS[:4])["input_ids"]
     for structure, pattern in (({"choice": ["ja", "weit"]}, "ja|weit"), ({"regex": "[ab]{3}"}, "[ab]{3}")):
         guided = model.sampling(max_new_tokens=10, structured_outputs=structure)
-        found = run(model, [model.add(row, guided) for row in ids])
-        for text in model.tokenizer.batch_decode([one.tokens for one in found.values()], skip_special_tokens=True):
+        for row in ids:
+            model.add(row, guided)
+        tokens = [list(one.tokens) for one in run(model).values()]
+        for text in model.tokenizer.batch_decode(tokens, skip_special_tokens=True):
             assert re.fullmatch(pattern, text)
 
 
