@@ -12,6 +12,7 @@ import itertools
 import os
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -209,7 +210,8 @@ class VLLMTextToText(LLM2SLMTextToText, ContinuousTextToText):
         # Penalties count the ids of the prompt: generate() has one there, the start token.
         ids = [self.model.config.decoder_start_token_id] * len(rows)
         prompt = embeds_input(rows, prompt_token_ids=ids, is_token_ids=[False] * len(ids))
-        self.llm_engine.add_request(request, prompt, sampling)
+        with _value_errors():
+            self.llm_engine.add_request(request, prompt, sampling)
         self._rows[request] = rows
 
     def _release(self) -> None:
@@ -263,18 +265,19 @@ class VLLMTextToText(LLM2SLMTextToText, ContinuousTextToText):
             settings = {"top_k": DEFAULT_TOP_K, "seed": seed} | settings
         else:
             settings |= {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-        if "structured_outputs" in own:
-            own["structured_outputs"] = StructuredOutputsParams(**own["structured_outputs"])
         ends = values.get("eos_token_id")
         ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list | tuple) else [ends])} - {None}
-        return SamplingParams(
-            **settings,
-            **own,
-            stop_token_ids=sorted(ends),
-            logprobs=logprobs,
-            detokenize=bool(settings.get("stop")),
-            include_stop_str_in_output=True,
-        )
+        with _value_errors():
+            if "structured_outputs" in own:
+                own["structured_outputs"] = StructuredOutputsParams(**own["structured_outputs"])
+            return SamplingParams(
+                **settings,
+                **own,
+                stop_token_ids=sorted(ends),
+                logprobs=logprobs,
+                detokenize=bool(settings.get("stop")),
+                include_stop_str_in_output=True,
+            )
 
     def write(self, inputs: dict[str, Any], **generate_kwargs: Any) -> list[list[int]]:
         rows, count = self.rows(inputs), generate_kwargs.get("num_return_sequences") or 1
@@ -357,6 +360,17 @@ class VLLMTextToText(LLM2SLMTextToText, ContinuousTextToText):
                 add()
         finally:
             self.abort(list(requests))
+
+
+@contextmanager
+def _value_errors() -> Iterator[None]:
+    """Raise what vLLM refuses as `ValueError`, which its own class is not."""
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        yield
+    except VLLMValidationError as error:
+        raise ValueError(str(error)) from error
 
 
 def _seed(*numbers: int) -> int:

@@ -180,6 +180,8 @@ def check_requests(model: Any, reference: Any) -> None:
         with pytest.raises(ValueError, match=f"{name}=.*: take the engine pytorch"):
             model.sampling(**{name: value})
     assert model.sampling(num_beams=1, no_repeat_ngram_size=0).temperature == 0
+    with pytest.raises(ValueError, match="temperature must be in"):
+        model.sampling(do_sample=True, temperature=3.0)
 
 
 def test_streams_samples_and_ends(tmp_path: Path) -> None:
