@@ -45,8 +45,9 @@ test-lowest: $(VENV_LOWEST)/.installed ## Run the tests on the lowest declared v
 	$(call PYTEST,$(VENV_LOWEST)) -m "not slow"
 
 .PHONY: test-vllm
-test-vllm: $(VENV_VLLM)/.installed ## Run the tests of the vLLM engine, in an environment of its own
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VENV_VLLM)/bin/python -m pytest $(PYTEST_ARGS) tests/modeling_llm2slm/engines/test_vllm.py \
+test-vllm: $(VENV_VLLM)/.installed ## Run the tests of the vLLM engine and plugin, in an environment of its own
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VENV_VLLM)/bin/python -m pytest --timeout 900 $(PYTEST_ARGS) \
+		tests/modeling_llm2slm/engines/test_vllm.py tests/modeling_llm2slm/engines/test_vllm_plugin.py \
 		tests/modeling_llm2slm/serving/test_vllm.py
 
 .PHONY: test-playground

@@ -278,7 +278,8 @@ class LLM2SLMTokenizer(transformers.PreTrainedTokenizerFast):
         return cls(AutoProcessor.from_pretrained(path, **kwargs))
 
     def _owner(self, name: str) -> Any:
-        if name.startswith("__") or name in {*vars(LLM2SLMTokenizer), "processor"}:
+        kinds = [kind for kind in type(self).__mro__ if issubclass(kind, LLM2SLMTokenizer)]  # vLLM makes a subclass
+        if name.startswith("__") or name == "processor" or any(name in vars(kind) for kind in kinds):
             return self
         processor = self.processor
         if name in self.OF_BOTH.split():
@@ -294,7 +295,7 @@ class LLM2SLMTokenizer(transformers.PreTrainedTokenizerFast):
 
     def __setattr__(self, name: str, value: Any) -> None:
         owner = self.processor.tokenizer if name == "padding_side" else self._owner(name)  # it is that of prompts
-        setattr(owner, name, value)
+        (object.__setattr__ if owner is self else setattr)(owner, name, value)
 
     def __len__(self) -> int:
         return len(self.decoder_tokenizer)

@@ -3,7 +3,7 @@ vLLM: continuous batching for the SLM. PyTorch reads the prompts, and vLLM decod
 
 vLLM gets the SLM as a plain checkpoint and, for each prompt, the rows `[P ; E(start)]` `(N + 1, d_slm)` as
 `prompt_embeds`: the prompt states without padding, and the embedding of the start token. Its tokens are those of
-`generate()`. Prompts that were added at different times decode together.
+`generate()`. Prompts that were added at different times decode together, while a thread reads the next ones.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from huggingface_hub.constants import HF_HOME
 
 from ..configuration_llm2slm import max_positions
 from ..data.atomic import atomic_write
+from ..data.conversations import as_prompt
 from ..data.order import seeded
 from ..inference.batching import BatchLimits, OutputId, PromptTable, prompts_of
 from ..inference.continuous import ContinuousTextToText, Generated
@@ -26,15 +30,30 @@ from ..inference.engine import Engine, LoadOptions, engine, fingerprint_of
 from ..inference.families import LLM2SLMTextToText
 from ..inference.text_stream import TextStream
 from ..inference.text_to_text import Features
+from ..settings import GenerateArguments, types_of
 
 
 MAX_POSITIONS = 4096  # of a request, for an SLM that has more; vLLM reserves a KV cache for at least one
+MAX_READ = 32  # prompts that are read together
 # Arguments of generate() under the names of vLLM's SamplingParams.
 SAMPLING = {
     "max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "temperature": "temperature", "top_p": "top_p",
     "top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repetition_penalty", "num_return_sequences": "n",
+    "stop_strings": "stop",
 }  # fmt: skip
-NEUTRAL = {"num_beams": 1, "do_sample": False, "use_cache": True}
+# Settings of vLLM that generate() does not have.
+OWN = ("frequency_penalty", "logit_bias", "presence_penalty", "structured_outputs")
+# Arguments that vLLM does not have, with the values that change nothing.
+NEUTRAL = {
+    "num_beams": 1, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "remove_invalid_values": False,
+}  # fmt: skip
+# Arguments that change nothing without beams, or that `sampling` handles by itself.
+HANDLED = {
+    "bos_token_id", "do_sample", "early_stopping", "eos_token_id", "length_penalty", "max_length", "min_length",
+    "pad_token_id", "renormalize_logits", "use_cache",
+}  # fmt: skip
+DEFAULT_TOP_K = 50  # of generate()
 
 
 class VLLMEngine(Engine):
@@ -66,7 +85,14 @@ class VLLMEngine(Engine):
                 f"{path} has an encoder-decoder SLM, which vLLM does not serve. Take the engine pytorch, or export "
                 "the model with the engine openvino."
             )
-        slm = plain_slm(path, loaded.model)
+        if loaded.model.encoder.fusion.fills_cache:
+            raise ValueError(
+                f"{path} has fusion={loaded.model.config.fusion!r}, whose SLM reads keys and values in place of "
+                "embeddings, which vLLM does not serve. Take the engine pytorch."
+            )
+        if loaded.model._hf_peft_config_loaded:
+            raise ValueError(f"{path} is an adapter, which vLLM reads merged: run `llm2slm convert merge` first.")
+        slm = plain_slm(path, loaded.model, loaded.processor)
         made = VLLMTextToText(loaded.model, loaded.processor, options.prompt_max_length, options.target_max_length)
         made.llm_engine = _make_llm_engine(slm, loaded.model.config.decoder, options)
         return made
@@ -76,38 +102,122 @@ class VLLMTextToText(LLM2SLMTextToText, ContinuousTextToText):
     """An LLM-to-SLM model whose SLM runs in vLLM. Not thread-safe: one thread adds requests and steps."""
 
     llm_engine: Any
-    _numbers: Iterator[int]
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._numbers = itertools.count()
+        self._waiting: dict[str, tuple[tuple[int, ...], Any]] = {}  # token ids and settings of prompts to be read
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vllm-reader")
+        self._reading: Future[dict[tuple[int, ...], torch.Tensor | Exception]] | None = None
+        self._being_read: dict[str, tuple[tuple[int, ...], Any]] = {}
+        self._rows: dict[str, torch.Tensor] = {}  # of the requests that run
+        self._known: WeakValueDictionary[tuple[int, ...], torch.Tensor] = WeakValueDictionary()
 
-    def add(self, rows: torch.Tensor, sampling: Any) -> str:
+    @property
+    def unfinished(self) -> int:
+        """`int`: The number of requests that wait, are being read or are being generated."""
+        return len(self._waiting) + len(self._being_read) + len(self._rows)
+
+    def add(self, ids: Sequence[int], sampling: Any) -> str:
         """
-        Add a request.
+        Add a request. Its prompt is read in a batch with others that wait, and not at all if an equal one runs.
 
         Args:
-            rows: Prompt embeddings of one prompt, see [`~VLLMTextToText.rows`].
+            ids: Token ids of the prompt, without padding.
             sampling: vLLM's `SamplingParams`, see [`~VLLMTextToText.sampling`].
 
         Returns:
             The id of the request in the results of [`~VLLMTextToText.step`].
         """
         request = str(next(self._numbers))
-        self.llm_engine.add_request(request, {"prompt_embeds": rows}, sampling)
+        self._waiting[request] = (tuple(ids), sampling)
         return request
 
     def step(self) -> list[Generated]:
-        """Compute one step of all requests; return the outputs that have a new token or are finished."""
-        return [
-            Generated(result.request_id, output.index, output.token_ids, output.finish_reason, output.logprobs)
-            for result in self.llm_engine.step()
-            for output in result.outputs
-        ]
+        generated = self._exchange()
+        while not generated and self._reading is not None and not self._rows:
+            wait([self._reading])
+            generated = self._exchange()
+        if not self._rows:
+            return generated
+        for result in self.llm_engine.step():
+            for output in result.outputs:
+                one = (result.request_id, output.index, output.token_ids, output.finish_reason, output.logprobs)
+                generated.append(Generated(*one))
+            if result.finished:
+                self._rows.pop(result.request_id, None)
+        self._release()
+        return generated
 
     def abort(self, requests: Sequence[str]) -> None:
-        """Drop requests, finished or not."""
-        self.llm_engine.abort_request(list(requests))
+        for request in requests:
+            self._waiting.pop(request, None)
+            self._being_read.pop(request, None)
+        running = [request for request in requests if self._rows.pop(request, None) is not None]
+        if running:
+            self.llm_engine.abort_request(running)
+            self._release()
+
+    def _exchange(self) -> list[Generated]:
+        """Give vLLM the prompts that were read, and start to read those that wait; return the requests that failed."""
+        failed = []
+        if self._reading is not None and self._reading.done():
+            read, self._reading = self._reading.result(), None
+            requests, self._being_read = self._being_read, {}
+            for request, (ids, sampling) in requests.items():
+                rows = read[ids]
+                try:
+                    if isinstance(rows, Exception):
+                        raise rows
+                    self._start(request, rows, sampling)
+                except Exception as error:
+                    failed.append(Generated(request, error=error))
+                else:
+                    self._known[ids] = rows
+        if self._reading is None and self._waiting:
+            prompts: dict[tuple[int, ...], torch.Tensor | None] = {}
+            for request, (ids, sampling) in list(self._waiting.items()):
+                if len(prompts) == MAX_READ and ids not in prompts:
+                    break
+                prompts[ids] = self._known.get(ids)
+                self._being_read[request] = (ids, sampling)
+                del self._waiting[request]
+            self._reading = self._reader.submit(self._read_prompts, prompts)
+        return failed
+
+    def _read_prompts(
+        self, prompts: Mapping[tuple[int, ...], torch.Tensor | None]
+    ) -> dict[tuple[int, ...], torch.Tensor | Exception]:
+        """Return the rows of each prompt, or the error of reading it. Those that are known are not read again."""
+        new = [ids for ids, rows in prompts.items() if rows is None]
+        return {ids: rows for ids, rows in prompts.items() if rows is not None} | self._read_together(new)
+
+    def _read_together(self, prompts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], torch.Tensor | Exception]:
+        if not prompts:
+            return {}
+        features = {"input_ids": [list(ids) for ids in prompts], "attention_mask": [[1] * len(ids) for ids in prompts]}
+        try:
+            return dict(zip(prompts, self.rows(self.read(features)), strict=True))
+        except Exception as error:
+            if len(prompts) == 1:
+                return {prompts[0]: error}
+            one_by_one = [self._read_together([ids]) for ids in prompts]  # one prompt must not fail the others
+            return {ids: rows for read in one_by_one for ids, rows in read.items()}
+
+    def _start(self, request: str, rows: torch.Tensor, sampling: Any) -> None:
+        from vllm.inputs import embeds_input
+
+        # Penalties count the ids of the prompt: generate() has one there, the start token.
+        ids = [self.model.config.decoder_start_token_id] * len(rows)
+        prompt = embeds_input(rows, prompt_token_ids=ids, is_token_ids=[False] * len(ids))
+        with _value_errors():
+            self.llm_engine.add_request(request, prompt, sampling)
+        self._rows[request] = rows
+
+    def _release(self) -> None:
+        """Let vLLM drop what it keeps of finished requests, which it does at the step after their last."""
+        if not self._rows:
+            self.llm_engine.step()
 
     @torch.no_grad()
     def rows(self, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -122,38 +232,66 @@ class VLLMTextToText(LLM2SLMTextToText, ContinuousTextToText):
 
     def sampling(self, seed: int | None = None, logprobs: int | None = None, **generate_kwargs: Any) -> Any:
         """
-        Return vLLM's `SamplingParams` for arguments of `generate()`.
+        Return vLLM's `SamplingParams` for arguments of `generate()`, with the checkpoint's generation config.
+
+        Args:
+            seed: Seed of sampling. Sample number i of a request has the seed plus i.
+            logprobs: Return the log-probabilities of this many most likely tokens, and of the token itself.
+            generate_kwargs: Arguments of `generate()`, and vLLM's own `presence_penalty`, `frequency_penalty`,
+                `logit_bias` (token id to what is added to its logit) and `structured_outputs` (a dictionary with one
+                of `json`, `regex`, `choice` and `grammar`).
 
         Raises:
-            ValueError: If vLLM has no setting for an argument.
+            ValueError: If vLLM has no setting for an argument, or refuses its value.
         """
         from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
 
-        wanted = {name: value for name, value in generate_kwargs.items() if value is not None}
-        sampled = bool(wanted.pop("do_sample", False))
-        unknown = [
-            name for name, value in wanted.items() if name not in SAMPLING and value != NEUTRAL.get(name, object())
-        ]
-        if unknown:
-            raise ValueError(f"The vllm engine does not support {', '.join(unknown)}: take the engine pytorch.")
-        settings = {SAMPLING[name]: value for name, value in wanted.items() if name in SAMPLING}
-        if not sampled:
+        given = {name: value for name, value in generate_kwargs.items() if value is not None}
+        own = {name: given.pop(name) for name in OWN if name in given}
+        names = {setting.name for setting in types_of(GenerateArguments)} | SAMPLING.keys()
+        config = self.model.generation_config
+        values = {name: value for name in names if (value := getattr(config, name, None)) is not None} | given
+        start = self.model.config.decoder_start_token_id
+        for name, value in values.items():
+            neutral = start if name == "decoder_start_token_id" else NEUTRAL.get(name)
+            if name not in HANDLED and name not in SAMPLING and value != neutral:
+                raise ValueError(f"The vllm engine does not support {name}={value!r}: take the engine pytorch.")
+        settings = {SAMPLING[name]: value for name, value in values.items() if name in SAMPLING}
+        for name, own_name in (("max_length", "max_tokens"), ("min_length", "min_tokens")):
+            if values.get(name) is not None:
+                settings.setdefault(own_name, max(values[name] - 1, 0))  # it counts the start token
+        if values.get("do_sample"):
+            settings = {"top_k": DEFAULT_TOP_K, "seed": seed} | settings
+        else:
             settings |= {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-        ends = self.model.generation_config.eos_token_id
-        ends = [self.tokenizer.eos_token_id] if ends is None else ends
-        return SamplingParams(
-            **settings,
-            seed=seed if sampled else None,
-            stop_token_ids=ends if isinstance(ends, list) else [ends],
-            logprobs=logprobs,
-            detokenize=False,
-        )
+        ends = values.get("eos_token_id")
+        ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list | tuple) else [ends])} - {None}
+        with _value_errors():
+            if "structured_outputs" in own:
+                own["structured_outputs"] = StructuredOutputsParams(**own["structured_outputs"])
+            return SamplingParams(
+                **settings,
+                **own,
+                stop_token_ids=sorted(ends),
+                logprobs=logprobs,
+                detokenize=bool(settings.get("stop")),
+                include_stop_str_in_output=True,
+            )
 
     def write(self, inputs: dict[str, Any], **generate_kwargs: Any) -> list[list[int]]:
-        requests = self._add_all(inputs, generate_kwargs)
-        count = generate_kwargs.get("num_return_sequences") or 1
-        finished = {(one.request, one.sample): one.tokens for one in self._run(lambda: False)}
-        return [list(finished[request, index]) for request in requests for index in range(count)]
+        rows, count = self.rows(inputs), generate_kwargs.get("num_return_sequences") or 1
+        # Seeded by torch's generator, so that `torch.manual_seed` repeats the outputs.
+        seeds = torch.randint(2**62, (len(rows),)).tolist()
+        requests = [str(next(self._numbers)) for _ in rows]
+        try:
+            for request, row, seed in zip(requests, rows, seeds, strict=True):
+                self._start(request, row, self.sampling(seed, **generate_kwargs))
+        except BaseException:
+            self.abort(requests)
+            raise
+        finished = {(one.request, one.sample): list(one.tokens) for one in self._finished(requests)}
+        return [finished[request, index] for request in requests for index in range(count)]
 
     def generate_batches(
         self,
@@ -168,7 +306,7 @@ class VLLMTextToText(LLM2SLMTextToText, ContinuousTextToText):
         **generate_kwargs: Any,
     ) -> Iterator[tuple[Sequence[OutputId], list[list[int]]]]:
         """
-        Generate for all batches at once: the next one is read as soon as fewer outputs run than it has.
+        Generate for all batches at once: the next one is added as soon as no more outputs are left than it has.
 
         The arguments are those of [`TextToText.generate_batches`]; `overlap` has no effect, as prompts are always read
         while others decode.
@@ -177,66 +315,76 @@ class VLLMTextToText(LLM2SLMTextToText, ContinuousTextToText):
         waiting = [[one for one in batch if table.key(one) not in known] for batch in batches]
         waiting = [batch for batch in waiting if batch]
 
-        def add_next() -> bool:
-            if not waiting or self.llm_engine.get_num_unfinished_requests() > len(waiting[0]):
-                return False
-            batch = waiting.pop(0)
-            prompts = prompts_of(batch)
-            rows = self.rows(self.read(features_of([table.rows[prompt] for prompt in prompts])))
-            row_of = dict(zip(prompts, rows, strict=True))
-            for prompt, sample in batch:
-                own = None if seed is None else _seed(seed, table.rows[prompt], sample)
-                ids[self.add(row_of[prompt], self.sampling(own, **generate_kwargs))] = (prompt, sample)
-            return True
+        def add_next() -> None:
+            while waiting and self.unfinished <= len(waiting[0]):
+                batch = waiting.pop(0)
+                prompts = prompts_of(batch)
+                read = features_of([table.rows[prompt] for prompt in prompts])["input_ids"]
+                tokens = dict(zip(prompts, read, strict=True))
+                for prompt, sample in batch:
+                    own = None if seed is None else _seed(seed, table.rows[prompt], sample)
+                    if own is None and seeds_follow_torch:
+                        own = int(torch.randint(2**62, ()))
+                    ids[self.add(tokens[prompt], self.sampling(own, **generate_kwargs))] = (prompt, sample)
 
-        while add_next() or self.llm_engine.has_unfinished_requests():
-            for one in self._run(add_next):
-                yield [ids.pop(one.request)], [list(one.tokens)]
+        seeds_follow_torch = table.sampled
+        add_next()
+        for one in self._finished(ids, add_next):
+            yield [ids.pop(one.request)], [list(one.tokens)]
 
     def stream(self, prompt: Any, seed: int | None = None, **generate_kwargs: Any) -> Generator[str]:
-        features, generate_kwargs = self._prepare([prompt], generate_kwargs)
-        (rows,) = self.rows(self.read(features))
-        request = self.add(rows, self.sampling(None if seed is None else _seed(seed, 0, 0), **generate_kwargs))
-        text, finished, seen = TextStream(self.tokenizer), False, 0
+        features, generate_kwargs = self._prepare([as_prompt(prompt)], generate_kwargs)
+        (ids,) = features["input_ids"]
+        request = self.add(ids, self.sampling(None if seed is None else _seed(seed, 0, 0), **generate_kwargs))
+        text, seen = TextStream(self.tokenizer), 0
+        for one in self._outputs_of([request]):
+            for end in range(seen + 1, len(one.tokens) + 1):
+                text.add(list(one.tokens[:end]))
+            seen, finished = len(one.tokens), one.finish_reason is not None
+            if finished:
+                text.finish(list(one.tokens))
+            if piece := text.take(finished):
+                yield piece
+
+    def _finished(self, requests: Collection[str], add: Callable[[], None] = lambda: None) -> Iterator[Generated]:
+        return (one for one in self._outputs_of(requests, add) if one.finish_reason is not None)
+
+    def _outputs_of(self, requests: Collection[str], add: Callable[[], None] = lambda: None) -> Iterator[Generated]:
+        """Step until nothing is left. Drop the requests if one fails, or if the caller ends early."""
         try:
-            while not finished:
+            while self.unfinished:
                 for one in self.step():
-                    finished = one.finish_reason is not None
-                    for end in range(seen + 1, len(one.tokens) + 1):
-                        text.add(one.tokens[:end])
-                    seen = len(one.tokens)
-                    if finished:
-                        text.finish(one.tokens)
-                    if piece := text.take(finished):
-                        yield piece
-        finally:  # the caller may close the generator early
-            if not finished:
-                self.abort([request])
+                    if one.error is not None:
+                        raise one.error
+                    yield one
+                add()
+        finally:
+            self.abort(list(requests))
 
-    def _add_all(self, inputs: Mapping[str, Any], generate_kwargs: Mapping[str, Any]) -> list[str]:
-        rows = self.rows(inputs)
-        # Seeded by torch's generator, so that `torch.manual_seed` repeats the outputs.
-        seeds = torch.randint(2**62, (len(rows),)).tolist() if generate_kwargs.get("do_sample") else [None] * len(rows)
-        return [self.add(row, self.sampling(seed, **generate_kwargs)) for row, seed in zip(rows, seeds, strict=True)]
 
-    def _run(self, add_next: Callable[[], bool]) -> Iterator[Generated]:
-        """Step until nothing is left, and yield what is finished."""
-        while self.llm_engine.has_unfinished_requests():
-            yield from (one for one in self.step() if one.finish_reason is not None)
-            add_next()
+@contextmanager
+def _value_errors() -> Iterator[None]:
+    """Raise what vLLM refuses as `ValueError`, which its own class is not."""
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        yield
+    except VLLMValidationError as error:
+        raise ValueError(str(error)) from error
 
 
 def _seed(*numbers: int) -> int:
     return seeded(*numbers).initial_seed() % 2**62
 
 
-def plain_slm(path: str | Path, model: Any) -> Path:
+def plain_slm(path: str | Path, model: Any, processor: Any) -> Path:
     """Write the SLM of a checkpoint as a plain one, once, to the cache of this machine; return its folder."""
     folder = Path(HF_HOME) / "llm2slm" / f"slm-{fingerprint_of(path)}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder) as temporary:
             model.decoder.save_pretrained(temporary)
+            processor.decoder_tokenizer.save_pretrained(temporary)  # vLLM finds stop texts and guides outputs with it
     return folder
 
 
@@ -253,7 +401,7 @@ def _make_llm_engine(slm: Path, config: Any, options: LoadOptions) -> Any:
             model=str(slm),
             dtype=dtype,
             enable_prompt_embeds=True,
-            skip_tokenizer_init=True,
+            generation_config="vllm",  # `sampling` sets everything
             enforce_eager=True,
             max_model_len=min(max_positions(config) or MAX_POSITIONS, MAX_POSITIONS),
             disable_log_stats=True,

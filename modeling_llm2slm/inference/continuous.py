@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 
@@ -15,35 +15,38 @@ class Generated(NamedTuple):
         request: What [`~ContinuousTextToText.add`] returned.
         sample: The number of the output among those of its request.
         tokens: Its token ids, the end token included.
-        finish_reason: `"stop"` at an end token, `"length"` at the limit; `None` while it continues.
+        finish_reason: `"stop"` at an end token or a stop text, `"length"` at the limit; `None` while it continues.
         logprobs: For each token, the log-probabilities by token id; `None` unless they were asked for.
+        error: Why the request failed. It has no other outputs.
     """
 
     request: str
-    sample: int
-    tokens: Sequence[int]
-    finish_reason: str | None
+    sample: int = 0
+    tokens: Sequence[int] = ()
+    finish_reason: str | None = None
     logprobs: Any = None
+    error: Exception | None = None
 
 
 class ContinuousTextToText(ABC):
     """The part of a [`TextToText`] that batches continuously. One thread adds requests and steps."""
 
     @abstractmethod
-    def rows(self, inputs: Mapping[str, Any]) -> list[Any]:
-        """Return one item for each prompt in the result of [`~TextToText.read`], to be passed to `add`."""
-
-    @abstractmethod
     def sampling(self, seed: int | None = None, logprobs: int | None = None, **generate_kwargs: Any) -> Any:
         """Return the engine's own settings for arguments of `generate()`; `ValueError` for those it does not have."""
 
     @abstractmethod
-    def add(self, rows: Any, sampling: Any) -> str:
-        """Add a prompt to the running batch, and return the id of the request."""
+    def add(self, ids: Sequence[int], sampling: Any) -> str:
+        """Add a prompt, given by its token ids, and return the id of the request."""
 
     @abstractmethod
     def step(self) -> list[Generated]:
-        """Compute one step of all requests; return the outputs that have a new token or are finished."""
+        """
+        Compute one step of all requests that are being generated, while new prompts are read.
+
+        Returns:
+            The outputs that have a new token, are finished or have failed. The list may be empty.
+        """
 
     @abstractmethod
     def abort(self, requests: Sequence[str]) -> None:

@@ -241,7 +241,7 @@ class Batcher:
 class ContinuousBatcher(Batcher):
     """
     Generates with an engine that takes prompts into the running batch, see [`ContinuousTextToText`]. `max_batch`
-    limits the prompts that run, `max_wait` has no effect, and `batches` counts how often prompts were read.
+    limits the prompts that run, `max_wait` has no effect, and `batches` counts how often prompts were added.
     """
 
     text_to_text: Any
@@ -277,36 +277,27 @@ class ContinuousBatcher(Batcher):
             return jobs
 
     def _admit(self, jobs: Sequence[Job]) -> None:
-        """Read the prompts of jobs, equal ones once, and add them to the running batch."""
-        if not jobs:
-            return
-        try:
-            if not self._running:
-                self._pace.start()
-            inputs, row_of = self._read(jobs)
-            rows = self.text_to_text.rows(inputs)
-            for job, row in zip(jobs, row_of, strict=True):
-                request = self.text_to_text.add(rows[row], self._sampling(job.decoding))
+        """Add jobs to the running batch."""
+        if jobs and not self._running:
+            self._pace.start()
+        for job in jobs:
+            try:
+                request = self.text_to_text.add(job.ids, self._sampling(job.decoding))
+            except ValueError as error:
+                job.send(error)
+                self.failed += 1
+            else:
                 self._running[request] = Completion(job, self.text_to_text)
-        except Exception as error:
-            if len(jobs) > 1 and not any(completion.job in jobs for completion in self._running.values()):
-                for job in jobs:  # one prompt must not fail the others
-                    self._admit([job])
-                return
-            for job in jobs:
-                if all(completion.job is not job for completion in self._running.values()):
-                    job.send(error)
-                    self.failed += 1
-        self.batches += 1
+        self.batches += bool(jobs)
         self._batch, self.running = [completion.job for completion in self._running.values()], len(self._running)
 
     def _sampling(self, decoding: Decoding) -> Any:
-        sampled = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p}
+        sampled = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
         return self.text_to_text.sampling(
             decoding.seed,
             decoding.logprobs,
             max_new_tokens=decoding.max_tokens,
-            **(sampled if decoding.temperature else {}),
+            **(sampled if decoding.temperature else {"do_sample": False}),
         )
 
     def _step(self) -> None:
@@ -316,6 +307,10 @@ class ContinuousBatcher(Batcher):
         self._pace.step(len(generated))
         for one in generated:
             completion = self._running[one.request]
+            if one.error is not None:
+                completion.job.send(one.error)
+                completion.job.cancel()
+                self.failed += 1
             for place in range(len(completion.tokens), len(one.tokens)):
                 if not completion.done:
                     token, logprobs = one.tokens[place], one.logprobs and one.logprobs[place]

@@ -181,6 +181,20 @@ def test_stop_strings_are_found_in_the_output(data_folder: Path) -> None:
         model.generate(**inputs, stop_strings=[stop], tokenizer=another)
 
 
+def test_a_subclass_adds_attributes_to_a_copy(tokenizer: Any) -> None:
+    class Cached(LLM2SLMTokenizer):  # vLLM caches properties in this way
+        @property
+        def max_token_id(self) -> int:
+            return 7
+
+    cached = copy.copy(tokenizer)
+    cached.__class__ = Cached
+    assert cached.max_token_id == 7
+    assert cached(PROMPTS) == tokenizer(PROMPTS)
+    assert cached.vocab_size == tokenizer.decoder_tokenizer.vocab_size
+    assert not hasattr(tokenizer, "max_token_id")
+
+
 def test_streamers_decode_the_output(model: Any, tokenizer: Any) -> None:
     inputs = tokenizer(PROMPTS[:1], return_tensors="pt")
     expected = tokenizer.decode(model.generate(**inputs, max_new_tokens=4)[0])
