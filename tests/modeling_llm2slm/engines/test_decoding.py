@@ -46,7 +46,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
         {"stopping_criteria": [StopAfterSeven()], "eos_token_id": None, "pad_token_id": 0},
         {"max_length": 9},
     ],
-    ids=str,
+    ids=lambda kwargs: "-".join(kwargs) or "defaults",
 )
 def test_tokens_are_those_of_the_stock_loop(models: tuple[Any, Any], kwargs: dict[str, Any]) -> None:
     batch = pad_prompts(PROMPTS)
