@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.pretrained_report import report
+from benchmarks.pretrained_report import ENGINES, report
 from modeling_llm2slm.conversion.build import build
 from modeling_llm2slm.conversion.cut import cut_checkpoint
 from modeling_llm2slm.conversion.prune_vocabulary import prune_vocabulary
@@ -196,6 +196,7 @@ def main(
     parser.add_argument("--only", nargs="*", help="do only these jobs, such as instructions/llm-4000")
     parser.add_argument("--report", action="store_true", help="report the rows that are done, and train none")
     parser.add_argument("--rows", nargs="*", help="report only these rows, their LLM among them. Default: all")
+    parser.add_argument("--engines", nargs="*", default=ENGINES, help="engines to time, besides PyTorch")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     experiment = experiment_class(
@@ -210,7 +211,7 @@ def main(
         job()
         print(f"{name}: done after {(time.time() - start) / 60:.1f} min", flush=True)
     if not arguments.only:
-        (make_report or report)(experiment, only=arguments.rows)
+        (make_report or report)(experiment, only=arguments.rows, engines=arguments.engines)
 
 
 if __name__ == "__main__":

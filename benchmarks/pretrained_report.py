@@ -33,8 +33,13 @@ SCORED, SCORED_EXAMPLES = "openvino-int8", 500
 SETS = ("taxonomy_animal",)  # tasks whose references list things in no fixed order
 
 
-def report(experiment: Any, folder: Path = OUTPUT, only: Sequence[str] | None = None) -> None:
-    """Score, time, write and print the rows that are done, or `only` those of these names."""
+def report(
+    experiment: Any,
+    folder: Path = OUTPUT,
+    only: Sequence[str] | None = None,
+    engines: Sequence[str] = ENGINES,
+) -> None:
+    """Score, time, write and print the rows that are done, or `only` some of them, in PyTorch and `engines`."""
     for task, rows in experiment.settings["rows"].items():
         done = [name for name in rows if (experiment.folder(task, name) / "outputs.json").is_file()]
         done = [name for name in done if only is None or name in only]
@@ -46,10 +51,11 @@ def report(experiment: Any, folder: Path = OUTPUT, only: Sequence[str] | None = 
         for split in ("validation", "test"):
             for name, scores in scores_of(experiment, task, done, split).items():
                 result["rows"][name][split] = scores
-        for name, times in _time(experiment, task, done).items():
+        for name, times in _time(experiment, task, done, ("pytorch", *engines)).items():
             result["rows"][name] |= times.pop("pytorch")
             result["rows"][name]["engines"] = times
-        for name, scores in _engine_scores(experiment, task, done).items():
+        scored = done if SCORED in engines else []
+        for name, scores in _engine_scores(experiment, task, scored).items():
             result["rows"][name]["engines"][SCORED]["test_part"] = scores
         result["not_run"] = [name for name in rows if name not in done]
         write_json(folder / f"pretrained-{task}.json", result)
@@ -178,7 +184,9 @@ def _compared(own: np.ndarray, llm: np.ndarray) -> dict[str, Any]:
     return {**compared, "others": own[:, 1:].mean(0).tolist()} if own.shape[1] == 3 else compared
 
 
-def _time(experiment: Any, task: str, names: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
+def _time(
+    experiment: Any, task: str, names: list[str], engines: Sequence[str]
+) -> dict[str, dict[str, dict[str, Any]]]:
     """
     Time outputs one at a time and in batches, all rows in all engines in turns; return, by row and engine, medians
     over the rounds, also as parts of the LLM's time in the same engine and in its fastest one.
@@ -193,7 +201,7 @@ def _time(experiment: Any, task: str, names: list[str]) -> dict[str, dict[str, d
 
     models = {}
     for name in names:
-        for engine in ("pytorch", *ENGINES):
+        for engine in engines:
             model = TextToText.from_pretrained(_model(experiment, task, name, engine), dtype="float32")
             models[f"{name} {engine}"] = partial(time_round, model)
     _say(f"{task}: timing {len(models)} models in {ROUNDS} rounds")
@@ -201,7 +209,7 @@ def _time(experiment: Any, task: str, names: list[str]) -> dict[str, dict[str, d
     times: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in names}
     for name in names:
         llm = _llm_of(experiment.row(task, name), name)
-        of_llm = {engine: rounds[f"{llm} {engine}"] for engine in ("pytorch", *ENGINES)}
+        of_llm = {engine: rounds[f"{llm} {engine}"] for engine in engines}
         for engine in of_llm:
             own = rounds[f"{name} {engine}"]
             timed: dict[str, Any] = {"speed": {key: statistics.median(one[key] for one in own) for key in own[0]}}

@@ -74,7 +74,7 @@ def fold(projector: Any) -> None:
     nn.init.ones_(projector.scale)
 
 
-def report(experiment: ProjectedStates, folder: Path = OUTPUT, only: Sequence[str] | None = None) -> None:
+def report(experiment: ProjectedStates, folder: Path = OUTPUT, only: Sequence[str] | None = None, **_: Any) -> None:
     """Score the rows that are done, or `only` those of these names; write `projected-states.json`, print a table."""
     settings = experiment.settings["rows"][TASK]
     done = [name for name in settings if (experiment.folder(TASK, name) / "outputs.json").is_file()]
