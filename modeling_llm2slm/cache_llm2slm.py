@@ -58,8 +58,7 @@ class PromptStates(ModelOutput):
 
     def one_for_each(self) -> "PromptStates":
         """Return the states of each prompt repeated for each of its beams."""
-        tensors = {name: value for name, value in self.items() if isinstance(value, torch.Tensor)}
-        repeated: Any = {name: value.repeat_interleave(self.copies, dim=0) for name, value in tensors.items()}
+        repeated = {key: one.repeat_interleave(self.copies, 0) for key, one in self.items() if torch.is_tensor(one)}
         return replace(self, **repeated | {"attention_mask": self.attention_mask})
 
 

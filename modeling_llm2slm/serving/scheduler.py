@@ -283,7 +283,7 @@ class ContinuousBatcher(Batcher):
         for job in jobs:
             try:
                 request = self.text_to_text.add(job.ids, self._sampling(job.decoding))
-            except ValueError as error:
+            except Exception as error:
                 job.send(error)
                 self.failed += 1
             else:

@@ -74,6 +74,8 @@ def encode(
         stack.enter_context(claimed(output, folder=True, overwrite=keeps, inputs=(model,), rank=rank))
         workers = stack.enter_context(connected(ray, settings.device))
         encoder = _Encoder(model, settings)
+        if workers is None:
+            encoder.load()  # fails before anything is written
         prompts, index = encoder.read(data)
         description = describe(model, encoder.config, encoder.processor.tokenizer, index, settings.dtype)
         if settings.overwrite and not _is_unfinished(output, description):
@@ -124,6 +126,10 @@ class _Encoder:
         ids = self.token_ids(prompts)
         encoded = zip(ids, self.encode(ids), strict=True)
         return [(prompt, as_stored(prompt, states, self.settings.dtype)) for prompt, states in encoded]
+
+    def load(self) -> None:
+        """Load the model now."""
+        assert self.model is not None
 
     @cached_property
     def model(self) -> Any:

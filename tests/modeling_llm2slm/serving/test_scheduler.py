@@ -117,26 +117,18 @@ class StepByStep(ContinuousTextToText):
 
     def __init__(self, model: TextToText):
         self.inner, self.model, self.tokenizer = model, model.model, model.tokenizer
-        self.reads: list[int] = []  # prompts of each call of `read`
         self.most = self.added = 0
         self.requests: dict[str, tuple[list[int], int]] = {}
         self.error: Exception | None = None
 
-    def read(self, features: Any) -> Any:
-        self.reads.append(len(features["input_ids"]))
-        return features
-
-    def rows(self, inputs: Any) -> list[Any]:
-        return list(inputs["input_ids"])
-
     def sampling(self, seed: int | None = None, logprobs: int | None = None, **generate_kwargs: Any) -> Any:
         return generate_kwargs
 
-    def add(self, rows: Any, sampling: Any) -> str:
-        if rows == [1]:
+    def add(self, ids: Any, sampling: Any) -> str:
+        if ids == [1]:
             raise ValueError("This prompt cannot be read.")
-        features = {"input_ids": [rows], "attention_mask": [[1] * len(rows)]}
-        (tokens,) = self.inner.write(self.inner.read(features), do_sample=False, **sampling)
+        features = {"input_ids": [ids], "attention_mask": [[1] * len(ids)]}
+        (tokens,) = self.inner.write(self.inner.read(features), **sampling)
         self.added += 1
         self.requests[str(self.added)] = (tokens, 0)
         return str(self.added)
@@ -149,8 +141,9 @@ class StepByStep(ContinuousTextToText):
         for request, (tokens, done) in self.requests.items():
             self.requests[request] = (tokens, done + 1)
             reason = "stop" if done + 1 == len(tokens) else None
+            other = max(tokens) + 1
             logprobs = [
-                {token: SimpleNamespace(logprob=-place), 2: SimpleNamespace(logprob=-float("inf"))}
+                {token: SimpleNamespace(logprob=-place), other: SimpleNamespace(logprob=-float("inf"))}
                 for place, token in enumerate(tokens)
             ]
             found.append(Generated(request, 0, tokens[: done + 1], reason, logprobs))
@@ -203,17 +196,6 @@ class TestContinuousBatcher:
         batcher.stop()
         assert [token.logprob for token in sent[-1].logprobs] == [0, -1, -2]
         assert [token.top[-1][1] for token in sent[-1].logprobs] == [-9999.0] * 3
-
-    def test_equal_prompts_are_read_once(self, model: TextToText) -> None:
-        steps, sent = StepByStep(model), []
-        batcher: Any = ContinuousBatcher(steps)
-        ids = model.features(PROMPTS[:1])["input_ids"][0]
-        batcher.submit([Job(ids, Decoding(4), sent.append) for _ in range(3)])
-        batcher.start()
-        wait_until(lambda: batcher.prompts == 3)
-        batcher.stop()
-        assert steps.reads == [1]
-        assert len({piece.text for piece in sent}) == 1
 
     def test_a_prompt_that_fails_does_not_fail_the_others(self, tmp_path: Path) -> None:
         model = TextToText.from_pretrained(write_checkpoint("llm2slm", tmp_path))
