@@ -89,7 +89,8 @@ def make_model(folder: Path, llm: dict[str, int], slm: dict[str, int]) -> str:
     """Write a model with random weights, whose outputs do not end early."""
     torch.manual_seed(0)
     encoder = T5Config(**llm, decoder_start_token_id=0)
-    decoder = GPT2Config(**slm, bos_token_id=1, eos_token_id=1, pad_token_id=0)
+    # Random weights repeat the start token, so another one must end an output.
+    decoder = GPT2Config(**slm, bos_token_id=2, eos_token_id=1, pad_token_id=0)
     model = LLM2SLMForConditionalGeneration(LLM2SLMConfig(encoder=encoder, decoder=decoder, fusion="replace"))
     model.save_pretrained(folder)
     LLM2SLMProcessor(tokenizer_of(encoder), tokenizer_of(decoder)).save_pretrained(folder)
