@@ -58,8 +58,8 @@ class PromptStates(ModelOutput):
 
     def one_for_each(self) -> "PromptStates":
         """Return the states of each prompt repeated for each of its beams."""
-        repeated = {key: one.repeat_interleave(self.copies, 0) for key, one in self.items() if torch.is_tensor(one)}
-        return replace(self, **repeated | {"attention_mask": self.attention_mask})
+        new: Any = {key: one.repeat_interleave(self.copies, 0) for key, one in self.items() if torch.is_tensor(one)}
+        return replace(self, **new | {"attention_mask": self.attention_mask})
 
 
 torch.serialization.add_safe_globals([PromptStates])
