@@ -185,7 +185,7 @@ def _compared(own: np.ndarray, llm: np.ndarray) -> dict[str, Any]:
 
 
 def _time(
-    experiment: Any, task: str, names: list[str], engines: Sequence[str]
+    experiment: Any, task: str, names: list[str], engines: Sequence[str] = ("pytorch", *ENGINES)
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """
     Time outputs one at a time and in batches, all rows in all engines in turns; return, by row and engine, medians
