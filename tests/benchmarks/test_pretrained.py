@@ -137,7 +137,7 @@ def test_a_tiny_experiment_ends_with_a_report_and_a_repeated_one_does_nothing(
     file.write_text(yaml.safe_dump(experiment, sort_keys=False))
     monkeypatch.setattr(pretrained, "prune_vocabulary", lambda llm, output, corpora: output.symlink_to(llm))
     monkeypatch.setattr(
-        pretrained, "report", lambda experiment, only: pretrained_report.report(experiment, tmp_path, only)
+        pretrained, "report", lambda experiment, **options: pretrained_report.report(experiment, tmp_path, **options)
     )
     needs("openvino")
     llm = write_checkpoint("slm", tmp_path)
