@@ -221,6 +221,7 @@ class GraphModel(FastDecoding, GenerationMixin):
     _is_stateful = False
     device = torch.device("cpu")
     dtype = torch.float32  # of inputs and outputs, whatever the weights are
+    cache_class = ExportedCache
 
     def __init__(
         self,
@@ -288,7 +289,17 @@ class GraphModel(FastDecoding, GenerationMixin):
 
     def new_cache(self, repeats: int = 1) -> ExportedCache:
         """Return an empty cache."""
-        return ExportedCache(self.graphs["step"].new_state(), repeats)
+        return self.cache_class(self.graphs["step"].new_state(), repeats)
+
+    def _set_cache(self, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> ExportedCache:
+        """Put the cache to generate with into the arguments of the model, and return it."""
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:
+            cache = self.new_cache(max(generation_config.num_beams, generation_config.num_return_sequences))
+        elif not isinstance(cache, self.cache_class):
+            raise ValueError("`past_key_values` belongs to another model. Pass one that this model returned, or none.")
+        model_kwargs["past_key_values"] = cache
+        return cache
 
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
         generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
@@ -408,12 +419,7 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin, GraphModel):
         if not self.config.decoder.is_encoder_decoder:
             prompt = as_prompt_states(model_kwargs["encoder_outputs"], model_kwargs.get("attention_mask"))
             self.encoder.check_prompt(prompt.attention_mask, max_cache_length)
-        cache = model_kwargs.get("past_key_values")
-        if cache is None:
-            cache = self.new_cache(max(generation_config.num_beams, generation_config.num_return_sequences))
-        elif not isinstance(cache, ExportedCache):
-            raise ValueError("`past_key_values` belongs to another model. Pass one that this model returned, or none.")
-        model_kwargs["past_key_values"] = cache
+        self._set_cache(generation_config, model_kwargs)
 
     def prepare_inputs_for_generation(
         self,

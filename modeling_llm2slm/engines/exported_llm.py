@@ -30,14 +30,13 @@ class ExportedLLM(GraphModel):
     `prompt`, with other precisions.
     """
 
-    def new_cache(self, repeats: int = 1) -> ExportedLLMCache:
-        return ExportedLLMCache(self.graphs["step"].new_state(), repeats)
+    cache_class = ExportedLLMCache
 
     def forward(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: ExportedLLMCache | None = None,
+        past_key_values: ExportedCache | None = None,
         return_dict: bool = True,
     ) -> CausalLMOutputWithPast:
         """
@@ -74,14 +73,9 @@ class ExportedLLM(GraphModel):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
-        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
-        if cache is None:
-            cache = self.new_cache(max(generation_config.num_beams, generation_config.num_return_sequences))
-        elif not isinstance(cache, ExportedLLMCache):
-            raise ValueError("`past_key_values` belongs to another model. Pass one that this model returned, or none.")
-        elif cache.prompt_mask is not None and mask is not None and not mask[:, cache.prompt_mask.shape[1] :].all():
+        cache, mask = self._set_cache(generation_config, model_kwargs), model_kwargs.get("attention_mask")
+        if cache.prompt_mask is not None and mask is not None and not mask[:, cache.prompt_mask.shape[1] :].all():
             raise ValueError("`attention_mask` hides tokens after the first prompt. Pad only the first prompt.")
-        model_kwargs["past_key_values"] = cache
 
     def prepare_inputs_for_generation(
         self,
