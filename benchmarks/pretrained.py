@@ -117,6 +117,7 @@ class Experiment:
             max_new_tokens=self.settings["tasks"][task]["max_new_tokens"],
             limit=row["prompts"],
             column="target",  # replaces the references
+            dtype=row.get("outputs_dtype"),
         )
         distill(self.model(task, row["outputs_of"]), self.split(task, "train"), self._outputs(task, row), settings)
 

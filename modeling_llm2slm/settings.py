@@ -218,6 +218,8 @@ FUSION = (
 )
 SPLIT = "Split of a data set on the Hub; a file is one split."
 TRUNCATE = "Truncate prompts to this many tokens."
+DTYPE = "dtype of the weights. Default: float32; the LLM of an LLM-to-SLM model keeps its own."
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,6 +355,7 @@ class LoadSettings(DeviceSettings):
         None, "Quantize the weights: int8 (torchao) or nf4 (bitsandbytes). On a CPU, export the model instead.",
         choices=("int8", "nf4"), panel=COMPUTE,
     )  # fmt: skip
+    dtype: str | None = option(None, DTYPE, panel=COMPUTE, choices=DTYPES)
     allow_nonfinite: bool = option(False, "Also load a model with weights that are not finite.", panel=MODEL)
 
 
@@ -435,7 +438,7 @@ class EncodeSettings(DeviceSettings, DataSettings):
     """How prompts become stored hidden states."""
 
     dtype: str = option(
-        "bfloat16", "dtype of the stored hidden states.", choices=("bfloat16", "float16", "float32"), panel=COMPUTE
+        "bfloat16", "dtype of the stored hidden states.", choices=DTYPES, panel=COMPUTE
     )
     batch_size: int = option(32, "Prompts per batch.", minimum=1, panel=COMPUTE)
     shard_bytes: int = option(128 * 2**20, "Maximum size of a file of the store, in bytes.", minimum=1, cli=False)
@@ -464,6 +467,7 @@ class DistillSettings(DecodingSettings, DeviceSettings, DataSettings):
     column: str = option("llm_output", "Column for the LLM's outputs.", panel=DATA)
     num_beams: int = option(4, "Number of beams; 1 is greedy decoding.", panel=GENERATION, **BEAMS)
     batch_size: int = option(32, "Prompts per batch.", minimum=1, panel=COMPUTE)
+    dtype: str | None = option(None, DTYPE, panel=COMPUTE, choices=DTYPES)
     overwrite: bool = option(False, "Replace an existing output, or the parts that an interrupted run left.")
 
 

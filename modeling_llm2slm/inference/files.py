@@ -263,7 +263,7 @@ def _run_settings(
     if table.sampled:  # a sampled output depends on its batch
         run |= {"seed": settings.seed, "rows": settings.batch_size, "tokens": settings.batch_tokens}
         run["data"] = table.fingerprint()
-    given = {name: getattr(settings, name) for name in ("engine", "quantize")}
+    given = {name: getattr(settings, name) for name in ("engine", "quantize", "dtype")}
     return run | {name: value for name, value in given.items() if value is not None}
 
 

@@ -143,7 +143,7 @@ def load_options(settings: GenerateFileSettings) -> dict[str, Any]:
     """Return the options of [`TextToText.from_pretrained`] that are in the settings."""
     return {
         name: getattr(settings, name)
-        for name in ("engine", "device", "prompt_max_length", "quantize", "allow_nonfinite")
+        for name in ("engine", "device", "prompt_max_length", "quantize", "dtype", "allow_nonfinite")
     }
 
 

@@ -202,7 +202,8 @@ class TestInterruptedRuns:
             with pytest.raises(KeyboardInterrupt):
                 generate_file(composite, prompts, output, SETTINGS)
         left = part.read_bytes()
-        for model, other in ((composite, settings(max_new_tokens=4)), (checkpoints["llm"], SETTINGS)):
+        others = [settings(max_new_tokens=4), settings(dtype="bfloat16")]
+        for model, other in (*((composite, other) for other in others), (checkpoints["llm"], SETTINGS)):
             with pytest.raises(ValueError, match="belongs to a run with another model, other data or other settings"):
                 generate_file(model, prompts, output, other)
         assert part.read_bytes() == left

@@ -181,3 +181,9 @@ def test_decoder_only_llm_writes_what_it_generates(data: str, tmp_path: Path) ->
     text_to_text = TextToText.from_pretrained(llm)
     kwargs = SETTINGS.generate_kwargs()
     assert [row["llm_output"] for row in rows] == text_to_text.generate(PROMPTS, **kwargs)
+
+
+def test_llm_is_loaded_in_the_dtype_of_the_settings(llm: str, data: str, tmp_path: Path) -> None:
+    distill(llm, data, tmp_path / "outputs.jsonl", replace(SETTINGS, dtype="bfloat16"))
+    expected = TextToText.from_pretrained(llm, dtype="bfloat16").generate(PROMPTS, **OPTIONS)
+    assert [row["llm_output"] for row in rows_of(tmp_path / "outputs.jsonl")] == expected
