@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from modeling_llm2slm.configuration_llm2slm import quirks_of
 from modeling_llm2slm.files_llm2slm import first_line
 from modeling_llm2slm.inference.parts import count_parameters
+from modeling_llm2slm.settings import CorpusSettings
 from modeling_llm2slm.states.loading import load_model
 
+from .layers import choose_layers, find_layers, layer_setting, refusal, skipping
 from .output import converts, output_folder, size_of
 from .parts import load_plain, tokenizer_of
 from .report import Report, probe, slm_logits
@@ -38,7 +36,7 @@ def cut(llm: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedModel:
     Raises:
         ValueError: If there are no such layers, or if a model of this kind cannot be cut.
     """
-    name, stack = _find_layers(llm)
+    name, stack = find_layers(llm)
     layers = _choose(layers, len(stack))
     config = cut_config(llm.config, layers)
     state = _cut_state(llm, name, layers)
@@ -52,10 +50,10 @@ def cut(llm: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedModel:
             None, config=config, state_dict=state, dtype=llm.dtype, output_loading_info=True
         )
     except Exception as error:  # shapes that depend on the place of a layer
-        raise ValueError(_refusal(llm, first_line(error))) from error
+        raise ValueError(refusal(llm, first_line(error))) from error
     wrong = sorted({*loading["missing_keys"], *loading["unexpected_keys"]})
     if wrong:
-        raise ValueError(_refusal(llm, f"the config does not say which layers have {wrong[0]}"))
+        raise ValueError(refusal(llm, f"the config does not say which layers have {wrong[0]}"))
     if llm.can_generate():
         model.generation_config = copy.deepcopy(llm.generation_config)
     return model.train(llm.training)
@@ -63,7 +61,13 @@ def cut(llm: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedModel:
 
 @converts
 def cut_checkpoint(
-    llm: str | Path, output: str | Path, layers: int | Sequence[int], *, overwrite: bool = False
+    llm: str | Path,
+    output: str | Path,
+    layers: int | Sequence[int],
+    data: str | Path | None = None,
+    settings: CorpusSettings = CorpusSettings(),  # noqa: B008 - immutable
+    *,
+    overwrite: bool = False,
 ) -> Report:
     """
     Write a model of some layers of an LLM, with its tokenizer.
@@ -72,12 +76,18 @@ def cut_checkpoint(
         llm: Folder of a decoder-only or encoder-decoder model, or its name on the Hub.
         output: The folder to write to.
         layers: See [`cut`].
+        data: Prompts and targets that choose the layers, whose number is `layers`, see [`choose_layers`].
+        settings: Which rows of the data to read.
         overwrite: Replace an existing folder.
 
     Raises:
         OSError: If something cannot be read or written.
-        ValueError: See [`cut`]; or if the result differs from the LLM without its other layers.
+        ValueError: See [`cut`] and [`choose_layers`]; or if the result differs from the LLM without its other layers.
     """
+    if data is not None:
+        if not isinstance(layers, int):
+            raise ValueError(f"Data chooses the layers if `layers` is their number, but it is {list(layers)}.")
+        layers = choose_layers(llm, data, layers, settings)
     source = load_plain(llm)
     model = cut(source, layers)
     kept = model.config.cut_from_layers
@@ -93,49 +103,10 @@ def cut_checkpoint(
         written = load_model(type(model), folder)
         report.compare("logits", (slm_logits(written, probed), expected), 0.05 if model.dtype.itemsize < 4 else 1e-4)
         before, after = count_parameters(source), count_parameters(written)
-        report.add("layers", f"{len(kept)} of {len(_find_layers(source)[1])}")
+        report.add("layers", f"{len(kept)} of {len(find_layers(source)[1])}")
         report.add("parameters", f"{after:,} of {before:,} ({after / before:.0%})")
         report.add("tokenizer", "none in the source" if tokenizer is None else "copied")
     return report
-
-
-@contextmanager
-def skipping(llm: PreTrainedModel, layers: Sequence[int]) -> Iterator[None]:
-    """Let a model pass hidden states unchanged through all layers but these."""
-
-    def skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
-
-    skipped = [layer for place, layer in enumerate(_find_layers(llm)[1]) if place not in layers]
-    hooks = [layer.register_forward_hook(skip, with_kwargs=True) for layer in skipped]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _find_layers(llm: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Return the layers that write the output, with the name of their list."""
-    holder, attribute = _layer_setting(llm.config)
-    number = getattr(holder, attribute, None)
-    lists = {module for module in llm.get_decoder().modules() if isinstance(module, nn.ModuleList)}
-    found = [(name, module) for name, module in llm.named_modules() if module in lists and len(module) == number]
-    inner = [name for name, _ in found if any(name.startswith(f"{other}.") for other, _ in found)]
-    outer = [(name, module) for name, module in found if name not in inner]
-    if len(outer) != 1:
-        raise ValueError(_refusal(llm, f"its {number} layers are not in one list"))
-    return outer[0]
-
-
-def _layer_setting(config: Any) -> tuple[Any, str]:
-    """Return the config that describes the layers to cut, and its attribute for their number."""
-    if not config.is_encoder_decoder:
-        return config.get_text_config(), "num_hidden_layers"
-    if isinstance(getattr(config, "decoder", None), PreTrainedConfig):  # T5Gemma
-        return config.decoder, "num_hidden_layers"
-    return config, quirks_of(config).decoder_layers or "decoder_layers"
 
 
 def _choose(layers: int | Sequence[int], number: int) -> list[int]:
@@ -155,7 +126,7 @@ def cut_config(config: PreTrainedConfig, layers: int | Sequence[int]) -> PreTrai
     Return the config of a model that is cut, see [`cut`]: the number of its layers, and the values of every list that
     has one for each layer.
     """
-    holder, attribute = _layer_setting(config)
+    holder, attribute = layer_setting(config)
     number = getattr(holder, attribute)
     layers = _choose(layers, number)
     values = config.to_dict()
@@ -189,7 +160,3 @@ def _cut_state(llm: PreTrainedModel, name: str, layers: list[int]) -> dict[str, 
     first = {key: state[key] for key in names[0] if key.endswith("relative_attention_bias.weight")}
     rest = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.")}
     return {key: tensor.clone() for key, tensor in {**rest, **first, **moved}.items()}
-
-
-def _refusal(llm: PreTrainedModel, reason: str) -> str:
-    return f"A {llm.config.model_type} model cannot be cut: {reason.removesuffix('.')}."

@@ -19,7 +19,7 @@ from .progress import steps
 
 if TYPE_CHECKING:
     from modeling_llm2slm.conversion.report import Report
-    from modeling_llm2slm.settings import PruneSettings
+    from modeling_llm2slm.settings import CorpusSettings, PruneSettings
 
 PANEL = "Checkpoints"
 commands = typer.Typer()
@@ -161,22 +161,32 @@ def prune_vocabulary(
 
 
 @convert.command()
+@with_settings
 def cut(
     llm: PlainArgument,
     output: OutputArgument,
     layers: Annotated[
         str,
         typer.Option(
-            help="Layers to keep, from 0, such as 0,5,11,17; or their number, such as 4, at even distances.",
-            show_default=False,
+            help="Layers to keep, from 0, such as 0,5,11,17; or their number, such as 4.", show_default=False
         ),
     ],
+    settings: CorpusSettings,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Prompts and targets that choose the layers of a decoder-only LLM: a file, or a data set on the Hub. "
+            "Default: a number keeps layers at even distances."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """
     Make an SLM of some layers of an LLM.
 
     `llm2slm convert cut google/gemma-3-270m runs/slm --layers 0,5,11,17`
+
+    `llm2slm convert cut runs/llm runs/slm --layers 6 --data distilled.jsonl --target-column llm_output`
 
     An encoder-decoder LLM keeps its encoder, and its decoder is cut.
     """
@@ -185,11 +195,11 @@ def cut(
     except ValueError as error:
         raise typer.BadParameter(f"--layers is {layers[:50]!r}, but it must be numbers, such as 0,5,11,17.") from error
     chosen = numbers if "," in layers or not numbers else numbers[0]
-    _convert("cut", "cut_checkpoint", llm, output, chosen, overwrite=overwrite)
+    _convert("cut", "cut_checkpoint", llm, output, chosen, data, settings, overwrite=overwrite)
 
 
 def _convert(module: str, conversion: str, *arguments: Any, **options: Any) -> None:
-    quiet_libraries(data=module == "prune_vocabulary")
+    quiet_libraries(data=module in ("prune_vocabulary", "cut"))
     function: Callable[..., Report] = getattr(import_module(f"modeling_llm2slm.conversion.{module}"), conversion)
     with steps("Conversion"):
         report = function(*arguments, **options)

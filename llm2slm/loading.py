@@ -56,5 +56,7 @@ def load_text_to_text(path: str, settings: LoadSettings | None = None, **options
     from modeling_llm2slm.inference.text_to_text import TextToText
 
     if settings is not None:
-        options |= {name: getattr(settings, name) for name in ("engine", "device", "quantize", "dtype", "allow_nonfinite")}
+        options |= {
+            name: getattr(settings, name) for name in ("engine", "device", "quantize", "dtype", "allow_nonfinite")
+        }
     return TextToText.from_pretrained(path, **options)

@@ -405,13 +405,19 @@ class CardSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneSettings(DataSettings):
-    """Which texts decide the tokens of a pruned vocabulary."""
+class CorpusSettings(DataSettings):
+    """Which texts, prompts and targets, a conversion reads."""
 
     target_column: list[str] | None = option(
         None, "Column that holds targets; may be repeated. Default: target.", panel=DATA
     )
     prompt_max_length: int | None = option(None, TRUNCATE, cli=False)  # whole prompts count
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneSettings(CorpusSettings):
+    """Which texts decide the tokens of a pruned vocabulary."""
+
     min_count: int = option(1, "Keep only tokens that the corpus uses this many times.", minimum=1, panel=DATA)
 
 
@@ -437,9 +443,7 @@ class RaySettings(Settings):
 class EncodeSettings(DeviceSettings, DataSettings):
     """How prompts become stored hidden states."""
 
-    dtype: str = option(
-        "bfloat16", "dtype of the stored hidden states.", choices=DTYPES, panel=COMPUTE
-    )
+    dtype: str = option("bfloat16", "dtype of the stored hidden states.", choices=DTYPES, panel=COMPUTE)
     batch_size: int = option(32, "Prompts per batch.", minimum=1, panel=COMPUTE)
     shard_bytes: int = option(128 * 2**20, "Maximum size of a file of the store, in bytes.", minimum=1, cli=False)
     overwrite: bool = option(False, "Replace an existing store.")
@@ -511,7 +515,8 @@ class SpeedupSettings(Settings):
     prompts: str = option(MISSING, "Prompts: .txt, .jsonl, .csv, .parquet, or a data set on the Hub.", panel=DATA)
     slm: str = option(
         "openai-community/gpt2",
-        "The SLM: a folder, a name on the Hub, or a config .json; or cut:4, four layers of a decoder-only LLM.",
+        "The SLM: a folder, a name on the Hub, or a config .json; or cut:4, four layers of a decoder-only LLM, which "
+        "its outputs choose.",
         panel=MODEL,
     )
     slm_tokenizer: str | None = option(

@@ -37,6 +37,7 @@ from ..inference.engine import fingerprint_of
 from ..inference.text_to_text import TextToText
 from ..settings import (
     BuildSettings,
+    CorpusSettings,
     DataSettings,
     DistillSettings,
     EncodeSettings,
@@ -240,7 +241,11 @@ class Speedup:
         if self.layers is None:
             return {}
         layers = str(self.layers).strip("[]").replace(" ", "")
-        return {"cut": (_command("convert", "cut", self.settings.llm, self._slm, layers=layers), self.cut)}
+        chosen: dict[str, Any] = {}
+        if isinstance(self.layers, int):
+            chosen = {"data": f"{self.output}/train.jsonl", "target_column": DistillSettings.column}
+        command = _command("convert", "cut", self.settings.llm, self._slm, layers=layers, **chosen)
+        return {"cut": (command, self.cut)}
 
     def _data_options(self) -> dict[str, Any]:
         """Return the recipe's settings that hold for every stage that reads data."""
@@ -316,10 +321,14 @@ class Speedup:
                         file.write(json.dumps(values, ensure_ascii=False) + "\n")
 
     def cut(self) -> None:
-        """Make the SLM of some of the LLM's layers."""
+        """Make the SLM of some of the LLM's layers; its outputs choose them, if their number is given."""
         assert self.layers is not None
         if not (self.output / "slm" / "config.json").is_file():
-            cut_checkpoint(self.settings.llm, self._slm, self.layers, overwrite=True)
+            data = self.output / "train.jsonl" if isinstance(self.layers, int) else None
+            options = CorpusSettings(
+                target_column=[DistillSettings.column], prompt_max_length=self.recipe.prompt_max_length
+            )
+            cut_checkpoint(self.settings.llm, self._slm, self.layers, data, options, overwrite=True)
 
     def build(self) -> None:
         """Build the checkpoint to train from the LLM's encoder and the SLM."""

@@ -28,8 +28,11 @@ from transformers import (
     UMT5Config,
 )
 
-from modeling_llm2slm.conversion.cut import cut, cut_checkpoint, skipping
-from tests.support.checkpoints import write_checkpoint
+from modeling_llm2slm.conversion.cut import cut, cut_checkpoint
+from modeling_llm2slm.conversion.layers import choose_layers, find_layers, skipping
+from modeling_llm2slm.inference.text_to_text import TextToText
+from modeling_llm2slm.settings import CorpusSettings
+from tests.support.checkpoints import PAIRS, write_checkpoint, write_pairs
 from tests.support.common import slm_tokenizer
 from tests.support.conversions import same_bytes, weights_of
 from tests.support.families import BART, GPT, GROUPED, PAD, ROTARY, T5, move_vectors, t5gemma_config
@@ -146,6 +149,51 @@ def test_a_number_of_layers_means_even_distances():
     assert chosen == [[0], [0, 17], [0, 5, 11, 17], [0, 3, 6, 10, 13, 17]]
 
 
+@torch.no_grad()
+def loss_without(llm: PreTrainedModel, left_out: set[int], examples: list[tuple[list[int], int]]) -> float:
+    """The loss of targets that pass by some layers, behind prompts that do not, in one pass for each example."""
+    losses = []
+    for ids, prompt in examples:
+
+        def skip(module, args, kwargs, output, prompt=prompt):
+            states = output[0] if isinstance(output, tuple) else output
+            states[:, prompt:] = (args[0] if args else kwargs["hidden_states"])[:, prompt:]
+
+        stack = find_layers(llm)[1]
+        hooks = [stack[layer].register_forward_hook(skip, with_kwargs=True) for layer in left_out]
+        predicted = llm(input_ids=torch.tensor([ids])).logits[0, prompt:-1]
+        losses.append(torch.nn.functional.cross_entropy(predicted, torch.tensor(ids[prompt + 1 :]), reduction="none"))
+        for hook in hooks:
+            hook.remove()
+    return float(torch.cat(losses).mean())
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gpt_neo", "llama"])  # layers of GPT-Neo return tuples
+def test_data_chooses_the_layers_that_targets_need(family, tmp_path):
+    llm, folder = build(family), tmp_path / "llm"
+    llm.save_pretrained(folder)
+    slm_tokenizer().save_pretrained(folder)
+    rows = [{"prompt": f"out{row} out7 " * (row + 1), "output": f"out{3 * row} out{row} out9"} for row in range(4)]
+    features = TextToText.from_pretrained(folder).features(
+        [row["prompt"] for row in rows], [row["output"] for row in rows]
+    )
+    examples = [
+        (ids, labels.count(-100)) for ids, labels in zip(features["input_ids"], features["labels"], strict=True)
+    ]
+    left_out: set[int] = set()
+    while len(left_out) < LAYERS - 2:
+        losses = {one: loss_without(llm, {*left_out, one}, examples) for one in {*range(LAYERS)} - left_out}
+        left_out.add(min(losses, key=losses.__getitem__))
+    told = []
+    settings = CorpusSettings(target_column=["output"])
+    data = write_pairs(tmp_path / "data.jsonl", rows)
+    chosen = choose_layers(folder, data, 2, settings, progress=lambda *now: told.append(now))
+    assert chosen == sorted({*range(LAYERS)} - left_out)
+    assert told == [(done, 4) for done in range(5)]
+    report = cut_checkpoint(folder, tmp_path / "slm", 2, data, settings)
+    assert report.title.startswith(f"Layers {chosen[0]}, {chosen[1]} of ")
+
+
 @pytest.mark.parametrize("family", ["gemma3", "t5"])
 def test_a_checkpoint_in_shards_and_half_precision_is_cut_with_its_tokenizer(family, tmp_path):
     llm = build(family).to(torch.bfloat16)
@@ -185,6 +233,12 @@ def test_models_that_cannot_be_cut_are_refused_with_the_reason(tmp_path):
     composite = write_checkpoint("llm2slm", tmp_path / "composite")
     with pytest.raises(ValueError, match="is an LLM-to-SLM checkpoint"):
         cut_checkpoint(composite, tmp_path / "slm", 1)
+    pairs = write_pairs(tmp_path / "pairs.jsonl", PAIRS)
+    for llm in (composite, write_checkpoint("llm", tmp_path / "t5")):
+        with pytest.raises(ValueError, match="is no decoder-only model. Only the layers of such a model"):
+            cut_checkpoint(llm, tmp_path / "slm", 1, pairs)
+    with pytest.raises(ValueError, match=r"but it is \[0, 3\]"):
+        cut_checkpoint(composite, tmp_path / "slm", [0, 3], pairs)
     build("llama").save_pretrained(tmp_path / "llm")
     config = tmp_path / "llm" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": {"quant_method": "gptq"}}))
