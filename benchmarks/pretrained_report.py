@@ -28,6 +28,7 @@ from modeling_llm2slm.inference.text_to_text import TextToText
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "results"
 ROUNDS, PROMPTS_ALONE, PROMPTS_IN_BATCHES, BATCH = 3, 20, 64, 32
+LOOKED_UP = 4  # tokens in a draft that the LLM looks up in the prompt
 ENGINES = ("openvino-fp32", "openvino-int8")  # besides PyTorch in float32
 SCORED, SCORED_EXAMPLES = "openvino-int8", 500
 SETS = ("taxonomy_animal",)  # tasks whose references list things in no fixed order
@@ -57,6 +58,7 @@ def report(
         scored = done if SCORED in engines else []
         for name, scores in _engine_scores(experiment, task, scored).items():
             result["rows"][name]["engines"][SCORED]["test_part"] = scores
+        result["drafts"] = _draft(experiment, task, done)
         result["not_run"] = [name for name in rows if name not in done]
         write_json(folder / f"pretrained-{task}.json", result)
         print(table(task, result), flush=True)
@@ -223,6 +225,41 @@ def _time(
     return times
 
 
+def _draft(experiment: Any, task: str, names: list[str]) -> dict[str, dict[str, Any]]:
+    """
+    Time the LLM alone, with drafts that it looks up in the prompt, and with each of its rows that draft for it, in
+    turns, one prompt at a time. Return medians, also of the ratios to the LLM alone, and the part of equal outputs.
+    """
+    options = {"max_new_tokens": experiment.settings["tasks"][task]["max_new_tokens"], "do_sample": False}
+    prompts = [row["prompt"] for row in experiment.examples(task, "test")[:PROMPTS_ALONE]]
+    drafts: dict[str, dict[str, Any]] = {}
+    for llm_name in (name for name in names if _llm_of(experiment.row(task, name), name) == name):
+        llm = TextToText.from_pretrained(experiment.model(task, llm_name), dtype="float32")
+        ways: dict[str, dict[str, Any]] = {llm_name: {}, "prompt lookup": {"prompt_lookup_num_tokens": LOOKED_UP}}
+        for name in names:
+            settings = experiment.row(task, name)  # only SLMs that continue the LLM's cache, or read prompts, draft
+            if name != llm_name and _llm_of(settings, name) == llm_name and settings.get("fusion", "cache") == "cache":
+                row = TextToText.from_pretrained(experiment.model(task, name), dtype="float32")
+                model = row.model.as_assistant_of(llm.model) if row.is_llm2slm else row.model
+                ways[name] = {"assistant_model": model}
+        _say(f"{task}: timing drafts for {llm_name}")
+        outputs: dict[str, list[str]] = {name: [] for name in ways}
+
+        def write(prompt: str, name: str, way: dict[str, Any], llm: Any = llm, outputs: Any = outputs) -> float:
+            return seconds_of(lambda: outputs[name].extend(llm.generate([prompt], 1, **options, **way)))
+
+        contestants = {name: partial(write, name=name, way=way) for name, way in ways.items()}
+        times = time_in_turns(contestants, prompts * ROUNDS, warm_up=prompts[0])
+        for name, own in times.items():
+            alone, plain = times[llm_name], outputs[llm_name]
+            drafts[name] = {
+                "ms_per_output": 1000 * statistics.median(own),
+                "by_llm": statistics.median(one / other for one, other in zip(own, alone, strict=True)),
+                "equal": statistics.mean(new == old for new, old in zip(outputs[name], plain, strict=True)),
+            }
+    return drafts
+
+
 def table(task: str, result: dict[str, Any]) -> str:
     """Return the rows of a task as a Markdown table."""
     metric = result["task"]["metric"]
@@ -244,7 +281,12 @@ def table(task: str, result: dict[str, Any]) -> str:
             f"{row['ms_per_output_in_batches_by_llm']:.2f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *_engine_table(result)]
+    lines += ["", *_engine_table(result), "", "| drafts for the LLM | ms per output | of the LLM | equal |"]
+    lines += ["| --- | --: | --: | --: |"]
+    for name, draft in result["drafts"].items():
+        lines.append(
+            f"| {name} | {draft['ms_per_output']:.0f} | {draft['by_llm']:.2f} | {100 * draft['equal']:.0f} % |"
+        )
     return "\n".join([*lines, "", f"Not run: {', '.join(result['not_run']) or 'nothing'}."])
 
 

@@ -149,6 +149,8 @@ def test_a_tiny_experiment_ends_with_a_report_and_a_repeated_one_does_nothing(
     assert set(result["rows"]) == {"llm", "cache", "add"}
     assert result["rows"]["cache"]["parameters"]["decode"] < result["rows"]["llm"]["parameters"]["decode"]
     assert result["rows"]["cache"]["ms_per_output_by_llm"] > 0
+    assert set(result["drafts"]) == {"llm", "prompt lookup", "cache"}
+    assert all(draft["equal"] == 1 and draft["by_llm"] > 0 for draft in result["drafts"].values())
     built = AutoConfig.from_pretrained(tmp_path / "runs" / "pairs" / "add" / "model")
     assert built.encoder_layer == [0, 1]
     for row in result["rows"].values():
