@@ -1,9 +1,9 @@
 """
-Plots of the Multi30k experiment, made from its committed results.
+Plots of the experiments, made from their committed results.
 
     python -m benchmarks.plots
 
-`docs/plots/quality-against-time.svg` is the plot of the README; the others belong to the page of the experiment.
+`docs/plots/quality-against-time.svg` is the plot of the README; the others belong to the pages of the experiments.
 """
 
 from __future__ import annotations
@@ -105,6 +105,36 @@ def plot_quality(pair: str, result: Mapping[str, Any], file: Path) -> None:
             )  # fmt: skip
 
 
+def plot_pretrained(result: Mapping[str, Any], file: Path) -> None:
+    """
+    Plot scores against the time of an output, as a part of the LLM's.
+
+    Args:
+        result: The result of a task, as `benchmarks.pretrained_report` writes it.
+        file: The SVG to write.
+    """
+    with drawing(file) as axes:
+        for name, row in result["rows"].items():
+            settings, test, share = row["settings"], row["test"]["all"], row["ms_per_output_by_llm"]
+            family = "LLM-to-SLM" if "behind" in settings else "SLM alone" if "cut" in settings else "LLM"
+            color, prompts = FAMILIES[family], settings["prompts"]
+            label = f"the LLM, tuned on {prompts:,} rows" if family == "LLM" else f"{family}, {prompts:,} prompts"
+            error = [[abs(bound - test["score"])] for bound in test["interval"]]
+            axes.errorbar(share, test["score"], error, fmt="o", markersize=9, color=color, capsize=3, label=name)
+            offset, side = (-10, "right") if share > 0.8 else (10, "left")
+            axes.annotate(
+                label, (share, test["score"]), xytext=(offset, 0), textcoords="offset points", ha=side,
+                va="center", color=color,
+            )  # fmt: skip
+        axes.set(
+            xlabel="time of an output, as a part of the LLM's (batch 1)",
+            ylabel="exact match, % (2,155 test prompts; 95 % intervals)",
+            title="Instructions, behind Gemma 3 270M: quality against time",
+        )
+        axes.set_xlim(0, 1.1)
+        axes.set_ylim(0, None)
+
+
 def plot_training(pair: str, result: Mapping[str, Any], file: Path) -> None:
     """Plot BLEU on the validation split after each epoch. The arguments are those of [`plot_quality`]."""
     with drawing(file) as axes:
@@ -153,6 +183,8 @@ def main() -> None:
         quality = "quality-against-time" if name == "multi30k-en-de" else name  # the README shows this one
         plot_quality(pair, result, arguments.output / f"{quality}.svg")
         plot_training(pair, result, arguments.output / f"{name}-training.svg")
+    result = json.loads((arguments.results / "pretrained-instructions.json").read_text(encoding="utf-8"))
+    plot_pretrained(result, arguments.output / "pretrained-instructions.svg")
 
 
 if __name__ == "__main__":
