@@ -194,5 +194,5 @@ def _read_rows(part: nn.Module, rows: Rows) -> list[Any]:
                 'it cannot run fusion "cache". Choose another one with `attention_backend`.'
             )
         layer.impl.rows = rows
-        layer.impl.__class__ = reading_rows(type(layer.impl))
+        layer.impl.__class__ = reading_rows(layer.impl.__class__)
     return layers

@@ -71,8 +71,11 @@ class UpdateCacheModelConfig(UpdateModelConfig):
 
     @classmethod
     def verify_and_update_model_config(cls, model_config: Any) -> None:
+        from vllm.platforms import current_platform
+
         super().verify_and_update_model_config(model_config)
-        model_config.enforce_eager = True  # how many tokens a part reads changes with every step
+        if not current_platform.is_cpu():  # CUDA graphs are recorded for all tokens of a step, not for those of a part
+            model_config.enforce_eager = True
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:

@@ -88,9 +88,14 @@ def write_cache_model(family: str, folder: Path) -> str:
     torch.manual_seed(0)
     tokenizer, (llm_first_token, sizes) = llm_tokenizer(), SHARING[family]
     ids = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
-    config = AutoConfig.for_model(
-        family, vocab_size=len(tokenizer), tie_word_embeddings=False, **ids, **GROUPED | {"num_hidden_layers": 4} | sizes
-    )
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "tie_word_embeddings": False,
+        **ids,
+        **GROUPED,
+        "num_hidden_layers": 4,
+    } | sizes
+    config = AutoConfig.for_model(family, **sizes)
     llm = AutoModelForCausalLM.from_config(config)
     for name, weight in llm.named_parameters():
         if weight.ndim > 1:
@@ -127,89 +132,109 @@ def references(path: str) -> dict[str, Any]:
         "replies": replies,
         "more": more,
         "after_more": of_ids(more, 10),
+        "vocab_size": model.model.config.vocab_size,
     }
+
+
+class CacheEngine:
+    """
+    vLLM with a model, the tokens of each step that LLM and SLM read, and the number of preemptions. Steps have at most
+    24 tokens, so prompts are read in pieces while others decode, and KV caches have blocks for few requests.
+    """
+
+    def __init__(self, path: str, patch: pytest.MonkeyPatch):
+        from vllm import LLM
+        from vllm.v1.core.sched.scheduler import Scheduler
+
+        from modeling_llm2slm.engines.vllm_cache import VLLMLLM2SLMCache
+
+        self.steps: list[tuple[int, int]] = []
+        self.preempted = 0
+        forward, preempt = VLLMLLM2SLMCache.forward, Scheduler._preempt_request
+
+        def counted_forward(model: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            of_llm = int((input_ids >= model.size).sum())
+            self.steps.append((of_llm, len(input_ids) - of_llm))
+            return forward(model, input_ids, *args, **kwargs)
+
+        def counted_preempt(*args: Any, **kwargs: Any) -> Any:
+            self.preempted += 1
+            return preempt(*args, **kwargs)
+
+        patch.setattr(VLLMLLM2SLMCache, "forward", counted_forward)
+        patch.setattr(Scheduler, "_preempt_request", counted_preempt)
+        self.llm = LLM(
+            path, dtype="float32", max_model_len=128, block_size=32, max_num_seqs=8, max_num_batched_tokens=24,
+            num_gpu_blocks_override=22 if "gemma3" in path else 11,  # layers with a window have blocks of their own
+            enforce_eager="qwen3" not in path,  # one family is compiled
+        )  # fmt: skip
+
+    def run(self, prompts: Any, length: int = 10, shortest: int = 0, **sampling: Any) -> list[Any]:
+        from vllm import SamplingParams
+
+        given = SamplingParams(**{"temperature": 0, "max_tokens": length, "min_tokens": shortest, **sampling})
+        rows = [one if isinstance(one, str) else {"prompt_token_ids": one} for one in prompts]
+        return self.llm.generate(rows, given, use_tqdm=False)
+
+    def tokens(self, *args: Any) -> list[list[int]]:
+        return tokens_of(self.run(*args))
+
+
+def tokens_of(outputs: list[Any]) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def check_cache_outputs(engine: CacheEngine, expected: dict[str, Any]) -> None:
+    from vllm import SamplingParams
+
+    assert len({tuple(row) for row in expected["short"]}) > 4  # outputs that depend on the prompt
+    outputs = engine.run(PROMPTS)
+    assert tokens_of(outputs) == expected["short"]
+    assert [output.outputs[0].text for output in outputs[:3]] == expected["texts"]
+    assert sum(llm > 0 and slm > 0 for llm, slm in engine.steps) > 5  # steps with tokens of both
+    assert sum(llm == 0 for llm, slm in engine.steps) > 5  # steps of the SLM alone
+    assert engine.tokens(expected["ids"][:3]) == expected["short"][:3]
+    conversation = [{"role": "user", "content": PROMPTS[4]}]
+    greedy = SamplingParams(temperature=0, max_tokens=10)
+    assert (
+        tokens_of(engine.llm.chat(conversation, greedy, chat_template=CHAT, use_tqdm=False)) == expected["short"][4:5]
+    )
+    # Requests that were preempted: the LLM does not read what the SLM has written.
+    assert engine.tokens(PROMPTS[:8], 60, 60) == expected["long"]
+    assert engine.preempted
+    # Penalties and samples are vLLM's.
+    penalties = {"repetition_penalty": 1.2, "presence_penalty": 0.5}
+    (output,) = engine.run(PROMPTS[:1], 6, n=3, seed=5, temperature=2.0, logprobs=2, **penalties)
+    samples = {tuple(sample.token_ids) for sample in output.outputs}
+    assert len(samples) > 1
+    assert max(map(max, samples)) < expected["vocab_size"]
+
+
+def check_cache_prefixes(engine: CacheEngine, expected: dict[str, Any]) -> None:
+    """Blocks of a prompt are found again, and blocks with tokens that the SLM wrote are not."""
+    assert engine.tokens(LONG, 40, 40) == expected["replies"]
+    for prompts, length, wanted in ((LONG, 40, expected["replies"]), (expected["more"], 10, expected["after_more"])):
+        outputs = engine.run(prompts, length, length)
+        assert tokens_of(outputs) == wanted
+        assert [output.num_cached_tokens for output in outputs] == [64, 64]
 
 
 def check_cache_engine(path: str, expected: dict[str, Any]) -> None:
     os.environ |= ENVIRONMENT
-    from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.exceptions import VLLMValidationError
-    from vllm.v1.core.sched.scheduler import Scheduler
 
-    # Steps of at most 24 tokens: prompts are read in pieces, while others decode. Blocks for few requests; a model with
-    # sliding windows takes two for the same tokens.
-    blocks = 22 if "gemma3" in path else 11
-    llm = LLM(
-        path, dtype="float32", max_model_len=128, block_size=32, max_num_seqs=8, max_num_batched_tokens=24,
-        num_gpu_blocks_override=blocks,
-    )  # fmt: skip
-    model = llm.llm_engine.model_executor.driver_worker.model_runner.model
-    steps, preempted = [], []
-    forward, preempt = model.forward, Scheduler._preempt_request
-
-    def counted_forward(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        of_llm = int((input_ids >= model.size).sum())
-        steps.append((of_llm, len(input_ids) - of_llm))
-        return forward(input_ids, *args, **kwargs)
-
-    def counted_preempt(self: Any, *args: Any, **kwargs: Any) -> Any:
-        preempted.append(1)
-        return preempt(self, *args, **kwargs)
-
-    model.forward, Scheduler._preempt_request = counted_forward, counted_preempt
-
-    def run(prompts: Any, length: int = 10, shortest: int = 0) -> Any:
-        sampling = SamplingParams(temperature=0, max_tokens=length, min_tokens=shortest)
-        return llm.generate(prompts, sampling, use_tqdm=False)
-
-    def tokens(outputs: Any) -> list[list[int]]:
-        return [list(output.outputs[0].token_ids) for output in outputs]
-
-    def of(rows: list[list[int]]) -> list[dict[str, Any]]:
-        return [{"prompt_token_ids": row} for row in rows]
-
-    try:
-        assert len({tuple(row) for row in expected["short"]}) > 4  # outputs that depend on the prompt
-        outputs = run(PROMPTS)
-        assert tokens(outputs) == expected["short"]
-        assert [output.outputs[0].text for output in outputs[:3]] == expected["texts"]
-        assert sum(llm > 0 and slm > 0 for llm, slm in steps) > 5  # steps with tokens of both kinds
-        assert sum(llm == 0 for llm, slm in steps) > 5  # steps of the SLM alone
-        assert tokens(run(of(expected["ids"][:3]))) == expected["short"][:3]
-        (output,) = llm.chat(
-            [{"role": "user", "content": PROMPTS[4]}], SamplingParams(temperature=0, max_tokens=10),
-            chat_template=CHAT, use_tqdm=False,
-        )  # fmt: skip
-        assert list(output.outputs[0].token_ids) == expected["short"][4]
-        # Requests that were preempted: the LLM does not read what the SLM has written.
-        assert tokens(run(PROMPTS[:8], 60, 60)) == expected["long"]
-        assert preempted
-        # Blocks of a prompt are found again, and blocks with tokens that the SLM wrote are not.
-        assert tokens(run(of(LONG), 40, 40)) == expected["replies"]
-        again = run(of(LONG), 40, 40)
-        assert tokens(again) == expected["replies"]
-        assert [output.num_cached_tokens for output in again] == [64, 64]
-        after = run(of(expected["more"]), 10, 10)
-        assert tokens(after) == expected["after_more"]
-        assert [output.num_cached_tokens for output in after] == [64, 64]
-        # Penalties and samples of vLLM.
-        sampling = SamplingParams(
-            n=3, seed=5, temperature=2.0, max_tokens=6, repetition_penalty=1.2, presence_penalty=0.5, logprobs=2
-        )
-        (output,) = llm.generate(PROMPTS[:1], sampling, use_tqdm=False)
-        samples = [list(sample.token_ids) for sample in output.outputs]
-        assert len({tuple(row) for row in samples}) > 1
-        assert max(max(row) for row in samples) < model.size
+    with pytest.MonkeyPatch.context() as patch:
+        engine = CacheEngine(path, patch)
+        check_cache_outputs(engine, expected)
+        check_cache_prefixes(engine, expected)
         with pytest.raises((ValueError, VLLMValidationError), match="longer than|the LLM has 128 positions"):
-            run(["src1 " * 200])
+            engine.run(["src1 " * 200])
         with pytest.raises(ValueError, match="not in the LLM's vocabulary"):
-            run(of([[model.size]]))
-    finally:
-        Scheduler._preempt_request = preempt
-        del llm, model, forward
-        gc.collect()
-        cleanup_dist_env_and_memory()
+            engine.run([[expected["vocab_size"]]])
+    del engine
+    gc.collect()
+    cleanup_dist_env_and_memory()
 
 
 def check_cache(paths: list[str]) -> None:
