@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import pad
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import (
@@ -45,13 +45,14 @@ class MarkedPromptRenderer(PromptRenderer):
         if ids is None:
             processor = processor_of(self.model_config.model, self.model_config.revision)
             ids = processor(text=prompt["prompt"])["input_ids"]
+        rendered = params.apply_post_tokenization(self.tokenizer, {**prompt, "prompt_token_ids": list(ids)})
+        ids = rendered["prompt_token_ids"]
         if not ids:
             raise ValueError("The prompt is empty.")
         config.check_llm_length(len(ids))
         if not 0 <= min(ids) <= max(ids) < (size := config.encoder.vocab_size):
             raise ValueError(f"The prompt holds a token id that is not in the LLM's vocabulary of {size}.")
-        rendered = params.apply_post_tokenization(self.tokenizer, {**prompt, "prompt_token_ids": list(ids)})
-        return {**rendered, "prompt_token_ids": mark(config, rendered["prompt_token_ids"])}
+        return {**rendered, "prompt_token_ids": mark(config, ids)}
 
 
 def mark(config: Any, ids: list[int]) -> list[int]:
@@ -61,8 +62,9 @@ def mark(config: Any, ids: list[int]) -> list[int]:
 
 
 class Rows:
-    """The tokens of the current step that one part reads; `None` stands for all."""
+    """The number of tokens of the current step, and which of them one part reads; `None` stands for all."""
 
+    tokens = 0
     index: torch.Tensor | None = None
 
 
@@ -91,8 +93,7 @@ def reading_rows(attention: Any) -> Any:
                 self.do_kv_cache_update(layer, key, value, kv_cache, slots)
             if metadata is None or index is None:
                 return super().forward(layer, query, key, value, kv_cache, metadata, output, **kwargs)
-            tokens = metadata.num_actual_tokens
-            queries, outputs = (one.new_zeros(tokens, *one.shape[1:]) for one in (query, output))
+            queries, outputs = (one.new_zeros(self.rows.tokens, *one.shape[1:]) for one in (query, output))
             queries[index] = query
             super().forward(layer, queries, key, value, kv_cache, metadata, outputs, **kwargs)
             return output.copy_(outputs[index])
@@ -124,7 +125,8 @@ class VLLMLLM2SLMCache(nn.Module):
             )
             llm_weights = whole.encoder.llm.state_dict().items()
             weights = chain(weights, ((f"encoder.llm.{name}", weight) for name, weight in llm_weights))
-        llm = "llm." if self.has_head else "llm.model."
+        base = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.model_config.hf_config.encoder)].base_model_prefix
+        llm = "llm." if self.has_head else f"llm.{base}."
         mapper = WeightsMapper(orig_to_new_prefix={"encoder.llm.": llm, "decoder.": "slm."})
         loaded = AutoWeightsLoader(self).load_weights(weights, mapper=mapper)
         if not self.has_head:  # its last norm and its head have no weights, and are not used
@@ -145,6 +147,7 @@ class VLLMLLM2SLMCache(nn.Module):
         """Return hidden states `(tokens, width + 1)`; the last number is 1 where they are the LLM's."""
         is_prompt = input_ids >= self.size
         if get_forward_context().attn_metadata is None:  # vLLM measures memory: no request is there
+            self.llm_rows.index = None
             self.llm(input_ids % self.llm_size, positions)
             is_prompt = torch.zeros_like(is_prompt)
         hidden_states = None
@@ -152,7 +155,7 @@ class VLLMLLM2SLMCache(nn.Module):
             index = of_part.nonzero()[:, 0]
             if not len(index):
                 continue
-            rows.index = None if len(index) == len(input_ids) else index
+            rows.tokens, rows.index = len(input_ids), None if len(index) == len(input_ids) else index
             states = part(input_ids[index] % self.size, positions[index])
             if hidden_states is None:
                 hidden_states = states.new_empty(len(input_ids), states.shape[1] + 1)

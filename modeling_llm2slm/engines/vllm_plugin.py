@@ -84,11 +84,11 @@ class UpdateCacheModelConfig(UpdateModelConfig):
             "`tensor_parallel_size` and `pipeline_parallel_size`": parallel.world_size > 1,
             "`speculative_config`": vllm_config.speculative_config is not None,
             "`kv_transfer_config`": vllm_config.kv_transfer_config is not None,
-            "the V2 model runner (set `VLLM_USE_V2_MODEL_RUNNER=0`)": vllm_config.use_v2_model_runner,
+            "the V2 model runner (`VLLM_USE_V2_MODEL_RUNNER=0`)": vllm_config.use_v2_model_runner,
         }
         for name, is_given in refused.items():
             if is_given:
-                raise ValueError(f'vLLM runs fusion "cache" without {name}. Leave it out.')
+                raise ValueError(f'Fusion "cache" does not run in vLLM with {name}: turn that off.')
 
 
 def register() -> None:

@@ -261,7 +261,7 @@ def test_models_that_vllm_does_not_serve_are_refused() -> None:
     for name in ("speculative_config", "kv_transfer_config", "use_v2_model_runner"):
         given: dict[str, Any] = dict.fromkeys(("speculative_config", "kv_transfer_config", "use_v2_model_runner"))
         given |= {name: True, "parallel_config": SimpleNamespace(world_size=1)}
-        with pytest.raises(ValueError, match='fusion "cache" without'):
+        with pytest.raises(ValueError, match='Fusion "cache" does not run in vLLM with'):
             UpdateCacheModelConfig.verify_and_update_config(SimpleNamespace(**given))
     served = VLLMLLM2SLMConfig.from_dict(LLM2SLMConfig(encoder=t5, decoder=llm).to_dict())
     assert not served.is_encoder_decoder
