@@ -88,7 +88,7 @@ class VLLMEngine(Engine):
         if loaded.model.encoder.fusion.fills_cache:
             raise ValueError(
                 f"{path} has fusion={loaded.model.config.fusion!r}, whose SLM reads keys and values in place of "
-                "embeddings, which vLLM does not serve. Take the engine pytorch."
+                "embeddings. Run it with vLLM itself (`vllm serve`), or take the engine pytorch."
             )
         if loaded.model._hf_peft_config_loaded:
             raise ValueError(f"{path} is an adapter, which vLLM reads merged: run `llm2slm convert merge` first.")
