@@ -77,17 +77,18 @@ def make_models(name: str, device: str, tiny: bool = False) -> dict[str, Any]:
     try:
         with torch.device(device):
             llm = AutoModelForSeq2SeqLM.from_config(full(config_of(name, "gpt2", tiny).encoder))
-            models = {"llm": llm}
-            for slm in SLMS:
-                config = config_of(name, slm, tiny)
-                with torch.device("meta"):
-                    reader = T5EncoderModel(config.encoder)
-                reader.shared, reader.encoder = llm.shared, llm.encoder
-                decoder = slm_class(config.decoder).from_config(config.decoder)
-                models[slm] = LLM2SLMForConditionalGeneration(config, encoder=reader, decoder=decoder)
+            models = {"llm": llm, **{slm: with_slm(llm, config_of(name, slm, tiny)) for slm in SLMS}}
     finally:
         torch.set_default_dtype(before)
     return {name: endless(model.eval()) for name, model in models.items()}
+
+
+def with_slm(llm: Any, config: LLM2SLMConfig) -> LLM2SLMForConditionalGeneration:
+    """Return an LLM-to-SLM model that shares the encoder of a T5; its other weights are random."""
+    with torch.device("meta"):
+        reader = T5EncoderModel(config.encoder)
+    reader.shared, reader.encoder = llm.shared, llm.encoder
+    return LLM2SLMForConditionalGeneration(config, reader, slm_class(config.decoder).from_config(config.decoder))
 
 
 def step_bytes(model: Any) -> int:

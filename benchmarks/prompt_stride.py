@@ -4,6 +4,7 @@ Measure what a shorter prompt costs: an SLM that reads the LLM's hidden states i
     python -m benchmarks.prompt_stride                                     # the demonstration's LLM and data
     python -m benchmarks.prompt_stride --task multi30k --data /path/to/data
     python -m benchmarks.prompt_stride --task operations                   # of T5-large sizes; trains nothing
+    python -m benchmarks.prompt_stride --task time                         # likewise; 17 minutes on a quiet machine
 
 The groups begin at one end of the prompt's own tokens, so padding changes none of them. `mean` averages the hidden
 states and the embeddings of a group, `project` maps them together, by wider first matrices. Multi30k, English to
@@ -16,7 +17,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +30,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSeq2SeqLM
 from transformers import initialization as init
 
+from benchmarks.gpu import full, with_slm
 from benchmarks.multi30k_experiment import ROOT, Experiment, Job
 from benchmarks.multi30k_report import bleu_of, difference, sentence_counts
 from examples.demo import DATA, HERE
 from examples.demo import LLM as DEMO_LLM
+from modeling_llm2slm.benchmark.cells import Cell
+from modeling_llm2slm.benchmark.contestants import endless
 from modeling_llm2slm.cache_llm2slm import PromptStates, padding_to, reorder
 from modeling_llm2slm.conversion.build import build, preset_config
 from modeling_llm2slm.data.loading import load_examples
 from modeling_llm2slm.data.records import versions, write_json
-from modeling_llm2slm.fusion_llm2slm import Add, register_fusion
+from modeling_llm2slm.evaluation.timing import time_in_turns, time_tokens
+from modeling_llm2slm.fusion_llm2slm import Add, embedding_rms, register_fusion
 from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.settings import DataSettings
 from modeling_llm2slm.training.memory import make_fake, without_storage
@@ -49,6 +56,8 @@ PAIR, LLM = "en-de", "llm"
 SPLITS = ("validation", "test")
 FUSIONS = {f"add-{pooling}-{stride}": (pooling, stride) for stride in (2, 4) for pooling in ("mean", "project")}
 ROWS = ("add", *FUSIONS)
+TASKS = ("demo", "multi30k", "operations", "time")
+PRESETS = ("t5-large_gpt2", "t5-large_t5-small")
 
 
 class Strided(Add):
@@ -70,11 +79,14 @@ class Strided(Add):
         if self.pooling == "mean":
             super().initialize(encoder)
             return
-        assert self.table == "slm"  # as in this experiment: P begins as the mean of the SLM's own embeddings
-        eye = torch.eye(self.config.prompt_size) / self.stride
-        init.copy_(encoder.prompt_embedding.weight, eye.repeat(1, self.stride))
         mean, scale = (part.repeat(self.stride) for part in encoder.hidden_states_scale())
-        encoder.projector.initialize(mean, scale, 0.0)
+        embedding, size = encoder.prompt_embedding, 0.0
+        if self.table == "slm":  # P begins as the mean of the SLM's own embeddings
+            init.copy_(embedding.weight, torch.eye(self.config.prompt_size).repeat(1, self.stride) / self.stride)
+        else:
+            size = embedding_rms(encoder.slm) / 2**0.5
+            init.normal_(embedding.weight, std=size / (embedding_rms(encoder.llm) * embedding.in_features**0.5))
+        encoder.projector.initialize(mean, scale, size)
 
     def group(self, values: torch.Tensor, mask: torch.Tensor, side: str, filler: Any = 0.0) -> torch.Tensor:
         """Return groups `(B, N / stride, ...)` of values `(B, N, d)` whose padding is on one side."""
@@ -196,12 +208,11 @@ def scores_of(runs: Path, names: Sequence[str], references: dict[str, list[str]]
 def run_operations(prompt: int = 512, output: int = 32) -> dict[str, Any]:
     """Return the LLM's operations divided by those of LLM-to-SLM, for each stride and for an SLM of no cost."""
     rows: dict[str, Any] = {}
-    for preset in ("t5-large_gpt2", "t5-large_t5-small"):
+    for preset in PRESETS:
         config, fake = preset_config(preset), FakeTensorMode()
         config._attn_implementation = "eager"  # the counter misses fused attention
-        whole_config = type(config.encoder)(**config.encoder.to_dict() | {"is_encoder_decoder": True})
         with torch.device("meta"):
-            llm = AutoModelForSeq2SeqLM.from_config(whole_config, attn_implementation="eager")
+            llm = AutoModelForSeq2SeqLM.from_config(full(config.encoder), attn_implementation="eager")
         composite = without_storage(config)
         for model in (llm, composite):
             make_fake(model, fake)
@@ -221,9 +232,34 @@ def run_operations(prompt: int = 512, output: int = 32) -> dict[str, Any]:
     return {"prompt": prompt, "output": output, "llm_operations_by_llm2slm_operations": rows}
 
 
+def run_time(cell: Cell, presets: Sequence[str] = PRESETS) -> dict[str, Any]:
+    """Time the LLM and LLM-to-SLM with each stride in turns, with random weights, in PyTorch and float32."""
+    models: dict[str, Any] = {}
+    for preset in presets:
+        config = preset_config(preset)
+        config.encoder_dtype = None
+        models.setdefault("llm", AutoModelForSeq2SeqLM.from_config(full(config.encoder), dtype=torch.float32))
+        for stride in (1, 2, 4):
+            config.fusion = "add" if stride == 1 else f"add-project-{stride}"
+            models[f"{preset} stride {stride}"] = with_slm(models["llm"], config)
+
+    def contestant(model: Any) -> Callable[[Cell], float]:
+        def generate(one: Cell) -> float:
+            ids = one.ids(models["llm"].config.vocab_size)
+            return time_tokens(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, one.output).total
+
+        return generate
+
+    turns = {name: contestant(endless(model.eval())) for name, model in models.items()}
+    rounds = time_in_turns(turns, [cell] * cell.repeats, warm_up=Cell(16, 2))
+    seconds = {name: statistics.median(times) for name, times in rounds.items()}
+    speedups = {name: seconds["llm"] / own for name, own in seconds.items()}
+    return {"cell": asdict(cell), "threads": torch.get_num_threads(), "seconds": rounds, "speedups": speedups}
+
+
 def show(task: str, result: dict[str, Any]) -> None:
     """Print the results of a task."""
-    if task == "operations":
+    if task in ("operations", "time"):
         print(json.dumps(result, indent=2))
         return
     print("| row | validation BLEU | test BLEU | above stride 1, validation (95 %) |\n| --- | --: | --: | --: |")
@@ -236,17 +272,23 @@ def show(task: str, result: dict[str, Any]) -> None:
 def main() -> None:
     """Do what is not done of a task, and add its results to the file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().splitlines()[0])
-    parser.add_argument("--task", choices=("demo", "multi30k", "operations"), default="demo", help="what to measure")
+    parser.add_argument(
+        "--task", choices=("demo", "multi30k", "operations", "time"), default="demo", help="what to measure"
+    )
     parser.add_argument("--data", default=os.environ.get("LLM2SLM_DATA", "data"), help="folder that contains multi30k")
     parser.add_argument("--runs", default="runs/prompt-stride", type=Path, help="folder of the models")
     parser.add_argument("--steps", default=1750, type=int, help="steps of each row of the demonstration")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="rows of the demonstration to train")
+    parser.add_argument("--batch", default=32, type=int, help="prompts in a batch that is timed")
+    parser.add_argument("--rounds", default=1, type=int, help="rounds of timing; medians count")
     parser.add_argument("--output", default=OUTPUT, type=Path, help="file of the results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     runs = arguments.runs.absolute() / arguments.task
     if arguments.task == "operations":
         result = run_operations()
+    elif arguments.task == "time":
+        result = run_time(Cell(512, 32, arguments.batch, repeats=arguments.rounds))
     elif arguments.task == "demo":
         result = run_demo(runs, arguments.steps, arguments.rows)
     else:
