@@ -13,9 +13,15 @@ from benchmarks import gpu
 from benchmarks.gpu import GPUBenchmark, make_models, plan, step_bytes
 
 
+@pytest.fixture(scope="module")
+def models() -> dict[str, Any]:
+    return make_models("t5-large", "cpu", tiny=True)
+
+
 @pytest.fixture(autouse=True)
-def one_llm(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_llm(monkeypatch: pytest.MonkeyPatch, models: dict[str, Any]) -> None:
     monkeypatch.setattr(gpu, "LLMS", gpu.LLMS[:1])
+    monkeypatch.setattr(gpu, "make_models", lambda *_: models)
 
 
 def test_a_cell_is_saved_when_it_is_measured_and_not_measured_again(
@@ -53,18 +59,18 @@ def test_no_cell_starts_without_time_for_it(tmp_path: Path, capsys: pytest.Captu
     assert not output.exists()
 
 
-def test_a_contestant_that_fails_is_named_and_the_others_run(tmp_path: Path) -> None:
+def test_a_contestant_that_fails_is_named_and_the_others_run(
+    tmp_path: Path, models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     benchmark = GPUBenchmark(tmp_path / "gpu.json", "cpu", 9, tiny=True, rounds=1)
     benchmark.result["gigabytes_per_second"] = 1.0
-    models = benchmark.models["t5-large"] = make_models("t5-large", "cpu", tiny=True)
-    models["gpt2"].config.decoder.n_positions = 2
+    monkeypatch.setattr(models["gpt2"].config.decoder, "n_positions", 2)
     cell = benchmark.measure("eager", "t5-large", 1)
     assert list(cell["results"]) == ["llm", "smollm-135m", "t5-small"]
     assert "positions" in cell["errors"]["gpt2"]
 
 
-def test_the_models_share_the_encoder_and_a_step_reads_the_decoders_weights() -> None:
-    models = make_models("t5-large", "cpu", tiny=True)
+def test_the_models_share_the_encoder_and_a_step_reads_the_decoders_weights(models: dict[str, Any]) -> None:
     assert {model.dtype for model in models.values()} == {torch.bfloat16}
     llm, slm = models["llm"], models["gpt2"]
     assert slm.encoder.llm.encoder is llm.encoder
