@@ -4,21 +4,24 @@ Time LLM and LLM-to-SLM on one GPU: three sizes of T5, each alone and with three
     python -m benchmarks.gpu                                        # within nine minutes
     python -m benchmarks.gpu --tiny --device cpu --output /tmp/gpu.json
 
-A cell is an LLM, a way to compute (eager; with a static cache and a compiled step; the SLM in vLLM, if it is
-installed) and a batch size. Its contestants take turns. The floor of a step is the time in which the GPU reads the
-weights that a step reads; keys and values are not counted. Cells are saved as they come to docs/results/gpu.json, the
-most informative first, until the minutes are over. A repeated run measures the missing ones.
+A cell is an LLM, a way to compute (eager, or with a static cache and a compiled step) and a batch size. Contestants take
+turns. If vLLM is installed, it also runs the decoder-only SLMs behind the smallest LLM. The floor of a step is the time
+in which the GPU reads the weights that a step reads; keys and values are not counted. Cells are saved as they come to
+docs/results/gpu.json, the most informative first, until the minutes are over. A repeated run measures those missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -113,29 +116,42 @@ def contestant(model: Any, mode: str, cell: Cell) -> Callable[[Any], Timing]:
     return lambda _: time_tokens(model, inputs, cell.output, **options)
 
 
-def time_vllm(model: Any, cell: Cell, rounds: int, folder: Path) -> list[Timing]:
-    """Save a model, load it into vLLM, and time outputs of two lengths; the shorter gives the first token's time."""
-    reader, writer = (tokenizer_of(part) for part in (model.config.encoder, model.config.decoder))
-    model.save_pretrained(folder)
-    LLM2SLMProcessor(reader, writer).save_pretrained(folder)
-    loaded = TextToText.from_pretrained(folder, engine="vllm", dtype="bfloat16", device=str(model.device))
-    prompts = [" ".join(f"w{index}" for index in row) for row in cell.ids(model.config.encoder.vocab_size).tolist()]
+def time_vllm(
+    llm: str, slm: str, device: str, tiny: bool, cells: Sequence[Cell], rounds: int
+) -> tuple[int, list[list[Timing]]]:
+    """Return the bytes of a step and timings of each cell, with the SLM in vLLM; run it in a process of its own."""
+    model = make_models(llm, device, tiny)[slm]
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        readers = [tokenizer_of(part) for part in (model.config.encoder, model.config.decoder)]
+        LLM2SLMProcessor(*readers).save_pretrained(folder)
+        size, vocab_size = step_bytes(model), model.config.encoder.vocab_size
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()  # vLLM takes 90 % of the memory, and refuses to start if less is free
+        loaded = TextToText.from_pretrained(folder, engine="vllm", dtype="bfloat16", device=device)
 
-    def generate(tokens: int) -> float:
-        options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
-        return seconds_of(partial(loaded.generate_tokens, prompts, batch_size=cell.batch, **options))
+        def seconds(prompts: list[str], tokens: int) -> float:
+            options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+            return seconds_of(partial(loaded.generate_tokens, prompts, batch_size=len(prompts), **options))
 
-    generate(cell.output)
-    pairs = [(generate(1), generate(cell.output)) for _ in range(rounds)]
-    return [Timing(total, cell.output, first, (total - first) / (cell.output - 1)) for first, total in pairs]
+        timings = []
+        for cell in cells:
+            prompts = [" ".join(f"w{index}" for index in row) for row in cell.ids(vocab_size).tolist()]
+            seconds(prompts, cell.output)
+            # The time of a shorter output gives the first token's.
+            pairs = [(seconds(prompts, 1), seconds(prompts, cell.output)) for _ in range(rounds)]
+            each = [(total, first, (total - first) / (cell.output - 1)) for first, total in pairs]
+            timings.append([Timing(total, cell.output, first, token) for total, first, token in each])
+    return size, timings
 
 
-def row_of(model: Any, timings: list[Timing], cell: Cell, bytes_per_second: float) -> dict[str, Any]:
-    """Return what is stored of a contestant."""
+def row_of(timings: list[Timing], cell: Cell, step: int, bytes_per_second: float) -> dict[str, Any]:
+    """Return what is stored of a contestant whose step reads `step` bytes."""
     median = median_timing(timings)
     assert median.per_token is not None
     assert median.first is not None
-    floor = step_bytes(model) / bytes_per_second
+    floor = step / bytes_per_second
     return {
         "seconds": median.total,
         "first_token_ms": 1000 * median.first,
@@ -148,12 +164,11 @@ def row_of(model: Any, timings: list[Timing], cell: Cell, bytes_per_second: floa
 
 
 def plan(modes: Sequence[str], batches: Sequence[int]) -> Iterator[tuple[str, str, int]]:
-    """Yield mode, LLM and batch size of each cell: eager mode first, whose cells take seconds, vLLM last."""
+    """Yield mode, LLM and batch size of each cell of PyTorch: eager mode first, whose cells take seconds."""
     by_use = sorted(batches, key=lambda batch: (batch != 1, -batch))
-    for mode in MODES:
-        if mode in modes and (mode != "vllm" or find_spec("vllm")):
-            llms = LLMS[:1] if mode == "vllm" else LLMS
-            yield from ((mode, llm, batch) for batch in by_use for llm in llms)
+    for mode in ("eager", "compiled"):
+        if mode in modes:
+            yield from ((mode, llm, batch) for batch in by_use for llm in LLMS)
 
 
 class GPUBenchmark:
@@ -174,7 +189,7 @@ class GPUBenchmark:
     def __init__(self, output: Path, device: str, minutes: float, tiny: bool = False, rounds: int = 3):
         self.output, self.device, self.tiny, self.rounds = output, device, tiny, rounds
         self.end = time.monotonic() + 60 * minutes
-        self.expected = dict(FIRST_GUESS)
+        self.longest: dict[str, float] = {}  # seconds, by mode
         self.models: dict[str, dict[str, Any]] = {}
         name = device_name(device)
         setting = {"device": name, "tiny": tiny, "rounds": rounds, "dtype": "bfloat16", "versions": versions()}
@@ -191,46 +206,70 @@ class GPUBenchmark:
             self.result["gigabytes_per_second"] = bandwidth(size, self.device) / 1e9
         for mode, llm, batch in plan(modes, batches):
             key = f"{llm} {mode} batch {batch}"
-            if key in self.result["cells"]:
-                continue
-            if time.monotonic() + self.expected[mode] > self.end:
-                print(f"{key}: no time left", flush=True)
-                continue
-            start = time.monotonic()
-            self.result["cells"][key] = self.measure(mode, llm, batch)
-            self.expected[mode] = time.monotonic() - start
-            write_json(self.output, self.result)
-            print(line(key, self.result["cells"][key]), flush=True)
+            if key not in self.result["cells"] and self.has_time(mode, key):
+                start = time.monotonic()
+                self.save(key, self.measure(mode, llm, batch))
+                self.longest[mode] = max(self.longest.get(mode, 0), time.monotonic() - start)
+        if "vllm" in modes and find_spec("vllm"):
+            self.models.clear()
+            self.run_vllm(LLMS[0], batches)
+
+    def has_time(self, mode: str, key: str) -> bool:
+        """Return whether a cell is expected to end in time, and print it if not."""
+        found = time.monotonic() + self.longest.get(mode, FIRST_GUESS[mode]) <= self.end
+        if not found:
+            print(f"{key}: no time left", flush=True)
+        return found
+
+    def save(self, key: str, cell: dict[str, Any]) -> None:
+        """Store a cell, and print it."""
+        self.result["cells"][key] = cell
+        write_json(self.output, self.result)
+        print(line(key, cell), flush=True)
 
     def measure(self, mode: str, llm: str, batch: int) -> dict[str, Any]:
-        """Return the rows of a cell, or the error of each contestant that cannot run, so that the others do."""
+        """Return the rows of a cell, and the error of each contestant that fails: the others run."""
         if llm not in self.models:
             self.models[llm] = make_models(llm, self.device, self.tiny)
-        models, length = self.models[llm], 8 if self.tiny else 64
-        cell, rows, errors = Cell(length, length, batch), {}, {}
-        if mode == "vllm":  # it serves decoder-only SLMs
-            models = {name: model for name, model in models.items() if name in SLMS[:2]}
-        timings: dict[str, list[Timing]] = {}
+        models, cell, errors = self.models[llm], self.cell(batch), {}
         turns = {name: contestant(model, mode, cell) for name, model in models.items()}
         for name in models:
             try:
-                if mode == "vllm":
-                    with tempfile.TemporaryDirectory() as folder:
-                        timings[name] = time_vllm(models[name], cell, self.rounds, Path(folder))
-                else:
-                    turns[name](None)  # compiles
-            except Exception as error:  # noqa: BLE001 - whatever it is, the run goes on and the result names it
+                turns[name](None)  # compiles
+            except Exception as error:  # noqa: BLE001 - whatever it is, the result names it
                 errors[name] = first_line(error)
                 del turns[name]
-        if mode != "vllm" and turns:
-            timings = time_in_turns(turns, [None] * self.rounds)
+        timings = time_in_turns(turns, [None] * self.rounds) if turns else {}
         speed = 1e9 * self.result["gigabytes_per_second"]
-        rows = {name: row_of(models[name], timings[name], cell, speed) for name in timings}
-        if "llm" in rows:
-            for row in rows.values():
-                row["speedup"] = rows["llm"]["seconds"] / row["seconds"]
+        rows = {name: row_of(own, cell, step_bytes(models[name]), speed) for name, own in timings.items()}
+        for row in rows.values() if "llm" in rows else ():
+            row["speedup"] = rows["llm"]["seconds"] / row["seconds"]
         torch.compiler.reset()
         return {"results": rows, "errors": errors}
+
+    def run_vllm(self, llm: str, batches: Sequence[int]) -> None:
+        """Measure the decoder-only SLMs in vLLM, each in a process of its own: an engine frees no memory."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        for slm in SLMS[:2]:
+            key, cells = f"{llm} vllm {slm}", [self.cell(batch) for batch in batches]
+            if key in self.result["cells"] or not self.has_time("vllm", key):
+                continue
+            arguments = (llm, slm, self.device, self.tiny, cells, self.rounds)
+            rows, errors, speed = {}, {}, 1e9 * self.result["gigabytes_per_second"]
+            try:
+                with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                    size, timings = pool.submit(time_vllm, *arguments).result()
+                for cell, own in zip(cells, timings, strict=True):
+                    rows[f"batch {cell.batch}"] = row_of(own, cell, size, speed)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the result names it
+                errors[slm] = first_line(error)
+            self.save(key, {"results": rows, "errors": errors})
+
+    def cell(self, batch: int) -> Cell:
+        """Return a cell of a batch size: 64 tokens of prompt and output, or 8 if tiny."""
+        length = 8 if self.tiny else 64
+        return Cell(length, length, batch)
 
 
 def line(key: str, cell: dict[str, Any]) -> str:

@@ -57,6 +57,7 @@ SPLITS = ("validation", "test")
 FUSIONS = {f"add-{pooling}-{stride}": (pooling, stride) for stride in (2, 4) for pooling in ("mean", "project")}
 ROWS = ("add", *FUSIONS)
 TASKS = ("demo", "multi30k", "operations", "time")
+ENCODER_LAYER = 18  # of the 24 of T5-large
 PRESETS = ("t5-large_gpt2", "t5-large_t5-small")
 
 
@@ -229,6 +230,8 @@ def run_operations(prompt: int = 512, output: int = 32) -> dict[str, Any]:
         slms = {stride: count(composite, prompt // stride, size=config.llm_hidden_size) for stride in (1, 2, 4)}
         rows[preset] = {f"stride {stride}": whole / (reading + slm) for stride, slm in slms.items()}
         rows[preset]["no SLM"] = whole / reading
+        llm.encoder.block = llm.encoder.block[:ENCODER_LAYER]
+        rows[preset][f"encoder_layer {ENCODER_LAYER}"] = whole / (count(llm.encoder, prompt, labels=False) + slms[1])
     return {"prompt": prompt, "output": output, "llm_operations_by_llm2slm_operations": rows}
 
 
