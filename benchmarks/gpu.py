@@ -4,10 +4,11 @@ Time LLM and LLM-to-SLM on one GPU: three sizes of T5, each alone and with three
     python -m benchmarks.gpu                                        # within nine minutes
     python -m benchmarks.gpu --tiny --device cpu --output /tmp/gpu.json
 
-A cell is an LLM, a way to compute (eager, or with a static cache and a compiled step) and a batch size. Contestants take
-turns. If vLLM is installed, it also runs the decoder-only SLMs behind the smallest LLM. The floor of a step is the time
-in which the GPU reads the weights that a step reads; keys and values are not counted. Cells are saved as they come to
-docs/results/gpu.json, the most informative first, until the minutes are over. A repeated run measures those missing.
+A cell is an LLM, a way to compute (eager, or with a static cache and a compiled step) and a batch size. Contestants
+take turns. If vLLM is installed, it also runs the decoder-only SLMs behind the smallest LLM. The floor of a step is
+the time in which the GPU reads the weights that a step reads; keys and values are not counted. Cells are saved as
+they come to docs/results/gpu.json, the most informative first, until the minutes are over. A repeated run measures
+those missing.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def with_slm(llm: Any, config: LLM2SLMConfig) -> LLM2SLMForConditionalGeneration
 
 def step_bytes(model: Any) -> int:
     """Return the bytes of the weights that a decoding step reads: of an untied embedding, next to none."""
-    slm = getattr(model, "decoder", model) if isinstance(model, LLM2SLMForConditionalGeneration) else model
+    slm: Any = model.decoder if isinstance(model, LLM2SLMForConditionalGeneration) else model
     weights = {weight for part in decoding_modules(slm) for weight in part.parameters()}
     if slm.get_output_embeddings().weight is not (embedding := slm.get_input_embeddings().weight):
         weights.discard(embedding)

@@ -145,7 +145,7 @@ class Strides(Experiment):
         write_outputs(self.load(job.pair, job.name, row), prompts, folder)
 
 
-def examples_of(file: Path, prompt_column: str = "prompt") -> Any:
+def examples_of(file: str | Path, prompt_column: str = "prompt") -> Any:
     """Return the examples of a file, with columns `prompt` and `target`."""
     return load_examples(str(file), DataSettings(prompt_column=prompt_column))
 
