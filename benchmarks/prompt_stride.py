@@ -129,7 +129,7 @@ class Strides(Experiment):
     def __init__(self, data: Path, runs: Path, epochs: dict[str, int] | None = None):
         super().__init__(data, runs, SHORT)
         recipes = self.settings["recipes"]
-        recipes["all"] = {**recipes["all"], "warmup_steps": 200}
+        recipes["all"] = {**recipes["all"], "warmup_steps": 200, "metric": "loss"}
         recipes["t5"] = {**recipes["t5"], "num_train_epochs": (epochs or {}).get("t5", 3)}
         recipes["gpt2"] = {**recipes["gpt2"], "num_train_epochs": (epochs or {}).get("gpt2", 3)}
         behind = {"llm": LLM, "slm": "gpt2-2"}
@@ -155,7 +155,9 @@ def examples_of(file: str | Path, prompt_column: str = "prompt") -> Any:
 def write_outputs(model: Any, prompts: dict[str, list[str]], folder: Path) -> None:
     """Write a model's greedy outputs for each split."""
     options = {"batch_size": 50, "max_new_tokens": 64}
-    model.read = partial(TextToText.read, model)  # else prompt states stand beside a mask of another width: refused
+    # Prompts that are encoded ahead stand beside their mask, which has another width: `generate()` refuses this. For
+    # the same reason the best checkpoint is chosen by the validation loss.
+    model.read = partial(TextToText.read, model)
     write_json(folder / "outputs.json", {split: model.generate(texts, **options) for split, texts in prompts.items()})
 
 
@@ -184,9 +186,10 @@ def run_demo(runs: Path, steps: int, names: Sequence[str]) -> dict[str, Any]:
         settings = BuildSettings(slm_tokenizer=llm, fusion=ROWS[name], encoder_dtype="float32", seed=0)
         built = build(llm, str(HERE / "gpt2.json"), settings)
         built.save_pretrained(folder / "start")
-        options = {"model": str(folder / "start"), "output_dir": str(folder / "model"), "max_steps": steps}
+        options = {"model": str(folder / "start"), "output_dir": str(folder / "model"), "metric": "loss"}
         options |= {"train_data": DATA["train"], "validation_data": DATA["validation"]}
-        train(load_recipe(HERE / "slm.yaml", {**options, "eval_steps": steps, "save_steps": steps}))
+        options |= dict.fromkeys(("max_steps", "eval_steps", "save_steps"), steps)
+        train(load_recipe(HERE / "slm.yaml", options))
         model = TextToText.from_pretrained(folder / "model")
         write_outputs(model, {split: examples["prompt"][:] for split, examples in data.items()}, folder)
     references = {split: examples["target"][:] for split, examples in data.items()}
