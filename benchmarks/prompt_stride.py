@@ -155,8 +155,8 @@ def examples_of(file: str | Path, prompt_column: str = "prompt") -> Any:
 def write_outputs(model: Any, prompts: dict[str, list[str]], folder: Path) -> None:
     """Write a model's greedy outputs for each split."""
     options = {"batch_size": 50, "max_new_tokens": 64}
-    # Prompts that are encoded ahead stand beside their mask, which has another width: `generate()` refuses this. For
-    # the same reason the best checkpoint is chosen by the validation loss.
+    # `generate()` refuses prompts that are encoded ahead, as their mask is wider than the groups. For the same reason,
+    # the best checkpoint is chosen by the validation loss.
     model.read = partial(TextToText.read, model)
     write_json(folder / "outputs.json", {split: model.generate(texts, **options) for split, texts in prompts.items()})
 

@@ -41,6 +41,7 @@ def test_each_row_has_a_recipe(tmp_path: Path) -> None:
     for job in rows:
         recipe, _ = parse_recipe(experiment.recipe(job))
         assert bool(recipe.llm_states) == (job.name != "llm")
+        assert job.name not in job.needs
     assert {job.pair for job in rows} == {PAIR}
 
 
