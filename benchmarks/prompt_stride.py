@@ -186,14 +186,18 @@ def run_demo(runs: Path, steps: int, names: Sequence[str]) -> dict[str, Any]:
         settings = BuildSettings(slm_tokenizer=llm, fusion=ROWS[name], encoder_dtype="float32", seed=0)
         built = build(llm, str(HERE / "gpt2.json"), settings)
         built.save_pretrained(folder / "start")
-        options = {"model": str(folder / "start"), "output_dir": str(folder / "model"), "metric": "loss"}
+        options: dict[str, Any] = {
+            "model": str(folder / "start"),
+            "output_dir": str(folder / "model"),
+            "metric": "loss",
+        }
         options |= {"train_data": DATA["train"], "validation_data": DATA["validation"]}
         options |= dict.fromkeys(("max_steps", "eval_steps", "save_steps"), steps)
         train(load_recipe(HERE / "slm.yaml", options))
         model = TextToText.from_pretrained(folder / "model")
         write_outputs(model, {split: examples["prompt"][:] for split, examples in data.items()}, folder)
     references = {split: examples["target"][:] for split, examples in data.items()}
-    return {"settings": {"steps": steps}, "rows": scores_of(runs, ROWS, references)}
+    return {"settings": {"steps": steps}, "rows": scores_of(runs, list(ROWS), references)}
 
 
 def scores_of(runs: Path, names: Sequence[str], references: dict[str, list[str]]) -> dict[str, Any]:
