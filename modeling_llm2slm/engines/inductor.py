@@ -12,9 +12,10 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticLayer
 
+from ..data.parsing import read_json
 from ..inference.engine import engine
 from ..inference.model import LLM2SLMForConditionalGeneration
-from .exported import FIX, MANIFEST, read_manifest, supported_defaults
+from .exported import FIX, MANIFEST, supported_defaults
 from .graph_engine import FP32, INT8, GraphEngine
 
 
@@ -93,7 +94,7 @@ class InductorEngine(GraphEngine):
             if "prompt" not in graphs:
                 raise ValueError("Inductor quantizes the LLM of an LLM-to-SLM model only. Use fp32, or openvino.")
             _reader()._write_graphs(model, folder, weights, {"prompt": graphs.pop("prompt")}, progress)
-            components |= read_manifest(folder)["components"]
+            components |= read_json(folder / MANIFEST)["components"]
         for name, graph in graphs.items():
             progress(f"compiling {name}")
             components[name] = _compile(graph.eval(), folder / f"{name}.pt2")

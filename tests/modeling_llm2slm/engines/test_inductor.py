@@ -74,11 +74,11 @@ def test_a_decoder_only_model_has_no_prompt_to_read_in_int8(tmp_path: Path) -> N
         export(tmp_path / "gpt2", tmp_path / "fast", engine="inductor", weights="int8")
 
 
-def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_named() -> None:
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(ImportError, match=r"needs a C\+\+ compiler"):
+    # `monkeypatch` would leave the setting deleted, for all tests that follow.
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(ImportError, match=r"needs a C\+\+ compiler"):
         engine("inductor").check_export("fp32")
 
 
