@@ -64,12 +64,15 @@ class Part:
     names: tuple[str, ...] = ()
     is_trained: bool = False  # models of these sizes were trained, and scored in docs/results/multi30k-en-de.json
 
-    def contestants(self) -> list[str]:
-        """Return the names of all contestants that are installed."""
+    def contestants(self, wanted: list[str] | None = None) -> list[str]:
+        """Return the names of all contestants, or of those among them that are wanted, that are installed."""
         return [
             name
             for name, one in contestants().items()
-            if one.can_run and name not in LEFT_OUT and (not self.names or name in self.names)
+            if one.can_run
+            and name not in LEFT_OUT
+            and name in (self.names or contestants())
+            and name in (wanted or contestants())
         ]
 
 
@@ -113,20 +116,20 @@ def benchmark(part: Part, folder: Path, names: list[str], rounds: int) -> Benchm
     return Benchmark(cells, output, folder, BenchmarkSettings(threads=1), models, progress=_show)
 
 
-def prepare(part: Part, folder: Path) -> None:
+def prepare(part: Part, folder: Path, wanted: list[str] | None) -> None:
     """Make and load each contestant."""
-    for name in part.contestants():
+    for name in part.contestants(wanted):
         try:
             benchmark(part, folder, [name], 1).run(prepare_only=True)
         except Exception as error:  # of any engine, and others can be measured nevertheless
             _show(f"{name} is left out: {first_line(error)}")
 
 
-def measure(part: Part, folder: Path, rounds: int) -> dict[str, Any]:
+def measure(part: Part, folder: Path, rounds: int, wanted: list[str] | None) -> dict[str, Any]:
     """Return the result of the contestants that were prepared."""
     stored = folder / "result.json"
     prepared = read_json(stored)["contestants"].get("given", {}) if stored.is_file() else {}
-    names = [name for name in part.contestants() if name in prepared]
+    names = [name for name in part.contestants(wanted) if name in prepared]
     if not names:
         raise SystemExit(f"{folder} has no contestants yet. Run with --prepare first.")
     qualities = quality() if part.is_trained else {}
@@ -197,6 +200,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("LLM2SLM_DATA", "data")))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=[*parts(tiny=True), FILES], default=["multi30k", "step"])
+    parser.add_argument("--contestants", nargs="+", help="only these, such as llm-ctranslate2-int8")
     parser.add_argument("--prepare", action="store_true", help="make what is measured, and measure nothing")
     parser.add_argument("--tiny", action="store_true", help="measure models of one layer, to test this script")
     parser.add_argument("--note", help="remark that is saved with each result")
@@ -207,7 +211,7 @@ def main() -> None:
         folder = arguments.work / (name if name != FILES else "multi30k")
         if arguments.prepare:
             if name != FILES:
-                prepare(chosen[name], folder)
+                prepare(chosen[name], folder, arguments.contestants)
             continue
         if name == FILES:
             models = benchmark(chosen["multi30k"], folder, [LLM], 1).given
@@ -215,7 +219,7 @@ def main() -> None:
             result = measure_files(models, arguments.data, arguments.rounds, 64 if arguments.tiny else 2000)
             _show(json.dumps(result, indent=2))
         else:
-            result = measure(chosen[name], folder, arguments.rounds)
+            result = measure(chosen[name], folder, arguments.rounds, arguments.contestants)
             _show(table(name, result))
         stored = read_json(arguments.output) if arguments.output.is_file() else {}
         write_json(arguments.output, {**stored, name: {**result, "note": arguments.note}})

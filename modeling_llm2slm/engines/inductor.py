@@ -165,11 +165,21 @@ class InductorState:
             crossed = [value for name, value in inputs.items() if name.startswith("cross_keys")]
             self._keys, self._values = ([one.new_zeros(one[:, :, :0].shape) for one in crossed] for _ in range(2))
         if rows is not None:
-            tensors = [one.index_select(0, rows) for one in (*self._keys, *self._values)]
-            self._keys, self._values = tensors[: len(self._keys)], tensors[len(self._keys) :]
-            self._mask = self._mask.index_select(0, rows) if self._mask.numel() else self._mask
+            self._continue(rows)
         logits = [self._read_one(inputs, index) for index in range(inputs["inputs_embeds"].shape[1])]
         return logits[-1]
+
+    def _continue(self, rows: torch.Tensor) -> None:
+        """Let each row continue another one. Of large buffers, only what was written is copied."""
+        tensors = [*self._keys, *self._values]
+        if len(rows) == len(tensors[0]):
+            for tensor in tensors:
+                written = tensor[:, :, : self._length]
+                written.copy_(written.index_select(0, rows))
+        else:
+            tensors = [tensor.index_select(0, rows) for tensor in tensors]
+            self._keys, self._values = tensors[: len(self._keys)], tensors[len(self._keys) :]
+        self._mask = self._mask.index_select(0, rows) if self._mask.numel() else self._mask
 
     def _read_prompt(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         assert self._step.first is not None
