@@ -58,7 +58,7 @@ class InductorEngine(GraphEngine):
         return _reader().run_options(model, weights) if weights == "int8" else {}
 
     def load_graphs(self, path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-        graphs = {}
+        graphs: dict[str, Any] = {}
         for name, component in manifest["components"].items():
             if not component["file"].endswith(".pt2"):
                 _reader().check_installed()
@@ -89,7 +89,7 @@ class InductorEngine(GraphEngine):
             graphs["step"] = BufferedCrossStep(slm, graphs["step"].cross.size)
         else:
             graphs |= {"first": FirstStep(slm), "step": BufferedStep(slm)}
-        components = {}
+        components: dict[str, Any] = {}
         if weights == "int8":
             if "prompt" not in graphs:
                 raise ValueError("Inductor quantizes the LLM of an LLM-to-SLM model only. Use fp32, or openvino.")
