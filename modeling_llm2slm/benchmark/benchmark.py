@@ -95,12 +95,18 @@ class Benchmark:
                 raise ValueError("A cell names no preset: pass the checkpoints to compare (--llm and --llm2slm).")
         self.result = self._load_result()
 
-    def run(self) -> dict[str, Any]:
-        """Measure the missing cells, and return the whole result."""
-        with locked(self.output), locked(self.work):
-            return self._run()
+    def run(self, prepare_only: bool = False) -> dict[str, Any]:
+        """
+        Measure the missing cells, and return the whole result.
 
-    def _run(self) -> dict[str, Any]:
+        Args:
+            prepare_only: Only make all contestants, which takes most of the time, and load each once. A later run then
+                measures.
+        """
+        with locked(self.output), locked(self.work):
+            return self._run(prepare_only)
+
+    def _run(self, prepare_only: bool) -> dict[str, Any]:
         torch.set_num_threads(self.settings.threads)
         for preset in dict.fromkeys(cell.preset for cell in self.cells):
             cells = [cell for cell in self.cells if cell.preset == preset]
@@ -112,7 +118,8 @@ class Benchmark:
                 if name not in costs:
                     costs[name] = self._cost(name, models)
                     self._save()
-            self._measure_all(cells, models)
+            if not prepare_only:
+                self._measure_all(cells, models)
         return self.result
 
     def _load_result(self) -> dict[str, Any]:

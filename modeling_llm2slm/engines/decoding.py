@@ -1,4 +1,4 @@
-"""Greedy search and sampling of exported models with fewer operations around a step than stock generation needs."""
+"""Generation of exported models with fewer operations around a step than stock generation needs."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from typing import Any
 import torch
 from transformers.generation import EosTokenCriteria, GenerationConfig, MaxLengthCriteria
 
+from .beams import search
+
 
 logger = logging.getLogger(__name__)
 STOCK_ONLY = ("return_dict_in_generate", "output_scores", "output_logits")
+STOCK_BEAMS_ONLY = (*STOCK_ONLY, "do_sample", "low_memory")
 
 
 class FastDecoding:
     """
     A mixin before transformers' `GenerationMixin`, whose loop around a step of a small graph may take longer than it.
 
-    Greedy search, sampling and streaming, in batches and with every logits processor and stopping criterion, take this
-    loop; what it does not do, and beam search, take transformers'. The tokens are the same.
+    Greedy search, sampling, beam search and streaming, in batches and with every logits processor and stopping
+    criterion, take loops of this package; what they do not do takes transformers'. The tokens are the same.
     """
 
     def _sample(
@@ -31,15 +34,38 @@ class FastDecoding:
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        stock = [name for name in STOCK_ONLY if getattr(generation_config, name, None)]
-        if stock or synced_gpus:
-            logger.info(f"`{(*stock, 'synced_gpus')[0]}` takes the loop of transformers, which is slower.")
+        if _takes_stock(generation_config, STOCK_ONLY, synced_gpus):
             return super()._sample(  # type: ignore[misc]
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer,
                 **model_kwargs,
             )  # fmt: skip
         inputs = self.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)  # type: ignore[attr-defined]
         return decode(self, inputs, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+
+    def _beam_search(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        **model_kwargs: Any,
+    ) -> Any:
+        if _takes_stock(generation_config, STOCK_BEAMS_ONLY, synced_gpus):
+            return super()._beam_search(  # type: ignore[misc]
+                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, **model_kwargs
+            )
+        inputs = self.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)  # type: ignore[attr-defined]
+        return search(self, inputs, input_ids, logits_processor, stopping_criteria, generation_config)
+
+
+def _takes_stock(generation_config: GenerationConfig, names: tuple[str, ...], synced_gpus: bool) -> bool:
+    """Return whether transformers' loop must generate, and log why."""
+    stock = [name for name in names if getattr(generation_config, name, None)]
+    stock += ["synced_gpus"] if synced_gpus else []
+    if stock:
+        logger.info(f"`{stock[0]}` takes the loop of transformers, which is slower.")
+    return bool(stock)
 
 
 @torch.no_grad()

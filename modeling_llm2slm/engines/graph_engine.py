@@ -118,9 +118,13 @@ class GraphEngine(Engine):
                         f"{path} is damaged: {name} in {component['file']} holds values that are not finite. {FIX}"
                     )
 
+    def quantizers(self, weights: str) -> tuple[str, ...]:
+        """Return the packages that exporting with these weights needs besides `self.packages`."""
+        return ("nncf",) if weights.startswith("int") else ()
+
     def check_export(self, weights: str) -> None:
         super().check_export(weights)
-        self.check_installed(*_quantizer(weights))
+        self.check_installed(*self.quantizers(weights))
         exported_model_class()
 
     def export(self, model: Any, folder: Path, weights: str, progress: Progress = lambda stage: None) -> GraphModel:
@@ -184,7 +188,7 @@ class GraphEngine(Engine):
             make=partial(self._make, weights=weights, exports=model),
             model=model,
             step_bytes=partial(graph_size, name="step"),
-            packages=(*self.packages, *_quantizer(weights)),
+            packages=(*self.packages, *self.quantizers(weights)),
         )
 
     def _make(self, models: BenchmarkModels, folder: Path, weights: str, exports: str) -> None:
@@ -195,11 +199,6 @@ class GraphEngine(Engine):
         else:
             model = LLM2SLMForConditionalGeneration.from_pretrained(models.llm2slm, dtype=torch.float32).float().eval()
         self._write(model, folder, weights, lambda stage: None)
-
-
-def _quantizer(weights: str) -> tuple[str, ...]:
-    """Return the packages that quantize to these weights."""
-    return ("nncf",) if weights.startswith("int") else ()
 
 
 def exported_model_class() -> Any:

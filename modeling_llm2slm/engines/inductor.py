@@ -12,13 +12,16 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticLayer
 
+from ..data.parsing import read_json
+from ..inference.engine import engine
 from ..inference.model import LLM2SLMForConditionalGeneration
 from .exported import FIX, MANIFEST, supported_defaults
-from .graph_engine import FP32, GraphEngine
+from .graph_engine import FP32, INT8, GraphEngine
 
 
 CAPACITY = 64  # keys and values are allocated for a multiple of this many tokens
 SLIDING = "sliding_attention"
+READER = "openvino"  # the engine that reads prompts in int8
 EACH = ("inputs_embeds", "position_ids")  # inputs of a step that have a column for each token
 # Kernels are compiled for one thread: more cost a small model more than they save. Matrix products use torch's.
 OPTIONS = {"cpp.threads": 1}
@@ -27,13 +30,19 @@ OPTIONS = {"cpp.threads": 1}
 class InductorEngine(GraphEngine):
     """
     AOTInductor on the CPU. Exporting compiles for this processor, which needs a C++ compiler and takes minutes;
-    loading needs torch only. It has the smallest fixed cost of a step: choose it for small models and float32.
+    loading needs torch only. It has the smallest fixed cost of a step: choose it for small SLMs.
+
+    With `"int8"` weights, OpenVINO reads the prompt in int8, which is most of the arithmetic. Steps stay in float32:
+    the weights of a small SLM fit into the processor's caches.
     """
 
     name = "inductor"
-    weights = {"fp32": FP32}
-    benchmarked = ("fp32",)
-    files = (MANIFEST, "*.safetensors", "*.pt2")
+    weights = {"fp32": FP32, "int8": INT8}
+    benchmarked = ("fp32", "int8")
+    files = (MANIFEST, "*.safetensors", "*.pt2", "*.xml", "*.bin")
+
+    def quantizers(self, weights: str) -> tuple[str, ...]:
+        return (READER, *super().quantizers(weights)) if weights == "int8" else ()
 
     def check_export(self, weights: str) -> None:
         super().check_export(weights)
@@ -45,9 +54,16 @@ class InductorEngine(GraphEngine):
         except InvalidCxxCompiler as error:
             raise ImportError("Exporting for inductor needs a C++ compiler: install g++ or clang.") from error
 
+    def run_options(self, model: LLM2SLMForConditionalGeneration, weights: str) -> dict[str, Any]:
+        return _reader().run_options(model, weights) if weights == "int8" else {}
+
     def load_graphs(self, path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-        graphs = {}
+        graphs: dict[str, Any] = {}
         for name, component in manifest["components"].items():
+            if not component["file"].endswith(".pt2"):
+                _reader().check_installed()
+                graphs |= _reader().load_graphs(path, {**manifest, "components": {name: component}})
+                continue
             try:
                 compiled = torch._inductor.aoti_load_package(str(path / component["file"]))
             except RuntimeError as error:
@@ -57,7 +73,8 @@ class InductorEngine(GraphEngine):
         return graphs
 
     def constants(self, file: Path) -> Iterator[tuple[str, Any]]:
-        return iter(())  # they are part of the machine code, which was compiled from a checkpoint that was checked
+        # Those of machine code are part of it, and were checked in the checkpoint it was compiled from.
+        return iter(()) if file.suffix == ".pt2" else _reader().constants(file)
 
     def exporter(self, weights: str, is_step: bool) -> tuple[Any, Any, Any]:
         raise NotImplementedError  # `_write_graphs` needs none
@@ -72,7 +89,12 @@ class InductorEngine(GraphEngine):
             graphs["step"] = BufferedCrossStep(slm, graphs["step"].cross.size)
         else:
             graphs |= {"first": FirstStep(slm), "step": BufferedStep(slm)}
-        components = {}
+        components: dict[str, Any] = {}
+        if weights == "int8":
+            if "prompt" not in graphs:
+                raise ValueError("Inductor quantizes the LLM of an LLM-to-SLM model only. Use fp32, or openvino.")
+            _reader()._write_graphs(model, folder, weights, {"prompt": graphs.pop("prompt")}, progress)
+            components |= read_json(folder / MANIFEST)["components"]
         for name, graph in graphs.items():
             progress(f"compiling {name}")
             components[name] = _compile(graph.eval(), folder / f"{name}.pt2")
@@ -80,6 +102,10 @@ class InductorEngine(GraphEngine):
         (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
         model.config.save_pretrained(folder)
         supported_defaults(model.generation_config).save_pretrained(folder)
+
+
+def _reader() -> Any:
+    return engine(READER)
 
 
 @torch.no_grad()
@@ -139,11 +165,21 @@ class InductorState:
             crossed = [value for name, value in inputs.items() if name.startswith("cross_keys")]
             self._keys, self._values = ([one.new_zeros(one[:, :, :0].shape) for one in crossed] for _ in range(2))
         if rows is not None:
-            tensors = [one.index_select(0, rows) for one in (*self._keys, *self._values)]
-            self._keys, self._values = tensors[: len(self._keys)], tensors[len(self._keys) :]
-            self._mask = self._mask.index_select(0, rows) if self._mask.numel() else self._mask
+            self._continue(rows)
         logits = [self._read_one(inputs, index) for index in range(inputs["inputs_embeds"].shape[1])]
         return logits[-1]
+
+    def _continue(self, rows: torch.Tensor) -> None:
+        """Let each row continue another one. Of large buffers, only what was written is copied."""
+        tensors = [*self._keys, *self._values]
+        if len(rows) == len(tensors[0]):
+            for tensor in tensors:
+                written = tensor[:, :, : self._length]
+                written.copy_(written.index_select(0, rows))
+        else:
+            tensors = [tensor.index_select(0, rows) for tensor in tensors]
+            self._keys, self._values = tensors[: len(self._keys)], tensors[len(self._keys) :]
+        self._mask = self._mask.index_select(0, rows) if self._mask.numel() else self._mask
 
     def _read_prompt(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         assert self._step.first is not None

@@ -188,7 +188,7 @@ class Uncompiled:
         return list(self.graph(**dict(zip(self.graph.sample(), inputs, strict=True))).values())
 
 
-def uncompiled_pair(folder: Path, slm: str, fusion: str) -> Pair:
+def uncompiled_pair(folder: Path, slm: str, fusion: str, weights: str = "fp32") -> Pair:
     """Export a model for the engine inductor, but run its graphs without compiling them, which takes minutes."""
     graphs: dict[str, Any] = {}
 
@@ -200,7 +200,7 @@ def uncompiled_pair(folder: Path, slm: str, fusion: str) -> Pair:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inductor, "_compile", keep)
         patch.setattr(torch._inductor, "aoti_load_package", lambda path: Uncompiled(graphs[Path(path).name]))
-        export(checkpoint(slm, fusion, folder / "source"), folder / "fast", engine="inductor")
+        export(checkpoint(slm, fusion, folder / "source"), folder / "fast", engine="inductor", weights=weights)
         return Pair(learned(slm, fusion), ExportedLLM2SLM.from_pretrained(folder / "fast"))
 
 

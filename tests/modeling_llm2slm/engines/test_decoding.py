@@ -45,6 +45,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
         {"repetition_penalty": 1.3, "min_new_tokens": 5},
         {"stopping_criteria": [StopAfterSeven()], "eos_token_id": None, "pad_token_id": 0},
         {"max_length": 9},
+        {"num_beams": 4, "early_stopping": True},
+        {"num_beams": 3, "length_penalty": -1.5, "num_return_sequences": 3, "max_new_tokens": 30},
+        {"num_beams": 2, "length_penalty": 2.0, "early_stopping": "never", "repetition_penalty": 1.3},
+        {"num_beams": 2, "stopping_criteria": [StopAfterSeven()]},
+        {"num_beams": 2, "eos_token_id": None, "pad_token_id": 0},
+        {"num_beams": 2, "eos_token_id": [1, 3, 5, 7]},
+        {"num_beams": 2, "max_new_tokens": 1},
     ],
     ids=lambda kwargs: "-".join(kwargs) or "defaults",
 )
@@ -84,3 +91,17 @@ def test_what_the_loop_does_not_do_takes_the_stock_loop(
     assert calls == [True]
     assert torch.equal(outputs.sequences, plain)
     assert "takes the loop of transformers" in caplog.text
+
+
+def test_beams_that_are_sampled_take_the_stock_loop(
+    models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    batch, found = pad_prompts(PROMPTS), []
+    with caplog.at_level(logging.INFO, logger="modeling_llm2slm.engines.decoding"):
+        for model in models:
+            torch.manual_seed(0)
+            found.append(model.generate(**batch, num_beams=2, do_sample=True, max_new_tokens=8))
+    assert torch.equal(*found)
+    assert "`do_sample` takes the loop of transformers" in caplog.text
+    monkeypatch.setattr(GenerationMixin, "_beam_search", None)
+    models[1].generate(**batch, num_beams=2, max_new_tokens=8)

@@ -11,8 +11,10 @@ import torch
 from modeling_llm2slm import ExportedLLM2SLM
 from modeling_llm2slm.conversion.export import export
 from modeling_llm2slm.engines import inductor
+from modeling_llm2slm.engines.inductor import InductorGraph
 from modeling_llm2slm.inference.engine import engine
-from tests.support.common import PROMPTS
+from tests.support import families
+from tests.support.common import PROMPTS, pad_prompts
 from tests.support.exports import (
     KINDS,
     Pair,
@@ -21,6 +23,7 @@ from tests.support.exports import (
     check_threads,
     checkpoint,
     learned,
+    needs,
     uncompiled_pair,
 )
 
@@ -49,11 +52,33 @@ def test_outputs_outgrow_the_buffers(pair: Pair, monkeypatch: pytest.MonkeyPatch
     assert torch.equal(expected, found)
 
 
-def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openvino_reads_prompts_in_int8(tmp_path: Path) -> None:
+    needs("openvino")
+    from modeling_llm2slm.engines.openvino import OpenVINOGraph
+
+    pair = uncompiled_pair(tmp_path, "t5", "replace", weights="int8")
+    graphs = pair.exported.graphs
+    assert isinstance(graphs["prompt"], OpenVINOGraph)
+    assert isinstance(graphs["step"], InductorGraph)
+    for options in ({}, {"num_beams": 3}):  # a model that knows its outputs by heart keeps them in int8
+        assert torch.equal(*pair.outputs(**pad_prompts(PROMPTS), **options))
+    assert (tmp_path / "fast" / "openvino_prompt.xml").is_file()
+    assert engine("inductor").quantizers("int8") == ("openvino", "nncf")
+    assert engine("inductor").quantizers("fp32") == ()
+
+
+def test_a_decoder_only_model_has_no_prompt_to_read_in_int8(tmp_path: Path) -> None:
+    needs("openvino")
+    families.build_slm("gpt2").save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ValueError, match=r"quantizes the LLM of an LLM-to-SLM model only"):
+        export(tmp_path / "gpt2", tmp_path / "fast", engine="inductor", weights="int8")
+
+
+def test_a_missing_compiler_is_named() -> None:
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(ImportError, match=r"needs a C\+\+ compiler"):
+    # `monkeypatch` would leave the setting deleted, for all tests that follow.
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(ImportError, match=r"needs a C\+\+ compiler"):
         engine("inductor").check_export("fp32")
 
 
