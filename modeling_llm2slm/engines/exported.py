@@ -325,10 +325,9 @@ class ExportedLLM2SLM(LLM2SLMGenerationMixin, GraphModel):
 
     Args:
         config ([`LLM2SLMConfig`]): The config of the exported model.
-        generation_config (`GenerationConfig`): The generation config of the exported model.
-        graphs: `prompt`, `step` and, for an encoder-decoder SLM, `cross`, loaded by their engine.
-        embeddings (`torch.Tensor` of shape `(vocabulary, d_slm)`): The SLM's embedding of each token.
-        details: The details in `export.json`: `engine`, `weights`, `parameters`.
+        args: The generation config of the exported model; its graphs `prompt`, `step` and, for an encoder-decoder SLM,
+            `cross`, loaded by their engine; the SLM's embedding of each token, `(vocabulary, d_slm)`; and the details
+            in `export.json`: `engine`, `weights`, `parameters`.
     """
 
     def __init__(self, config: LLM2SLMConfig, *args: Any):
