@@ -113,6 +113,7 @@ def plot_pretrained(result: Mapping[str, Any], file: Path) -> None:
         result: The result of a task, as `benchmarks.pretrained_report` writes it.
         file: The SVG to write.
     """
+    most = max(row["settings"]["prompts"] for row in result["rows"].values())
     with drawing(file) as axes:
         for name, row in result["rows"].items():
             settings, test, share = row["settings"], row["test"]["all"], row["ms_per_output_by_llm"]
@@ -122,8 +123,9 @@ def plot_pretrained(result: Mapping[str, Any], file: Path) -> None:
             error = [[abs(bound - test["score"])] for bound in test["interval"]]
             axes.errorbar(share, test["score"], error, fmt="o", markersize=9, color=color, capsize=3, label=name)
             offset, side = (-10, "right") if share > 0.8 else (10, "left")
+            height = 0 if family == "LLM" else 7 if prompts == most else -7  # rows of one family are close
             axes.annotate(
-                label, (share, test["score"]), xytext=(offset, 0), textcoords="offset points", ha=side,
+                label, (share, test["score"]), xytext=(offset, height), textcoords="offset points", ha=side,
                 va="center", color=color,
             )  # fmt: skip
         axes.set(
