@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from modeling_llm2slm.states.loading import load_model
 
 from .layers import choose_layers, find_layers, layer_setting, refusal, skipping
 from .output import converts, output_folder, size_of
-from .parts import load_plain, tokenizer_of
+from .parts import load_plain, plain_config, tokenizer_of
 from .report import Report, probe, slm_logits
 
 
@@ -68,6 +68,7 @@ def cut_checkpoint(
     settings: CorpusSettings = CorpusSettings(),  # noqa: B008 - immutable
     *,
     overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """
     Write a model of some layers of an LLM, with its tokenizer.
@@ -79,6 +80,7 @@ def cut_checkpoint(
         data: Prompts and targets that choose the layers, whose number is `layers`, see [`choose_layers`].
         settings: Which rows of the data to read.
         overwrite: Replace an existing folder.
+        progress: See [`choose_layers`].
 
     Raises:
         OSError: If something cannot be read or written.
@@ -87,7 +89,8 @@ def cut_checkpoint(
     if data is not None:
         if not isinstance(layers, int):
             raise ValueError(f"Data chooses the layers if `layers` is their number, but it is {list(layers)}.")
-        layers = choose_layers(llm, data, layers, settings)
+        plain_config(llm)  # refuses what cannot be cut before the choice, which takes minutes
+        layers = choose_layers(llm, data, layers, settings, progress=progress)
     source = load_plain(llm)
     model = cut(source, layers)
     kept = model.config.cut_from_layers

@@ -25,14 +25,20 @@ def load_plain(source: str | Path) -> PreTrainedModel:
         OSError: If it cannot be loaded.
         ValueError: If it is an LLM-to-SLM checkpoint, if it is quantized, or if a weight is not finite.
     """
-    config = load(AutoConfig, source)
+    config = plain_config(source)
+    check_part(slm_class(config), config, str(source), "LLM")
+    model: PreTrainedModel = load_model(slm_class(config), source)
+    return model
+
+
+def plain_config(source: str | Path) -> PreTrainedConfig:
+    """Return the config of a model that [`load_plain`] can load, or raise `ValueError`."""
+    config: PreTrainedConfig = load(AutoConfig, source)
     if isinstance(config, LLM2SLMConfig):
         raise ValueError(f"{source} is an LLM-to-SLM checkpoint: take its LLM, or its SLM (`llm2slm convert split`).")
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{source} is quantized: take the checkpoint that it was made from.")
-    check_part(slm_class(config), config, str(source), "LLM")
-    model: PreTrainedModel = load_model(slm_class(config), source)
-    return model
+    return config
 
 
 def tokenizer_of(source: str | Path) -> PreTrainedTokenizerBase | None:

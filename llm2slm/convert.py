@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,7 @@ from rich.table import Table
 from .loading import quiet_libraries
 from .options import OutputArgument, Overwrite, with_settings
 from .output import out
-from .progress import steps
+from .progress import counting, steps
 
 
 if TYPE_CHECKING:
@@ -195,14 +196,18 @@ def cut(
     except ValueError as error:
         raise typer.BadParameter(f"--layers is {layers[:50]!r}, but it must be numbers, such as 0,5,11,17.") from error
     chosen = numbers if "," in layers or not numbers else numbers[0]
-    _convert("cut", "cut_checkpoint", llm, output, chosen, data, settings, overwrite=overwrite)
+    _convert("cut", "cut_checkpoint", llm, output, chosen, data, settings, overwrite=overwrite, counted=bool(data))
 
 
-def _convert(module: str, conversion: str, *arguments: Any, **options: Any) -> None:
+def _convert(module: str, conversion: str, *arguments: Any, counted: bool = False, **options: Any) -> None:
     quiet_libraries(data=module in ("prune_vocabulary", "cut"))
     function: Callable[..., Report] = getattr(import_module(f"modeling_llm2slm.conversion.{module}"), conversion)
-    with steps("Conversion"):
-        report = function(*arguments, **options)
+    if counted:
+        with counting("layers left out") as count:
+            report = function(*arguments, **options, progress=partial(count, "Choice"))
+    else:
+        with steps("Conversion"):
+            report = function(*arguments, **options)
     print_report(report)
 
 

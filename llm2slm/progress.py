@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,24 +27,26 @@ class Counter(Protocol):
 
 
 @contextmanager
-def counting(unit: str) -> Iterator[Counter]:
+def counting(unit: str, **units: str) -> Iterator[Counter]:
     """
     Show how many items are done: `Encoding: 1,200 of 29,000 prompts, 45 prompts/s, 10 min left`.
 
     Args:
         unit: What is counted, in the plural.
+        units: What some tasks count instead.
     """
+    unit_of = defaultdict(lambda: unit, units)
     if _is_silent():
         yield lambda task, done, total: None
     elif err.is_terminal:
-        bars = _Bars(unit)
+        bars = _Bars(unit_of)
         try:
             yield bars.count
         finally:
             bars.stop()
     else:
         with _repeated() as lines:
-            yield _CountedLines(unit, lines).count
+            yield _CountedLines(unit_of, lines).count
 
 
 @contextmanager
@@ -77,8 +80,8 @@ def _is_silent() -> bool:
 class _Bars:
     """Progress bars, which appear with the first item that is counted."""
 
-    def __init__(self, unit: str):
-        self._unit = unit
+    def __init__(self, unit_of: Mapping[str, str]):
+        self._unit_of = unit_of
         self._bars: Any = None
         self._tasks: dict[str, Any] = {}
 
@@ -86,7 +89,7 @@ class _Bars:
         if self._bars is None:
             self._bars = self._start()
         if task not in self._tasks:
-            self._tasks[task] = self._bars.add_task(task, total=total, unit=self._unit)
+            self._tasks[task] = self._bars.add_task(task, total=total, unit=self._unit_of[task])
         self._bars.update(self._tasks[task], completed=done, total=total, visible=done < total)
 
     def _start(self) -> Any:
@@ -113,8 +116,8 @@ def _repeated(start_after: float | None = None) -> RepeatedLine:
 class _CountedLines:
     """A line for each task at its start, at its end, and every [`INTERVAL`] between them."""
 
-    def __init__(self, unit: str, lines: RepeatedLine):
-        self._unit = unit
+    def __init__(self, unit_of: Mapping[str, str], lines: RepeatedLine):
+        self._unit_of = unit_of
         self._lines = lines
         self._begun: dict[str, tuple[float, int]] = {}  # time and count of the first call: a run may be resumed
         self._finished: set[str] = set()
@@ -131,10 +134,11 @@ class _CountedLines:
     def _describe(self, task: str, done: int, total: int) -> str:
         start, already = self._begun[task]
         seconds = time.monotonic() - start
-        counts = f"{task}: {done:,} of {total:,} {self._unit}"
+        unit = self._unit_of[task]
+        counts = f"{task}: {done:,} of {total:,} {unit}"
         if done >= total:
             return f"{counts}, {duration(seconds)}"
         if done == already or seconds <= 0:
             return counts
         rate = (done - already) / seconds
-        return f"{counts}, {rate:,.3g} {self._unit}/s, {duration((total - done) / rate)} left"
+        return f"{counts}, {rate:,.3g} {unit}/s, {duration((total - done) / rate)} left"

@@ -120,7 +120,7 @@ def speedup(
     from modeling_llm2slm.workflows.speedup import EVALUATE_AGAIN, Speedup
 
     settings = replace(settings, recipe=recipe)
-    with counting("prompts") as count:
+    with counting("prompts", cut="layers left out") as count:
         run = Speedup(settings, output, local_device(device), count, is_quiet())
         result = run.run(lambda stage, command: print_line(f"{stage}  {command}"))
     check_fields(output / "evaluation.json", result, EVALUATE_AGAIN, COMPARISON)

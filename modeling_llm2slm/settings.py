@@ -411,13 +411,13 @@ class CorpusSettings(DataSettings):
     target_column: list[str] | None = option(
         None, "Column that holds targets; may be repeated. Default: target.", panel=DATA
     )
-    prompt_max_length: int | None = option(None, TRUNCATE, cli=False)  # whole prompts count
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruneSettings(CorpusSettings):
     """Which texts decide the tokens of a pruned vocabulary."""
 
+    prompt_max_length: int | None = option(None, TRUNCATE, cli=False)  # whole prompts count
     min_count: int = option(1, "Keep only tokens that the corpus uses this many times.", minimum=1, panel=DATA)
 
 

@@ -80,7 +80,7 @@ class Speedup:
         output: The folder for `distilled.jsonl`, its splits, `start`, `states`, `model` (the result) and
             `evaluation.json`.
         device: Device of the LLM. Training uses the accelerator of this machine, if it has one.
-        progress: Called with the stage, the number of prompts that are done, and of all.
+        progress: Called with the stage, the number of prompts (or layers left out) that are done, and of all.
         quiet: Show no progress of the training.
 
     Raises:
@@ -244,6 +244,7 @@ class Speedup:
         chosen: dict[str, Any] = {}
         if isinstance(self.layers, int):
             chosen = {"data": f"{self.output}/train.jsonl", "target_column": DistillSettings.column}
+            chosen |= {"prompt_max_length": self.recipe.prompt_max_length}
         command = _command("convert", "cut", self.settings.llm, self._slm, layers=layers, **chosen)
         return {"cut": (command, self.cut)}
 
@@ -328,7 +329,8 @@ class Speedup:
             options = CorpusSettings(
                 target_column=[DistillSettings.column], prompt_max_length=self.recipe.prompt_max_length
             )
-            cut_checkpoint(self.settings.llm, self._slm, self.layers, data, options, overwrite=True)
+            progress = partial(self.progress, "cut")
+            cut_checkpoint(self.settings.llm, self._slm, self.layers, data, options, overwrite=True, progress=progress)
 
     def build(self) -> None:
         """Build the checkpoint to train from the LLM's encoder and the SLM."""

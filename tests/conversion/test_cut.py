@@ -190,7 +190,10 @@ def test_data_chooses_the_layers_that_targets_need(family, tmp_path):
     chosen = choose_layers(folder, data, 2, settings, progress=lambda *now: told.append(now))
     assert chosen == sorted({*range(LAYERS)} - left_out)
     assert told == [(done, 4) for done in range(5)]
-    report = cut_checkpoint(folder, tmp_path / "slm", 2, data, settings)
+    told_again = []
+    progress = lambda *now: told_again.append(now)  # noqa: E731
+    report = cut_checkpoint(folder, tmp_path / "slm", 2, data, settings, progress=progress)
+    assert told_again == told
     assert report.title.startswith(f"Layers {chosen[0]}, {chosen[1]} of ")
 
 
@@ -221,7 +224,7 @@ def test_layers_that_do_not_exist_are_refused(layers):
         cut(build("gemma3"), layers)
 
 
-def test_models_that_cannot_be_cut_are_refused_with_the_reason(tmp_path):
+def test_models_that_cannot_be_cut_are_refused_with_the_reason(tmp_path, monkeypatch):
     dense_first = DeepseekV3Config(
         **{**GPT, **ROTARY, "num_hidden_layers": 4}, first_k_dense_replace=2, n_routed_experts=4,
         moe_intermediate_size=8, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8,
@@ -234,14 +237,15 @@ def test_models_that_cannot_be_cut_are_refused_with_the_reason(tmp_path):
     with pytest.raises(ValueError, match="is an LLM-to-SLM checkpoint"):
         cut_checkpoint(composite, tmp_path / "slm", 1)
     pairs = write_pairs(tmp_path / "pairs.jsonl", PAIRS)
-    for llm in (composite, write_checkpoint("llm", tmp_path / "t5")):
-        with pytest.raises(ValueError, match="is no decoder-only model. Only the layers of such a model"):
-            cut_checkpoint(llm, tmp_path / "slm", 1, pairs)
+    with pytest.raises(ValueError, match="is no decoder-only model. Only the layers of such a model"):
+        cut_checkpoint(write_checkpoint("llm", tmp_path / "t5"), tmp_path / "slm", 1, pairs)
     with pytest.raises(ValueError, match=r"but it is \[0, 3\]"):
         cut_checkpoint(composite, tmp_path / "slm", [0, 3], pairs)
     build("llama").save_pretrained(tmp_path / "llm")
     config = tmp_path / "llm" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(ValueError, match="is quantized"):
-        cut_checkpoint(tmp_path / "llm", tmp_path / "slm", 1)
+    monkeypatch.setattr("modeling_llm2slm.conversion.cut.choose_layers", None)  # no choice precedes a refusal
+    for data in (None, pairs):
+        with pytest.raises(ValueError, match="is quantized"):
+            cut_checkpoint(tmp_path / "llm", tmp_path / "slm", 1, data)
     assert not Path(tmp_path / "slm").exists()

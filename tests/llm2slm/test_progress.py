@@ -21,6 +21,13 @@ def test_start_and_end_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines(capsys) == ["Encoding: 0 of 1,200 prompts", "Encoding: 1,200 of 1,200 prompts, 0 s"]
 
 
+def test_tasks_count_different_things(capsys: pytest.CaptureFixture[str]) -> None:
+    with counting("prompts", cut="layers") as count:
+        count("distill", 0, 9)
+        count("cut", 0, 4)
+    assert lines(capsys) == ["distill: 0 of 9 prompts", "cut: 0 of 4 layers"]
+
+
 def test_a_line_is_printed_after_each_interval(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

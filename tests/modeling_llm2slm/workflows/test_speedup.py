@@ -68,11 +68,12 @@ def test_prompts_become_a_model_and_no_stage_runs_twice(
 def test_layers_of_a_decoder_only_llm_become_the_slm(
     settings: SpeedupSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cut = replace(settings, llm=write_checkpoint("slm", tmp_path), slm="cut:1")
+    recipe = {**settings.recipe, "prompt_max_length": 24}
+    cut = replace(settings, llm=write_checkpoint("slm", tmp_path), slm="cut:1", recipe=recipe)
     told: list[str] = []
     result = Speedup(cut, tmp_path / "out").run(lambda stage, command: told.append(command))
     assert [command.split()[1] for command in told] == ["distill", "convert", "build", "encode", "train", "evaluate"]
-    chosen = f"--layers 1 --data {tmp_path}/out/train.jsonl --target-column llm_output"
+    chosen = f"--layers 1 --data {tmp_path}/out/train.jsonl --target-column llm_output --prompt-max-length 24"
     assert told[1] == f"llm2slm convert cut {cut.llm} {tmp_path}/out/slm {chosen}"
     config = TextToText.from_pretrained(tmp_path / "out" / "model").model.config
     assert config.decoder_layers in ([0], [1])
