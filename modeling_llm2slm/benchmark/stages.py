@@ -58,19 +58,23 @@ class Flops:
     """Counts the floating-point operations of an output, on models without storage."""
 
     def __init__(self, models: BenchmarkModels):
-        self.composite = without_storage(LLM2SLMConfig.from_pretrained(models.llm2slm))
+        config = LLM2SLMConfig.from_pretrained(models.llm2slm)
+        config._attn_implementation = "eager"  # the counter misses the fused attention of CPUs
+        self.composite = without_storage(config)
         with torch.device("meta"):
-            self.llm = AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(models.llm))
+            llm = AutoConfig.from_pretrained(models.llm)
+            self.llm = AutoModelForSeq2SeqLM.from_config(llm, attn_implementation="eager")
         self.fake = FakeTensorMode()  # on the meta device alone, models would read the values of masks
         for model in (self.llm, self.composite):
             make_fake(model, self.fake)
 
     def ratio(self, cell: Cell) -> float:
         """Return the LLM's operations divided by the LLM-to-SLM model's. The batch size does not change it."""
-        counts = []
-        for model in (self.llm, self.composite):
-            with FlopCounterMode(display=False) as counter, self.fake, torch.no_grad():
-                ids, labels = (torch.zeros(1, length, dtype=torch.long) for length in (cell.prompt, cell.output))
-                model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
-            counts.append(counter.get_total_flops())
-        return counts[0] / counts[1]
+        return self.operations(self.llm, cell) / self.operations(self.composite, cell)
+
+    def operations(self, model: Any, cell: Cell) -> int:
+        """Return the operations of one of the two models for one prompt and its output."""
+        with FlopCounterMode(display=False) as counter, self.fake, torch.no_grad():
+            ids, labels = (torch.zeros(1, length, dtype=torch.long) for length in (cell.prompt, cell.output))
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
+        return counter.get_total_flops()

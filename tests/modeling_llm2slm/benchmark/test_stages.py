@@ -23,3 +23,14 @@ def test_operations_are_two_for_each_weight_and_token(measured: tuple[Path, dict
     limit = by_token / sum(p.numel() for name, p in slm.named_parameters() if "wpe" not in name)
     assert abs(long - limit) < abs(short - limit)
     assert long == pytest.approx(limit, rel=0.3)
+
+
+def test_the_arithmetic_of_attention_is_counted(measured: tuple[Path, dict[str, Any]]) -> None:
+    """Both read the prompt with the same encoder. Its attention grows with the square of the prompt's length."""
+    count = Flops(make_models("tiny", measured[0] / "tiny"))
+    config = count.llm.config
+    length, heads = 1000, config.num_layers * config.num_heads * config.d_kv
+    attention = 2 * 2 * length**2 * heads  # queries by keys, and weights by values
+    reader = sum(p.numel() for p in count.llm.encoder.parameters()) - count.llm.shared.weight.numel()
+    for model in ("llm", "composite"):
+        assert count.operations(getattr(count, model), Cell(prompt=length, output=2)) > attention + 2 * length * reader
