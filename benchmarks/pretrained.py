@@ -117,7 +117,7 @@ class Experiment:
             max_new_tokens=self.settings["tasks"][task]["max_new_tokens"],
             limit=row["prompts"],
             column="target",  # replaces the references
-            dtype=row.get("outputs_dtype"),
+            dtype=row.get("outputs_dtype", self.settings["tasks"][task].get("dtype")),
         )
         distill(self.model(task, row["outputs_of"]), self.split(task, "train"), self._outputs(task, row), settings)
 
@@ -127,7 +127,7 @@ class Experiment:
             self._build(task, row, folder / "start")
         if not (folder / "model" / "training.json").is_file():
             train(self.recipe(task, name))
-        model = TextToText.from_pretrained(folder / "model")
+        model = TextToText.from_pretrained(folder / "model", dtype=self.settings["tasks"][task].get("dtype"))
         options = {"max_new_tokens": self.settings["tasks"][task]["max_new_tokens"], "do_sample": False}
         outputs = {}
         for split in (CHOICE, "test"):
