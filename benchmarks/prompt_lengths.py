@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ from modeling_llm2slm.inference.text_to_text import TextToText
 OUTPUT = Path(__file__).parents[1] / "docs" / "results" / "prompt-lengths.json"
 
 
-def measure(models: dict[str, Any], lengths: list[int], batches: list[int], new_tokens: int, rounds: int) -> list[Any]:
-    """Return, for each length and batch size, the median seconds of each model and the median ratio to `llm`."""
-    cells = []
+def measure(
+    models: dict[str, Any], lengths: list[int], batches: list[int], new_tokens: int, rounds: int
+) -> Iterator[dict[str, Any]]:
+    """Yield, for each length and batch size, the median seconds of each model and the median ratio to `llm`."""
     for length, batch in itertools.product(lengths, batches):
         ids = torch.randint(10, models["llm"].config.vocab_size, (batch, length))
 
@@ -43,9 +44,8 @@ def measure(models: dict[str, Any], lengths: list[int], batches: list[int], new_
         times = time_in_turns({name: contestant(model) for name, model in models.items()}, range(rounds))
         ratios = [own / llm for own, llm in zip(times["llm2slm"], times["llm"], strict=True)]
         seconds = {name: statistics.median(values) for name, values in times.items()}
-        cells.append({"prompt_tokens": length, "batch": batch, "seconds": seconds, "ratio": statistics.median(ratios)})
-        print(f"{length:5} tokens, batch {batch:2}: {cells[-1]['ratio']:.2f} of the LLM's time", flush=True)
-    return cells
+        print(f"{length:5} tokens, batch {batch:2}: {statistics.median(ratios):.2f} of the LLM's time", flush=True)
+        yield {"prompt_tokens": length, "batch": batch, "seconds": seconds, "ratio": statistics.median(ratios)}
 
 
 def main() -> None:
@@ -64,9 +64,11 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     names = {"llm": arguments.llm, "llm2slm": arguments.model}
     models = {name: TextToText.from_pretrained(path, dtype=arguments.dtype).model for name, path in names.items()}
-    cells = measure(models, arguments.lengths, arguments.batches, arguments.new_tokens, arguments.rounds)
     settings = {key: getattr(arguments, key) for key in ("new_tokens", "rounds", "dtype", "threads")}
-    write_json(arguments.output, {"settings": settings, "versions": versions(), "cells": cells})
+    result: dict[str, Any] = {"settings": settings, "versions": versions(), "cells": []}
+    for cell in measure(models, arguments.lengths, arguments.batches, arguments.new_tokens, arguments.rounds):
+        result["cells"].append(cell)
+        write_json(arguments.output, result)  # a run that is stopped keeps what it measured
 
 
 if __name__ == "__main__":
