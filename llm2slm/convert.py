@@ -136,7 +136,7 @@ def import_from(
     if into is None:
         _convert("importing", "import_encoder_decoder", source, output, fusion=fusion, overwrite=overwrite)
     else:
-        options = {"mapping": mapping, "include_llm": not lean, "overwrite": overwrite}
+        options: dict[str, Any] = {"mapping": mapping, "include_llm": not lean, "overwrite": overwrite}
         _convert("importing", "import_projector", source, into, output, **options)
 
 
