@@ -44,8 +44,9 @@ def measure(
         times = time_in_turns({name: contestant(model) for name, model in models.items()}, range(rounds))
         ratios = [own / llm for own, llm in zip(times["llm2slm"], times["llm"], strict=True)]
         seconds = {name: statistics.median(values) for name, values in times.items()}
-        print(f"{length:5} tokens, batch {batch:2}: {statistics.median(ratios):.2f} of the LLM's time", flush=True)
-        yield {"prompt_tokens": length, "batch": batch, "seconds": seconds, "ratio": statistics.median(ratios)}
+        cell = {"prompt_tokens": length, "batch": batch, "seconds": seconds, "ratio": statistics.median(ratios)}
+        print(f"{length:5} tokens, batch {batch:2}: {cell['ratio']:.2f} of the LLM's time", flush=True)
+        yield cell
 
 
 def main() -> None:
