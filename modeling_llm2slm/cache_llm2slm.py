@@ -114,8 +114,7 @@ def padding_to(side: str, mask: torch.Tensor) -> torch.Tensor:
 
 def reorder(values: torch.Tensor, order: torch.Tensor, dim: int = 1) -> torch.Tensor:
     """Reorder dimension `dim`, the prompt's N, of each row by its own order `(B, N)`."""
-    shape = [1] * values.dim()
-    shape[0], shape[dim] = order.shape
+    shape = [size if axis in (0, dim) else 1 for axis, size in enumerate(values.shape)]
     return values.gather(dim, order.to(values.device).view(shape).expand_as(values))
 
 

@@ -114,8 +114,7 @@ def _sample(tensor: Any, shape: tuple[int, ...], start: int) -> torch.Tensor:
     """Return up to `SAMPLES` values from `start` on, as if the tensor were flat; read only the rows that hold them."""
     if not shape:
         return tensor[...].detach().reshape(-1)
-    width = math.prod(shape[1:])
-    first = start // width
+    first = start // (width := math.prod(shape[1:]))
     rows = tensor[first : (start + SAMPLES - 1) // width + 1].detach().reshape(-1)
     return rows[start - first * width :][:SAMPLES]
 

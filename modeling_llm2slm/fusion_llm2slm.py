@@ -242,7 +242,9 @@ class Cache(Fusion):
     def llm_arguments(self, llm: Any, attention_mask: torch.Tensor) -> dict[str, Any]:
         # Without a config, the cache keeps all keys and values of layers with a sliding window too.
         arguments = {"past_key_values": DynamicCache(), "position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)}
-        return arguments | {"use_cache": True, **({"logits_to_keep": 1} if self.llm_has_head else {})}
+        # torch copies a frozen head for each row of a *slice* of states, so an index picks the last position.
+        last = {"logits_to_keep": torch.tensor([-1], device=attention_mask.device)} if self.llm_has_head else {}
+        return arguments | {"use_cache": True, **last}
 
     def states_of(self, llm_outputs: Any) -> torch.Tensor:
         picked = [llm_outputs.past_key_values.layers[layer] for layer in self.layers]

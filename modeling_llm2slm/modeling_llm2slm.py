@@ -343,8 +343,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         # A caller's prompt is checked against its mask once, when the cache is still empty.
         check = encoder_outputs is not None and past_key_values is None
         if encoder_outputs is None and (input_ids is not None or llm_hidden_states is not None):
-            width = decoder_input_ids.shape[1]
-            length = width if decoder_attention_mask is None else decoder_attention_mask.sum(-1)
+            length = decoder_input_ids.shape[1] if decoder_attention_mask is None else decoder_attention_mask.sum(-1)
             encoder_outputs = self.get_encoder()(
                 input_ids, attention_mask, llm_hidden_states, length, return_dict=True, **kwargs
             )
@@ -402,8 +401,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         prompts = (encoder_outputs[0] if encoder_outputs else None, *prompts)
         widths = [prompt.shape[1] for prompt in prompts if prompt is not None and prompt.numel()]
         # CODEPATH: decoder-only SLMs, whose positions prompt and output share.
-        needed = bool(widths) and self.config.needs_output_mask(widths[0], labels.shape[1])
-        return labels_mask(labels) if needed else None
+        return labels_mask(labels) if widths and self.config.needs_output_mask(widths[0], labels.shape[1]) else None
 
     def _decode(
         self, prompt: PromptStates | None, tokens: torch.Tensor, mask: torch.Tensor | None, **kwargs: Any
@@ -465,6 +463,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
         kept = logits_to_keep if first is None or isinstance(logits_to_keep, int) else 0
         if isinstance(kept, torch.Tensor):
             kept = kept + (embeds.shape[1] - output_length)
+        elif embeds.shape[1] > output_length:  # an index, not a slice, as for the LLM
+            kept = torch.arange(-min(kept or output_length, output_length), 0, device=embeds.device)
 
         outputs = self.decoder(
             inputs_embeds=embeds,
@@ -472,7 +472,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMCheckpointMixin, LLM2SLMPreTrainedM
             position_ids=position_ids,
             past_key_values=cache.self_attention_cache if cache is not None else None,
             use_cache=use_cache or fusion.fills_cache,
-            logits_to_keep=output_length if isinstance(kept, int) and not kept else kept,
+            logits_to_keep=kept,
             return_dict=True,
             **kwargs,
         )

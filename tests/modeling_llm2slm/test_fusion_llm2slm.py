@@ -362,6 +362,18 @@ def test_logits_to_keep_of_fusion_cache(kept: Any) -> None:
         torch.testing.assert_close(model(**batch, logits_to_keep=kept).logits, wanted)
 
 
+@pytest.mark.parametrize("fusion", ["cache", "add"])
+def test_the_frozen_head_is_read_once_for_a_batch(fusion: str) -> None:
+    # With a slice of states, torch copies a frozen head for each row.
+    llm = families.build_whole("gemma3") if fusion == "cache" else families.build_llm("t5")
+    model = compose(llm, families.build_slm("gemma3"), fusion).model.eval().requires_grad_(False)
+    head = (model.encoder.llm if fusion == "cache" else model.decoder).get_output_embeddings()
+    seen = []
+    head.register_forward_pre_hook(lambda _, states: seen.append(states[0]))
+    model(**pad_prompts(PROMPTS), labels=make_labels())
+    assert len(seen) == 1 and len(seen[0]) > 1 and seen[0].is_contiguous()
+
+
 def test_what_fusion_cache_cannot_do_is_an_error() -> None:
     model, batch = build_cache_model(), pad_prompts(PROMPTS)
     labels = make_labels()
