@@ -1,16 +1,15 @@
 """
-Time an LLM-to-SLM model against its LLM over prompt lengths and batch sizes, in turns, in PyTorch.
+Time an LLM-to-SLM model against its LLM over lengths of prompts and outputs and batch sizes, in turns, in PyTorch.
 
     python -m benchmarks.prompt_lengths --llm runs/.../llm/model --model runs/.../cache/model
 
-Prompts are random tokens, as no output is scored; each output has the same number of tokens. A ratio below 1 says that
-the LLM-to-SLM model is faster. The results are in docs/results/prompt-lengths.json.
+Prompts are random tokens, as no output is scored; all outputs of a cell have the same number of tokens. A ratio below 1
+says that the LLM-to-SLM model is faster. The results are in docs/results/prompt-lengths.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,18 +23,25 @@ from modeling_llm2slm.inference.text_to_text import TextToText
 
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "results" / "prompt-lengths.json"
+CELLS = [f"{prompt}/32x{batch}" for prompt in (16, 64, 256, 1024) for batch in (1, 8, 32)] + ["64/256x1", "64/256x32"]
 
 
-def measure(
-    models: dict[str, Any], lengths: list[int], batches: list[int], new_tokens: int, rounds: int
-) -> Iterator[dict[str, Any]]:
-    """Yield, for each length and batch size, the median seconds of each model and the median ratio to `llm`."""
-    for length, batch in itertools.product(lengths, batches):
+def parse_cell(text: str) -> tuple[int, int, int]:
+    """Return the tokens of a prompt and of an output, and the batch size, of a cell such as `64/32x8`."""
+    prompt, rest = text.split("/")
+    output, batch = rest.split("x")
+    return int(prompt), int(output), int(batch)
+
+
+def measure(models: dict[str, Any], cells: list[tuple[int, int, int]], rounds: int) -> Iterator[dict[str, Any]]:
+    """Yield, for each cell, the median seconds of each model and the median ratio to `llm`."""
+    for length, new_tokens, batch in cells:
         ids = torch.randint(10, models["llm"].config.vocab_size, (batch, length))
 
-        def contestant(model: Any, ids: torch.Tensor = ids) -> Callable[[int], float]:
+        options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+
+        def contestant(model: Any, ids: torch.Tensor = ids, options: Any = options) -> Callable[[int], float]:
             def generate(_: int) -> float:
-                options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
                 with torch.no_grad():
                     return seconds_of(lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **options))
 
@@ -44,9 +50,10 @@ def measure(
         times = time_in_turns({name: contestant(model) for name, model in models.items()}, range(rounds))
         ratios = [own / llm for own, llm in zip(times["llm2slm"], times["llm"], strict=True)]
         seconds = {name: statistics.median(values) for name, values in times.items()}
-        cell = {"prompt_tokens": length, "batch": batch, "seconds": seconds, "ratio": statistics.median(ratios)}
-        print(f"{length:5} tokens, batch {batch:2}: {cell['ratio']:.2f} of the LLM's time", flush=True)
-        yield cell
+        ratio = statistics.median(ratios)
+        print(f"{length:5} / {new_tokens:3} tokens, batch {batch:2}: {ratio:.2f} of the LLM's time", flush=True)
+        sizes = {"prompt_tokens": length, "new_tokens": new_tokens, "batch": batch}
+        yield {**sizes, "seconds": seconds, "ratio": ratio}
 
 
 def main() -> None:
@@ -54,9 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().splitlines()[0])
     parser.add_argument("--llm", required=True, help="folder of the LLM")
     parser.add_argument("--model", required=True, help="folder of the LLM-to-SLM model")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[16, 64, 256, 1024], help="tokens of a prompt")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32], help="prompts in a batch")
-    parser.add_argument("--new-tokens", type=int, default=32, help="tokens of an output")
+    parser.add_argument("--cells", nargs="+", default=CELLS, help="tokens of prompt and output, batch: 64/32x8")
     parser.add_argument("--rounds", type=int, default=3, help="rounds; medians are reported")
     parser.add_argument("--dtype", default="float32", help="type of the weights")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
@@ -65,9 +70,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     names = {"llm": arguments.llm, "llm2slm": arguments.model}
     models = {name: TextToText.from_pretrained(path, dtype=arguments.dtype).model for name, path in names.items()}
-    settings = {key: getattr(arguments, key) for key in ("new_tokens", "rounds", "dtype", "threads")}
+    settings = {key: getattr(arguments, key) for key in ("rounds", "dtype", "threads")}
     result: dict[str, Any] = {"settings": settings, "versions": versions(), "cells": []}
-    for cell in measure(models, arguments.lengths, arguments.batches, arguments.new_tokens, arguments.rounds):
+    for cell in measure(models, [parse_cell(cell) for cell in arguments.cells], arguments.rounds):
         result["cells"].append(cell)
         write_json(arguments.output, result)  # a run that is stopped keeps what it measured
 
