@@ -3,7 +3,7 @@ Time an LLM-to-SLM model against its LLM over lengths of prompts and outputs and
 
     python -m benchmarks.prompt_lengths --llm runs/.../llm/model --model runs/.../cache/model
 
-Prompts are random tokens, as no output is scored; all outputs of a cell have the same number of tokens. A ratio below 1
+Prompts are random tokens, as no output is scored; outputs of a cell have the same number of tokens. A ratio below 1
 says that the LLM-to-SLM model is faster. The results are in docs/results/prompt-lengths.json.
 """
 
