@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.first_token import FirstToken
 from benchmarks.pretrained_report import ENGINES, report
 from modeling_llm2slm.conversion.build import build
 from modeling_llm2slm.conversion.cut import cut_checkpoint
@@ -123,11 +124,17 @@ class Experiment:
 
     def _do_row(self, task: str, name: str) -> None:
         row, folder = self.row(task, name), self.folder(task, name)
-        if not (folder / "start").exists():
-            self._build(task, row, folder / "start")
-        if not (folder / "model" / "training.json").is_file():
-            train(self.recipe(task, name))
-        model = TextToText.from_pretrained(folder / "model", dtype=self.settings["tasks"][task].get("dtype"))
+        dtype = self.settings["tasks"][task].get("dtype")
+        model: Any
+        if "first" in row:
+            folder.mkdir(parents=True, exist_ok=True)
+            model = FirstToken(self.model(task, row["first"]), self.model(task, row["then"]), dtype=dtype)
+        else:
+            if not (folder / "start").exists():
+                self._build(task, row, folder / "start")
+            if not (folder / "model" / "training.json").is_file():
+                train(self.recipe(task, name))
+            model = TextToText.from_pretrained(folder / "model", dtype=dtype)
         options = {"max_new_tokens": self.settings["tasks"][task]["max_new_tokens"], "do_sample": False}
         outputs = {}
         for split in (CHOICE, "test"):

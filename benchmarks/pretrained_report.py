@@ -19,6 +19,7 @@ import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoTokenizer
 
+from benchmarks.first_token import FirstToken
 from benchmarks.multi30k_report import bleu_of, interval, sentence_counts
 from modeling_llm2slm.conversion.export import export
 from modeling_llm2slm.data.records import versions, write_json
@@ -48,7 +49,8 @@ def report(
             continue
         result: dict[str, Any] = {"task": experiment.settings["tasks"][task], "versions": versions(), "rows": {}}
         for name in done:
-            result["rows"][name] = {"settings": rows[name], **_training(experiment.model(task, name))}
+            trained = experiment.model(task, rows[name].get("then", name))
+            result["rows"][name] = {"settings": rows[name], **_training(trained)}
         for split in ("validation", "test"):
             for name, scores in scores_of(experiment, task, done, split).items():
                 result["rows"][name][split] = scores
@@ -107,7 +109,7 @@ def _engine_scores(experiment: Any, task: str, names: list[str]) -> dict[str, di
     for name in names:
         if not (experiment.folder(task, name) / f"outputs-{SCORED}.json").is_file():
             _say(f"{task}/{name}: generating with {SCORED}")
-            model = TextToText.from_pretrained(_model(experiment, task, name, SCORED))
+            model = _load(experiment, task, name, SCORED)
             outputs = model.generate([row["prompt"] for row in examples[::step]], 64, **options)
             write_json(experiment.folder(task, name) / f"outputs-{SCORED}.json", {"test": outputs})
         outputs = _outputs(experiment, task, name, SCORED)["test"]
@@ -131,12 +133,20 @@ def _model(experiment: Any, task: str, name: str, engine: str) -> Path:
     return folder
 
 
+def _load(experiment: Any, task: str, name: str, engine: str) -> Any:
+    row = experiment.row(task, name)
+    if "first" in row:
+        llm, slm = (_model(experiment, task, row[part], engine) for part in ("first", "then"))
+        return FirstToken(llm, slm, dtype="float32")
+    return TextToText.from_pretrained(_model(experiment, task, name, engine), dtype="float32")
+
+
 def _say(text: str) -> None:
     print(text, flush=True)
 
 
 def _llm_of(row: dict[str, Any], name: str) -> str:
-    return row.get("outputs_of") or row.get("behind") or row.get("cut") or name
+    return row.get("outputs_of") or row.get("behind") or row.get("cut") or row.get("first") or name
 
 
 def _counts(metric: str, outputs: list[str], examples: list[dict[str, Any]]) -> np.ndarray:
@@ -196,7 +206,7 @@ def _time(
     prompts = [row["prompt"] for row in experiment.examples(task, "test")[:PROMPTS_IN_BATCHES]]
     options = {"max_new_tokens": experiment.settings["tasks"][task]["max_new_tokens"], "do_sample": False}
 
-    def time_round(model: TextToText, chosen: list[str]) -> dict[str, float]:
+    def time_round(model: Any, chosen: list[str]) -> dict[str, float]:
         alone = time_in_turns({"model": partial(time_output, model, **options)}, chosen[:PROMPTS_ALONE])["model"]
         batched = seconds_of(lambda: model.generate(chosen, BATCH, **options))
         return {**speed(alone), "ms_per_output_in_batches": 1000 * batched / len(chosen)}
@@ -204,8 +214,7 @@ def _time(
     models = {}
     for name in names:
         for engine in engines:
-            model = TextToText.from_pretrained(_model(experiment, task, name, engine), dtype="float32")
-            models[f"{name} {engine}"] = partial(time_round, model)
+            models[f"{name} {engine}"] = partial(time_round, _load(experiment, task, name, engine))
     _say(f"{task}: timing {len(models)} models in {ROUNDS} rounds")
     rounds = time_in_turns(models, [prompts] * ROUNDS, warm_up=prompts[:1])
     times: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in names}
@@ -238,7 +247,8 @@ def _draft(experiment: Any, task: str, names: list[str]) -> dict[str, dict[str, 
         ways: dict[str, dict[str, Any]] = {llm_name: {}, "prompt lookup": {"prompt_lookup_num_tokens": LOOKED_UP}}
         for name in names:
             settings = experiment.row(task, name)  # only SLMs that continue the LLM's cache, or read prompts, draft
-            if name != llm_name and _llm_of(settings, name) == llm_name and settings.get("fusion", "cache") == "cache":
+            drafts_for = "first" not in settings and settings.get("fusion", "cache") == "cache"
+            if name != llm_name and _llm_of(settings, name) == llm_name and drafts_for:
                 row = TextToText.from_pretrained(experiment.model(task, name), dtype="float32")
                 model = row.model.as_assistant_of(llm.model) if row.is_llm2slm else row.model
                 ways[name] = {"assistant_model": model}

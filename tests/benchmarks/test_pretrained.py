@@ -14,7 +14,9 @@ import yaml
 from transformers import AutoConfig
 
 from benchmarks import pretrained, pretrained_report
+from benchmarks.first_token import FirstToken
 from benchmarks.pretrained import Experiment
+from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.training.recipe import parse_recipe
 from tests.support.checkpoints import PAIRS, write_checkpoint
 from tests.support.exports import needs
@@ -26,9 +28,9 @@ def test_each_row_has_a_recipe_and_comes_after_those_it_needs(tmp_path: Path) ->
     assert len(names) == len(set(names))
     for task, rows in experiment.settings["rows"].items():
         for name, row in rows.items():
-            _, arguments = parse_recipe(experiment.recipe(task, name))
-            assert arguments.bf16
-            for other in (row.get("cut"), row.get("behind"), row.get("outputs_of")):
+            if "first" not in row:
+                assert parse_recipe(experiment.recipe(task, name))[1].bf16
+            for other in map(row.get, ("cut", "behind", "outputs_of", "first", "then")):
                 assert other is None or names.index(f"{task}/{other}") < names.index(f"{task}/{name}")
     for model in experiment.settings["models"].values():
         AutoConfig.for_model(**model)
@@ -105,6 +107,19 @@ def test_each_row_is_timed_in_each_engine_and_quantized_outputs_are_scored(
     assert "100.0, 0.0 | 0.0 %" in table[-1]
 
 
+def test_the_first_token_of_one_model_and_the_rest_of_another(tmp_path: Path) -> None:
+    llm = Path(write_checkpoint("slm", tmp_path))
+    prompts, options = ["A man is sleeping.", "A dog"], {"max_new_tokens": 5, "do_sample": False}
+    whole = TextToText.from_pretrained(llm).generate_tokens(prompts, **options)
+    both = FirstToken(llm, llm)
+    assert both.generate_tokens(prompts, 1, **options) == whole
+    both.llm.generate_tokens = lambda prompts, *_, **__: [[7], [both.tokenizer.eos_token_id]]
+    found = both.generate_tokens(prompts, **options)
+    assert found[0][0] == 7
+    assert len(found[0]) > 1
+    assert found[1] == [both.tokenizer.eos_token_id]
+
+
 TINY = {
     "all": {"per_device_train_batch_size": 4, "use_cpu": True, "eval_strategy": "epoch", "save_strategy": "epoch"},
     "any": {"learning_rate": 1e-3, "num_train_epochs": 1},
@@ -132,6 +147,7 @@ def test_a_tiny_experiment_ends_with_a_report_and_a_repeated_one_does_nothing(
             "llm": {"start": "llm", "recipe": "any", "prompts": 8},
             "cache": {**behind, "recipe": "any", "prompts": 8},
             "add": {**behind, "fusion": "add", "build": {"encoder_layer": [0, 1]}, "recipe": "any", "prompts": 8},
+            "first": {"first": "llm", "then": "llm"},
         }},
     }  # fmt: skip
     file.write_text(yaml.safe_dump(experiment, sort_keys=False))
@@ -144,13 +160,14 @@ def test_a_tiny_experiment_ends_with_a_report_and_a_repeated_one_does_nothing(
     arguments = ["pretrained", "--llm", llm, "--data", str(tmp_path / "data"), "--experiment", str(file)]
     monkeypatch.setattr("sys.argv", [*arguments, "--runs", str(tmp_path / "runs"), "--threads", "1"])
     pretrained.main()
-    assert capsys.readouterr().out.count("done after") == 8
+    assert capsys.readouterr().out.count("done after") == 9
     result = json.loads((tmp_path / "pretrained-pairs.json").read_text())
-    assert set(result["rows"]) == {"llm", "cache", "add"}
+    assert set(result["rows"]) == {"llm", "cache", "add", "first"}
     assert result["rows"]["cache"]["parameters"]["decode"] < result["rows"]["llm"]["parameters"]["decode"]
     assert result["rows"]["cache"]["ms_per_output_by_llm"] > 0
     assert set(result["drafts"]) == {"llm", "prompt lookup", "cache"}
     assert all(draft["equal"] == 1 and draft["by_llm"] > 0 for draft in result["drafts"].values())
+    assert result["rows"]["first"]["test"] == result["rows"]["llm"]["test"]
     built = AutoConfig.from_pretrained(tmp_path / "runs" / "pairs" / "add" / "model")
     assert built.encoder_layer == [0, 1]
     for row in result["rows"].values():
