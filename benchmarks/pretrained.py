@@ -205,6 +205,7 @@ def main(
     parser.add_argument("--report", action="store_true", help="report the rows that are done, and train none")
     parser.add_argument("--rows", nargs="*", help="report only these rows, their LLM among them. Default: all")
     parser.add_argument("--engines", nargs="*", default=ENGINES, help="engines to time, besides PyTorch")
+    parser.add_argument("--no-drafts", action="store_true", help="time no drafts for the LLM, which take longest")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     experiment = experiment_class(
@@ -219,7 +220,9 @@ def main(
         job()
         print(f"{name}: done after {(time.time() - start) / 60:.1f} min", flush=True)
     if not arguments.only:
-        (make_report or report)(experiment, only=arguments.rows, engines=arguments.engines)
+        (make_report or report)(
+            experiment, only=arguments.rows, engines=arguments.engines, drafts=not arguments.no_drafts
+        )
 
 
 if __name__ == "__main__":

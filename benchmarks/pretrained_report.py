@@ -40,6 +40,7 @@ def report(
     folder: Path = OUTPUT,
     only: Sequence[str] | None = None,
     engines: Sequence[str] = ENGINES,
+    drafts: bool = True,
 ) -> None:
     """Score, time, write and print the rows that are done, or `only` some of them, in PyTorch and `engines`."""
     for task, rows in experiment.settings["rows"].items():
@@ -60,7 +61,7 @@ def report(
         scored = done if SCORED in engines else []
         for name, scores in _engine_scores(experiment, task, scored).items():
             result["rows"][name]["engines"][SCORED]["test_part"] = scores
-        result["drafts"] = _draft(experiment, task, done)
+        result["drafts"] = _draft(experiment, task, done) if drafts else {}
         result["not_run"] = [name for name in rows if name not in done]
         write_json(folder / f"pretrained-{task}.json", result)
         print(table(task, result), flush=True)
