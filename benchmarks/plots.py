@@ -18,7 +18,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAIRS = {"en-de": "English to German", "en-fr": "English to French"}
-FAMILIES = {"LLM-to-SLM": "#d1495b", "LLM": "#30638e", "SLM alone": "#6b7a8f"}
+FIRST = "the LLM's first token, then SLM alone"
+FAMILIES = {"LLM-to-SLM": "#d1495b", "LLM": "#30638e", "SLM alone": "#6b7a8f", FIRST: "#3a7d44"}
 HIGHLIGHTED = 9  # models in the plot of quality against time
 
 # The name of each row of the experiment as a reader knows it. The first ones are in the plot of quality against time.
@@ -113,16 +114,18 @@ def plot_pretrained(result: Mapping[str, Any], file: Path) -> None:
         result: The result of a task, as `benchmarks.pretrained_report` writes it.
         file: The SVG to write.
     """
-    most = max(row["settings"]["prompts"] for row in result["rows"].values())
+    trained = {name: result["rows"][row["settings"].get("then", name)] for name, row in result["rows"].items()}
+    most = max(row["settings"]["prompts"] for row in trained.values())
     with drawing(file) as axes:
         for name, row in result["rows"].items():
             settings, test, share = row["settings"], row["test"]["all"], row["ms_per_output_by_llm"]
-            family = "LLM-to-SLM" if "behind" in settings else "SLM alone" if "cut" in settings else "LLM"
-            color, prompts = FAMILIES[family], settings["prompts"]
+            kinds = {"behind": "LLM-to-SLM", "cut": "SLM alone", "first": FIRST}
+            family = next((kinds[key] for key in kinds if key in settings), "LLM")
+            color, prompts = FAMILIES[family], trained[name]["settings"]["prompts"]
             label = f"the LLM, tuned on {prompts:,} rows" if family == "LLM" else f"{family}, {prompts:,} prompts"
             error = [[abs(bound - test["score"])] for bound in test["interval"]]
             axes.errorbar(share, test["score"], error, fmt="o", markersize=9, color=color, capsize=3, label=name)
-            offset, side = (-10, "right") if share > 0.8 else (10, "left")
+            offset, side = (-10, "right") if family in ("LLM", "LLM-to-SLM") else (10, "left")
             height = 0 if family == "LLM" else 7 if prompts == most else -7  # rows of one family are close
             axes.annotate(
                 label, (share, test["score"]), xytext=(offset, height), textcoords="offset points", ha=side,
