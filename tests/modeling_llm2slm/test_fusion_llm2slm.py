@@ -371,7 +371,9 @@ def test_the_frozen_head_is_read_once_for_a_batch(fusion: str) -> None:
     seen = []
     head.register_forward_pre_hook(lambda _, states: seen.append(states[0]))
     model(**pad_prompts(PROMPTS), labels=make_labels())
-    assert len(seen) == 1 and len(seen[0]) > 1 and seen[0].is_contiguous()
+    assert len(seen) == 1
+    assert len(seen[0]) > 1
+    assert seen[0].is_contiguous()
 
 
 def test_what_fusion_cache_cannot_do_is_an_error() -> None:
