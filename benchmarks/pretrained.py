@@ -21,15 +21,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.first_token import FirstToken
-from benchmarks.pretrained_report import ENGINES, report
+from benchmarks.pretrained_report import ENGINES, load_row, report
 from modeling_llm2slm.conversion.build import build
 from modeling_llm2slm.conversion.cut import cut_checkpoint
 from modeling_llm2slm.conversion.prune_vocabulary import prune_vocabulary
 from modeling_llm2slm.data.atomic import atomic_write
 from modeling_llm2slm.data.loading import load_examples
 from modeling_llm2slm.data.records import write_json
-from modeling_llm2slm.inference.text_to_text import TextToText
 from modeling_llm2slm.settings import DataSettings, DistillSettings
 from modeling_llm2slm.training.distillation import distill
 from modeling_llm2slm.training.recipe import load_recipe
@@ -124,17 +122,12 @@ class Experiment:
 
     def _do_row(self, task: str, name: str) -> None:
         row, folder = self.row(task, name), self.folder(task, name)
-        dtype = self.settings["tasks"][task].get("dtype")
-        model: Any
-        if "first" in row:
-            folder.mkdir(parents=True, exist_ok=True)
-            model = FirstToken(self.model(task, row["first"]), self.model(task, row["then"]), dtype=dtype)
-        else:
+        if "first" not in row:
             if not (folder / "start").exists():
                 self._build(task, row, folder / "start")
             if not (folder / "model" / "training.json").is_file():
                 train(self.recipe(task, name))
-            model = TextToText.from_pretrained(folder / "model", dtype=dtype)
+        model = load_row(self, task, name, dtype=self.settings["tasks"][task].get("dtype"))
         options = {"max_new_tokens": self.settings["tasks"][task]["max_new_tokens"], "do_sample": False}
         outputs = {}
         for split in (CHOICE, "test"):

@@ -110,7 +110,7 @@ def _engine_scores(experiment: Any, task: str, names: list[str]) -> dict[str, di
     for name in names:
         if not (experiment.folder(task, name) / f"outputs-{SCORED}.json").is_file():
             _say(f"{task}/{name}: generating with {SCORED}")
-            model = _load(experiment, task, name, SCORED)
+            model = load_row(experiment, task, name, SCORED)
             outputs = model.generate([row["prompt"] for row in examples[::step]], 64, **options)
             write_json(experiment.folder(task, name) / f"outputs-{SCORED}.json", {"test": outputs})
         outputs = _outputs(experiment, task, name, SCORED)["test"]
@@ -134,12 +134,13 @@ def _model(experiment: Any, task: str, name: str, engine: str) -> Path:
     return folder
 
 
-def _load(experiment: Any, task: str, name: str, engine: str) -> Any:
+def load_row(experiment: Any, task: str, name: str, engine: str = "pytorch", dtype: str | None = "float32") -> Any:
+    """Return what generates the outputs of a row in an engine: a `TextToText`, or a `FirstToken`."""
     row = experiment.row(task, name)
     if "first" in row:
         llm, slm = (_model(experiment, task, row[part], engine) for part in ("first", "then"))
-        return FirstToken(llm, slm, dtype="float32")
-    return TextToText.from_pretrained(_model(experiment, task, name, engine), dtype="float32")
+        return FirstToken(llm, slm, dtype=dtype)
+    return TextToText.from_pretrained(_model(experiment, task, name, engine), dtype=dtype)
 
 
 def _say(text: str) -> None:
@@ -215,7 +216,7 @@ def _time(
     models = {}
     for name in names:
         for engine in engines:
-            models[f"{name} {engine}"] = partial(time_round, _load(experiment, task, name, engine))
+            models[f"{name} {engine}"] = partial(time_round, load_row(experiment, task, name, engine))
     _say(f"{task}: timing {len(models)} models in {ROUNDS} rounds")
     rounds = time_in_turns(models, [prompts] * ROUNDS, warm_up=prompts[:1])
     times: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in names}

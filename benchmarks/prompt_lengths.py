@@ -61,7 +61,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().splitlines()[0])
     parser.add_argument("--llm", required=True, help="folder of the LLM")
     parser.add_argument("--model", required=True, help="folder of the LLM-to-SLM model")
-    parser.add_argument("--cells", nargs="+", default=CELLS, help="tokens of prompt and output, batch: 64/32x8")
+    cells = [parse_cell(cell) for cell in CELLS]
+    parser.add_argument(
+        "--cells", nargs="+", type=parse_cell, default=cells, help="tokens of prompt and output, batch: 64/32x8"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="rounds; medians are reported")
     parser.add_argument("--dtype", default="float32", help="type of the weights")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
@@ -72,7 +75,7 @@ def main() -> None:
     models = {name: TextToText.from_pretrained(path, dtype=arguments.dtype).model for name, path in names.items()}
     settings = {key: getattr(arguments, key) for key in ("rounds", "dtype", "threads")}
     result: dict[str, Any] = {"settings": settings, "versions": versions(), "cells": []}
-    for cell in measure(models, [parse_cell(cell) for cell in arguments.cells], arguments.rounds):
+    for cell in measure(models, arguments.cells, arguments.rounds):
         result["cells"].append(cell)
         write_json(arguments.output, result)  # a run that is stopped keeps what it measured
 
