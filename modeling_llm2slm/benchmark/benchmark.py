@@ -158,7 +158,8 @@ class Benchmark:
 
     def _names(self, cell: Cell) -> tuple[str, ...]:
         installed = (name for name, contestant in self.contestants.items() if contestant.can_run)
-        return cell.contestants or tuple(installed)
+        names = cell.contestants or tuple(installed)
+        return tuple(name for name in names if cell.beams == 1 or self.contestants[name].beams)
 
     def _cost(self, name: str, models: BenchmarkModels) -> dict[str, float]:
         """Make a contestant if necessary, and load it in a process of its own, for its time and memory."""

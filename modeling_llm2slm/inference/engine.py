@@ -113,6 +113,7 @@ class Contestant:
             `(prompt ids (B, N), new_tokens, num_beams)`, which is timed as a whole. Neither may end early.
         make: Writes what `load` needs to an empty folder, once. Default: `load` reads the checkpoints.
         model: The timed model: the LLM, the SLM alone, or LLM-to-SLM.
+        beams: Whether it has beam search. Without, cells with beams leave it out.
         bits: Size on a CPU of the weights that each token reads.
         step_bytes: Returns the bytes that each token reads, given the folder that `make` wrote. Default: `bits` tells.
         packages: Packages that it needs.
@@ -121,6 +122,7 @@ class Contestant:
     load: Callable[[BenchmarkModels, Path, str], Any]
     make: Callable[[BenchmarkModels, Path], None] | None = None
     model: Literal["llm", "slm", "llm2slm"] = "llm2slm"
+    beams: bool = True
     bits: int = 32
     step_bytes: Callable[[Path], int] | None = None
     packages: tuple[str, ...] = ()

@@ -7,11 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
+from modeling_llm2slm.benchmark import benchmark
 from modeling_llm2slm.benchmark import contestants as module
 from modeling_llm2slm.benchmark.cells import Cell
 from modeling_llm2slm.benchmark.contestants import endless, load_contestant
+from modeling_llm2slm.benchmark.llama_cpp import LlamaCpp, write_gguf
 from modeling_llm2slm.benchmark.models import make_models
 from modeling_llm2slm.inference.engine import Contestant, engine
 from tests.support.exports import needs
@@ -62,3 +70,47 @@ def test_the_llm_generates_the_same_tokens_on_another_engine(
     for options in ({}, {"num_beams": 3}):
         found = [model.generate(ids, attention_mask=mask, max_new_tokens=12, **options) for model in (llm, fast)]
         assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("options", [{}, {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}])
+def test_llama_cpp_generates_the_same_tokens(options: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    config = T5Config(
+        vocab_size=200, d_model=64, d_kv=32, num_heads=2, d_ff=96, num_layers=3, num_decoder_layers=2,
+        decoder_start_token_id=0, eos_token_id=None, initializer_factor=3.0, **options,
+    )  # fmt: skip
+    torch.manual_seed(3)  # llama.cpp's GELU is a table in float16: outputs of some random models differ
+    llm = T5ForConditionalGeneration(config).eval()
+    llm.save_pretrained(tmp_path)
+    ids = torch.randint(10, 200, (4, 14), generator=torch.Generator().manual_seed(0))
+    write_gguf(str(tmp_path), tmp_path / "f32.gguf", "F32")
+    write_gguf(str(tmp_path), tmp_path / "q8.gguf", "Q8_0")
+    expected = llm.generate(ids, max_new_tokens=20, do_sample=False)[:, 1:].tolist()
+    assert len({token for row in expected for token in row}) > 3
+    fast = LlamaCpp(tmp_path / "f32.gguf")
+    assert fast(ids, 20, 1) == expected
+    assert fast(ids[:1], 9, 1) == [expected[0][:9]]
+    assert (tmp_path / "q8.gguf").stat().st_size < (tmp_path / "f32.gguf").stat().st_size / 2
+
+
+def test_llama_cpp_refuses_another_family(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    config = BartConfig(vocab_size=20, d_model=16, encoder_layers=1, decoder_layers=1)
+    BartForConditionalGeneration(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="only T5 is converted"):
+        write_gguf(str(tmp_path), tmp_path / "bart.gguf", "F32")
+
+
+def test_cells_with_beams_leave_out_a_contestant_without(
+    measured: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(models: Any, folder: Path, device: str) -> Any:
+        return lambda ids, new_tokens, num_beams: None
+
+    found = {name: Contestant(load=load, model="llm", beams=name == "with") for name in ("with", "without")}
+    for each in (module, benchmark):
+        monkeypatch.setattr(each, "contestants", lambda: found)
+    monkeypatch.setattr(benchmark.Benchmark, "_cost", lambda *arguments: {"load_seconds": 0.0, "peak_bytes": 0})
+    cells = [Cell(prompt=4, output=2, beams=beams, preset="tiny", contestants=tuple(found)) for beams in (1, 2)]
+    result = benchmark.Benchmark(cells, tmp_path / "result.json", measured[0]).run()
+    assert [list(cell["results"]) for cell in result["cells"].values()] == [["with", "without"], ["with"]]
