@@ -3,7 +3,7 @@ Report the experiment behind a pretrained LLM: scores with intervals by paired b
 
 `python -m benchmarks.pretrained --report` calls this. It reads the outputs of the rows that are done, times their
 models and writes `docs/results/pretrained-<task>.json`. Each model is timed in PyTorch and, exported once to a folder
-next to it, in OpenVINO; outputs of quantized exports are scored on a part of the test split.
+next to it, in OpenVINO and llama.cpp; outputs of quantized exports are scored on a part of the test split.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoTokenizer
 
 from benchmarks.first_token import FirstToken
+from benchmarks.llama_cpp_text import LlamaCppText
 from benchmarks.multi30k_report import bleu_of, interval, sentence_counts
+from modeling_llm2slm.benchmark.llama_cpp import write_gguf
 from modeling_llm2slm.conversion.export import export
+from modeling_llm2slm.data.atomic import atomic_write
 from modeling_llm2slm.data.records import versions, write_json
 from modeling_llm2slm.evaluation.timing import seconds_of, speed, time_in_turns, time_output
 from modeling_llm2slm.inference.text_to_text import TextToText
@@ -31,7 +34,8 @@ OUTPUT = Path(__file__).parents[1] / "docs" / "results"
 ROUNDS, PROMPTS_ALONE, PROMPTS_IN_BATCHES, BATCH = 3, 20, 64, 32
 LOOKED_UP = 4  # tokens in a draft that the LLM looks up in the prompt
 ENGINES = ("openvino-fp32", "openvino-int8")  # besides PyTorch in float32
-SCORED, SCORED_EXAMPLES = "openvino-int8", 500
+LLAMA_CPP, GGUF = "llamacpp-q8_0", "model.gguf"  # an engine for models that are decoder-only
+SCORED, SCORED_EXAMPLES = ("openvino-int8", LLAMA_CPP), 500
 SETS = ("taxonomy_animal",)  # tasks whose references list things in no fixed order
 
 
@@ -58,9 +62,10 @@ def report(
         for name, times in _time(experiment, task, done, ("pytorch", *engines)).items():
             result["rows"][name] |= times.pop("pytorch")
             result["rows"][name]["engines"] = times
-        scored = done if SCORED in engines else []
-        for name, scores in _engine_scores(experiment, task, scored).items():
-            result["rows"][name]["engines"][SCORED]["test_part"] = scores
+        for name, engine in ((name, engine) for name in done for engine in engines if engine in SCORED):
+            if _runs(experiment.row(task, name), engine):
+                scores = _engine_scores(experiment, task, name, engine)
+                result["rows"][name]["engines"][engine]["test_part"] = scores
         result["drafts"] = _draft(experiment, task, done) if drafts else {}
         result["not_run"] = [name for name in rows if name not in done]
         write_json(folder / f"pretrained-{task}.json", result)
@@ -94,33 +99,39 @@ def scores_of(experiment: Any, task: str, names: list[str], split: str) -> dict[
 
 
 def _outputs(experiment: Any, task: str, name: str, engine: str = "") -> dict[str, list[str]]:
-    file = experiment.folder(task, name) / f"outputs{engine and '-'}{engine}.json"
+    file = _outputs_file(experiment, task, name, engine)
     outputs: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8"))
     return outputs
 
 
-def _engine_scores(experiment: Any, task: str, names: list[str]) -> dict[str, dict[str, Any]]:
+def _outputs_file(experiment: Any, task: str, name: str, engine: str) -> Path:
+    folder: Path = experiment.folder(task, name)
+    return folder / f"outputs{engine and '-'}{engine}.json"
+
+
+def _engine_scores(experiment: Any, task: str, name: str, engine: str) -> dict[str, Any]:
     """
-    Generate with the quantized exports for a part of the test split, evenly spread, and return each row's score
-    there, the score of its outputs in PyTorch, and the part of outputs that are equal.
+    Generate with a quantized export for a part of the test split, evenly spread, and return the score there, the
+    score of the row's outputs in PyTorch, and the part of outputs that are equal.
     """
     settings, examples = experiment.settings["tasks"][task], experiment.examples(task, "test")
-    step = max(len(examples) // SCORED_EXAMPLES, 1)
-    options, scores = {"max_new_tokens": settings["max_new_tokens"], "do_sample": False}, {}
-    for name in names:
-        if not (experiment.folder(task, name) / f"outputs-{SCORED}.json").is_file():
-            _say(f"{task}/{name}: generating with {SCORED}")
-            model = load_row(experiment, task, name, SCORED)
-            outputs = model.generate([row["prompt"] for row in examples[::step]], 64, **options)
-            write_json(experiment.folder(task, name) / f"outputs-{SCORED}.json", {"test": outputs})
-        outputs = _outputs(experiment, task, name, SCORED)["test"]
-        before = _outputs(experiment, task, name)["test"][::step]
-        score, score_before = (
-            _score(_counts(settings["metric"], texts, examples[::step])) for texts in (outputs, before)
-        )
-        equal = statistics.mean(new == old for new, old in zip(outputs, before, strict=True))
-        scores[name] = {"examples": len(outputs), "score": score, "score_in_pytorch": score_before, "equal": equal}
-    return scores
+    part = examples[:: max(len(examples) // SCORED_EXAMPLES, 1)]
+    file = _outputs_file(experiment, task, name, engine)
+    if not file.is_file():
+        _say(f"{task}/{name}: generating with {engine}")
+        options = {"max_new_tokens": settings["max_new_tokens"], "do_sample": False}
+        model = load_row(experiment, task, name, engine)
+        write_json(file, {"test": model.generate([row["prompt"] for row in part], 64, **options)})
+    outputs = _outputs(experiment, task, name, engine)["test"]
+    before = _outputs(experiment, task, name)["test"][:: max(len(examples) // SCORED_EXAMPLES, 1)]
+    score, score_before = (_score(_counts(settings["metric"], texts, part)) for texts in (outputs, before))
+    equal = statistics.mean(new == old for new, old in zip(outputs, before, strict=True))
+    return {"examples": len(outputs), "score": score, "score_in_pytorch": score_before, "equal": equal}
+
+
+def _runs(row: dict[str, Any], engine: str) -> bool:
+    """Return whether a row runs in an engine: llama.cpp has no LLM-to-SLM models."""
+    return engine != LLAMA_CPP or not {"behind", "first"} & row.keys()
 
 
 def _model(experiment: Any, task: str, name: str, engine: str) -> Path:
@@ -128,7 +139,11 @@ def _model(experiment: Any, task: str, name: str, engine: str) -> Path:
     if engine == "pytorch":
         return experiment.model(task, name)
     folder, (backend, weights) = experiment.folder(task, name) / engine, engine.split("-")
-    if not folder.is_dir():
+    if engine == LLAMA_CPP and not (folder / GGUF).is_file():
+        folder.mkdir(exist_ok=True)
+        with atomic_write(folder / GGUF) as temporary:
+            write_gguf(experiment.model(task, name), temporary, weights.upper())
+    elif not folder.is_dir():
         _say(f"{task}/{name}: exporting to {engine}")
         export(experiment.model(task, name), folder, engine=backend, weights=weights)
     return folder
@@ -140,6 +155,8 @@ def load_row(experiment: Any, task: str, name: str, engine: str = "pytorch", dty
     if "first" in row:
         llm, slm = (_model(experiment, task, row[part], engine) for part in ("first", "then"))
         return FirstToken(llm, slm, dtype=dtype)
+    if engine == LLAMA_CPP:
+        return LlamaCppText(experiment.model(task, name), _model(experiment, task, name, engine) / GGUF)
     return TextToText.from_pretrained(_model(experiment, task, name, engine), dtype=dtype)
 
 
@@ -215,7 +232,7 @@ def _time(
 
     models = {}
     for name in names:
-        for engine in engines:
+        for engine in (one for one in engines if _runs(experiment.row(task, name), one)):
             models[f"{name} {engine}"] = partial(time_round, load_row(experiment, task, name, engine))
     _say(f"{task}: timing {len(models)} models in {ROUNDS} rounds")
     rounds = time_in_turns(models, [prompts] * ROUNDS, warm_up=prompts[:1])
@@ -223,7 +240,7 @@ def _time(
     for name in names:
         llm = _llm_of(experiment.row(task, name), name)
         of_llm = {engine: rounds[f"{llm} {engine}"] for engine in engines}
-        for engine in of_llm:
+        for engine in (one for one in engines if _runs(experiment.row(task, name), one)):
             own = rounds[f"{name} {engine}"]
             timed: dict[str, Any] = {"speed": {key: statistics.median(one[key] for one in own) for key in own[0]}}
             for key in ("ms_per_output", "ms_per_output_in_batches"):

@@ -108,6 +108,7 @@ def imported(paths: Iterable[Path]) -> set[str]:
                 modules.add(node.module.split(".")[0])
     own = {"llm2slm", "modeling_llm2slm"} | sys.stdlib_module_names
     # A package that is not installed here goes by the name of its module.
+    distributions = {"llama_cpp": ["llama-cpp-python"], **distributions}
     return {distributions.get(module, [module])[0].lower().replace("_", "-") for module in modules - own}
 
 
@@ -121,7 +122,7 @@ def of_extras(*extras: str) -> set[str]:
 def test_what_is_imported_is_declared() -> None:
     base = {name for name, requirement in declared().items() if requirement.marker is None}
     train, engines = of_extras("train"), of_extras("openvino", "onnx", "vllm", "quantization")
-    optional = engines | of_extras("serve", "playground", "benchmark", "lm-eval", "ray")
+    optional = engines | of_extras("serve", "playground", "benchmark", "llama-cpp", "lm-eval", "ray")
     uploaded = set((ROOT / "modeling_llm2slm").glob("*_llm2slm.py"))
     packages = ("llm2slm", "modeling_llm2slm", "conversion")
     files = {path for package in packages for path in (ROOT / package).rglob("*.py")}

@@ -91,13 +91,18 @@ def test_each_row_is_timed_in_each_engine_and_quantized_outputs_are_scored(
 
     monkeypatch.setattr(pretrained_report, "export", export)
     monkeypatch.setattr(pretrained_report.TextToText, "from_pretrained", lambda path, **options: Fixed())
-    times = pretrained_report._time(experiment, "any", list(rows))
+    monkeypatch.setattr(pretrained_report, "write_gguf", lambda model, path, weights: path.write_text(weights))
+    monkeypatch.setattr(pretrained_report, "LlamaCppText", lambda model, path: Fixed())
+    engines = ("pytorch", *pretrained_report.ENGINES, pretrained_report.LLAMA_CPP)
+    times = pretrained_report._time(experiment, "any", list(rows), engines)
+    assert (tmp_path / "llm" / "llamacpp-q8_0" / "model.gguf").read_text() == "Q8_0"
+    assert times["llm"].pop("llamacpp-q8_0").keys() == times["llm"]["pytorch"].keys()
     assert sorted(exported) == [(n, "openvino", w) for n in ("cache", "llm") for w in ("fp32", "int8")]
     for name in rows:
         assert set(times[name]) == {"pytorch", *pretrained_report.ENGINES}
         (tmp_path / name / "outputs.json").write_text(json.dumps({"test": ["wrong", "p1"] * 600}))
     assert all(one["ms_per_output_by_llm"] == 1 for one in times["llm"].values())
-    scores = pretrained_report._engine_scores(experiment, "any", list(rows))
+    scores = {name: pretrained_report._engine_scores(experiment, "any", name, "openvino-int8") for name in rows}
     # Every second example of 1,200: the outputs of PyTorch there are all wrong.
     assert scores["cache"] == {"examples": 600, "score": 100.0, "score_in_pytorch": 0.0, "equal": 0.0}
     result = {name: {**found.pop("pytorch"), "engines": found} for name, found in times.items()}

@@ -11,6 +11,8 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     BartConfig,
     BartForConditionalGeneration,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -93,11 +95,31 @@ def test_llama_cpp_generates_the_same_tokens(options: dict[str, Any], tmp_path: 
     assert (tmp_path / "q8.gguf").stat().st_size < (tmp_path / "f32.gguf").stat().st_size / 2
 
 
+def test_llama_cpp_continues_prompts_of_different_lengths(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    config = Gemma3TextConfig(
+        vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=32, sliding_window=6, initializer_range=0.2,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    llm = Gemma3ForCausalLM(config).eval()
+    llm.save_pretrained(tmp_path)
+    write_gguf(tmp_path, tmp_path / "model.gguf", "F32")
+    prompts = [torch.randint(10, 200, (1, length)) for length in (14, 3, 9)]
+    expected = [llm.generate(one, max_new_tokens=12, eos_token_id=None)[0, one.shape[1] :].tolist() for one in prompts]
+    fast = LlamaCpp(tmp_path / "model.gguf")
+    ids = [one[0].tolist() for one in prompts]
+    assert fast.generate(ids, 12) == expected
+    end = expected[1][4]
+    assert fast.generate(ids, 12, end)[1] == expected[1][: expected[1].index(end) + 1]
+
+
 def test_llama_cpp_refuses_another_family(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     config = BartConfig(vocab_size=20, d_model=16, encoder_layers=1, decoder_layers=1)
     BartForConditionalGeneration(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="only T5 is converted"):
+    with pytest.raises(ValueError, match="only T5 and Gemma 3 are converted"):
         write_gguf(str(tmp_path), tmp_path / "bart.gguf", "F32")
 
 
