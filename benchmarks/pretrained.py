@@ -14,7 +14,8 @@ import gzip
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,8 @@ def main(
     experiment = experiment_class(
         arguments.llm.absolute(), arguments.data.absolute(), arguments.runs.absolute(), arguments.experiment
     )
+    _check_names("row", arguments.rows, [name for rows in experiment.settings["rows"].values() for name in rows])
+    _check_names("job", arguments.only, [name for name, _, _ in experiment.jobs()])
     for name, result, job in experiment.jobs():
         if result.exists() or arguments.report or (arguments.only and name not in arguments.only):
             continue
@@ -216,6 +219,13 @@ def main(
         (make_report or report)(
             experiment, only=arguments.rows, engines=arguments.engines, drafts=not arguments.no_drafts
         )
+
+
+def _check_names(kind: str, given: Sequence[str] | None, known: Sequence[str]) -> None:
+    for name in given or ():
+        if name not in known:
+            nearest = get_close_matches(name, known, n=1)
+            raise SystemExit(f"No {kind} is named {name!r}." + (f" Did you mean {nearest[0]}?" if nearest else ""))
 
 
 if __name__ == "__main__":

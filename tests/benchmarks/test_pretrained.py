@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,6 +124,21 @@ def test_the_first_token_of_one_model_and_the_rest_of_another(tmp_path: Path) ->
     assert found[0][0] == 7
     assert len(found[0]) > 1
     assert found[1] == [both.tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rows", "llm-4000", "six-cash-4000"], "No row is named 'six-cash-4000'. Did you mean six-cache-4000?"),
+        (["--only", "nothing"], "No job is named 'nothing'."),
+    ],
+)
+def test_a_name_that_does_not_exist_ends_the_command(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["pretrained", "--llm", str(tmp_path), "--runs", str(tmp_path), *arguments])
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        pretrained.main()
 
 
 TINY = {
