@@ -66,6 +66,7 @@ def report(
             if _runs(experiment.row(task, name), engine):
                 scores = _engine_scores(experiment, task, name, engine)
                 result["rows"][name]["engines"][engine]["test_part"] = scores
+        result["gains"] = gains(experiment, task, done)
         result["drafts"] = _draft(experiment, task, done) if drafts else {}
         result["not_run"] = [name for name in rows if name not in done]
         write_json(folder / f"pretrained-{task}.json", result)
@@ -96,6 +97,29 @@ def scores_of(experiment: Any, task: str, names: list[str], split: str) -> dict[
         scores[name] = {key: _compared(own[chosen], counts[llm][chosen]) for key, chosen in subsets.items()}
         scores[name]["by_task"] = {kind: _score(own[kinds == kind]) for kind in sorted(set(kinds))}
     return scores
+
+
+def gains(experiment: Any, task: str, names: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """
+    Return what each row gains on the test split, with a 95 % interval, over each row before it in `names` that
+    learned from the same LLM's outputs for as many prompts.
+    """
+    metric, examples = experiment.settings["tasks"][task]["metric"], experiment.examples(task, "test")
+    trained = {name: experiment.row(task, experiment.row(task, name).get("then", name)) for name in names}
+    taught = {name: (row.get("outputs_of"), row["prompts"]) for name, row in trained.items()}
+    counts = {name: _counts(metric, _outputs(experiment, task, name)["test"], examples) for name in names}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for number, name in enumerate(names):
+        for other in names[:number]:
+            if taught[name] == taught[other] and taught[name][0]:
+                own, before = counts[name], counts[other]
+
+                def gain(chosen: Any, own: Any = own, before: Any = before) -> float:
+                    return _score(own[chosen]) - _score(before[chosen])
+
+                score, bounds = gain(np.arange(len(own))), interval(gain, len(own))
+                found.setdefault(name, {})[other] = {"score": score, "interval": bounds}
+    return found
 
 
 def _outputs(experiment: Any, task: str, name: str, engine: str = "") -> dict[str, list[str]]:

@@ -58,6 +58,29 @@ def test_scores_are_compared_with_the_llm_on_the_same_examples() -> None:
     assert 0 <= low < 2 / 3 < high <= 1
 
 
+def test_gains_are_over_rows_of_as_many_prompts(tmp_path: Path) -> None:
+    examples = [{"prompt": f"p{n}", "target": f"p{n}", "references": [f"p{n}"], "task": "any"} for n in range(100)]
+    rows = {
+        "llm": {"start": "llm", "prompts": 10}, "alone": {"cut": "llm", "outputs_of": "llm", "prompts": 10},
+        "more": {"cut": "llm", "outputs_of": "llm", "prompts": 20}, "first": {"first": "llm", "then": "alone"},
+        "cache": {"cut": "llm", "outputs_of": "llm", "prompts": 10, "behind": "llm"},
+    }  # fmt: skip
+    experiment = SimpleNamespace(
+        settings={"tasks": {"any": {"metric": "exact_match"}}}, examples=lambda task, split: examples,
+        row=lambda task, name: rows[name], folder=lambda task, name: tmp_path / name,
+    )  # fmt: skip
+    right = {"llm": 100, "alone": 40, "more": 60, "first": 50, "cache": 80}
+    for name, number in right.items():
+        (tmp_path / name).mkdir()
+        outputs = [f"p{n}" if n < number else "wrong" for n in range(100)]
+        (tmp_path / name / "outputs.json").write_text(json.dumps({"test": outputs}))
+    found = pretrained_report.gains(experiment, "any", list(rows))
+    scores = {name: {other: one["score"] for other, one in gained.items()} for name, gained in found.items()}
+    assert scores == {"first": {"alone": 10}, "cache": {"alone": 40, "first": 30}}
+    low, high = found["cache"]["alone"]["interval"]
+    assert 25 < low < 40 < high < 55
+
+
 class Fixed:
     """A model that generates the prompts themselves."""
 
