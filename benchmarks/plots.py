@@ -20,10 +20,6 @@ ROOT = Path(__file__).parents[1]
 PAIRS = {"en-de": "English to German", "en-fr": "English to French"}
 FIRST = "the LLM's first token, then SLM alone"
 FAMILIES = {"LLM-to-SLM": "#d1495b", "LLM": "#30638e", "SLM alone": "#6b7a8f", FIRST: "#3a7d44"}
-SCORES = {  # of the tasks behind a pretrained LLM
-    "instructions": "exact match, % (2,155 test prompts; 95 % intervals)",
-    "translation": "BLEU (1,000 test sentences; 95 % intervals)",
-}
 HIGHLIGHTED = 9  # models in the plot of quality against time
 
 # The name of each row of the experiment as a reader knows it. The first ones are in the plot of quality against time.
@@ -110,12 +106,11 @@ def plot_quality(pair: str, result: Mapping[str, Any], file: Path) -> None:
             )  # fmt: skip
 
 
-def plot_pretrained(task: str, result: Mapping[str, Any], file: Path) -> None:
+def plot_pretrained(result: Mapping[str, Any], file: Path) -> None:
     """
     Plot scores against the time of an output, as a part of the LLM's.
 
     Args:
-        task: The task, a name of `SCORES`.
         result: The result of a task, as `benchmarks.pretrained_report` writes it.
         file: The SVG to write.
     """
@@ -138,8 +133,8 @@ def plot_pretrained(task: str, result: Mapping[str, Any], file: Path) -> None:
             )  # fmt: skip
         axes.set(
             xlabel="time of an output, as a part of the LLM's (batch 1)",
-            ylabel=SCORES[task],
-            title=f"{task.capitalize()}, behind Gemma 3 270M: quality against time",
+            ylabel="exact match, % (2,155 test prompts; 95 % intervals)",
+            title="Instructions, behind Gemma 3 270M: quality against time",
         )
         axes.set_xlim(0, 1.1)
         axes.set_ylim(0, None)
@@ -193,9 +188,8 @@ def main() -> None:
         quality = "quality-against-time" if name == "multi30k-en-de" else name  # the README shows this one
         plot_quality(pair, result, arguments.output / f"{quality}.svg")
         plot_training(pair, result, arguments.output / f"{name}-training.svg")
-    for task in SCORES:
-        result = json.loads((arguments.results / f"pretrained-{task}.json").read_text(encoding="utf-8"))
-        plot_pretrained(task, result, arguments.output / f"pretrained-{task}.svg")
+    result = json.loads((arguments.results / "pretrained-instructions.json").read_text(encoding="utf-8"))
+    plot_pretrained(result, arguments.output / "pretrained-instructions.svg")
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ class LlamaCpp:
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         self._has_encoder = llama_cpp.llama_model_has_encoder(self._model)
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
-        self._size = (0, 0)  # rows and tokens that the context and the batch have room for
+        self._size = (0, 0)  # rows and tokens that fit into the context and the batch
         self._context: Any = None
         self._batch: Any = None
 
@@ -144,7 +144,7 @@ class LlamaCpp:
         return outputs
 
     def _reserve(self, rows: int, tokens: int) -> None:
-        """Empty the context, and make a larger one if this one has too little room."""
+        """Empty the context, and make a larger one if this one is too small."""
         if rows > self._size[0] or tokens > self._size[1]:
             if self._context is not None:
                 self._api.llama_batch_free(self._batch)
