@@ -49,7 +49,10 @@ def write_gguf(llm: str | Path, path: Path, weights: str) -> None:
 
     config = AutoConfig.from_pretrained(llm)
     if config.model_type not in ARCHITECTURES:
-        raise ValueError(f"{llm} is a {config.model_type}; for llama.cpp, only T5 and Gemma 3 are converted.")
+        raise ValueError(
+            f"{llm} is a {config.model_type}; for llama.cpp, only T5 and Gemma 3 are converted. Name the "
+            "`contestants` of each cell to leave it out."
+        )
     is_gemma = config.model_type == "gemma3_text"
     model = (AutoModelForCausalLM if is_gemma else AutoModelForSeq2SeqLM).from_pretrained(llm, dtype=torch.float32)
     architecture = ARCHITECTURES[config.model_type]
