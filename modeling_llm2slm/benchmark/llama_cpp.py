@@ -69,9 +69,7 @@ def write_gguf(llm: str | Path, path: Path, weights: str) -> None:
     else:
         writer.add_context_length(512)  # what T5 was trained on; its positions have no end
     layers = max(getattr(config, "num_decoder_layers", 0), config.num_hidden_layers)
-    names = gguf.get_tensor_name_map(
-        next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), layers
-    )
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], layers)
     for name, tensor in model.named_parameters():  # each tied one once
         # The bias of positions must be float32, as norms are.
         is_matrix = tensor.dim() == 2 and "relative_attention_bias" not in name
