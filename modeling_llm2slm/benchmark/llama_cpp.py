@@ -89,6 +89,9 @@ class LlamaCpp:
 
     Args:
         path: The GGUF file.
+
+    Raises:
+        ValueError: If llama.cpp cannot load the file.
     """
 
     def __init__(self, path: Path):
@@ -99,6 +102,8 @@ class LlamaCpp:
         llama_cpp.llama_log_set(self._silence, None)
         llama_cpp.llama_backend_init()
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        if not self._model:
+            raise ValueError(f"llama.cpp cannot load {path}. Remove it, so that it is made again.")
         self._has_encoder = llama_cpp.llama_model_has_encoder(self._model)
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._size = (0, 0)  # rows and tokens that fit into the context and the batch
@@ -150,13 +155,16 @@ class LlamaCpp:
             if self._context is not None:
                 self._api.llama_batch_free(self._batch)
                 self._api.llama_free(self._context)
-            self._size = rows, tokens
+                self._size = (0, 0)
             settings = self._api.llama_context_default_params()
             settings.n_ctx = settings.n_batch = settings.n_ubatch = tokens  # an encoder reads all prompts at once
             settings.n_seq_max, settings.kv_unified = rows, True  # the bias of T5's positions needs one cache
             settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
             self._context = self._api.llama_init_from_model(self._model, settings)
+            if not self._context:
+                raise RuntimeError(f"llama.cpp has too little memory for {rows} prompts of {tokens} tokens in all.")
             self._batch = self._api.llama_batch_init(tokens, 0, 1)
+            self._size = rows, tokens
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
 
     def _run(self, function: Any, step: list[tuple[int, int, int]], read: list[int]) -> list[int]:

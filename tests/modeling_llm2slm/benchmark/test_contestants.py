@@ -115,6 +115,15 @@ def test_llama_cpp_continues_prompts_of_different_lengths(tmp_path: Path) -> Non
     assert fast.generate(ids, 12, end)[1] == expected[1][: expected[1].index(end) + 1]
 
 
+@pytest.mark.parametrize("content", [None, b"", b"GGUF and no more"])
+def test_llama_cpp_refuses_a_file_that_is_missing_or_cut(content: bytes | None, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    if content is not None:
+        (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match="cannot load .*model.gguf. Remove it"):
+        LlamaCpp(tmp_path / "model.gguf")
+
+
 def test_llama_cpp_refuses_another_family(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     config = BartConfig(vocab_size=20, d_model=16, encoder_layers=1, decoder_layers=1)
