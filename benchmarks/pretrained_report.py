@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 from benchmarks.first_token import FirstToken
 from benchmarks.llama_cpp_text import LlamaCppText
 from benchmarks.multi30k_report import bleu_of, interval, sentence_counts
+from modeling_llm2slm.benchmark.contestants import GGUF
 from modeling_llm2slm.benchmark.llama_cpp import write_gguf
 from modeling_llm2slm.conversion.export import export
 from modeling_llm2slm.data.atomic import atomic_write
@@ -34,7 +35,7 @@ OUTPUT = Path(__file__).parents[1] / "docs" / "results"
 ROUNDS, PROMPTS_ALONE, PROMPTS_IN_BATCHES, BATCH = 3, 20, 64, 32
 LOOKED_UP = 4  # tokens in a draft that the LLM looks up in the prompt
 ENGINES = ("openvino-fp32", "openvino-int8")  # besides PyTorch in float32
-LLAMA_CPP, GGUF = "llamacpp-q8_0", "model.gguf"  # an engine for models that are decoder-only
+LLAMA_CPP = "llamacpp-q8_0"  # an engine for models that are decoder-only
 SCORED, SCORED_EXAMPLES = ("openvino-int8", LLAMA_CPP), 500
 SETS = ("taxonomy_animal",)  # tasks whose references list things in no fixed order
 
@@ -62,8 +63,8 @@ def report(
         for name, times in _time(experiment, task, done, ("pytorch", *engines)).items():
             result["rows"][name] |= times.pop("pytorch")
             result["rows"][name]["engines"] = times
-        for name, engine in ((name, engine) for name in done for engine in engines if engine in SCORED):
-            if _runs(experiment.row(task, name), engine):
+        for name in done:
+            for engine in set(SCORED) & result["rows"][name]["engines"].keys():
                 scores = _engine_scores(experiment, task, name, engine)
                 result["rows"][name]["engines"][engine]["test_part"] = scores
         result["gains"] = gains(experiment, task, done)
@@ -139,7 +140,8 @@ def _engine_scores(experiment: Any, task: str, name: str, engine: str) -> dict[s
     score of the row's outputs in PyTorch, and the part of outputs that are equal.
     """
     settings, examples = experiment.settings["tasks"][task], experiment.examples(task, "test")
-    part = examples[:: max(len(examples) // SCORED_EXAMPLES, 1)]
+    step = max(len(examples) // SCORED_EXAMPLES, 1)
+    part = examples[::step]
     file = _outputs_file(experiment, task, name, engine)
     if not file.is_file():
         _say(f"{task}/{name}: generating with {engine}")
@@ -147,15 +149,15 @@ def _engine_scores(experiment: Any, task: str, name: str, engine: str) -> dict[s
         model = load_row(experiment, task, name, engine)
         write_json(file, {"test": model.generate([row["prompt"] for row in part], 64, **options)})
     outputs = _outputs(experiment, task, name, engine)["test"]
-    before = _outputs(experiment, task, name)["test"][:: max(len(examples) // SCORED_EXAMPLES, 1)]
+    before = _outputs(experiment, task, name)["test"][::step]
     score, score_before = (_score(_counts(settings["metric"], texts, part)) for texts in (outputs, before))
     equal = statistics.mean(new == old for new, old in zip(outputs, before, strict=True))
     return {"examples": len(outputs), "score": score, "score_in_pytorch": score_before, "equal": equal}
 
 
-def _runs(row: dict[str, Any], engine: str) -> bool:
-    """Return whether a row runs in an engine: llama.cpp has no LLM-to-SLM models."""
-    return engine != LLAMA_CPP or not {"behind", "first"} & row.keys()
+def _engines_of(row: dict[str, Any], engines: Sequence[str]) -> list[str]:
+    """Return the engines that a row runs in: llama.cpp has no LLM-to-SLM models."""
+    return [engine for engine in engines if engine != LLAMA_CPP or not {"behind", "first"} & row.keys()]
 
 
 def _model(experiment: Any, task: str, name: str, engine: str) -> Path:
@@ -256,7 +258,7 @@ def _time(
 
     models = {}
     for name in names:
-        for engine in (one for one in engines if _runs(experiment.row(task, name), one)):
+        for engine in _engines_of(experiment.row(task, name), engines):
             models[f"{name} {engine}"] = partial(time_round, load_row(experiment, task, name, engine))
     _say(f"{task}: timing {len(models)} models in {ROUNDS} rounds")
     rounds = time_in_turns(models, [prompts] * ROUNDS, warm_up=prompts[:1])
@@ -264,7 +266,7 @@ def _time(
     for name in names:
         llm = _llm_of(experiment.row(task, name), name)
         of_llm = {engine: rounds[f"{llm} {engine}"] for engine in engines}
-        for engine in (one for one in engines if _runs(experiment.row(task, name), one)):
+        for engine in _engines_of(experiment.row(task, name), engines):
             own = rounds[f"{name} {engine}"]
             timed: dict[str, Any] = {"speed": {key: statistics.median(one[key] for one in own) for key in own[0]}}
             for key in ("ms_per_output", "ms_per_output_in_batches"):
