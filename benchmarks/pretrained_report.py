@@ -20,12 +20,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoTokenizer
 
 from benchmarks.first_token import FirstToken
-from benchmarks.llama_cpp_text import LlamaCppText
 from benchmarks.multi30k_report import bleu_of, interval, sentence_counts
-from modeling_llm2slm.benchmark.contestants import GGUF
-from modeling_llm2slm.benchmark.llama_cpp import write_gguf
 from modeling_llm2slm.conversion.export import export
-from modeling_llm2slm.data.atomic import atomic_write
 from modeling_llm2slm.data.records import versions, write_json
 from modeling_llm2slm.evaluation.timing import seconds_of, speed, time_in_turns, time_output
 from modeling_llm2slm.inference.text_to_text import TextToText
@@ -35,8 +31,7 @@ OUTPUT = Path(__file__).parents[1] / "docs" / "results"
 ROUNDS, PROMPTS_ALONE, PROMPTS_IN_BATCHES, BATCH = 3, 20, 64, 32
 LOOKED_UP = 4  # tokens in a draft that the LLM looks up in the prompt
 ENGINES = ("openvino-fp32", "openvino-int8")  # besides PyTorch in float32
-LLAMA_CPP = "llamacpp-q8_0"  # an engine for models that are decoder-only
-SCORED, SCORED_EXAMPLES = ("openvino-int8", LLAMA_CPP), 500
+SCORED, SCORED_EXAMPLES = ("openvino-int8", "llamacpp-int8"), 500
 SETS = ("taxonomy_animal",)  # tasks whose references list things in no fixed order
 
 
@@ -155,21 +150,12 @@ def _engine_scores(experiment: Any, task: str, name: str, engine: str) -> dict[s
     return {"examples": len(outputs), "score": score, "score_in_pytorch": score_before, "equal": equal}
 
 
-def _engines_of(row: dict[str, Any], engines: Sequence[str]) -> list[str]:
-    """Return the engines that a row runs in: llama.cpp has no LLM-to-SLM models."""
-    return [engine for engine in engines if engine != LLAMA_CPP or not {"behind", "first"} & row.keys()]
-
-
 def _model(experiment: Any, task: str, name: str, engine: str) -> Path:
     """Return the folder of a row's model for an engine, which is exported the first time."""
     if engine == "pytorch":
         return experiment.model(task, name)
     folder, (backend, weights) = experiment.folder(task, name) / engine, engine.split("-")
-    if engine == LLAMA_CPP and not (folder / GGUF).is_file():
-        folder.mkdir(exist_ok=True)
-        with atomic_write(folder / GGUF) as temporary:
-            write_gguf(experiment.model(task, name), temporary, weights.upper())
-    elif not folder.is_dir():
+    if not folder.is_dir():
         _say(f"{task}/{name}: exporting to {engine}")
         export(experiment.model(task, name), folder, engine=backend, weights=weights)
     return folder
@@ -181,8 +167,6 @@ def load_row(experiment: Any, task: str, name: str, engine: str = "pytorch", dty
     if "first" in row:
         llm, slm = (_model(experiment, task, row[part], engine) for part in ("first", "then"))
         return FirstToken(llm, slm, dtype=dtype)
-    if engine == LLAMA_CPP:
-        return LlamaCppText(experiment.model(task, name), _model(experiment, task, name, engine) / GGUF)
     return TextToText.from_pretrained(_model(experiment, task, name, engine), dtype=dtype)
 
 
@@ -258,7 +242,7 @@ def _time(
 
     models = {}
     for name in names:
-        for engine in _engines_of(experiment.row(task, name), engines):
+        for engine in engines:
             models[f"{name} {engine}"] = partial(time_round, load_row(experiment, task, name, engine))
     _say(f"{task}: timing {len(models)} models in {ROUNDS} rounds")
     rounds = time_in_turns(models, [prompts] * ROUNDS, warm_up=prompts[:1])
@@ -266,7 +250,7 @@ def _time(
     for name in names:
         llm = _llm_of(experiment.row(task, name), name)
         of_llm = {engine: rounds[f"{llm} {engine}"] for engine in engines}
-        for engine in _engines_of(experiment.row(task, name), engines):
+        for engine in engines:
             own = rounds[f"{name} {engine}"]
             timed: dict[str, Any] = {"speed": {key: statistics.median(one[key] for one in own) for key in own[0]}}
             for key in ("ms_per_output", "ms_per_output_in_batches"):

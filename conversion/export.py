@@ -40,7 +40,8 @@ def export(
     Args:
         checkpoint: Folder of an LLM-to-SLM model or of a decoder-only one, such as its LLM; or a name on the Hub.
         output: The folder to write to. It holds all that `TextToText.from_pretrained` needs.
-        engine: The engine that computes the exported model: `"openvino"`, `"onnx"`, `"inductor"` or another.
+        engine: The engine that computes the exported model: `"openvino"`, `"onnx"`, `"inductor"`, `"llamacpp"` or
+            another.
         weights: The format of the weights: `"fp32"`; `"bf16"` (OpenVINO only; computed in bfloat16); `"int8"` (one
             scale per row); `"int4"` (the model that writes in groups of 128, the LLM of an LLM-to-SLM model in int8).
         overwrite: Replace an existing folder.

@@ -20,7 +20,7 @@ from ..data.parsing import read_json
 from ..data.records import COUNT, MAPPING, NUMBER, SWITCH, TEXT, mapping_to, record_of, write_json
 from ..data.resources import peak_memory
 from ..evaluation.timing import Timing, median_timing, time_in_turns
-from ..files_llm2slm import weight_files
+from ..files_llm2slm import first_line, weight_files
 from ..inference.engine import BenchmarkModels, fingerprint_of
 from ..settings import BenchmarkSettings
 from .cells import Cell
@@ -83,6 +83,7 @@ class Benchmark:
         self.given = models
         self.progress = progress
         self.contestants = contestants()
+        self._left_out: set[tuple[str, str]] = set()  # presets, and contestants that cannot compute their models
         for cell in cells:
             if unknown := set(cell.contestants) - set(self.contestants):
                 names = ", ".join(self.contestants)
@@ -114,9 +115,16 @@ class Benchmark:
                 continue
             models = self._models(preset)
             costs = self.result["contestants"].setdefault(preset or "given", {})
+            named = {name for cell in cells for name in cell.contestants}
             for name in dict.fromkeys(name for cell in cells for name in self._names(cell)):
                 if name not in costs:
-                    costs[name] = self._cost(name, models)
+                    try:
+                        costs[name] = self._cost(name, models)
+                    except ValueError as error:
+                        if name in named:
+                            raise
+                        self.progress(f"{name} is left out: {first_line(error)}")
+                        self._left_out.add((preset, name))
                     self._save()
             if not prepare_only:
                 self._measure_all(cells, models)
@@ -159,6 +167,7 @@ class Benchmark:
     def _names(self, cell: Cell) -> tuple[str, ...]:
         installed = (name for name, contestant in self.contestants.items() if contestant.can_run)
         names = cell.contestants or tuple(installed)
+        names = tuple(name for name in names if (cell.preset, name) not in self._left_out)
         return tuple(name for name in names if cell.beams == 1 or self.contestants[name].beams)
 
     def _cost(self, name: str, models: BenchmarkModels) -> dict[str, float]:

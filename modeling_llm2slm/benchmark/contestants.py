@@ -1,4 +1,4 @@
-"""The contestants of a benchmark: those of every engine, and the LLM on CTranslate2 and llama.cpp for comparison."""
+"""The contestants of a benchmark: those of every engine, and the LLM on CTranslate2 for comparison."""
 
 from __future__ import annotations
 
@@ -14,12 +14,9 @@ from ..configuration_llm2slm import LLM2SLMConfig
 from ..evaluation.timing import Timing, seconds_of, time_tokens
 from ..inference.engine import BenchmarkModels, Contestant, engines
 from .cells import Cell
-from .llama_cpp import LlamaCpp, write_gguf
 
 
 TimedContestant = Callable[[Cell], Timing]
-LLAMA_CPP = "llm-llamacpp-q8_0"
-GGUF = "model.gguf"
 
 
 def contestants() -> dict[str, Contestant]:
@@ -27,7 +24,7 @@ def contestants() -> dict[str, Contestant]:
     found: dict[str, Contestant] = {}
     for engine in engines().values():
         found |= engine.contestants()
-    return {**found, **_ctranslate2("float32", 32), **_ctranslate2("int8", 8), LLAMA_CPP: _llama_cpp()}
+    return {**found, **_ctranslate2("float32", 32), **_ctranslate2("int8", 8)}
 
 
 def load_contestant(name: str, models: BenchmarkModels, device: str) -> TimedContestant:
@@ -110,11 +107,3 @@ def _load_ctranslate2(
         )
 
     return generate
-
-
-def _llama_cpp() -> Contestant:
-    return Contestant(
-        load=lambda models, folder, device: LlamaCpp(folder / GGUF),
-        make=lambda models, folder: write_gguf(models.llm, folder / GGUF, "Q8_0"),
-        model="llm", bits=8, beams=False, packages=("llama-cpp-python", "gguf"),
-    )  # fmt: skip

@@ -12,6 +12,7 @@ from .beams import search
 
 
 logger = logging.getLogger(__name__)
+KEPT_ROWS = 0.75  # outputs that have ended leave the batch when at most this part of its rows is left
 STOCK_ONLY = ("return_dict_in_generate", "output_scores", "output_logits")
 STOCK_BEAMS_ONLY = (*STOCK_ONLY, "do_sample", "low_memory")
 
@@ -79,7 +80,8 @@ def decode(
     streamer: Any = None,
 ) -> torch.Tensor:
     """
-    Continue outputs `(B, M)` greedily or by sampling, as stock `generate()` does.
+    Continue outputs `(B, M)` greedily or by sampling, as stock `generate()` does. In greedy search, outputs that have
+    ended are not computed any longer.
 
     Args:
         model: Its `forward()` takes `inputs`, and then new tokens with the cache.
@@ -102,6 +104,9 @@ def decode(
     tokens_so_far = output.new_zeros(rows, int(generation_config.max_length or length + 1))
     tokens_so_far[:, :length] = output
     done = torch.zeros(rows, dtype=torch.bool)
+    cache, active = inputs["past_key_values"], torch.arange(rows)
+    # Logits processors may count on all rows, and a sample depends on the rows before it.
+    drops_rows = bool(ends) and not processors and not generation_config.do_sample and cache.is_private
     while True:
         scores = model(**inputs).logits[:, -1].float()
         if processors:
@@ -110,6 +115,8 @@ def decode(
             tokens = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
         else:
             tokens = scores.argmax(-1)
+        if len(active) < rows:
+            tokens = tokens.new_full((rows,), pad).index_copy(0, active, tokens)
         if ends:
             tokens = tokens.masked_fill(done, pad)
         tokens_so_far[:, length] = tokens
@@ -122,7 +129,12 @@ def decode(
             done = done | criterion(tokens_so_far[:, :length], None)
         if length == tokens_so_far.shape[1] or ((ends or others) and bool(done.all())):
             break
-        inputs = {name: tokens[:, None], "past_key_values": inputs["past_key_values"]}
+        if drops_rows:
+            left = (~done[active]).nonzero().squeeze(1)
+            if len(left) <= KEPT_ROWS * len(active):
+                cache.keep(left)
+                active = active[left]
+        inputs = {name: tokens[active, None], "past_key_values": cache}
     if streamer is not None:
         streamer.end()
     return tokens_so_far[:, :length].clone()

@@ -155,6 +155,7 @@ class ExportedCache:
         self._mask: torch.Tensor | None = None  # the prompt's, followed by ones for outputs
         self.cross: dict[str, torch.Tensor] = {}  # for an encoder-decoder SLM: keys and values of the prompt
         self.rows: torch.Tensor | None = None  # the row of the state that each row of the next step continues
+        self.is_private = False  # whether nobody else continues it
 
     @property
     def self_attention_cache(self) -> Any:
@@ -196,9 +197,14 @@ class ExportedCache:
     def expand(self) -> None:
         """Continue each row as `repeats` rows."""
         assert self.prompt_mask is not None
-        self.rows = torch.arange(len(self.prompt_mask)).repeat_interleave(self.repeats)
-        self.prompt_mask = self.prompt_mask[self.rows]
-        self.cross = {name: tensor[self.rows] for name, tensor in self.cross.items()}
+        self.keep(torch.arange(len(self.prompt_mask)).repeat_interleave(self.repeats))
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Continue only these rows, in this order."""
+        assert self.prompt_mask is not None
+        self.reorder_cache(rows)
+        self.prompt_mask = self.prompt_mask[rows]
+        self.cross = {name: tensor[rows] for name, tensor in self.cross.items()}
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError("The cache of an exported model cannot be cropped: its graph cannot forget tokens.")
@@ -296,6 +302,7 @@ class GraphModel(FastDecoding, GenerationMixin):
         cache = model_kwargs.get("past_key_values")
         if cache is None:
             cache = self.new_cache(max(generation_config.num_beams, generation_config.num_return_sequences))
+            cache.is_private = True
         elif not isinstance(cache, self.cache_class):
             raise ValueError("`past_key_values` belongs to another model. Pass one that this model returned, or none.")
         model_kwargs["past_key_values"] = cache

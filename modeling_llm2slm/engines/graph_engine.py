@@ -167,6 +167,13 @@ class GraphEngine(Engine):
         defaults = supported_defaults(model.generation_config)
         exported_model_class()(components, self.name, model.config, defaults).save_pretrained(folder)
 
+    def write_manifest(self, folder: Path, model: Any, components: dict[str, Any]) -> None:
+        """Write a manifest of components that transformers' exporters did not make, and both configs."""
+        manifest = json.dumps({"export_format": self.name, "components": components})
+        (folder / MANIFEST).write_text(manifest, encoding="utf-8")
+        model.config.save_pretrained(folder)
+        supported_defaults(model.generation_config).save_pretrained(folder)
+
     def component(self, graph: Any, sample: dict[str, Any], weights: str, is_step: bool) -> Any:
         """Trace a module with sample inputs to a component of transformers' exported model."""
         exporter, config_class, quantizer = self.exporter(weights, is_step)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, S
 from ..data.parsing import read_json
 from ..inference.engine import engine
 from ..inference.model import LLM2SLMForConditionalGeneration
-from .exported import FIX, MANIFEST, supported_defaults
+from .exported import FIX, MANIFEST
 from .graph_engine import FP32, INT8, GraphEngine
 
 
@@ -98,10 +97,7 @@ class InductorEngine(GraphEngine):
         for name, graph in graphs.items():
             progress(f"compiling {name}")
             components[name] = _compile(graph.eval(), folder / f"{name}.pt2")
-        manifest = {"export_format": self.name, "components": components}
-        (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-        model.config.save_pretrained(folder)
-        supported_defaults(model.generation_config).save_pretrained(folder)
+        self.write_manifest(folder, model, components)
 
 
 def _reader() -> Any:

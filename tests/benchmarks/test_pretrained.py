@@ -115,12 +115,7 @@ def test_each_row_is_timed_in_each_engine_and_quantized_outputs_are_scored(
 
     monkeypatch.setattr(pretrained_report, "export", export)
     monkeypatch.setattr(pretrained_report.TextToText, "from_pretrained", lambda path, **options: Fixed())
-    monkeypatch.setattr(pretrained_report, "write_gguf", lambda model, path, weights: path.write_text(weights))
-    monkeypatch.setattr(pretrained_report, "LlamaCppText", lambda model, path: Fixed())
-    engines = ("pytorch", *pretrained_report.ENGINES, pretrained_report.LLAMA_CPP)
-    times = pretrained_report._time(experiment, "any", list(rows), engines)
-    assert (tmp_path / "llm" / "llamacpp-q8_0" / "model.gguf").read_text() == "Q8_0"
-    assert times["llm"].pop("llamacpp-q8_0").keys() == times["llm"]["pytorch"].keys()
+    times = pretrained_report._time(experiment, "any", list(rows))
     assert sorted(exported) == [(n, "openvino", w) for n in ("cache", "llm") for w in ("fp32", "int8")]
     for name in rows:
         assert set(times[name]) == {"pytorch", *pretrained_report.ENGINES}

@@ -147,7 +147,7 @@ def test_quantized_weights_are_smaller_and_generate_the_same(
 
 def test_a_wrong_argument_is_an_error_of_one_sentence(source, tmp_path, capsys) -> None:
     assert run("export", source, tmp_path / "e", "--engine", "tpu") == 1
-    assert "Choose one of: inductor, onnx, openvino." in capsys.readouterr().err
+    assert "Choose one of: inductor, llamacpp, onnx, openvino." in capsys.readouterr().err
     assert run("export", source, tmp_path / "e", "--weights", "int2") == 1
     assert "Choose one of: fp32, bf16, int8, int4." in capsys.readouterr().err
     T5ForConditionalGeneration(t5_config()).save_pretrained(tmp_path / "t5")

@@ -22,6 +22,7 @@ from modeling_llm2slm.engines.exported_llm import ExportedLLM
 from modeling_llm2slm.engines.graph_engine import GraphEngine, describe, exported_model_class
 from modeling_llm2slm.engines.graphs import embedding_table, graphs_of
 from modeling_llm2slm.inference.engine import engine as engine_named
+from modeling_llm2slm.inference.engine import is_installed
 from tests.support import families
 from tests.support.common import (
     LLM_VOCAB_SIZE,
@@ -52,8 +53,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 def needs(name: str) -> None:
     """Skip the test if the packages of an engine, or transformers' exported models, are missing."""
     for package in (*engine_named(name).packages, "nncf"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"needs {package}: pip install 'modeling-llm2slm[{name}]'")
+        if not is_installed(package):
+            pytest.skip(f"needs {package}: pip install 'modeling-llm2slm[{engine_named(name).extra}]'")
     if importlib.util.find_spec("transformers.exporters.metadata") is None:
         pytest.skip("needs transformers 5.23, the first with exported models")
 

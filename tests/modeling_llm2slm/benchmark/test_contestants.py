@@ -7,21 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForSeq2SeqLM,
-    BartConfig,
-    BartForConditionalGeneration,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import AutoModelForSeq2SeqLM
 
 from modeling_llm2slm.benchmark import benchmark
 from modeling_llm2slm.benchmark import contestants as module
 from modeling_llm2slm.benchmark.cells import Cell
 from modeling_llm2slm.benchmark.contestants import endless, load_contestant
-from modeling_llm2slm.benchmark.llama_cpp import LlamaCpp, write_gguf
 from modeling_llm2slm.benchmark.models import make_models
 from modeling_llm2slm.inference.engine import Contestant, engine
 from tests.support.exports import needs
@@ -74,64 +65,6 @@ def test_the_llm_generates_the_same_tokens_on_another_engine(
         assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("options", [{}, {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}])
-def test_llama_cpp_generates_the_same_tokens(options: dict[str, Any], tmp_path: Path) -> None:
-    pytest.importorskip("llama_cpp")
-    config = T5Config(
-        vocab_size=200, d_model=64, d_kv=32, num_heads=2, d_ff=96, num_layers=3, num_decoder_layers=2,
-        decoder_start_token_id=0, eos_token_id=None, initializer_factor=3.0, **options,
-    )  # fmt: skip
-    torch.manual_seed(3)  # llama.cpp's GELU is a table in float16: outputs of some random models differ
-    llm = T5ForConditionalGeneration(config).eval()
-    llm.save_pretrained(tmp_path)
-    ids = torch.randint(10, 200, (4, 14), generator=torch.Generator().manual_seed(0))
-    write_gguf(str(tmp_path), tmp_path / "f32.gguf", "F32")
-    write_gguf(str(tmp_path), tmp_path / "q8.gguf", "Q8_0")
-    expected = llm.generate(ids, max_new_tokens=20, do_sample=False)[:, 1:].tolist()
-    assert len({token for row in expected for token in row}) > 3
-    fast = LlamaCpp(tmp_path / "f32.gguf")
-    assert fast(ids, 20, 1) == expected
-    assert fast(ids[:1], 9, 1) == [expected[0][:9]]
-    assert (tmp_path / "q8.gguf").stat().st_size < (tmp_path / "f32.gguf").stat().st_size / 2
-
-
-def test_llama_cpp_continues_prompts_of_different_lengths(tmp_path: Path) -> None:
-    pytest.importorskip("llama_cpp")
-    config = Gemma3TextConfig(
-        vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=32, sliding_window=6, initializer_range=0.2,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-    )  # fmt: skip
-    torch.manual_seed(0)
-    llm = Gemma3ForCausalLM(config).eval()
-    llm.save_pretrained(tmp_path)
-    write_gguf(tmp_path, tmp_path / "model.gguf", "F32")
-    prompts = [torch.randint(10, 200, (1, length)) for length in (14, 3, 9)]
-    expected = [llm.generate(one, max_new_tokens=12, eos_token_id=None)[0, one.shape[1] :].tolist() for one in prompts]
-    fast = LlamaCpp(tmp_path / "model.gguf")
-    ids = [one[0].tolist() for one in prompts]
-    assert fast.generate(ids, 12) == expected
-    end = expected[1][4]
-    assert fast.generate(ids, 12, end)[1] == expected[1][: expected[1].index(end) + 1]
-
-
-@pytest.mark.parametrize("content", [None, b"", b"GGUF and no more"])
-def test_llama_cpp_refuses_a_file_that_is_missing_or_cut(content: bytes | None, tmp_path: Path) -> None:
-    pytest.importorskip("llama_cpp")
-    if content is not None:
-        (tmp_path / "model.gguf").write_bytes(content)
-    with pytest.raises(ValueError, match="cannot load .*model.gguf. Remove it"):
-        LlamaCpp(tmp_path / "model.gguf")
-
-
-def test_llama_cpp_refuses_another_family(tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
-    config = BartConfig(vocab_size=20, d_model=16, encoder_layers=1, decoder_layers=1)
-    BartForConditionalGeneration(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="only T5 and Gemma 3 are converted"):
-        write_gguf(str(tmp_path), tmp_path / "bart.gguf", "F32")
-
-
 def test_cells_with_beams_leave_out_a_contestant_without(
     measured: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,3 +78,27 @@ def test_cells_with_beams_leave_out_a_contestant_without(
     cells = [Cell(prompt=4, output=2, beams=beams, preset="tiny", contestants=tuple(found)) for beams in (1, 2)]
     result = benchmark.Benchmark(cells, tmp_path / "result.json", measured[0]).run()
     assert [list(cell["results"]) for cell in result["cells"].values()] == [["with", "without"], ["with"]]
+
+
+def test_a_contestant_that_cannot_compute_the_models_is_left_out_unless_it_is_named(
+    measured: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(models: Any, folder: Path) -> None:
+        raise ValueError("It knows no T5.")
+
+    def load(models: Any, folder: Path, device: str) -> Any:
+        return lambda ids, new_tokens, num_beams: None
+
+    found = {"one": Contestant(load=load, model="llm"), "other": Contestant(load=load, make=refuse, model="llm")}
+    for each in (module, benchmark):
+        monkeypatch.setattr(each, "contestants", lambda: found)
+    cost = benchmark.Benchmark._cost
+    monkeypatch.setattr(benchmark.Benchmark, "_cost", lambda *these: cost(*these) if these[1] == "other" else {})
+    steps: list[str] = []
+    cell = Cell(prompt=4, output=2, preset="tiny")
+    result = benchmark.Benchmark([cell], tmp_path / "result.json", measured[0], progress=steps.append).run()
+    assert [list(cell["results"]) for cell in result["cells"].values()] == [["one"]]
+    assert "other is left out: It knows no T5." in steps
+    cells = [Cell(prompt=4, output=2, preset="tiny", contestants=("one", "other"))]
+    with pytest.raises(ValueError, match="It knows no T5"):
+        benchmark.Benchmark(cells, tmp_path / "named.json", measured[0]).run()

@@ -66,6 +66,39 @@ def test_tokens_are_those_of_the_stock_loop(models: tuple[Any, Any], kwargs: dic
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"repetition_penalty": 1.3}])
+def test_outputs_that_have_ended_leave_the_batch(
+    models: tuple[Any, Any], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = pad_prompts(PROMPTS)
+    plain = models[1].generate(**batch, max_new_tokens=12, eos_token_id=None)
+    rows, forward = [], models[1].forward
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        outputs = forward(*args, **kwargs)
+        rows.append(len(outputs.logits))
+        return outputs
+
+    monkeypatch.setattr(models[1], "forward", count)
+    ends, found = plain[:-1, 4].tolist(), []  # each output but the last ends early
+    for model in models:
+        torch.manual_seed(0)
+        found.append(model.generate(**batch, max_new_tokens=12, eos_token_id=ends, pad_token_id=0, **options))
+    assert torch.equal(*found)
+    assert rows[0] == len(PROMPTS)
+    assert (rows[-1] == len(PROMPTS)) == bool(options)  # samples and processors depend on all rows
+
+
+def test_a_cache_of_the_caller_keeps_its_rows(models: tuple[Any, Any]) -> None:
+    batch, model = pad_prompts(PROMPTS), models[1]
+    plain = model.generate(**batch, max_new_tokens=12, eos_token_id=None)
+    cache = model.new_cache()
+    options = {"past_key_values": cache, "eos_token_id": plain[:-1, 4].tolist(), "pad_token_id": 0}
+    outputs = model.generate(**batch, max_new_tokens=8, **options)
+    assert outputs.shape == (len(PROMPTS), 9)
+    assert len(cache.prompt_mask) == len(PROMPTS)
+
+
 def test_streams_are_those_of_the_stock_loop(models: tuple[Any, Any]) -> None:
     streams = []
     for model in models:

@@ -116,10 +116,9 @@ def test_options_reach_the_engine(checkpoint: Path) -> None:
 def test_an_engine_is_found_by_name_and_by_what_it_loads(checkpoint: Path, toy: ToyEngine, tmp_path: Path) -> None:
     assert engine("toy") is engine_of(checkpoint) is toy
     assert engine_of(tmp_path / "elsewhere").name == "pytorch"
-    assert list(engines()) == ["pytorch", "inductor", "onnx", "openvino", "toy", "vllm"]
-    with pytest.raises(
-        ValueError, match=r"'tpu' does not exist\. Choose one of: pytorch, inductor, onnx, openvino, toy, vllm\."
-    ):
+    assert list(engines()) == ["pytorch", "inductor", "llamacpp", "onnx", "openvino", "toy", "vllm"]
+    names = "pytorch, inductor, llamacpp, onnx, openvino, toy, vllm"
+    with pytest.raises(ValueError, match=rf"'tpu' does not exist\. Choose one of: {names}\."):
         engine("tpu")
 
 
@@ -136,7 +135,8 @@ def test_every_file_of_an_engine_identifies_a_checkpoint_unless_it_names_them(
 
 
 def test_an_engine_without_weights_exports_nothing() -> None:
-    with pytest.raises(ValueError, match=r"'toy' does not export\. Choose one of: inductor, onnx, openvino\."):
+    names = "inductor, llamacpp, onnx, openvino"
+    with pytest.raises(ValueError, match=rf"'toy' does not export\. Choose one of: {names}\."):
         exporting_engine("toy")
     with pytest.raises(NotImplementedError, match="missing exports nothing"):
         Engine.export(MissingEngine(), None, Path("folder"), "fp32")
@@ -164,7 +164,7 @@ def test_an_engine_that_cannot_be_imported_stops_only_those_who_ask_for_it(
     registry._installed_engines.cache_clear()
     try:
         assert engine_of(checkpoint) is toy
-        assert list(engines()) == ["pytorch", "inductor", "onnx", "openvino", "toy", "vllm"]
+        assert list(engines()) == ["pytorch", "inductor", "llamacpp", "onnx", "openvino", "toy", "vllm"]
         for ask in (engine, exporting_engine):
             with pytest.raises(ImportError, match=r"'broken' cannot be loaded: No module named 'no_such_package'"):
                 ask("broken")
