@@ -49,8 +49,8 @@ FILES = "files"
 LEFT_OUT = ("llm-compiled", "llm2slm-compiled", "llm2slm-int8", "llm-openvino-bf16", "llm2slm-openvino-bf16",
             "llm-inductor-int8")  # fmt: skip
 FLOAT32 = ("llm", "llm2slm", "fp32", "float32")  # how names end whose tokens are those of PyTorch, which tests check
-INT8 = ("llm-ctranslate2-int8", "llm-openvino-int8", "llm-llamacpp-int8", "llm2slm-openvino-int8",
-        "llm2slm-llamacpp-int8")  # fmt: skip
+INT8 = ("llm-ctranslate2-int8", "llm-openvino-int8", "llm-onnx-int8", "llm-llamacpp-int8", "llm2slm-openvino-int8",
+        "llm2slm-onnx-int8", "llm2slm-llamacpp-int8")  # fmt: skip
 TRAINED = {"llm": "llm", "llm2slm": "t5-cut-add-distilled"}  # rows of the experiment, in PyTorch
 QUANTIZED = {"llm-ctranslate2-int8": "llm-int8", "llm2slm-openvino-int8": "t5-cut-add-distilled-int8"}
 KEPT = 0.99

@@ -43,15 +43,14 @@ from .llm_graphs import ExportableLLM
 NEEDS = "5.23"  # the first transformers with transformers.exporters.ExportedModel
 FP32, BF16 = WeightFormat(bytes=4, tolerance=1e-3), WeightFormat(bytes=2, tolerance=0.05)
 INT8, INT4 = WeightFormat(bytes=1, tolerance=0.1), WeightFormat(bytes=0.7, tolerance=0.5)
-INT4_GROUP = 128
 
 
 class GraphEngine(Engine):
     """
     An engine that runs the graphs of exported models. Its name is the `export_format` of transformers' exporters.
 
-    `"int8"` weights have one scale per row, and activations are quantized while the graph runs. `"int4"` weights have
-    one scale per group of 128; the graph that reads prompts keeps int8.
+    `"int8"` weights have one scale per row, or per group of 128, and activations are quantized while the graph runs.
+    `"int4"` weights have one scale per group of 128; the graph that reads prompts keeps int8.
 
     Attributes:
         benchmarked: The weights that [`~Engine.contestants`] offers.
@@ -238,21 +237,6 @@ def describe(model: Any, weights: str) -> dict[str, Any]:
 def _writer(model: Any) -> Any:
     """Return the model that writes outputs: the SLM of an LLM-to-SLM model, or a decoder-only model itself."""
     return model.decoder if isinstance(model, LLM2SLMForConditionalGeneration | ExportableLLM) else model
-
-
-def int4_weights() -> Any:
-    """Return the compression to int4 in groups. Sensitive weights, the output layer first of all, stay in int8."""
-    import nncf
-    from transformers.exporters import NNCFWeightCompressionConfig
-
-    return NNCFWeightCompressionConfig(
-        mode=nncf.CompressWeightsMode.INT4_SYM,
-        group_size=INT4_GROUP,
-        backup_mode=nncf.BackupMode.INT8_SYM,
-        advanced_parameters=nncf.AdvancedCompressionParameters(
-            group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST
-        ),
-    )
 
 
 @contextmanager

@@ -13,7 +13,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
-from .graph_engine import BF16, FP32, INT4, INT4_GROUP, INT8, GraphEngine, int4_weights
+from .graph_engine import BF16, FP32, INT4, INT8, GraphEngine
+
+
+INT4_GROUP = 128
 
 
 class OpenVINOEngine(GraphEngine):
@@ -138,7 +141,17 @@ def _quantizer(weights: str, is_step: bool) -> Any:
 
     if weights == "int8" or not is_step:
         return NNCFOpenVINOQuantizer(NNCFWeightCompressionConfig(mode=nncf.CompressWeightsMode.INT8_SYM))
-    return NNCFOpenVINOQuantizer(int4_weights())
+    # Sensitive weights, the output layer first of all, stay in int8.
+    return NNCFOpenVINOQuantizer(
+        NNCFWeightCompressionConfig(
+            mode=nncf.CompressWeightsMode.INT4_SYM,
+            group_size=INT4_GROUP,
+            backup_mode=nncf.BackupMode.INT8_SYM,
+            advanced_parameters=nncf.AdvancedCompressionParameters(
+                group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST
+            ),
+        )
+    )
 
 
 def _feed(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:

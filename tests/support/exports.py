@@ -52,7 +52,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 
 def needs(name: str) -> None:
     """Skip the test if the packages of an engine, or transformers' exported models, are missing."""
-    for package in (*engine_named(name).packages, "nncf"):
+    for package in (*engine_named(name).packages, *engine_named(name).quantizers("int8")):
         if not is_installed(package):
             pytest.skip(f"needs {package}: pip install 'modeling-llm2slm[{engine_named(name).extra}]'")
     if importlib.util.find_spec("transformers.exporters.metadata") is None:
