@@ -36,6 +36,8 @@ class ONNXEngine(GraphEngine):
 
         session_options = SessionOptions()
         session_options.intra_op_num_threads = torch.get_num_threads()
+        # Threads that wait in a loop would hold up those of torch, and of the other graphs.
+        session_options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         exported = exported_model.from_pretrained(path, device="cpu", session_options=session_options)
         config = AutoConfig.from_pretrained(path)
         window = getattr(getattr(config, "decoder", config), "sliding_window", None)
