@@ -198,6 +198,7 @@ def main(
     parser.add_argument("--only", nargs="*", help="do only these jobs, such as instructions/llm-4000")
     parser.add_argument("--report", action="store_true", help="report the rows that are done, and train none")
     parser.add_argument("--rows", nargs="*", help="report only these rows, their LLM among them. Default: all")
+    parser.add_argument("--name", default="", help="name of the report, such as engines. Default: that of the task")
     parser.add_argument("--engines", nargs="*", default=ENGINES, help="engines to time, besides PyTorch")
     parser.add_argument("--no-drafts", action="store_true", help="time no drafts for the LLM, which take longest")
     arguments = parser.parse_args()
@@ -217,7 +218,11 @@ def main(
         print(f"{name}: done after {(time.time() - start) / 60:.1f} min", flush=True)
     if not arguments.only:
         (make_report or report)(
-            experiment, only=arguments.rows, engines=arguments.engines, drafts=not arguments.no_drafts
+            experiment,
+            only=arguments.rows,
+            engines=arguments.engines,
+            drafts=not arguments.no_drafts,
+            report_name=arguments.name,
         )
 
 

@@ -2,8 +2,8 @@
 Report the experiment behind a pretrained LLM: scores with intervals by paired bootstrap, times in turns, a table.
 
 `python -m benchmarks.pretrained --report` calls this. It reads the outputs of the rows that are done, times their
-models and writes `docs/results/pretrained-<task>.json`. Each model is timed in PyTorch and, exported once to a folder
-next to it, in OpenVINO and llama.cpp; outputs of quantized exports are scored on a part of the test split.
+models and writes `docs/results/pretrained-<task>-<name>.json`. Each model is timed in PyTorch and, exported once to a
+folder next to it, in other engines; outputs of quantized exports are scored on a part of the test split.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OUTPUT = Path(__file__).parents[1] / "docs" / "results"
 ROUNDS, PROMPTS_ALONE, PROMPTS_IN_BATCHES, BATCH = 3, 20, 64, 32
 LOOKED_UP = 4  # tokens in a draft that the LLM looks up in the prompt
 ENGINES = ("openvino-fp32", "openvino-int8")  # besides PyTorch in float32
-SCORED, SCORED_EXAMPLES = ("openvino-int8", "llamacpp-int8"), 500
+SCORED, SCORED_EXAMPLES = ("openvino-int8", "onnx-int8", "llamacpp-int8"), 500
 SETS = ("taxonomy_animal",)  # tasks whose references list things in no fixed order
 
 
@@ -41,8 +41,12 @@ def report(
     only: Sequence[str] | None = None,
     engines: Sequence[str] = ENGINES,
     drafts: bool = True,
+    report_name: str = "",
 ) -> None:
-    """Score, time, write and print the rows that are done, or `only` some of them, in PyTorch and `engines`."""
+    """
+    Score, time, write and print the rows that are done, or `only` some of them, in PyTorch and `engines`, as a report
+    of a name of its own.
+    """
     for task, rows in experiment.settings["rows"].items():
         done = [name for name in rows if (experiment.folder(task, name) / "outputs.json").is_file()]
         done = [name for name in done if only is None or name in only]
@@ -65,7 +69,7 @@ def report(
         result["gains"] = gains(experiment, task, done)
         result["drafts"] = _draft(experiment, task, done) if drafts else {}
         result["not_run"] = [name for name in rows if name not in done]
-        write_json(folder / f"pretrained-{task}.json", result)
+        write_json(folder / f"pretrained-{'-'.join(filter(None, (task, report_name)))}.json", result)
         print(table(task, result), flush=True)
 
 

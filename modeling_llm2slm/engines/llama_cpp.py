@@ -197,15 +197,20 @@ class LlamaCppState:
 
     def _continue(self, rows: list[int]) -> None:
         """Let each row continue another one. Sequences share the places of what they have in common."""
-        self._reserve(2 * max(len(rows), len(self._sequences)), 0)
+        self._reserve(len(rows), 0)
         assert self._context is not None
-        free = [number for number in range(self._context.rows) if number not in set(self._sequences)]
-        new = free[: len(rows)]
-        for row, sequence in zip(rows, new, strict=True):
-            api().llama_memory_seq_cp(self._context.memory, self._sequences[row], sequence, -1, -1)
-        for sequence in self._sequences:
-            api().llama_memory_seq_rm(self._context.memory, sequence, -1, -1)
-        self._sequences = new
+        before, sequences, memory = self._sequences, list[int](), self._context.memory
+        for row in set(range(len(before))) - set(rows):
+            api().llama_memory_seq_rm(memory, before[row], -1, -1)
+        kept = {before[row] for row in rows}
+        free = (sequence for sequence in range(self._context.rows) if sequence not in kept)
+        for row in rows:
+            sequence = before[row]
+            if sequence in sequences:  # another row continues it already
+                sequence = next(free)
+                api().llama_memory_seq_cp(memory, before[row], sequence, -1, -1)
+            sequences.append(sequence)
+        self._sequences = sequences
 
     def _reserve(self, rows: int, places: int) -> None:
         """Take a larger context, if this one has too few rows or places for more tokens."""

@@ -75,8 +75,8 @@ class Context:
     def __init__(self, model: Model, rows: int, places: int, threads: int, kind: np.dtype, at_once: int = UBATCH):
         if rows > MOST_ROWS:
             raise ValueError(
-                f"llama.cpp holds at most {MOST_ROWS} outputs, or half as many beams, and this batch needs {rows}. "
-                "Generate in smaller batches."
+                f"llama.cpp holds at most {MOST_ROWS} outputs at once, and this batch has {rows}. Generate in smaller "
+                "batches."
             )
         settings = api().llama_context_default_params()
         settings.n_ctx = settings.n_batch = places

@@ -121,7 +121,7 @@ def test_rotary_frequencies_of_llama_3(tmp_path: Path) -> None:
 
 def test_too_many_outputs_at_once_are_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
     pair = pair_of(tmp_path_factory, "gemma3", "cache", "llamacpp")
-    with pytest.raises(ValueError, match="at most 256 outputs, or half as many beams, and this batch needs 300"):
+    with pytest.raises(ValueError, match="at most 256 outputs at once, and this batch has 300"):
         pair.exported.generate(torch.tensor(PROMPTS[:1] * 300), max_new_tokens=2)
 
 
