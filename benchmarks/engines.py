@@ -206,6 +206,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="measure models of one layer, to test this script")
     parser.add_argument("--note", help="remark that is saved with each result")
     arguments = parser.parse_args()
+    if unknown := set(arguments.contestants or ()) - set(contestants()):
+        parser.error(f"{unknown.pop()} is no contestant. Choose from: {', '.join(contestants())}.")
     torch.set_num_threads(1)
     chosen = parts(arguments.tiny)
     for name in arguments.only:

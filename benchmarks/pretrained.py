@@ -208,6 +208,9 @@ def main(
     )
     _check_names("row", arguments.rows, [name for rows in experiment.settings["rows"].values() for name in rows])
     _check_names("job", arguments.only, [name for name, _, _ in experiment.jobs()])
+    for option in ("llm", "data"):
+        if not (folder := getattr(arguments, option)).is_dir():
+            parser.error(f"{folder} is no folder. Pass another one with --{option}.")
     for name, result, job in experiment.jobs():
         if result.exists() or arguments.report or (arguments.only and name not in arguments.only):
             continue

@@ -90,3 +90,12 @@ def test_a_file_is_timed_against_batches_of_ctranslate2(tmp_path: Path) -> None:
     assert result["best"]["llm2slm"] == LLM2SLM[0]
     assert set(result["prompts_per_second"]) == {f"{LLM}, 1024 tokens", f"{LLM}, 4096 tokens", LLM2SLM[0]}
     assert all(len(seconds) == 2 for seconds in result["seconds"].values())
+
+
+def test_a_contestant_that_does_not_exist_ends_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["engines", "--work", str(tmp_path), "--contestants", "llm", "llm-fast"])
+    with pytest.raises(SystemExit):
+        engines.main()
+    assert "llm-fast is no contestant. Choose from: llm, " in capsys.readouterr().err

@@ -159,6 +159,17 @@ def test_a_name_that_does_not_exist_ends_the_command(
         pretrained.main()
 
 
+@pytest.mark.parametrize("option", ["--llm", "--data"])
+def test_a_folder_that_is_missing_ends_the_command(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = dict.fromkeys(("--llm", "--data", "--runs"), tmp_path) | {option: tmp_path / "missing"}
+    monkeypatch.setattr("sys.argv", ["pretrained", *(str(one) for pair in folders.items() for one in pair)])
+    with pytest.raises(SystemExit):
+        pretrained.main()
+    assert f"missing is no folder. Pass another one with {option}." in capsys.readouterr().err
+
+
 TINY = {
     "all": {"per_device_train_batch_size": 4, "use_cpu": True, "eval_strategy": "epoch", "save_strategy": "epoch"},
     "any": {"learning_rate": 1e-3, "num_train_epochs": 1},
