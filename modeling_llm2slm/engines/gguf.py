@@ -39,11 +39,18 @@ SIZES: dict[str, dict[str, str]] = {
 
 
 def check_family(model: Any) -> None:
-    """Raise `ValueError` if llama.cpp cannot compute a model."""
+    """Raise `ValueError` if llama.cpp cannot compute a model, or if its layers or rotary embedding are not written."""
     family = model.config.model_type
     if SLIDING in (getattr(model.config, "layer_types", None) or ()) and family != "gemma3_text":
         raise ValueError(
             f"llama.cpp computes no sliding-window layers of {family}. Use another engine, such as openvino."
+        )
+    ropes = getattr(model.config, "rope_parameters", None) or {}
+    kinds = {rope["rope_type"] for rope in (ropes.values() if "rope_type" not in ropes else [ropes])}
+    if unknown := kinds - {"default", *(["llama3"] if family == "llama" else [])}:
+        raise ValueError(
+            f"The rotary embedding of this {family} is {unknown.pop()}, which is not written for llama.cpp. Use "
+            "another engine, such as openvino."
         )
     if family not in ARCHITECTURES:
         *others, last = sorted(ARCHITECTURES)
@@ -64,7 +71,7 @@ def write_gguf(model: Any, path: Path, weights: str) -> None:
         weights: Format of the matrices, a name of `gguf.GGMLQuantizationType`: "F32" or "Q8_0".
 
     Raises:
-        ValueError: If the model is of another family, or its rotary embedding is one that files cannot hold.
+        ValueError: See [`check_family`].
     """
     import gguf
 
@@ -101,8 +108,8 @@ def write_gguf(model: Any, path: Path, weights: str) -> None:
 
 def interleave(tensor: torch.Tensor, axis: int = -1) -> torch.Tensor:
     """
-    Put the two halves of each head, which rotary embeddings turn together, in turns along an axis: llama.cpp turns
-    neighbours in a Llama, and halves in other families.
+    Put the two halves of each head, which rotary embeddings turn together, in turns along an axis (counted from the
+    end): llama.cpp turns neighbours in a Llama, and halves in other families.
     """
     return tensor.unflatten(axis, (2, -1)).transpose(axis - 1, axis).flatten(axis - 1, axis)
 
@@ -117,15 +124,13 @@ def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
             tensor = tensor.T
         elif family == "gemma3_text" and name.endswith("norm.weight"):
             tensor = tensor + 1  # transformers adds it when it computes
-        elif family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
-            heads = tensor.unflatten(0, (-1, config.head_dim))
-            tensor = interleave(heads.transpose(1, 2)).transpose(1, 2).flatten(0, 1)
+        elif family == "llama" and ("q_proj" in name or "k_proj" in name):
+            tensor = interleave(tensor.unflatten(0, (-1, config.head_dim)), axis=-tensor.dim()).flatten(0, 1)
         yield name, tensor
-    rotary = getattr(model.base_model, "rotary_emb", None)
-    if family == "llama" and rotary is not None and config.rope_parameters["rope_type"] == "llama3":
+    if family == "llama" and config.rope_parameters["rope_type"] == "llama3":
         base = config.rope_parameters["rope_theta"]
         plain = base ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
-        yield "rope_freqs.weight", plain / rotary.inv_freq
+        yield "rope_freqs.weight", plain / model.base_model.rotary_emb.inv_freq
 
 
 __all__ = ["check_family", "interleave", "write_gguf"]

@@ -45,7 +45,8 @@ class LlamaCppEngine(GraphEngine):
         return (READER, *super().quantizers(weights))
 
     def run_options(self, model: LLM2SLMForConditionalGeneration, weights: str) -> dict[str, Any]:
-        return _reader().run_options(model, weights) if _has_prompt(model) else {}
+        has_prompt = isinstance(model, LLM2SLMForConditionalGeneration)
+        return _reader().run_options(model, weights) if has_prompt else {}
 
     def load_graphs(self, path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         components = dict(manifest["components"])
@@ -94,10 +95,6 @@ class LlamaCppEngine(GraphEngine):
 
 def _reader() -> Any:
     return engine(READER)
-
-
-def _has_prompt(model: Any) -> bool:
-    return isinstance(model, LLM2SLMForConditionalGeneration)
 
 
 def _caches(config: Any) -> list[list[int]]:
@@ -232,11 +229,14 @@ class LlamaCppState:
         """Read the embeddings that are `seen`; return the logits `(B, 1, vocabulary)` after the last of each row."""
         assert self._context is not None
         counts = seen.sum(1).numpy()
+        places, most = positions.expand(seen.shape)[seen].int().numpy(), self._graph.model.positions
+        if most is not None and places.max() >= most:  # llama.cpp would end the process
+            raise ValueError(f"The model has only {most} positions. Shorten the prompt, or lower `max_new_tokens`.")
         logits = self._context.run(
             api().llama_decode,
             counts.cumsum() - 1,
             embd=embeds[seen].numpy(),
-            pos=positions.expand(seen.shape)[seen].int().numpy(),
+            pos=places,
             sequence=np.repeat(self._sequences, counts),
         )
         return torch.from_numpy(logits)[:, None]

@@ -19,6 +19,9 @@ UBATCH = 512  # tokens that are computed at once
 KINDS = {np.dtype(np.float32): 0, np.dtype(np.float16): 1}  # llama.cpp's numbers of dtypes
 
 
+_callbacks: list[Any] = []  # llama.cpp keeps no reference
+
+
 @functools.cache
 def api() -> Any:
     """Return llama.cpp's functions, after silencing its log."""
@@ -29,9 +32,6 @@ def api() -> Any:
     llama_cpp.llama_backend_init()
     _callbacks.append(silence)
     return llama_cpp
-
-
-_callbacks: list[Any] = []  # llama.cpp keeps no reference
 
 
 class Model:
@@ -50,6 +50,8 @@ class Model:
         if not self.pointer:
             raise OSError(f"{file.name} is missing or damaged: llama.cpp cannot load it. {FIX}")
         self.vocab_size = api().llama_vocab_n_tokens(api().llama_model_get_vocab(self.pointer))
+        learned = api().llama_model_rope_type(self.pointer) == api().LLAMA_ROPE_TYPE_NONE  # GPT-2's, which have an end
+        self.positions = api().llama_model_n_ctx_train(self.pointer) if learned else None
 
     def __del__(self) -> None:
         if getattr(self, "pointer", None) and not sys.is_finalizing():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM
 
 from ..inference.engine import BenchmarkModels, Contestant
-from .gguf import check_family, write_gguf
+from .gguf import write_gguf
 from .llama_cpp_calls import Context, Model, api
 
 
@@ -62,15 +61,13 @@ class LlamaCppT5:
         return self._context
 
 
-def _make(models: BenchmarkModels, folder: Path, weights: str) -> None:
-    llm = AutoModelForSeq2SeqLM.from_pretrained(models.llm, dtype=torch.float32)
-    check_family(llm)
-    write_gguf(llm, folder / GGUF, weights)
+def _make(models: BenchmarkModels, folder: Path) -> None:
+    write_gguf(AutoModelForSeq2SeqLM.from_pretrained(models.llm, dtype=torch.float32), folder / GGUF, "Q8_0")
 
 
 T5_CONTESTANT = Contestant(
     load=lambda models, folder, device: LlamaCppT5(folder / GGUF),
-    make=partial(_make, weights="Q8_0"),
+    make=_make,
     model="llm", bits=8, beams=False, packages=("llama-cpp-python", "gguf"),
 )  # fmt: skip
 

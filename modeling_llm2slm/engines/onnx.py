@@ -90,6 +90,7 @@ class ONNXState:
         self._session = session
         self._window = window
         self._inputs = {spec.name: spec for spec in session.get_inputs()}
+        self._past_inputs = [spec for name, spec in self._inputs.items() if name.startswith(PAST)]
         self._outputs = [spec.name for spec in session.get_outputs()]
         self._past: dict[str, Any] = {}  # by the names of inputs
 
@@ -103,7 +104,7 @@ class ONNXState:
             for name, value in self._past.items():
                 if value.shape():
                     self._past[name] = _value(value.numpy()[rows.numpy()])
-        if not self._past.keys() >= {name for name in self._inputs if name.startswith(PAST)}:
+        if len(self._past) < len(self._past_inputs):
             self._begin(len(inputs["inputs_embeds"]))
         given = {name: _value(tensor.numpy()) for name, tensor in inputs.items() if name in self._inputs}
         values = self._session.run_with_ort_values(self._outputs, {**given, **self._past})
@@ -114,12 +115,12 @@ class ONNXState:
 
     def _begin(self, rows: int) -> None:
         """Add keys and values of length 0 where none are set, in the shapes that the graph was traced with."""
-        for name, spec in self._inputs.items():
-            if name.startswith(PAST) and name not in self._past:
+        for spec in self._past_inputs:
+            if spec.name not in self._past:
                 is_window = not spec.shape
                 shape = () if is_window else (rows, spec.shape[1], 0, spec.shape[3])
                 array = np.full(shape, self._window if is_window else 0, dtype=np.int64 if is_window else np.float32)
-                self._past[name] = _value(array)
+                self._past[spec.name] = _value(array)
 
 
 def _value(array: np.ndarray) -> Any:

@@ -237,5 +237,11 @@ def check_threads(pair: Pair) -> None:
     assert found == expected
 
 
+def check_prompt_lengths(pair: Pair) -> None:
+    """Check a prompt of one token, and one longer than the sliding window of the tiny models."""
+    for prompt in (PROMPTS[0][:1], [3 + number for number in range(20)]):
+        assert torch.equal(*pair.outputs(input_ids=torch.tensor([prompt]), num_beams=2))
+
+
 def _in_worker() -> bool:
     return "PYTEST_XDIST_WORKER" in os.environ

@@ -12,6 +12,7 @@ from tests.support.common import PROMPTS, pad_prompts, strip_padding
 from tests.support.exports import (
     Pair,
     check_continuation,
+    check_prompt_lengths,
     check_strategies,
     check_threads,
     eager,
@@ -54,9 +55,7 @@ def test_a_prefix_is_continued_and_prompt_states_are_reused(pair) -> None:
 
 
 def test_a_prompt_of_one_token_and_one_longer_than_a_sliding_window(pair) -> None:
-    for prompt in (PROMPTS[0][:1], [3 + number for number in range(20)]):
-        expected, found = pair.outputs(input_ids=torch.tensor([prompt]), num_beams=2)
-        assert torch.equal(expected, found)
+    check_prompt_lengths(pair)
 
 
 def test_the_first_token_needs_the_logits_of_the_llm() -> None:

@@ -21,6 +21,7 @@ from tests.support.common import PROMPTS, pad_prompts
 from tests.support.exports import (
     Pair,
     check_continuation,
+    check_prompt_lengths,
     check_strategies,
     check_threads,
     checkpoint,
@@ -49,8 +50,7 @@ def test_strategies_give_the_tokens_of_pytorch(pair: Pair) -> None:
 
 
 def test_a_prompt_of_one_token_and_one_longer_than_a_sliding_window(pair: Pair) -> None:
-    for prompt in (PROMPTS[0][:1], [3 + number for number in range(20)]):
-        assert torch.equal(*pair.outputs(input_ids=torch.tensor([prompt]), num_beams=2))
+    check_prompt_lengths(pair)
 
 
 def test_outputs_outgrow_their_context(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +117,37 @@ def test_rotary_frequencies_of_llama_3(tmp_path: Path) -> None:
     fast = engine("llamacpp").export(model, _empty(tmp_path / "fast"), "fp32")
     ids = torch.randint(10, 200, (2, 40))
     torch.testing.assert_close(fast(input_ids=ids).logits, model(ids).logits[:, -1:], rtol=1e-3, atol=1e-2)
+
+
+def test_attention_with_a_bias(tmp_path: Path) -> None:
+    needs("llamacpp")
+    config = LlamaConfig(
+        vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, attention_bias=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    for weight in model.parameters():
+        weight.data.normal_(std=0.3)
+    fast = engine("llamacpp").export(model, _empty(tmp_path / "fast"), "fp32")
+    ids = torch.randint(10, 200, (2, 12))
+    torch.testing.assert_close(fast(input_ids=ids).logits, model(ids).logits[:, -1:], rtol=1e-3, atol=1e-2)
+
+
+def test_other_rotary_embeddings_are_refused() -> None:
+    model = families.build_slm("llama")
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(ValueError, match="The rotary embedding of this llama is dynamic"):
+        check_family(model)
+
+
+def test_an_output_beyond_the_positions_of_gpt2_is_refused(tmp_path: Path) -> None:
+    needs("llamacpp")
+    model = families.build_slm("gpt2").eval()
+    fast = engine("llamacpp").export(model, _empty(tmp_path / "fast"), "fp32")
+    most = model.config.n_positions
+    with pytest.raises(ValueError, match=f"only {most} positions. Shorten the prompt"):
+        fast.generate(torch.tensor(PROMPTS[:1]), max_new_tokens=most, min_new_tokens=most, pad_token_id=0)
 
 
 def test_too_many_outputs_at_once_are_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
